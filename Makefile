@@ -1,0 +1,60 @@
+# Every target sets up $(VENV) when it is missing, and again when pyproject.toml or constraints.txt changed.
+#
+#   make test PYTHON=python3.12     another interpreter
+#   make test TORCH_INDEX=          PyTorch from the same place as all other packages (on Linux: the CUDA build)
+
+PYTHON      ?= python3
+VENV        ?= .venv
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN     := $(VENV)/bin
+PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --retries 1 -c constraints.txt
+READY   := $(VENV)/.ready-notebooks
+DEV     := $(VENV)/.ready-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lab clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## answer questions about pictures with the shipped model
+	$(BIN)/minivlm demo
+
+test: $(DEV) ## check style, types and spelling, then run every test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m codespell_lib
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter-lab $(wildcard notebooks)
+
+clean: ## remove the environment, the caches and what `make demo` wrote (runs/ stays)
+	rm -rf $(VENV) demo dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment. Each stamp says that one extra is installed as pyproject.toml and constraints.txt ask for.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "minivlm needs Python 3.11 or newer, and '$(PYTHON)' is not:" \
+	       "name one that is, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+# PyTorch comes first and alone: only this one package is looked up at $(TORCH_INDEX), and where that index is out of
+# reach pip says so once and goes on without it. The second step keeps the build that the first one chose.
+$(VENV)/.ready-torch: $(BIN)/python constraints.txt
+	@echo "Setting up $(VENV) (the first time: about a minute, 1.4 GB) ..."
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(READY): $(VENV)/.ready-torch pyproject.toml constraints.txt
+	$(PIP) -e ".[notebooks]"
+	@touch $@
+
+$(DEV): $(VENV)/.ready-torch pyproject.toml constraints.txt
+	$(PIP) -e ".[dev]"
+	@touch $(READY) $@
