@@ -1,0 +1,57 @@
+"""Writing a file so that it is either the old one or the new one, never half of each.
+
+The new content goes into a file beside the old one, is forced to the disk, and then takes the old one's
+name in one step, which the file system does completely or not at all. A full disk, a crash or a power cut
+in the middle therefore leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from minivlm.errors import InputError
+
+
+@contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; at the end of the block it becomes `path`.
+
+    >>> with write_aside(folder / "config.json") as temporary:
+    ...     temporary.write_text(text)
+
+    Missing folders are made. When the block raises, `path` is untouched and the temporary file is removed.
+    A file that someone has open or memory-mapped stays whole for them: they keep the old one.
+
+    Raises:
+        InputError: the file cannot be written (disk full, no permission, not a folder).
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot write {path}: {reason}. What was there before is unchanged. Free some space, check the "
+            "permissions, or choose another folder"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has what was written to a file, or which names a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,237 @@
+"""The parts that every model here is made of: attention, norms, MLPs, the pre-norm encoder block.
+
+`attend` is the one place where queries meet keys. It has a plain form that can be read, and a fused form
+(`scaled_dot_product_attention`) that is faster where no gradient is needed; a test proves them equal. The
+mask is always explicit: a boolean tensor, True = may look, or None when everything may.
+
+Shape comments in the whole package use one legend: B batch, N image tokens, T text tokens (or queries),
+S all tokens (or keys), D width, H heads, K key/value heads, Dh head width, P patch side, C channels,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_recorded: ContextVar[list[Tensor] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def record_attention() -> Iterator[list[Tensor]]:
+    """Collect the attention maps of everything that runs inside, in the order of computation.
+
+    >>> with record_attention() as maps:
+    ...     model(pixel_values)
+    >>> maps[0].shape  # first layer: [B, H, T, S], each row sums to 1
+    """
+    maps: list[Tensor] = []
+    token = _recorded.set(maps)
+    try:
+        yield maps
+    finally:
+        _recorded.reset(token)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Scaled dot-product attention, softmax(q k^T * scale) v, with grouped queries.
+
+    Args:
+        q: [B, H, T, Dh].
+        k, v: [B, K, S, Dh]; each of the K heads serves H / K query heads.
+        mask: broadcastable to [B, 1, T, S], boolean (True = may look) or in its `additive` form, which
+            saves time where one mask serves many layers. Every query must see at least one key.
+        scale: usually Dh ** -0.5.
+        softcap: bound the scores smoothly to +-softcap (Gemma 2), before the mask.
+
+    Returns:
+        [B, H, T, Dh].
+    """
+    # Which form runs is decided here and nowhere else, by measurement (bench/attention.py): with gradients
+    # on a CPU the plain form is the faster one, without gradients the fused one.
+    plain_is_faster = torch.is_grad_enabled() and q.requires_grad and q.device.type == "cpu"
+    maps = _recorded.get()
+    if maps is None and softcap is None and not plain_is_faster:
+        return attend_fused(q, k, v, mask, scale)
+    weights = attention_weights(q, k, mask, scale, softcap)
+    if maps is not None:
+        maps.append(weights.detach())
+    return weighted_sum(weights, v)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Where each query looks: [B, H, T, S], every row sums to 1."""
+    B, H, T, Dh = q.shape
+    K, S = k.shape[1], k.shape[2]
+    # The H / K queries of a group share their keys: as one tall matrix, nothing has to be copied.
+    scores = (q * scale).reshape(B, K, H // K * T, Dh) @ k.mT
+    scores = scores.view(B, H, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + (additive(mask, scores.dtype) if mask.dtype == torch.bool else mask)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same mask as numbers to add to the scores: 0 where a query may look, else the lowest number."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
+    """The mean of the values under the weights: [B, H, T, S], [B, K, S, Dh] -> [B, H, T, Dh]."""
+    B, H, T, S = weights.shape
+    K, Dh = v.shape[1], v.shape[3]
+    return (weights.reshape(B, K, H // K * T, S) @ v).view(B, H, T, Dh)
+
+
+def attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor:
+    """`attend` as its formula says. Arguments and result as there."""
+    return weighted_sum(attention_weights(q, k, mask, scale, softcap), v)
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`attend` through PyTorch's fused kernel, which never holds the whole [T, S] matrix of scores."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped queries (https://arxiv.org/abs/2305.13245).
+
+    K = H is ordinary multi-head attention, K = 1 multi-query attention. What depends on the model comes
+    in as functions: `rotary` turns queries and keys, `update_cache` stores keys and values and gives back
+    all of them.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.q_proj = nn.Linear(hidden_size, num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_attention_heads * self.head_dim, hidden_size, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rotary: Callable[[Tensor], Tensor] | None = None,
+        update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if rotary is not None:
+            q, k = rotary(q), rotary(k)
+        if update_cache is not None:
+            k, v = update_cache(k, v)
+        out = attend(q, k, v, mask, scale=self.head_dim**-0.5)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, H, T, Dh] -> [B, T, D]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, H * Dh] -> [B, H, T, Dh]
+
+
+class MLP(nn.Module):
+    """Two linear layers with the tanh form of GELU between them (https://arxiv.org/abs/1606.08415)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class GatedMLP(nn.Module):
+    """GeGLU (https://arxiv.org/abs/2002.05202): one projection, through GELU, gates another."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (https://arxiv.org/abs/1910.07467) in Gemma's convention.
+
+    The stored weight w means a factor of (1 + w), so that weights of zero are the identity, and the
+    product is rounded to the dtype of x only at the end.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return (_unit_rms(x, self.eps) * (1 + self.weight.float())).to(x.dtype)
+
+
+class LlamaRMSNorm(nn.Module):
+    """The same norm in the convention of Llama and Qwen: a factor of w, applied after rounding."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.weight * _unit_rms(x, self.eps).to(x.dtype)
+
+
+def _unit_rms(x: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm transformer block with LayerNorm, as in ViT, CLIP and SigLIP.
+
+    The norm stands before each part and the residual path is never normalized, so a signal can pass from
+    the first block to the last unchanged (https://arxiv.org/abs/2002.04745).
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, num_attention_heads: int, eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=eps)
+        self.self_attn = Attention(hidden_size, num_attention_heads, bias=True)
+        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=eps)
+        self.mlp = MLP(hidden_size, intermediate_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        x = x + self.mlp(self.layer_norm2(x))
+        return x
