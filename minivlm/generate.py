@@ -1,0 +1,160 @@
+"""From logits to an answer: prefill once, then one token at a time.
+
+The model is asked for two things only (`Decodable`): read the whole prompt and give the last hidden state
+with a filled cache, and read one more token per row. The picture is therefore encoded once per answer, and
+logits exist for one position at a time: [B, V], never [B, S, V].
+
+A row that has produced an end-of-sequence token is finished: it is fed as padding, which the cache does not
+store, until the last row is done. Rows never influence each other, so that a row of a padded batch gives
+the same answer as the row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minivlm.cache import KVCache
+from minivlm.errors import InputError
+
+
+class Decodable(Protocol):
+    """What a model must offer to be generated from."""
+
+    def prefill(self, *args: Any, **kwargs: Any) -> tuple[Tensor, KVCache]:
+        """Read the prompt: input_ids, attention_mask, and what else the model takes.
+
+        Returns the hidden state [B, D] of each row's last real token, and the cache.
+        """
+        ...
+
+    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
+        """Read one token [B] of each row where `unfinished` [B] is true. Returns hidden states [B, D]."""
+        ...
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states [B, D] to scores [B, V]."""
+        ...
+
+
+@torch.inference_mode()
+def stream(
+    model: Decodable,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 64,
+    eos_token_id: int,
+    pad_token_id: int = 0,
+    max_length: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    **inputs: Any,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, [B], as soon as it is known.
+
+    Args:
+        input_ids, attention_mask: [B, T], padded on either side.
+        max_new_tokens: stop after this many tokens, whether or not every row has ended.
+        eos_token_id: ends a row; afterwards the row yields `pad_token_id`.
+        max_length: the model's context; prompt and answer must fit.
+        temperature: 0 takes the most probable token; above 0 samples from softmax(logits / temperature).
+        top_k, top_p: restrict sampling to the k best tokens, to the smallest set of probability p.
+        seed: makes sampling repeatable. Each row has its own random numbers, seeded with seed + row.
+            Without it, PyTorch's own generator gives one (`torch.manual_seed`).
+        **inputs: handed to the model's prefill (pixel_values, token_type_ids).
+
+    Raises:
+        InputError: a number is out of range, or a weight of the model is not a number.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    _check(attention_mask, max_new_tokens, max_length, temperature, top_k, top_p)
+    generators = None
+    if temperature > 0:
+        first = int(torch.randint(2**62, ())) if seed is None else seed
+        generators = [torch.Generator().manual_seed(first + row) for row in range(len(input_ids))]
+
+    hidden, cache = model.prefill(input_ids, attention_mask, **inputs)
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for step in range(max_new_tokens):
+        logits = model.logits(hidden).float()  # [B, V]
+        if step == 0 and not torch.isfinite(logits).all():
+            raise InputError(_explain_nonfinite(model))
+        if generators is None:
+            token_ids = logits.argmax(dim=-1)
+        else:
+            token_ids = sample(logits / temperature, top_k, top_p, generators)
+        token_ids = torch.where(unfinished, token_ids, pad_token_id)
+        yield token_ids
+        unfinished = unfinished & (token_ids != eos_token_id)
+        if not unfinished.any() or step == max_new_tokens - 1:
+            return
+        hidden = model.decode(token_ids, unfinished, cache)
+
+
+def generate(model: Decodable, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """All new tokens at once, [B, n]: `stream`, collected. Arguments as there."""
+    return torch.stack(list(stream(model, input_ids, *args, **kwargs)), dim=1)
+
+
+def sample(
+    logits: Tensor, top_k: int | None, top_p: float | None, generators: list[torch.Generator]
+) -> Tensor:
+    """Draw one token per row from softmax(logits) [B, V], restricted to the best k or the nucleus p."""
+    if top_k is not None:
+        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_best, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token stays when the better ones together have not reached p: the best one always stays.
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p
+        probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(dim=-1)), 0.0)
+    rows = [
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(probabilities.cpu(), generators, strict=True)
+    ]
+    return torch.cat(rows).to(logits.device)
+
+
+def _check(
+    attention_mask: Tensor,
+    max_new_tokens: int,
+    max_length: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}: ask for at least 1 new token")
+    prompt = int(attention_mask.sum(dim=1).max())
+    if max_length is not None and prompt + max_new_tokens > max_length:
+        raise InputError(
+            f"the prompt has {prompt} tokens and max_new_tokens is {max_new_tokens}, together more than the "
+            f"model's context of {max_length}: ask for at most {max(max_length - prompt, 0)} new tokens "
+            "or shorten the prompt"
+        )
+    if temperature < 0:
+        raise InputError(
+            f"temperature is {temperature}: use 0 for the most probable token, or a positive number"
+        )
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k is {top_k}: keep at least 1 token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}: it is a probability, above 0 and at most 1")
+
+
+def _explain_nonfinite(model: Decodable) -> str:
+    names = []
+    if isinstance(model, torch.nn.Module):
+        names = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if names:
+        listed = ", ".join(names[:5])
+        return f"the weights hold NaN or infinity in {listed}: the checkpoint is damaged, get it again"
+    return "the logits are not finite although all weights are: the numbers overflow, try dtype=torch.float32"

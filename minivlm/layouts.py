@@ -1,0 +1,84 @@
+"""How checkpoint files name their tensors, as tables.
+
+The same PaliGemma is found under four sets of names, depending on which version of transformers wrote it.
+A layout is a list of rows: what the name begins with in the file, and what it begins with in our modules.
+`*` stands for the number of a layer. The first row that fits is used, in both directions, so the more
+special rows come first.
+"""
+
+from __future__ import annotations
+
+import re
+
+Layout = list[tuple[str, str]]
+
+
+def _siglip(file: str, ours: str) -> Layout:
+    return [
+        # SigLIP files say out_proj where Gemma files say o_proj. Here both are one class.
+        (f"{file}encoder.layers.*.self_attn.out_proj.", f"{ours}layers.*.self_attn.o_proj."),
+        (f"{file}encoder.layers.*.", f"{ours}layers.*."),
+        (f"{file}embeddings.", f"{ours}embeddings."),
+        (f"{file}post_layernorm.", f"{ours}post_layernorm."),
+    ]
+
+
+# Only a model whose head is not the embedding table has a head in its file. Both names occur.
+_HEAD_OLD = [("language_model.lm_head.", "language_model.lm_head."), ("lm_head.", "language_model.lm_head.")]
+_HEAD_NEW = _HEAD_OLD[::-1]
+
+PALIGEMMA_LAYOUTS: dict[str, Layout] = {
+    # What the published checkpoints use, and what `save_pretrained` writes.
+    "hub": [
+        *_siglip("vision_tower.vision_model.", "vision_tower."),
+        ("multi_modal_projector.linear.", "multi_modal_projector."),
+        *_HEAD_OLD,
+        ("language_model.model.", "language_model."),
+    ],
+    # transformers 5 writes this for a model that was never loaded from the Hub.
+    "fresh": [
+        *_siglip("vision_tower.", "vision_tower."),
+        ("multi_modal_projector.linear.", "multi_modal_projector."),
+        *_HEAD_OLD,
+        ("language_model.model.", "language_model."),
+    ],
+    # Some fine-tunes saved by transformers from 4.52 on.
+    "finetune": [
+        *_siglip("model.vision_tower.vision_model.", "vision_tower."),
+        ("model.multi_modal_projector.linear.", "multi_modal_projector."),
+        *_HEAD_NEW,
+        ("model.language_model.", "language_model."),
+    ],
+    # The names of the modules in transformers 5: a state_dict that was saved as it is.
+    "runtime": [
+        *_siglip("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.linear.", "multi_modal_projector."),
+        *_HEAD_NEW,
+        ("model.language_model.", "language_model."),
+    ],
+}
+
+
+def to_ours(name: str, layout: Layout) -> str | None:
+    """Our name of a tensor in a file, or None when no row of the layout fits.
+
+    >>> to_ours("language_model.model.norm.weight", PALIGEMMA_LAYOUTS["hub"])
+    'language_model.norm.weight'
+    """
+    return _rename(name, layout)
+
+
+def to_file(name: str, layout: Layout) -> str:
+    """The other way around. Raises KeyError when no row of the layout fits."""
+    renamed = _rename(name, [(ours, file) for file, ours in layout])
+    if renamed is None:
+        raise KeyError(f"no row of the layout fits {name!r}")
+    return renamed
+
+
+def _rename(name: str, rows: Layout) -> str | None:
+    for old, new in rows:
+        match = re.match(re.escape(old).replace(r"\*", r"(\d+)"), name)
+        if match:
+            return new.replace("*", match[1] if match.groups() else "*") + name[match.end() :]
+    return None

@@ -1,0 +1,211 @@
+"""PaliGemma (https://arxiv.org/abs/2407.07726): a picture as a prefix of text.
+
+    picture -> SigLIP -> one linear layer -> N image tokens ┐
+                                                            ├-> Gemma -> answer
+    prompt  -> embedding table, times sqrt(D) --------------┘
+
+The input ids hold N placeholders `<image>`, and `merge` replaces their embeddings by the image features.
+Image and prompt together are the prefix: they see each other in both directions. The answer is the suffix:
+it is causal, and only it has a loss. Image features are *not* multiplied by sqrt(D): the linear layer has
+learned to deliver the right size, and in bf16 a detour by the factor would change the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm import masks, weights
+from minivlm.cache import KVCache
+from minivlm.configs import PaliGemmaConfig
+from minivlm.generate import generate, stream
+from minivlm.text.decoder import GemmaDecoder
+from minivlm.vision.vit import SiglipVisionModel
+
+
+@dataclass
+class PaliGemmaOutput:
+    """logits [B, S, V], and the loss where labels were given."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class PaliGemma(nn.Module):
+    """The whole system. `minivlm.load` gives one with its processor."""
+
+    def __init__(self, config: PaliGemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = SiglipVisionModel(config.vision)
+        self.multi_modal_projector = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
+        self.language_model = GemmaDecoder(config.text)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where inputs have to be."""
+        return self.multi_modal_projector.weight.device
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] -> image features [B, N, D] in the decoder's width."""
+        pixel_values = pixel_values.to(self.multi_modal_projector.weight.dtype)
+        return self.multi_modal_projector(self.vision_tower(pixel_values))
+
+    def merge(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Embed the words and put the image features in place of the placeholders.
+
+        Args:
+            input_ids: [B, S], with N times image_token_id for each picture, in order.
+            image_features: [pictures, N, D], or None when there are none. Rows may have no picture.
+
+        Returns:
+            [B, S, D].
+        Raises:
+            ValueError: the number of placeholders is not the number of image features.
+        """
+        is_image = input_ids == self.config.image_token_id  # [B, S]
+        features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        placeholders = int(is_image.sum())
+        if placeholders != features:
+            raise ValueError(
+                f"input_ids hold {placeholders} image placeholders and the pictures give {features} image "
+                f"features: each picture needs {self.config.vision.num_patches} placeholders; let the "
+                "processor build both"
+            )
+        # The placeholder's own id may lie outside the embedding table, so another word stands in for it.
+        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
+        if image_features is None:
+            return inputs_embeds
+        # masked_scatter fills the marked places with the features one after the other; torch.where would
+        # need features that already have the shape of the whole sequence.
+        return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> PaliGemmaOutput:
+        """Logits of every position, and the loss when labels are given.
+
+        Args:
+            input_ids: [B, S].
+            pixel_values: [pictures, C, height, width] or None for text only.
+            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
+            token_type_ids: [B, S], 0 for the prefix (image and prompt), 1 for the suffix (answer); None
+                means that everything is prefix.
+            labels: [B, S], -100 where there is no loss.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            if labels is not None:
+                raise ValueError(
+                    "labels without token_type_ids: the answer would be part of the prefix, and every token "
+                    "could read the label that it has to predict. Pass both, as the processor gives them"
+                )
+            token_type_ids = torch.zeros_like(input_ids)
+        image_features = None if pixel_values is None else self.encode_image(pixel_values)
+        inputs_embeds = self.merge(input_ids, image_features)
+
+        is_real = attention_mask.bool()
+        position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
+        prefix_lengths = (is_real & (token_type_ids == 0)).sum(dim=1)
+        mask = masks.prefix_lm(position_ids, position_ids, prefix_lengths) & masks.padding(is_real)
+        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None])
+        logits = self.logits(hidden_states)
+        return PaliGemmaOutput(logits, None if labels is None else self.loss(logits, labels))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the next token, over the positions whose label is not -100.
+
+        logits [B, S, V] at position t are compared with labels [B, S] at t + 1.
+        """
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+        )
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., D] -> scores [..., V]."""
+        return self.language_model.logits(hidden_states)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[Tensor, KVCache]:
+        """Read image and prompt, all of it prefix unless token_type_ids say otherwise.
+
+        Returns:
+            The hidden state of each row's last token [B, D], and the cache that `decode` continues.
+        """
+        text = self.config.text
+        image_features = None if pixel_values is None else self.encode_image(pixel_values)
+        inputs_embeds = self.merge(input_ids, image_features)
+        cache = KVCache(
+            text.num_hidden_layers,
+            len(input_ids),
+            text.num_key_value_heads,
+            text.head_dim,
+            dtype=inputs_embeds.dtype,
+            device=inputs_embeds.device,
+        )
+        position_ids = cache.reserve(attention_mask)
+        prefix_lengths = cache.lengths
+        if token_type_ids is not None:
+            prefix_lengths = (attention_mask.bool() & (token_type_ids == 0)).sum(dim=1)
+        mask = masks.prefix_lm(position_ids, cache.key_positions, prefix_lengths)
+        mask = mask & masks.padding(cache.key_is_real)
+        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
+        last = torch.where(attention_mask.bool(), position_ids, -1).argmax(
+            dim=1
+        )  # [B], on either padding side
+        return hidden_states[torch.arange(len(last), device=last.device), last], cache
+
+    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
+        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
+        position_ids = cache.reserve(unfinished[:, None])
+        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
+        inputs_embeds = self.language_model.embed(token_ids[:, None])
+        return self.language_model(inputs_embeds, position_ids, mask[:, None], cache)[:, 0]
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, **kwargs: Any) -> Tensor:
+        """New tokens only, [B, n], padded after each row's end. Arguments as in `minivlm.generate.stream`."""
+        return generate(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int = 64, **kwargs: Any) -> Iterator[Tensor]:
+        """The same, token by token: [B] as soon as it is known."""
+        return stream(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)
+
+    def _limits(self) -> dict[str, Any]:
+        return {
+            "eos_token_id": self.config.eos_token_id,
+            "pad_token_id": self.config.pad_token_id,
+            "max_length": self.config.text.max_position_embeddings,
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> PaliGemma:
+        """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
+
+        Raises InputError: see `minivlm.weights`.
+        """
+        folder = weights.find_folder(name)
+        config = PaliGemmaConfig.from_dict(weights.read_config(folder))
+        return weights.load_model(cls, config, folder, weights.PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
+        weights.save_model(self, self.config.to_dict(), Path(folder), weights.PALIGEMMA_LAYOUTS["hub"])

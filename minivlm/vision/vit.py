@@ -1,0 +1,100 @@
+"""SigLIP's image tower (https://arxiv.org/abs/2303.15343): a Vision Transformer from pixels to image tokens.
+
+What differs from the original ViT (https://arxiv.org/abs/2010.11929): no class token, the tanh form of
+GELU, eps 1e-6, and the output is one vector per patch after a last LayerNorm. Attention is bidirectional:
+every patch sees every other, so no mask is needed.
+
+    pixels [B, C, 224, 224] -> patches [B, 196, 768] -> 12 blocks -> LayerNorm -> [B, 196, 768]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.configs import SiglipVisionConfig
+from minivlm.layers import EncoderBlock
+
+
+class SiglipVisionEmbeddings(nn.Module):
+    """Cuts the picture into patches, projects each to a vector, and adds a learned vector per position."""
+
+    position_ids: Tensor
+
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        # Kernel = stride = patch: each patch is multiplied with the same matrix, and no two overlap.
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            padding="valid",
+        )
+        self.num_positions = config.num_patches
+        self.position_embedding = nn.Embedding(self.num_positions, config.hidden_size)
+        nn.init.normal_(self.position_embedding.weight, std=config.hidden_size**-0.5)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Make `position_ids` [1, N]. Not persistent: it is counted, not learned, and no file holds it."""
+        ids = torch.arange(self.num_positions, device=self.position_embedding.weight.device)[None]
+        self.register_buffer("position_ids", ids, persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] -> [B, N, D]."""
+        grid = self.patch_embedding(pixel_values)  # [B, D, height / P, width / P]
+        patches = grid.flatten(2).transpose(1, 2)  # [B, N, D]
+        return patches + self.position_embedding(self.position_ids)
+
+
+class SiglipVisionModel(nn.Module):
+    """The whole tower.
+
+    >>> model = SiglipVisionModel(SiglipVisionConfig(image_size=224, patch_size=16))
+    >>> model(torch.randn(1, 3, 224, 224)).shape
+    torch.Size([1, 196, 768])
+
+    For its attention maps, run it inside `minivlm.layers.record_attention()`.
+    """
+
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.layers = nn.ModuleList(
+            EncoderBlock(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.layer_norm_eps,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
+        """The patch embeddings, then the output of each block: num_hidden_layers + 1 times [B, N, D].
+
+        The last one is before `post_layernorm`. An iterator, so that only what is kept stays in memory.
+        Raises ValueError when the pictures do not have the size and channels of the config.
+        """
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has shape {list(pixel_values.shape)}, expected [B, *{expected}]: "
+                "prepare pictures with the processor of the same folder"
+            )
+        x = self.embeddings(pixel_values)
+        yield x
+        for layer in self.layers:
+            x = layer(x)
+            yield x
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width], normalized -> [B, N, D], one vector per patch."""
+        for x in self.hidden_states(pixel_values):
+            last = x
+        return self.post_layernorm(last)

@@ -1,0 +1,235 @@
+"""Checkpoint folders in the Hub's format: config.json, and tensors in *.safetensors.
+
+Only safetensors are read, because a pickle may run code. The files are memory-mapped: a tensor of a loaded
+model *is* a piece of the file, read from the disk when it is first used, so that no second copy is held.
+The mapping is private: training changes the memory of the model and never the file.
+
+Nothing is loaded by halves. A tensor that is missing, left over or of another shape is an error that names
+it, since a model with some random weights still answers, only wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minivlm.configs import PaliGemmaConfig
+from minivlm.errors import InputError
+from minivlm.files import write_aside
+from minivlm.layouts import PALIGEMMA_LAYOUTS, Layout, to_file, to_ours
+
+__all__ = ["PALIGEMMA_LAYOUTS", "find_folder", "load_model", "read_config", "read_tensors", "save_model"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD = "language_model.lm_head.weight"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Looking for NaN reads every byte. Up to this size (bytes) it costs nothing to speak of; above, `generate`
+# looks at its first logits instead.
+CHECKED_SIZE = 256 * 2**20
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint: a local one, or a repo id of the Hub like "google/paligemma-3b-mix-224".
+
+    A repo is downloaded once, into the Hub's own cache, and found there without a network afterwards.
+    Raises InputError: there is no such folder or repo, it may not be read, or the Hub is out of reach.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{folder} is a file: give the folder that holds config.json")
+    if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise InputError(f"{name} is neither a folder nor a repo id (owner/name) of the Hub: check the name")
+    return _download(name)
+
+
+def _download(repo_id: str) -> Path:
+    # Imported where it is needed: most loads are local, and this import is slow.
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"])
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{repo_id} asks you to accept its license: do so on https://huggingface.co/{repo_id}, then log "
+            "in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"there is no folder {repo_id}, and the Hub has no public repo of that name: check the spelling; "
+            "if the repo is private, log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # whatever its HTTP library raises, which changes from version to version
+        raise InputError(
+            f"there is no folder {repo_id}, and it cannot be had from the Hub or its cache on this machine "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}): check the connection, or copy the folder"
+        ) from error
+    return Path(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of config.json. Raises InputError when it is missing or not a JSON object."""
+    return _read_json(folder, "config.json")
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no {name}: is it the folder of a checkpoint?") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / name} cannot be read ({error}): get the file again") from error
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{folder / name} holds a {type(values).__name__}, expected a JSON object: get the file again"
+        )
+    return values
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, under their names in the file, memory-mapped.
+
+    Raises InputError: no safetensors, a shard that the index names is missing, or a damaged file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, it is not a dict
+                    tensors[name] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is damaged or incomplete ({error}): download it again") from error
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder, INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{folder / INDEX} has no weight_map: get the file again")
+        shards = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise InputError(f"{folder} lacks {_few(missing)}, named in {INDEX}: download it again")
+        return shards
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise InputError(
+            f"{folder} has its weights in {_few(pickled)}: a pickle can run code that is hidden in it, so it "
+            "is refused. Get the safetensors version, or convert it on a machine that holds no secrets"
+        )
+    raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}: download the weights as well")
+
+
+def load_model(
+    cls: Callable[[PaliGemmaConfig], Model],
+    config: PaliGemmaConfig,
+    folder: Path,
+    layouts: dict[str, Layout],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """Build `cls(config)` with the weights of a folder, in evaluation mode and ready to be trained.
+
+    Args:
+        layouts: the names that the file may use; the one that fits best is taken.
+        dtype: None keeps what the file has. A conversion makes a copy, one tensor at a time.
+        device: where the weights go; on "cpu" and in the file's dtype they stay in the mapped file.
+
+    Raises:
+        InputError: the tensors do not fit the config, or hold NaN or infinity (folders up to 256 MB).
+    """
+    found = read_tensors(folder)
+    layout_name, layout = max(
+        layouts.items(), key=lambda item: sum(to_ours(name, item[1]) is not None for name in found)
+    )
+    if HEAD in [to_ours(name, layout) for name in found]:  # a head in the file beats what the config says
+        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+
+    with torch.device("meta"):  # shapes without memory: nothing is initialized only to be thrown away
+        model = cls(config)
+    tensors, problems = _fit(found, layout, model.state_dict())
+    if problems:
+        raise InputError(
+            f"the tensors of {folder} do not fit its config.json (nearest of the layouts "
+            f"{', '.join(layouts)}: {layout_name}): {'; '.join(problems)}. All files must come from one "
+            "checkpoint: get it again"
+        )
+    converted = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    if sum(tensor.nbytes for tensor in found.values()) <= CHECKED_SIZE:
+        _check_finite(folder, tensors, converted)
+    model.load_state_dict(converted, assign=True)
+    for module in model.modules():
+        reset_buffers = getattr(module, "reset_buffers", None)
+        if reset_buffers is not None:  # what no file holds is still on the meta device
+            reset_buffers()
+    return model.eval()
+
+
+def _fit(
+    found: Mapping[str, Tensor], layout: Layout, wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under our names, and a line for each kind of problem, in the names of the file."""
+    tensors: dict[str, Tensor] = {}
+    unexpected, misshapen = [], []
+    for name, tensor in found.items():
+        ours = to_ours(name, layout)
+        if ours is None or ours not in wanted or ours in tensors:
+            unexpected.append(name)
+            continue
+        tensors[ours] = tensor
+        if tensor.shape != wanted[ours].shape:
+            misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(wanted[ours].shape)}")
+        elif not tensor.is_floating_point():
+            misshapen.append(f"{name} is {tensor.dtype}, expected floating point (no quantized files)")
+    missing = [to_file(name, layout) for name in wanted if name not in tensors]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape or type": misshapen}
+    return tensors, [f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
+
+
+def _check_finite(folder: Path, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    bad = [name for name, tensor in after.items() if not torch.isfinite(tensor).all()]
+    damaged = [name for name in bad if not torch.isfinite(before[name]).all()]
+    if damaged:
+        raise InputError(f"{folder} holds NaN or infinity in {_few(damaged)}: it is damaged, get it again")
+    if bad:
+        raise InputError(
+            f"{_few(bad)} of {folder}: numbers too large for {after[bad[0]].dtype}. Use torch.bfloat16 or "
+            "torch.float32"
+        )
+
+
+def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout: Layout) -> None:
+    """Write config.json and model.safetensors under the names of a layout.
+
+    Both are complete before either takes the place of an old one, so that a failure leaves the old folder as
+    it was, and a model may be saved into the folder that its own weights are mapped from. A head that is the
+    embedding table is not written twice.
+
+    Raises:
+        InputError: the folder cannot be written, for instance because the disk is full.
+    """
+    tensors = {to_file(name, layout): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with write_aside(folder / "config.json") as config_path, write_aside(folder / WEIGHTS) as weights_path:
+        config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, weights_path, metadata={"format": "pt"})  # transformers refuses a file without it
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
