@@ -1,0 +1,103 @@
+"""Boxes as words: `<loc0256><loc0128><loc0767><loc0895> cat`.
+
+A detector has a head that regresses four numbers; a language model has only words, so PaliGemma
+(https://arxiv.org/abs/2407.07726) makes each coordinate one of 1024 words. A coordinate is a share of the
+picture's side: the words mean the same in a picture of any size or aspect ratio. 1024 bins are about one a
+pixel at the largest resolution (896): finer bins would say more than the tower sees. The order is y before x,
+like rows before columns in an array: y0 x0 y1 x1. Read as x y, boxes come out mirrored on the diagonal.
+Conventions: big_vision, `evaluators/proj/paligemma/transfers/segmentation.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from minivlm.errors import InputError
+
+NUM_BINS = 1024
+
+_LOC = r"<loc([0-9]{4})>"
+_SEG = r"<seg[0-9]{3}>"
+_OBJECT = re.compile(
+    rf"(?P<locs>(?:{_LOC})+)"
+    rf"(?:{_SEG})*"  # the shape inside the box, which follows the box where it was asked for
+    rf"(?P<name>[^;]*?)(?=;|{_LOC}|\Z)"
+)
+
+
+class Box(NamedTuple):
+    """A named box in pixels: left, top, right, bottom edge; y points down."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    name: str = ""
+
+
+def box_to_tokens(box_xyxy: Sequence[float] | Box, width: float, height: float) -> str:
+    """Four tokens, y0 x0 y1 x1, for a box x0, y0, x1, y1 in pixels of a picture of width x height.
+
+    bin = clip(round(share * 1023), 0, 1023), with halves to the even bin, as Python, NumPy and TensorFlow
+    round. The parts of a box outside the picture are cut off by the clip. Back and forth, an edge moves by
+    at most half a bin.
+
+    Raises InputError: a picture without area, a box without area or with numbers that are not finite.
+    """
+    _check_size(width, height)
+    x0, y0, x1, y1 = (float(value) for value in tuple(box_xyxy)[:4])  # type: ignore[arg-type]
+    if not all(math.isfinite(value) for value in (x0, y0, x1, y1)):
+        raise InputError(f"the box ({x0}, {y0}, {x1}, {y1}) has a number that is not finite")
+    if not (x0 < x1 and y0 < y1):
+        raise InputError(
+            f"the box ({x0}, {y0}, {x1}, {y1}) has no area: expected x0 < x1 and y0 < y1, "
+            "in the order x0, y0, x1, y1"
+        )
+    shares = (y0 / height, x0 / width, y1 / height, x1 / width)
+    return "".join(f"<loc{min(max(round(share * (NUM_BINS - 1)), 0), NUM_BINS - 1):04}>" for share in shares)
+
+
+def boxes_to_text(boxes: Iterable[Box], width: float, height: float) -> str:
+    """Boxes as PaliGemma answers `detect`: "<loc…> name ; <loc…> name"; no boxes are the empty text.
+
+    Raises InputError: as `box_to_tokens`; a name with ";" or a `<loc>` token, which could not be read back.
+    """
+    parts = []
+    for box in boxes:
+        if ";" in box.name or re.search(f"{_LOC}|{_SEG}", box.name):
+            raise InputError(
+                f"the name {box.name!r} has a ';' or a token in it, which separate boxes: leave them out"
+            )
+        parts.append(f"{box_to_tokens(box, width, height)} {box.name}".rstrip())
+    return " ; ".join(parts)
+
+
+def text_to_boxes(text: str, width: float, height: float) -> list[Box]:
+    """The boxes in an answer, in pixels of a picture of width x height; any text is allowed.
+
+    What a model writes may be malformed. A part counts as a box only with exactly four `<loc>` tokens in a
+    row and a positive area; everything else is left out without an error, since a wrong answer is not a
+    wrong input. `<seg>` tokens between the box and the name are passed over.
+
+    Raises InputError: a picture without area.
+    """
+    _check_size(width, height)
+    boxes = []
+    for match in _OBJECT.finditer(text):
+        bins = [int(digits) for digits in re.findall(_LOC, match["locs"])]
+        if len(bins) != 4 or max(bins) >= NUM_BINS or re.search(_SEG, match["name"]):
+            continue
+        y0, x0, y1, x1 = (value / (NUM_BINS - 1) for value in bins)
+        if x0 < x1 and y0 < y1:
+            boxes.append(Box(x0 * width, y0 * height, x1 * width, y1 * height, match["name"].strip()))
+    return boxes
+
+
+def _check_size(width: float, height: float) -> None:
+    if not (width > 0 and height > 0):
+        raise InputError(
+            f"the picture is {width} x {height}: expected a width and a height above 0, in pixels"
+        )

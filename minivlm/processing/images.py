@@ -1,0 +1,293 @@
+"""From a picture file to the numbers that the image tower reads: [B, C, H, W], fp32, in [-1, 1].
+
+Open, turn upright, make RGB, resize to a square (the aspect ratio is not kept), rescale to [0, 1],
+normalize. The last three steps equal the PIL image processor of SigLIP (https://arxiv.org/abs/2303.15343)
+in `transformers` bit for bit: the tower was trained on exactly these pixels, and another library's bicubic
+filter gives others (torchvision without antialiasing is off by up to 26 of 255 levels). The first steps
+take any picture a user may have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from minivlm.errors import InputError
+
+BICUBIC = Image.Resampling.BICUBIC  # 3 in preprocessor_config.json
+
+
+# Settings of preprocessor_config.json that change pixels, with the only values that `preprocess` computes.
+_SUPPORTED = {
+    "do_resize": True,
+    "do_center_crop": False,
+    "do_pad": False,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": int(BICUBIC),
+}
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Open a picture file and read it to its end; of an animation, the first frame.
+
+    The picture is returned as it was stored: any mode, not yet turned upright. `to_rgb` does both.
+
+    Raises InputError: no such file, a folder, an empty file, not a picture, a truncated or damaged picture,
+    a picture with so many pixels that Pillow warns of a decompression bomb, a file that may not be read.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder, not a picture: name one picture in it")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file: check the path of the picture")
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is a device or a pipe, not a picture: save the picture to a file first")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    with file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise InputError(f"{path} is empty: copy or download the picture again")
+        return _decode(file, path)
+
+
+def _decode(file: BinaryIO, path: Path) -> Image.Image:
+    try:
+        with _quiet_pillow():
+            image = Image.open(file)
+            image.load()  # Image.open reads the header only: what is cut off shows here
+            return image
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path} has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit against decompression bombs: "
+            "make the picture smaller first"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not a picture in a known format: use PNG, JPEG or WebP") from error
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        raise InputError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """No Pillow warnings on stderr, except that a decompression bomb is an error at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture, upright, as RGB of 8 bits; the picture given is left unchanged.
+
+    - A camera stores its pixels as the sensor lay, with the turn as an EXIF note: it is carried out here.
+    - Transparent pixels are blended onto white, as the reference does. (Its older versions and big_vision
+      drop the alpha instead, and what was stored under transparent pixels shows: often black.)
+    - 16-bit gray (I;16 and its byte orders) is scaled by 255/65535. Pillow's own conversion clips at 255
+      instead, which turns nearly all of a 16-bit scan white.
+    - 32-bit integers (I) and floats (F) do not say where white is. White is taken to be the least of 1
+      (only F), 255 and 65535 that holds the brightest pixel, and beyond that the brightest pixel itself.
+      Negative and NaN are black.
+
+    Raises InputError: a picture without pixels; a mode that Pillow cannot convert; a picture opened lazily
+    by the caller that turns out to be truncated.
+    """
+    if 0 in image.size:
+        raise InputError(f"the picture has {image.width} x {image.height} pixels: expected at least 1 x 1")
+    with _quiet_pillow():
+        try:
+            image.load()
+            with suppress(Exception):  # a damaged note on orientation is no reason to refuse the pixels
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                return _gray_to_rgb(image, white=65535.0)
+            if image.mode in ("I", "F"):
+                return _gray_to_rgb(image, white=None)
+            if image.has_transparency_data:
+                return _over_white(image)
+            return image.convert("RGB")
+        except Exception as error:  # see _decode
+            raise InputError(f"the picture (mode {image.mode}) cannot be read as RGB: {error}") from error
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # gray with alpha multiplied in: Pillow converts it to LA only
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _gray_to_rgb(image: Image.Image, white: float | None) -> Image.Image:
+    """Scale gray values so that `white` becomes 255; None chooses white as `to_rgb` describes."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float32), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    if white is None:
+        brightest = float(values.max(initial=0, where=np.isfinite(values)))
+        levels = [255.0, 65535.0] if image.mode == "I" else [1.0, 255.0, 65535.0]
+        white = next((level for level in levels if brightest <= level), brightest)
+    gray = np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(gray).convert("RGB")
+
+
+def preprocess(
+    image: Image.Image,
+    image_size: int,
+    mean: Sequence[float] = (0.5,) * 3,
+    std: Sequence[float] = (0.5,) * 3,
+    rescale_factor: float = 1 / 255,
+) -> Tensor:
+    """A picture of any size and mode as fp32 [C, image_size, image_size]; with the defaults in [-1, 1].
+
+    Equals `transformers`' SiglipImageProcessorPil on RGB pictures bit for bit. For that the types matter:
+    the rescaling is done in float64 and rounded to float32 once, then mean and std are applied in float32.
+
+    Raises InputError: as `to_rgb`.
+    """
+    resized = to_rgb(image).resize((image_size, image_size), BICUBIC)
+    pixels = (np.asarray(resized).astype(np.float64) * rescale_factor).astype(np.float32)
+    normalized = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(normalized.transpose(2, 0, 1)))  # [H, W, C] -> [C, H, W]
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """The settings of `preprocess`, as the Hub's preprocessor_config.json holds them.
+
+    `image_seq_length` is the number of image tokens that one picture becomes, N = (image_size / patch)^2.
+    Pixels do not depend on it, but PaliGemma's file keeps it here, and the prompt needs it. SigLIP's own
+    files lack it: None.
+    """
+
+    image_size: int = 224  # pixels, height = width
+    image_seq_length: int | None = None
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # after rescaling, one per channel
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise InputError(f"image_size is {self.image_size}: expected at least 1 pixel")
+        if self.image_seq_length is not None and self.image_seq_length < 1:
+            raise InputError(f"image_seq_length is {self.image_seq_length}: expected at least 1 image token")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise InputError(
+                    f"{name} has {len(getattr(self, name))} numbers: expected 3, for red, green, blue"
+                )
+        if 0 in self.image_std:
+            raise InputError("image_std contains 0, which pixels cannot be divided by: use 0.5 for SigLIP")
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any sizes and modes -> pixel_values [B, C, H, W], fp32.
+
+        Raises InputError: no pictures; otherwise as `to_rgb`.
+        """
+        if not images:
+            raise InputError("there are no pictures: give at least one")
+        return torch.stack(
+            [
+                preprocess(image, self.image_size, self.image_mean, self.image_std, self.rescale_factor)
+                for image in images
+            ]
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessor:
+        """From the contents of a preprocessor_config.json. Settings left out have SigLIP's values.
+
+        Raises InputError: a setting that would give other pixels than `preprocess` computes, or a value of
+        the wrong kind.
+        """
+        kind = values.get("image_processor_type") or "SiglipImageProcessor"
+        if kind not in ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"):
+            raise InputError(
+                f"image_processor_type is {kind!r}: only 'SiglipImageProcessor' is supported here"
+            )
+        for name, expected in _SUPPORTED.items():
+            value = values.get(name)
+            if value is not None and value != expected:
+                raise InputError(f"{name} is {value!r}: only {expected!r} is supported here")
+        size = values.get("size") or {"height": 224, "width": 224}
+        if (
+            not isinstance(size, Mapping)
+            or size.get("height") is None
+            or size.get("height") != size.get("width")
+        ):
+            raise InputError(f"size is {size!r}: expected a square such as {{'height': 224, 'width': 224}}")
+        try:
+            length = values.get("image_seq_length")
+            return cls(
+                image_size=int(size["height"]),
+                image_seq_length=None if length is None else int(length),
+                image_mean=tuple(float(value) for value in values.get("image_mean") or (0.5,) * 3),
+                image_std=tuple(float(value) for value in values.get("image_std") or (0.5,) * 3),
+                rescale_factor=float(values.get("rescale_factor") or 1 / 255),
+            )
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a value is of the wrong kind: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a preprocessor_config.json that `transformers` reads alike."""
+        return {
+            "image_processor_type": "SiglipImageProcessor",
+            "processor_class": "PaliGemmaProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": self.image_size, "width": self.image_size},
+            "resample": int(BICUBIC),
+            "do_rescale": True,
+            "rescale_factor": self.rescale_factor,
+            "do_normalize": True,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            **({} if self.image_seq_length is None else {"image_seq_length": self.image_seq_length}),
+        }
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ImageProcessor:
+        """From a folder: its preprocessor_config.json, or the same inside a newer processor_config.json.
+
+        Raises InputError: neither file, not JSON, or unsupported settings (see `from_dict`).
+        """
+        folder = Path(folder)
+        path = folder / "preprocessor_config.json"
+        nested = folder / "processor_config.json"  # what transformers 5 writes instead
+        if not path.is_file() and nested.is_file():
+            path = nested
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{folder} has no preprocessor_config.json: give a PaliGemma checkpoint folder"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as JSON ({error}): download it again") from error
+        if path == nested and isinstance(values, dict):
+            values = values.get("image_processor")
+        if not isinstance(values, dict):
+            raise InputError(f"{path} holds no image processor settings: download it again")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json into a folder, which is made when missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")

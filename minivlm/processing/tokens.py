@@ -1,0 +1,224 @@
+"""From text to token ids and back, in the form of Gemma's and PaliGemma's tokenizer.json.
+
+Gemma cuts text by byte-pair encoding (https://arxiv.org/abs/1508.07909) with spaces written as "▁" and, for
+every character outside its vocabulary, the bytes of its UTF-8 form: no text is unknown. PaliGemma adds 1024
+words for positions (`<loc0000>`), 128 for shapes (`<seg000>`) and the placeholder `<image>`, and fixes the
+form of a prompt. The cutting itself is left to the `tokenizers` library; what is here decides which texts
+may become which ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from minivlm.errors import InputError
+
+PAD, EOS, BOS, UNK, IMAGE = "<pad>", "<eos>", "<bos>", "<unk>", "<image>"
+LOC_TOKENS = [f"<loc{i:04}>" for i in range(1024)]  # a coordinate, see boxes.py
+SEG_TOKENS = [f"<seg{i:03}>" for i in range(128)]  # one cell of the shape inside a box
+
+# One piece is a word or a single other character, with the space before it; newlines and further spaces stand
+# alone.
+_PIECE = r"▁?[\p{L}\p{M}]+|▁?[^▁\n\p{L}\p{M}]|▁|\n"
+
+
+class Tokenizer:
+    """Text -> ids and back, with a wall between what a user types and what only the program may insert.
+
+    `<pad>`, `<bos>`, `<eos>`, `<image>` steer the model: padding, start, stop, "a picture goes here". Typed
+    by a user, they are plain text and become several ordinary tokens. `<loc>` and `<seg>` are words of the
+    vocabulary, which prompts may use ("segment the thing at <loc0256>..."), so they become their own ids
+    wherever they stand.
+
+    The `tokenizers.Tokenizer` given is taken over: missing `<image>`, `<loc>`, `<seg>` tokens are added to
+    it in the order in which PaliGemma's processor in `transformers` adds them (image first), and its
+    padding, truncation and automatic `<bos>` are switched off.
+
+    Raises InputError: no `<pad>`, `<bos>` or `<eos>` in the vocabulary.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        missing = [token for token in (PAD, BOS, EOS) if backend.token_to_id(token) is None]
+        if missing:
+            names = " and no ".join(missing)
+            raise InputError(f"the tokenizer has no {names}: use the tokenizer.json of Gemma or PaliGemma")
+        backend = _as_words(backend, {*LOC_TOKENS, *SEG_TOKENS})
+        backend.add_special_tokens([PAD, BOS, EOS, AddedToken(IMAGE, special=True, normalized=False)])
+        # Also where the vocabulary has them: only added tokens are looked up before the text is cut up.
+        backend.add_tokens([*LOC_TOKENS, *SEG_TOKENS])
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "encode them as text"
+        self.backend = backend
+
+        added = backend.get_added_tokens_decoder()
+        ids = {token.content: index for index, token in added.items()}
+        self.pad_id, self.bos_id, self.eos_id, self.image_id = ids[PAD], ids[BOS], ids[EOS], ids[IMAGE]
+        self.loc_ids = [ids[token] for token in LOC_TOKENS]  # 1024, in the order of the bins
+        self.seg_ids = [ids[token] for token in SEG_TOKENS]  # 128, in the order of the codes
+        specials = {index: token.content for index, token in added.items() if token.special}
+        self.special_ids = frozenset(specials)
+        self._inside_special = re.compile(
+            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in specials.values() if len(s) > 1)
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+        """From the tokenizer.json of a checkpoint folder.
+
+        Raises InputError: no such file, not a tokenizer, or tokens are missing (see the class).
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"{folder} has no tokenizer.json: give a PaliGemma checkpoint folder")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(f"{path} is not a tokenizer ({error}): download it again") from error
+        return cls(backend)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json, and the tokenizer_config.json that tells `transformers` how to load it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = {
+            # Not "GemmaTokenizer": transformers 5 then builds its own one and adds a `<mask>` past the end.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": "PaliGemmaProcessor",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "unk_token": UNK,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included: the least number of rows of an embedding for it."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a user's text. Nothing is added; `<image>`, `<bos>`, `<eos>`, `<pad>` in it are text.
+
+        Raises InputError: a string with half a surrogate pair in it, which is no Unicode text.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text is not valid Unicode at character {error.start}: remove that"
+            ) from error
+        ids = self._encode(text)
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        # A vocabulary may hold merges that build "<bos>" from its letters: cut the text inside such words.
+        return [index for part in self._inside_special.split(text) for index in self._encode(part)]
+
+    def _encode(self, text: str) -> list[int]:
+        # add_special_tokens=False: a Gemma file has a post-processor that would put <bos> first, and the
+        # prompt already has one.
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids; drops `<pad>`, `<bos>`, `<eos>`, `<image>`, keeps `<loc>` and `<seg>`.
+
+        Undoes `encode` for any text without "▁" (U+2581): Gemma writes spaces with that character, so a
+        literal one comes back as a space. Bytes that form no UTF-8 text come back as "\ufffd", ids outside
+        the vocabulary as nothing.
+        """
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def encode_prefix(self, prefix: str, image_seq_len: int) -> list[int]:
+        """The first segment (token type 0): image tokens, `<bos>`, the prompt and a newline.
+
+        The ids of `add_image_tokens_to_prompt`, but built from ids: an `<image>` or `<bos>` within the
+        prompt cannot add to them. image_seq_len 0 gives a row without a picture.
+        """
+        return [self.image_id] * image_seq_len + [self.bos_id] + self.encode(prefix + "\n")
+
+    def encode_suffix(self, suffix: str) -> list[int]:
+        """The second segment (token type 1): the answer and `<eos>`, which training teaches."""
+        return [*self.encode(suffix), self.eos_id]
+
+
+def _as_words(backend: tokenizers.Tokenizer, tokens: set[str]) -> tokenizers.Tokenizer:
+    """Where a file marks these tokens as special, a tokenizer in which they are words.
+
+    The library keeps a token special for good once it was, so the way is through the file's JSON.
+    """
+    if not any(
+        token.special and token.content in tokens for token in backend.get_added_tokens_decoder().values()
+    ):
+        return backend
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] &= token["content"] not in tokens
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def add_image_tokens_to_prompt(
+    prefix_prompt: str, bos_token: str, image_seq_len: int, image_token: str
+) -> str:
+    """The text of a prompt as PaliGemma saw it in training: `<image>` * N, `<bos>`, the prompt, a newline.
+
+    The image comes before `<bos>`, and the newline is a token of its own that says "now answer". For
+    showing: the package builds ids, where what a user types cannot be taken for a placeholder
+    (`Tokenizer.encode_prefix`).
+    """
+    return f"{image_token * image_seq_len}{bos_token}{prefix_prompt}\n"
+
+
+def build_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """A small tokenizer in Gemma's form, in which every word of the texts is one token.
+
+    Ids: 0 `<pad>`, 1 `<eos>`, 2 `<bos>`, 3 `<unk>`, then 256 bytes `<0x00>`..., the characters and words of
+    the texts, `<loc0000>`..., `<seg000>`..., and `<image>` last. A word with a space before it and the same
+    word at the start of a line are two tokens ("▁red", "red"), each there if the texts have it. Words
+    outside the texts are cut into pieces, in the end into bytes. The same texts in any order give the same
+    tokenizer.
+
+    Gemma has no pre-tokenizer. This one keeps merges inside words while learning; afterwards it changes
+    nothing, since no merge reaches across its cuts.
+    """
+    markers = re.compile("<loc[0-9]{4}>|<seg[0-9]{3}>|" + "|".join((PAD, EOS, BOS, UNK, IMAGE)))
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,  # out of reach for a small world: merging stops when every word is one token
+        initial_alphabet=["\n", "▁"],
+        show_progress=False,
+    )
+    learner.train_from_iterator((markers.sub("\n", text) for text in texts), trainer)
+    learned = json.loads(learner.to_str())["model"]
+
+    words = [PAD, EOS, BOS, UNK, *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={word: index for index, word in enumerate(words)},
+            merges=[tuple(merge) for merge in learned["merges"]],
+            unk_token=UNK,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = learner.pre_tokenizer
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens([PAD, EOS, BOS, UNK])
+    backend.add_tokens([*LOC_TOKENS, *SEG_TOKENS])
+    backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+    return backend
