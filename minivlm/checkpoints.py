@@ -1,0 +1,80 @@
+"""The state of a training run in one file that is always whole.
+
+Weights, optimizer state and step go into one safetensors file, which is written aside and then renamed:
+whenever the process is killed, the file on disk is either the old state or the new one. No pickle is
+involved, so that a state file from somebody else is safe to open.
+
+There is no random state to keep. Batch number n is a function of (seed, n), and nothing else is random.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minivlm.errors import InputError
+from minivlm.files import write_aside
+
+
+def save_state(
+    path: Path,
+    step: int,
+    modules: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    config: Mapping[str, Any],
+) -> None:
+    """Write everything that the next step depends on.
+
+    Raises InputError: the disk is full; the old file is untouched.
+    """
+    tensors = {f"weights.{name}": tensor for name, tensor in modules.state_dict().items()}
+    for kind, optimizer in optimizers.items():
+        for index, slots in optimizer.state_dict()["state"].items():
+            for slot, value in slots.items():
+                tensors[f"{kind}.{index}.{slot}"] = torch.as_tensor(value)
+    metadata = {"step": str(step), "config": json.dumps(dict(config))}
+    with write_aside(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def load_state(
+    path: Path, modules: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], config: Mapping[str, Any]
+) -> int:
+    """Put the state back and return the step.
+
+    Raises InputError: the file is damaged, or belongs to a run with another config.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): start the run anew in another folder") from error
+    saved = json.loads(metadata.get("config", "{}"))
+    differing = sorted(
+        name for name in saved.keys() | dict(config).keys() if saved.get(name) != config.get(name)
+    )
+    if differing:
+        changes = ", ".join(f"{name} {saved.get(name)} -> {config.get(name)}" for name in differing)
+        raise InputError(
+            f"{path.parent} holds a run with other settings ({changes}): use the old ones, or another folder"
+        )
+    modules.load_state_dict(_part(tensors, "weights."))
+    for kind, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _part(tensors, f"{kind}.").items():
+            index, slot = name.split(".")
+            state.setdefault(int(index), {})[slot] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return int(metadata["step"])
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

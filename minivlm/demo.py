@@ -1,0 +1,65 @@
+"""The demonstration: sample pictures, and prompts that show what the shipped model can do.
+
+The samples are drawn scenes from seeds that training never used, larger (256 pixels) than the model sees
+them (64), so that the whole way from a picture file to an answer is gone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from minivlm.errors import InputError
+from minivlm.files import write_aside
+from minivlm.scenes import Example, Scene, make_scene
+
+SAMPLES = Path("figures") / "samples"  # in the repository; elsewhere they are drawn when needed
+PROMPTS_FILE = "prompts.json"
+SAMPLE_TASKS = (
+    ("caption", "color", "detect"),
+    ("caption", "relation", "detect"),
+    ("caption", "count", "detect"),
+    ("caption", "size", "detect"),
+    ("caption", "existence", "detect"),
+    ("caption", "shape", "detect"),
+)
+
+
+def sample_scene(number: int) -> tuple[Scene, list[Example]]:
+    """Scene number 0 to 5 with its prompts and true answers."""
+    rng = np.random.default_rng([2026, number])
+    while True:
+        scene = make_scene(rng, "test")
+        examples = [scene.ask(task, rng) for task in SAMPLE_TASKS[number]]
+        if len(scene.things) >= 3 and all(example is not None for example in examples):
+            return scene, [example for example in examples if example is not None]
+
+
+def write_samples(folder: Path, pixels: int = 256) -> None:
+    """Draw the sample pictures into a folder, with prompts.json: picture name -> prompts."""
+    prompts = {}
+    for number in range(len(SAMPLE_TASKS)):
+        scene, examples = sample_scene(number)
+        name = f"scene_{number + 1}.png"
+        with write_aside(folder / name) as temporary:
+            scene.draw(pixels).save(temporary, format="PNG")
+        prompts[name] = [example.prefix for example in examples]
+    with write_aside(folder / PROMPTS_FILE) as temporary:
+        temporary.write_text(json.dumps(prompts, indent=2) + "\n", encoding="utf-8")
+
+
+def read_samples(folder: Path) -> dict[Path, list[str]]:
+    """Picture -> prompts of a folder with a prompts.json.
+
+    Raises InputError: no such file, or it does not hold lists of prompts by picture name.
+    """
+    path = folder / PROMPTS_FILE
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+        return {folder / name: [str(prompt) for prompt in some] for name, some in prompts.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f'{path} cannot be read ({error}): expected {{"picture.png": ["prompt", ...]}}'
+        ) from error

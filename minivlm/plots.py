@@ -1,0 +1,70 @@
+"""What the command line and the notebooks draw: boxes on pictures, training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from minivlm.processing import Box
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BOX_COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+SHORTEST_SIDE = 320  # pixels; smaller pictures are enlarged, so that a label can be read
+
+
+def draw_boxes(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """A copy of the picture, enlarged where it is small, with each box and its name. Pixels of `picture`."""
+    scale = max(1.0, SHORTEST_SIDE / min(picture.size))
+    # A strip a few pixels high would grow beyond all measure.
+    scale = min(scale, max(1.0, 4096 / max(picture.size)))
+    size = (round(picture.width * scale), round(picture.height * scale))
+    canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=max(12, min(size) // 24))
+    for number, box in enumerate(boxes):
+        color = BOX_COLORS[number % len(BOX_COLORS)]
+        x0, y0, x1, y1 = (round(value * scale) for value in box[:4])
+        pen.rectangle((x0, y0, x1, y1), outline=color, width=max(2, min(size) // 160))
+        if box.name:
+            _, _, width, height = pen.textbbox((0, 0), box.name, font=font)
+            left = max(0, min(x0, size[0] - int(width) - 6))
+            top = y0 - height - 4 if y0 > height + 4 else min(y1 + 2, size[1] - height - 4)
+            pen.rectangle((left, top, left + width + 6, top + height + 4), fill=color)
+            pen.text((left + 3, top + 1), box.name, fill="white", font=font)
+    return canvas
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """One picture of several, left to right on white, tops aligned."""
+    gap = 8
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + gap
+    return sheet
+
+
+def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
+    """Losses over steps from the lines of a run's log.jsonl, the stages shaded."""
+    from matplotlib.figure import Figure  # imported late: the command line should start fast
+
+    figure = Figure(figsize=(7, 3.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("patch", "what lies on each patch"), ("answer", "answers")):
+        points = [(line["step"], line[name]) for line in log if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    for stage, shade in (("tower", "0.92"), ("prefix", "0.92")):
+        steps = [line["step"] for line in log if line["stage"] == stage]
+        if steps:
+            axes.axvspan(min(steps), max(steps), color=shade, zorder=0)
+            axes.text(min(steps), axes.get_ylim()[1], f" {stage}", va="top", fontsize=8)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(frameon=False)
+    return figure
