@@ -1,0 +1,63 @@
+"""Checks of the exercises: they say what went wrong, not only that something did.
+
+One module per notebook, `checks.patches` for 01_patches and so on. Each exercise has a check function of
+the exercise's name that takes what the reader wrote and prints "Right: ..." or raises `NotYet` with the
+likely mistake, and a reference solution in `solutions` that the notebook's catch-up cell uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NotYet(AssertionError):
+    """An exercise's answer is not right yet. The message names the likely mistake."""
+
+
+def right(message: str) -> None:
+    """Tell the reader that the exercise is solved, and what that shows."""
+    print(f"Right: {message}")
+
+
+def expect(condition: bool, hint: str) -> None:
+    """Raise NotYet with the hint unless the condition holds."""
+    if not condition:
+        raise NotYet(hint)
+
+
+def call(answer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run the reader's function; an exercise still blank is a NotYet, other errors say where they come from."""
+    try:
+        result = answer(*args, **kwargs)
+    except NotImplementedError as error:
+        raise NotYet("the exercise is still blank: replace the line that raises by your own") from error
+    except Exception as error:
+        raise NotYet(f"your code stops with {type(error).__name__}: {error}") from error
+    if result is None:
+        raise NotYet("your function returns nothing: is a `return` missing?")
+    return result
+
+
+def expect_tensor(result: Any, reference: Tensor, what: str = "the result", tolerance: float = 1e-5) -> None:
+    """Compare type, shape, and values with the reference, in this order."""
+    expect(isinstance(result, Tensor), f"{what} should be a tensor, it is a {type(result).__name__}")
+    expect(
+        tuple(result.shape) == tuple(reference.shape),
+        f"{what} has shape {list(result.shape)}, expected {list(reference.shape)}",
+    )
+    difference = (result.double() - reference.double()).abs().max().item()
+    limit = tolerance * max(1.0, reference.double().abs().max().item())
+    expect(difference <= limit, f"{what} has the right shape, but is off by up to {difference:.4g}")
+
+
+def same(result: Any, reference: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether a result equals a tensor; used to recognize known mistakes."""
+    return (
+        isinstance(result, Tensor)
+        and result.shape == reference.shape
+        and torch.allclose(result.double(), reference.double(), atol=tolerance, rtol=tolerance)
+    )
