@@ -96,6 +96,8 @@ class SceneBatches(Dataset[Batch]):
         pictures: per batch.
         questions: per picture.
         packed: all questions of a picture in one row, or a row for each.
+        row_tokens: length of a packed row; questions that no longer fit are left out, others tried instead,
+            so that little of a batch is padding. None packs the first questions, whatever their length.
         first_step: number of the first batch in the run, when another stage came before.
         easy_from, easy_to: the share of easy scenes falls from 1 to `easy_least` between these steps.
     """
@@ -110,6 +112,7 @@ class SceneBatches(Dataset[Batch]):
         pictures: int,
         questions: int,
         packed: bool = True,
+        row_tokens: int | None = None,
         first_step: int = 0,
         easy_from: int = 0,
         easy_to: int = 0,
@@ -119,6 +122,7 @@ class SceneBatches(Dataset[Batch]):
         self.grid = processor.image_processor.image_size // patch_size
         self.seed, self.steps, self.first_step = seed, steps, first_step
         self.pictures, self.questions, self.packed = pictures, questions, packed
+        self.row_tokens = row_tokens
         self.easy_from, self.easy_to, self.easy_least = easy_from, easy_to, easy_least
         self._locs = frozenset(processor.tokenizer.loc_ids)
         self._encode = lru_cache(maxsize=50_000)(self._encode_text)
@@ -137,9 +141,21 @@ class SceneBatches(Dataset[Batch]):
         rng = np.random.default_rng([self.seed, self.first_step + step])
         easy = rng.random(self.pictures) < self.easy_share(step)
         scenes = [make_scene(rng, "train", easy=bool(one)) for one in easy]
-        examples = [list(islice(scene.examples(rng), self.questions)) for scene in scenes]
-        smooth = rng.random(self.pictures) < 0.5
+        examples = [self._choose(scene, rng) for scene in scenes]
+        smooth = rng.random(self.pictures) < 0.25
         return self._batch(scenes, smooth, examples)
+
+    def _choose(self, scene: Scene, rng: np.random.Generator) -> list[Example]:
+        if self.row_tokens is None:
+            return list(islice(scene.examples(rng), self.questions))
+        chosen: list[Example] = []
+        room = self.row_tokens
+        for example in islice(scene.examples(rng), 2 * self.questions):
+            length = 2 + len(self._encode(example.prefix + "\n")) + len(self._encode(example.suffix))
+            if length <= room:
+                chosen.append(example)
+                room -= length
+        return chosen
 
     def _batch(self, scenes: list[Scene], smooth: np.ndarray, examples: list[list[Example]]) -> Batch:
         size = self.processor.image_processor.image_size

@@ -155,13 +155,15 @@ class Scene:
         return tuple(thing for thing in self.things if thing.name == name)
 
     def examples(self, rng: np.random.Generator) -> Iterator[Example]:
-        """Prompts with answers in random order, without end and never twice the same task in a row of eight.
+        """Prompts with answers, without end, in rounds of all tasks in random order.
 
-        Every task comes about equally often; a task that this scene offers no question for is left out.
+        Relations come twice a round, as they are the slowest to learn. A task that this scene offers no
+        question for is left out.
         """
+        round_of_tasks = (*TASKS, "relation")
         while True:
-            for index in rng.permutation(len(TASKS)):
-                example = _ASK[TASKS[index]](self, rng)
+            for index in rng.permutation(len(round_of_tasks)):
+                example = _ASK[round_of_tasks[index]](self, rng)
                 if example is not None:
                     yield example
 
@@ -234,9 +236,13 @@ def _place(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[Thing
     things: list[Thing] = []
     for color, shape in pairs:
         for _ in range(20):
-            size = list(SIZES)[rng.integers(3)]
-            radius = float(rng.uniform(*SIZES[size]))
-            x, y = (float(v) for v in rng.uniform(radius + 0.5, WORLD - radius - 0.5, size=2))
+            # One call for all four numbers: small calls are what drawing spends its time on.
+            which, how_large, how_far, how_deep = rng.random(4).tolist()
+            size = tuple(SIZES)[int(3 * which)]
+            least, most = SIZES[size]
+            radius = least + (most - least) * how_large
+            room = WORLD - 2 * radius - 1.0
+            x, y = radius + 0.5 + room * how_far, radius + 0.5 + room * how_deep
             clear = all(
                 math.hypot(x - other.x, y - other.y) > radius + other.radius + _GAP
                 and abs(x - other.x) > _ORDER_GAP

@@ -52,15 +52,17 @@ class TrainingConfig:
     text_width: int = 128
     text_layers: int = 4
     text_heads: int = 4
-    tower_steps: int = 1800
-    packed_steps: int = 5600
-    prefix_steps: int = 1000
+    tower_steps: int = 1500
+    packed_steps: int = 5000
+    prefix_steps: int = 900
     tower_pictures: int = 128  # per step
     pictures: int = 48
-    questions: int = 6  # per picture, packed
+    questions: int = 8  # per picture at most, packed
+    row_tokens: int = 84  # of packed questions
     prefix_questions: int = 3
     muon_lr: float = 0.02
     adamw_lr: float = 0.003
+    tower_lr_factor: float = 0.3  # of the tower's rates in stages 2 and 3
     weight_decay: float = 0.02
     warmup_steps: int = 100
     clip: float = 1.0
@@ -227,10 +229,18 @@ class Run:
         bf16 = config.bf16 if config.bf16 is not None else torch.cpu._is_avx512_bf16_supported()
         self.working = copy.deepcopy(self.masters).to(torch.bfloat16 if bf16 else torch.float32)
         self.soft = SoftTargets(self.processor.tokenizer, config.loc_sigma)
-        matrices: list[Tensor] = []
-        others: list[Tensor] = []
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}  # by (is a block's matrix, is in the tower)
         for name, parameter in self.masters.named_parameters():
-            (matrices if ".layers." in name and parameter.dim() == 2 else others).append(parameter)
+            key = (".layers." in name and parameter.dim() == 2, "vision_tower." in name)
+            groups.setdefault(key, []).append(parameter)
+        matrices, others = (
+            [
+                {"params": params, "tower": tower}
+                for (matrix, tower), params in groups.items()
+                if matrix == wanted
+            ]
+            for wanted in (True, False)
+        )
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay),
             "adamw": torch.optim.AdamW(
@@ -263,6 +273,7 @@ class Run:
                     config.packed_steps,
                     config.pictures,
                     config.questions,
+                    row_tokens=config.row_tokens,
                     first_step=first,
                     easy_from=easy_from,
                     easy_to=easy_to,
@@ -312,10 +323,13 @@ class Run:
             copied.grad = None
         nn.utils.clip_grad_norm_(masters, self.config.clip)
         factor = self._schedule()
+        alone = self.config.stage(self.step) == "tower"
         for name, optimizer in self.optimizers.items():
             peak = self.config.muon_lr if name == "muon" else self.config.adamw_lr
             for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+                # What the tower has learned alone should not be erased by a decoder that knows nothing yet.
+                slow = group["tower"] and not alone
+                group["lr"] = peak * factor * (self.config.tower_lr_factor if slow else 1.0)
             optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(working, masters)

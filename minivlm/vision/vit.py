@@ -84,7 +84,7 @@ class SiglipVisionModel(nn.Module):
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
-                f"pixel_values has shape {list(pixel_values.shape)}, expected [B, *{expected}]: "
+                f"pixel_values has shape {list(pixel_values.shape)}, expected [B, {str(expected)[1:-1]}]: "
                 "prepare pictures with the processor of the same folder"
             )
         x = self.embeddings(pixel_values)
