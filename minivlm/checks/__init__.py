@@ -7,11 +7,22 @@ likely mistake, and a reference solution in `solutions` that the notebook's catc
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a notebook when it is first used: `checks.patches`."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        raise AttributeError(f"there are no checks called {name!r}") from error
 
 
 class NotYet(AssertionError):

@@ -1,0 +1,85 @@
+"""The checks of 00_tour accept the solutions and say what is wrong with likely mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from notebooks_and_sources import ROOT, read_cells
+
+from minivlm import checks
+from minivlm.checks import NotYet
+
+NOTEBOOK = ROOT / "notebooks" / "00_tour.ipynb"
+EXERCISES = ("ask", "sequence_length", "to_pixels")
+
+
+def blank(*args: Any) -> None:
+    raise NotImplementedError("your turn")
+
+
+def ask_list(model: Any, processor: Any, picture: Any, prompt: str) -> Any:
+    return processor.decode(model.generate(**processor([picture], [prompt])))
+
+
+def ask_ids(model: Any, processor: Any, picture: Any, prompt: str) -> Any:
+    return model.generate(**processor([picture], [prompt]))
+
+
+def ask_one_prompt(model: Any, processor: Any, picture: Any, prompt: str) -> Any:
+    return checks.tour.solutions.ask(model, processor, picture, "what color is the circle?")
+
+
+WRONG: list[tuple[str, Callable[..., Any], str]] = [
+    ("ask", ask_list, "list"),
+    ("ask", ask_ids, "processor.decode"),
+    ("ask", ask_one_prompt, "every prompt"),
+    ("sequence_length", lambda i, p, t: (i // p) ** 2 + t, "two tokens"),
+    ("sequence_length", lambda i, p, t: (i // p) ** 2 + t + 1, "one of the two"),
+    ("sequence_length", lambda i, p, t: i // p + t + 2, "squared"),
+    ("sequence_length", lambda i, p, t: (i / p) ** 2 + t + 2, "dropped"),
+    (
+        "to_pixels",
+        lambda b, w, h: [b[0] / 1023 * w, b[1] / 1023 * h, b[2] / 1023 * w, b[3] / 1023 * h],
+        "swap",
+    ),
+    (
+        "to_pixels",
+        lambda b, w, h: [b[1] / 1024 * w, b[0] / 1024 * h, b[3] / 1024 * w, b[2] / 1024 * h],
+        "1024",
+    ),
+    (
+        "to_pixels",
+        lambda b, w, h: [b[1] / 1023 * w, b[0] / 1023 * w, b[3] / 1023 * w, b[2] / 1023 * w],
+        "height",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_accepts_the_solution(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    getattr(checks.tour, name)(getattr(checks.tour.solutions, name))
+    assert capsys.readouterr().out.startswith("Right: ")
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_accepts_the_notebooks_own_solution(name: str) -> None:
+    cells = [
+        cell for cell in read_cells(NOTEBOOK) if "exercise" in cell.tags and f"def {name}(" in cell.source
+    ]
+    scope: dict[str, Any] = {}
+    exec(cells[0].source, scope)
+    getattr(checks.tour, name)(scope[name])
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_blank_is_not_yet(name: str) -> None:
+    with pytest.raises(NotYet, match="blank"):
+        getattr(checks.tour, name)(blank)
+
+
+@pytest.mark.parametrize(("name", "answer", "hint"), WRONG)
+def test_names_the_mistake(name: str, answer: Callable[..., Any], hint: str) -> None:
+    with pytest.raises(NotYet, match=hint):
+        getattr(checks.tour, name)(answer)
