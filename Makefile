@@ -11,10 +11,13 @@ BIN     := $(VENV)/bin
 PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --retries 1 -c constraints.txt
 READY   := $(VENV)/.ready-notebooks
 DEV     := $(VENV)/.ready-dev
+# Strict: every output that was stored has to come out again. One thread, so that sums are added in the same order.
+NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
+           --nbval-cell-timeout 120 --nbval-sanitize-with tests/sanitize.cfg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lab clean
+.PHONY: help demo test lab notebooks clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +31,10 @@ test: $(DEV) ## check style, types and spelling, then run every test
 	$(BIN)/python -m mypy
 	$(BIN)/python -m codespell_lib
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(NBVAL) notebooks/
+
+notebooks: $(DEV) ## run every notebook from a clean kernel and store its outputs
+	$(BIN)/python notebooks/execute.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter-lab $(wildcard notebooks)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -314,7 +315,10 @@ def _train(options: argparse.Namespace) -> None:
     chosen: dict[str, Any] = {
         name: getattr(options, name) for name in names if getattr(options, name) is not None
     }
+    started = time.monotonic()
     train(options.out, TrainingConfig(**chosen), resume=options.resume, save_every=options.save_every)
+    minutes = (time.monotonic() - started) / 60
+    print(f"Trained for {minutes:.1f} minutes with {torch.get_num_threads()} threads.")
     print(f"The model is in {options.out}. Measure it:\n  minivlm eval --model {options.out}")
 
 

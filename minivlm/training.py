@@ -1,6 +1,6 @@
 """Training a tiny PaliGemma from nothing, on drawn scenes, in minutes on a laptop.
 
-Three stages, each for a reason that was measured (docs and notebooks tell how):
+Three stages:
 
 1. tower: one linear head per image token learns what lies on its patch. Without this the tower collapses:
    its tokens become alike, the answers are guesses, and the loss takes very long to tell.
