@@ -45,10 +45,12 @@ def box_to_tokens(box_xyxy: Sequence[float] | Box, width: float, height: float) 
     round. The parts of a box outside the picture are cut off by the clip. Back and forth, an edge moves by
     at most half a bin.
 
-    Raises InputError: a picture without area, a box without area or with numbers that are not finite.
+    Raises InputError: a picture without area; a box without area, with too few numbers or an infinite one.
     """
     _check_size(width, height)
-    x0, y0, x1, y1 = (float(value) for value in tuple(box_xyxy)[:4])  # type: ignore[arg-type]
+    if len(box_xyxy) < 4:
+        raise InputError(f"the box has {len(box_xyxy)} numbers: expected x0, y0, x1, y1")
+    x0, y0, x1, y1 = (float(value) for value in box_xyxy[:4])
     if not all(math.isfinite(value) for value in (x0, y0, x1, y1)):
         raise InputError(f"the box ({x0}, {y0}, {x1}, {y1}) has a number that is not finite")
     if not (x0 < x1 and y0 < y1):

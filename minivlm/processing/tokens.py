@@ -114,13 +114,12 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text is not valid Unicode at character {error.start}: remove that"
-            ) from error
+            raise InputError(f"character {error.start} of the text is not Unicode: remove it") from error
         ids = self._encode(text)
         if self.special_ids.isdisjoint(ids):
             return ids
-        # A vocabulary may hold merges that build "<bos>" from its letters: cut the text inside such words.
+        # Merges may build "<bos>" from its letters, and a pickled copy of the backend forgets the switch that
+        # __init__ set: cut the text inside such words.
         return [index for part in self._inside_special.split(text) for index in self._encode(part)]
 
     def _encode(self, text: str) -> list[int]:
@@ -157,9 +156,8 @@ def _as_words(backend: tokenizers.Tokenizer, tokens: set[str]) -> tokenizers.Tok
 
     The library keeps a token special for good once it was, so the way is through the file's JSON.
     """
-    if not any(
-        token.special and token.content in tokens for token in backend.get_added_tokens_decoder().values()
-    ):
+    added = backend.get_added_tokens_decoder().values()
+    if not any(token.special and token.content in tokens for token in added):
         return backend
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
