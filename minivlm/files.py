@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -45,7 +45,8 @@ def write_aside(path: Path) -> Iterator[Path]:
             "permissions, or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or never made
+            temporary.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -75,7 +75,7 @@ def _download(repo_id: str) -> Path:
     except Exception as error:  # whatever its HTTP library raises, which changes from version to version
         raise InputError(
             f"there is no folder {repo_id}, and it cannot be had from the Hub or its cache on this machine "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}): check the connection, or copy the folder"
+            f"({type(error).__name__}: {_first_line(error)}): check the connection, or copy the folder here"
         ) from error
     return Path(folder)
 
@@ -111,7 +111,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 for name in file.keys():  # noqa: SIM118, it is not a dict
                     tensors[name] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged or incomplete ({error}): download it again") from error
+            raise InputError(f"{path} is damaged or incomplete ({error}): get it again") from error
     return tensors
 
 
@@ -125,7 +125,7 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
-            raise InputError(f"{folder} lacks {_few(missing)}, named in {INDEX}: download it again")
+            raise InputError(f"{folder} lacks {_few(missing)}, named in {INDEX}: get the folder again")
         return shards
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
@@ -229,6 +229,10 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout
     with write_aside(folder / "config.json") as config_path, write_aside(folder / WEIGHTS) as weights_path:
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, weights_path, metadata={"format": "pt"})  # transformers refuses a file without it
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _few(names: list[str]) -> str:

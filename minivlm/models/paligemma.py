@@ -167,9 +167,8 @@ class PaliGemma(nn.Module):
         mask = masks.prefix_lm(position_ids, cache.key_positions, prefix_lengths)
         mask = mask & masks.padding(cache.key_is_real)
         hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
-        last = torch.where(attention_mask.bool(), position_ids, -1).argmax(
-            dim=1
-        )  # [B], on either padding side
+        # The last real token of a row is the one with the highest position, whichever side is padded.
+        last = torch.where(attention_mask.bool(), position_ids, -1).argmax(dim=1)  # [B]
         return hidden_states[torch.arange(len(last), device=last.device), last], cache
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
