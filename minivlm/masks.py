@@ -5,7 +5,7 @@ few lines then serve training, prefill, decoding with a cache, and padded batche
 and `|`, and add the axis of heads at the end: `mask[:, None]`.
 
 Drawings: rows are queries, columns are keys, 1 = may look.
-Source of the prefix-LM form: PaliGemma, section 3.2.2 (https://arxiv.org/abs/2407.07726).
+Source of the prefix-LM form: PaliGemma, section 3.1 (https://arxiv.org/abs/2407.07726).
 """
 
 from __future__ import annotations

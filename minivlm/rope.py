@@ -21,7 +21,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float = 10000.0) -
     Args:
         position_ids: [B, T] integers.
         head_dim: width Dh of one head.
-        theta: base of the geometric series of wavelengths, from 2 pi to 2 pi theta positions.
+        theta: base of the geometric series of wavelengths, from 2 pi to nearly 2 pi theta positions.
 
     Returns:
         cos, sin: [B, 1, T, Dh] in fp32; the axis of size 1 stands for all heads.
