@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from minivlm import masks
-from minivlm.processing import Processor
+from minivlm.processing import Processor, Tokenizer
 from minivlm.scenes import Example, Scene, make_scene
 
 PADDING = -1  # block number of padding; 0 is the image, questions count from 1
@@ -125,7 +125,6 @@ class SceneBatches(Dataset[Batch]):
         self.row_tokens = row_tokens
         self.easy_from, self.easy_to, self.easy_least = easy_from, easy_to, easy_least
         self._locs = frozenset(processor.tokenizer.loc_ids)
-        self._encode = lru_cache(maxsize=50_000)(self._encode_text)
 
     def __len__(self) -> int:
         return self.steps
@@ -216,5 +215,11 @@ class SceneBatches(Dataset[Batch]):
             return WEIGHTS["loc"]
         return WEIGHTS["word" if task in ("caption", "detect") else "answer"]
 
-    def _encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.processor.tokenizer.encode(text))
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return _encode(self.processor.tokenizer, text)
+
+
+# The cache is the module's and not an object's: a worker process that does not fork gets a pickled object.
+@lru_cache(maxsize=50_000)
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text))

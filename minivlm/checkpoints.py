@@ -10,7 +10,7 @@ There is no random state to keep. Batch number n is a function of (seed, n), and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def save_state(
     modules: nn.Module,
     optimizers: Mapping[str, torch.optim.Optimizer],
     config: Mapping[str, Any],
+    unlogged: Sequence[Mapping[str, float]] = (),
 ) -> None:
-    """Write everything that the next step depends on.
+    """Write everything that the next step depends on, and the losses that the next line of the log needs.
 
     Raises InputError: the disk is full; the old file is untouched.
     """
@@ -39,15 +40,15 @@ def save_state(
         for index, slots in optimizer.state_dict()["state"].items():
             for slot, value in slots.items():
                 tensors[f"{kind}.{index}.{slot}"] = torch.as_tensor(value)
-    metadata = {"step": str(step), "config": json.dumps(dict(config))}
+    metadata = {"step": str(step), "config": json.dumps(dict(config)), "unlogged": json.dumps(unlogged)}
     with write_aside(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def load_state(
     path: Path, modules: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], config: Mapping[str, Any]
-) -> int:
-    """Put the state back and return the step.
+) -> tuple[int, list[dict[str, float]]]:
+    """Put the state back and return the step and the unlogged losses.
 
     Raises InputError: the file is damaged, or belongs to a run with another config.
     """
@@ -73,7 +74,7 @@ def load_state(
             index, slot = name.split(".")
             state.setdefault(int(index), {})[slot] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(metadata["step"])
+    return int(metadata["step"]), json.loads(metadata.get("unlogged", "[]"))
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

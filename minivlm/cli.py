@@ -7,6 +7,7 @@ output as they are generated; progress bars go to standard error, and only to a 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -54,26 +55,37 @@ class _Parser(argparse.ArgumentParser):
     """Errors as one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except InputError as error:
-        print(f"minivlm: error: {error}", file=sys.stderr)
+        print(f"minivlm: error: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minivlm: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (head, less) has left; without this, Python would complain while flushing at exit.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # the reader (head, less) has left, which is no mistake
+            print(f"minivlm: error: cannot write the answers: {error.strerror or error}", file=sys.stderr)
+        # Without this, Python would try once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _one_line(message: str) -> str:
+    """The name of a file, for instance, may have several."""
+    return " ".join(message.splitlines())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,9 +142,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("runs") / "tiny", help="folder for the model (default: runs/tiny)"
     )
     training.add_argument("--resume", action="store_true", help="continue the run in --out")
-    training.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="(default: 250)")
     training.add_argument(
-        "--threads", type=int, metavar="N", help="threads to compute with (default: all cores)"
+        "--save-every", type=_at_least_1, default=250, metavar="STEPS", help="(default: 250)"
+    )
+    training.add_argument(
+        "--threads", type=_at_least_1, metavar="N", help="threads to compute with (default: all cores)"
     )
     _add_recipe(training)
     training.set_defaults(run=_train)
@@ -171,11 +185,19 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _load(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
     try:
-        device = torch.empty(0, device=options.device).device
+        one = torch.ones(1, device=options.device)
+        one.item()  # some devices exist but hold no numbers
+        device = one.device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(
             f"device {options.device!r} cannot be used here ({reason}): try --device cpu"
         ) from error
@@ -213,6 +235,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _ask(options: argparse.Namespace) -> None:
     prompts = [*options.prompt, *_read_prompts(options.prompts_file)]
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError('a --prompt is empty: ask something, such as "caption en"')
     if not prompts:
         raise InputError('there is nothing to ask: add --prompt "caption en" or --prompts-file FILE')
     if options.draw is not None:
@@ -225,15 +249,13 @@ def _ask(options: argparse.Namespace) -> None:
         found: list[Box] = []
         for prompt in prompts:
             pieces = _stream_answer(model, processor, picture, prompt, options)
-            if options.json:
-                answer = "".join(pieces)
-            else:
-                print(f"{path} | {prompt}", flush=True)
-                answer = ""
-                for piece in pieces:
+            answer = next(pieces)  # what is refused here is refused before anything is printed
+            if not options.json:
+                print(f"{path} | {prompt}\n{answer}", end="", flush=True)
+            for piece in pieces:
+                answer += piece
+                if not options.json:
                     print(piece, end="", flush=True)
-                    answer += piece
-                print()
             boxes = text_to_boxes(answer, *picture.size)
             found += boxes
             if options.json:
@@ -243,11 +265,13 @@ def _ask(options: argparse.Namespace) -> None:
                     "answer": answer,
                     "boxes": [{"name": box.name, "box": [round(v, 1) for v in box[:4]]} for box in boxes],
                 }
-                print(json.dumps(line, ensure_ascii=False), flush=True)
+                print(json.dumps(line), flush=True)
             else:
+                print()
                 for box in boxes:
                     print(f"  {box.name}: {[round(v, 1) for v in box[:4]]}")
-        drawn.append(draw_boxes(picture, found))
+        if options.draw is not None:
+            drawn.append(draw_boxes(picture, found))
     if options.draw is not None:
         _save_picture(side_by_side(drawn), options.draw)
         if not options.json:
@@ -297,10 +321,13 @@ def _stream_answer(
 
 
 def _check_picture_name(path: Path) -> None:
-    if path.suffix.lower() not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), format=kind)
+    except (KeyError, OSError, ValueError) as error:  # unknown, can only be read, or holds no colors
         raise InputError(
-            f"{path} has no ending that names a picture format: use something like {path.stem}.png"
-        )
+            f"{path} has no ending that names a picture format to write: use something like {path.stem}.png"
+        ) from error
 
 
 def _save_picture(picture: Image.Image, path: Path) -> None:

@@ -17,7 +17,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +36,13 @@ from minivlm.batches import Batch, SceneBatches, question_mask
 from minivlm.checkpoints import load_state, save_state
 from minivlm.configs import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from minivlm.errors import InputError
+from minivlm.files import write_aside
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer
 from minivlm.scenes import COLORS, SHAPES, SIZES, WORLD, vocabulary
 
 LOC_BINS = 1024
+CONTEXT = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,35 @@ class TrainingConfig:
     dense_weight: float = 0.5  # of the tower's own loss in stages 2 and 3
     loc_sigma: float = 6.0  # bins; soft targets for coordinates
     bf16: bool | None = None  # None: where the CPU has instructions for it
+
+    def __post_init__(self) -> None:
+        """Raises InputError: a number that no model can be built from or trained with."""
+        may_be_zero = ("seed", "tower_steps", "packed_steps", "prefix_steps")
+        for name, value in asdict(self).items():
+            least = 0 if isinstance(value, float) or name in may_be_zero else 1
+            least = 16 if name == "row_tokens" else least  # a short question with its answer
+            if name != "bf16" and not least <= value < 2**32:
+                raise InputError(f"{name} is {value}: choose a number from {least} to below 2^32")
+        if self.total_steps == 0:
+            raise InputError("no stage has any steps: nothing would be trained")
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size {self.image_size} does not divide into patches of {self.patch_size}: "
+                "choose a multiple"
+            )
+        if (self.image_size // self.patch_size) ** 2 > CONTEXT - 128:  # tokens for a question and an answer
+            raise InputError(
+                f"pictures of {self.image_size} pixels in patches of {self.patch_size} leave no room for "
+                f"words in {CONTEXT} tokens: choose larger patches"
+            )
+        # The tower's start positions have four parts; rotary positions turn pairs of numbers in each head.
+        multiples = {"tower": math.lcm(4, self.tower_heads), "text": 2 * self.text_heads}
+        for part, multiple in multiples.items():
+            width = getattr(self, f"{part}_width")
+            if width % multiple:
+                raise InputError(
+                    f"{part}_width is {width}: with this number of heads, choose a multiple of {multiple}"
+                )
 
     @property
     def total_steps(self) -> int:
@@ -109,7 +144,7 @@ def build(config: TrainingConfig) -> tuple[PaliGemma, Processor]:
                 num_key_value_heads=1,
                 head_dim=config.text_width // config.text_heads,
                 vocab_size=tokenizer.vocab_size,
-                max_position_embeddings=512,
+                max_position_embeddings=CONTEXT,
             ),
             image_token_id=tokenizer.image_id,
             pad_token_id=tokenizer.pad_id,
@@ -293,6 +328,7 @@ class Run:
             sampler=range(self.step, config.total_steps),
             num_workers=1,
             prefetch_factor=4,
+            worker_init_fn=_ignore_interrupts,
         )
         return iter(loader)
 
@@ -367,7 +403,10 @@ def train(
     Raises InputError: `out` holds a run and `resume` is not set, or the other way round, or the run has
     another config.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
     state_file, log_file = out / "state.safetensors", out / "log.jsonl"
     if state_file.exists() and not resume:
         raise InputError(
@@ -377,18 +416,18 @@ def train(
         raise InputError(f"{out} holds no training run to resume: leave out --resume to start one")
     run = Run(config)
     log: list[dict[str, Any]] = []
+    unlogged: list[dict[str, float]] = []  # losses of the steps since the last line of the log
     if resume:
-        run.step = load_state(state_file, run.masters, run.optimizers, asdict(config))
+        run.step, unlogged = load_state(state_file, run.masters, run.optimizers, asdict(config))
         run.working.load_state_dict(run.masters.state_dict())
-        if log_file.exists():
-            lines = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
-            log = [line for line in lines if line["step"] <= run.step]
+        log = [line for line in _read_log(log_file) if line["step"] <= run.step]
 
     def save() -> None:
-        save_state(state_file, run.step, run.masters, run.optimizers, asdict(config))
-        log_file.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+        # The log first: killed in between, it has lines too many, which are easily left out.
+        with write_aside(log_file) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+        save_state(state_file, run.step, run.masters, run.optimizers, asdict(config), unlogged)
 
-    sums: dict[str, float] = {}
     bar = tqdm(
         run.batches(),
         initial=run.step,
@@ -396,7 +435,7 @@ def train(
         unit="step",
         disable=None if progress is None else not progress,
     )
-    try:
+    with _note_interrupts() as interrupted:
         for batch in bar:
             losses = run.advance(batch)
             if not all(value < float("inf") for value in losses.values()):
@@ -404,19 +443,62 @@ def train(
                     f"the loss is not a number at step {run.step}: try a lower learning rate, "
                     f"such as --muon-lr {config.muon_lr / 2:g} --adamw-lr {config.adamw_lr / 2:g}"
                 )
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value / log_every
+            unlogged.append(losses)
             if run.step % log_every == 0:
-                log.append({"step": run.step, "stage": config.stage(run.step - 1), **sums})
+                means = _means(unlogged)
+                unlogged = []
+                log.append({"step": run.step, "stage": config.stage(run.step - 1), **means})
                 bar.set_postfix(
-                    {name: f"{value:.3f}" for name, value in sums.items()}, stage=log[-1]["stage"]
+                    {name: f"{value:.3f}" for name, value in means.items()}, stage=log[-1]["stage"]
                 )
-                sums = {}
+            if interrupted():
+                save()
+                raise KeyboardInterrupt
             if run.step % save_every == 0:
                 save()
-    except KeyboardInterrupt:
-        save()
-        raise
     save()
     run.save(out)
     return run
+
+
+def _means(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each loss over the steps that have it."""
+    values = {name: [step[name] for step in steps if name in step] for name in ("patch", "answer")}
+    return {name: sum(some) / len(some) for name, some in values.items() if some}
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it to go on without it") from error
+
+
+@contextmanager
+def _note_interrupts() -> Iterator[Callable[[], bool]]:
+    """Ask the function given whether Ctrl-C was pressed; the second time it stops everything at once.
+
+    An exception in the middle of a step would leave weights of which some are a step ahead.
+    """
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
+        yield noted.is_set
+        return
+
+    def note(number: int, frame: object) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches worker processes too. They have to deliver until the main process lets go of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
