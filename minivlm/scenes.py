@@ -222,12 +222,12 @@ def make_scene(rng: np.random.Generator, split: Split = "train", easy: bool = Fa
 def _choose_pairs(rng: np.random.Generator, count: int, split: Split) -> list[tuple[str, str]]:
     allowed = _ALL_PAIRS if split == "unseen" else _SEEN_PAIRS
     pairs = [allowed[i] for i in rng.choice(len(allowed), size=count, replace=False)]
-    if split == "unseen" and not HELD_OUT_PAIRS.intersection(pairs):
-        held_out = sorted(HELD_OUT_PAIRS)
-        pairs[0] = held_out[rng.integers(len(held_out))]
     # Twins now and then, so that counting and detecting means more than naming.
     if count > 1 and rng.random() < 0.25:
         pairs[-1] = pairs[0]
+    if split == "unseen" and not HELD_OUT_PAIRS.intersection(pairs):
+        held_out = sorted(HELD_OUT_PAIRS)
+        pairs[0] = held_out[rng.integers(len(held_out))]
     return pairs
 
 

@@ -41,7 +41,7 @@ def expect(condition: bool, hint: str) -> None:
 
 
 def call(answer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run the reader's function; an exercise still blank is a NotYet, other errors say where they come from."""
+    """Run the reader's function; a blank exercise is a NotYet, and other errors say what they are."""
     try:
         result = answer(*args, **kwargs)
     except NotImplementedError as error:

@@ -1,0 +1,50 @@
+"""How long `minivlm train` takes on this machine: some steps of each stage, timed and multiplied.
+
+Run: python bench/train_time.py [--threads 2] [--steps 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from dataclasses import replace
+
+import torch
+
+from minivlm.training import Run, TrainingConfig
+
+
+def main() -> None:
+    """Print steps per second of each stage and the minutes of a whole run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=60, help="timed steps of each stage")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe = TrainingConfig()
+    warm_up = 10
+    each = warm_up + options.steps
+    config = replace(recipe, tower_steps=each, packed_steps=each, prefix_steps=each, warmup_steps=each)
+    planned = {"tower": recipe.tower_steps, "packed": recipe.packed_steps, "prefix": recipe.prefix_steps}
+    times: dict[str, list[float]] = {name: [] for name in planned}
+
+    run = Run(config)
+    last = time.perf_counter()
+    for batch in run.batches():
+        stage = config.stage(run.step)
+        run.advance(batch)
+        now = time.perf_counter()
+        times[stage].append(now - last)
+        last = now
+    minutes = 0.0
+    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}")
+    for stage, steps in planned.items():
+        seconds = sum(times[stage][warm_up:]) / options.steps
+        minutes += seconds * steps / 60
+        print(f"{stage:<8}{1 / seconds:6.2f} steps/s, {steps} steps in {seconds * steps / 60:5.1f} minutes")
+    print(f"a whole run: {minutes:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
