@@ -1,0 +1,101 @@
+"""Contrastive losses: a picture's vector should meet the vector of its own caption, and no other.
+
+- CLIP (https://arxiv.org/abs/2103.00020, section 2.3): a softmax over every row and every column of the
+  matrix of cosines. Which of n captions is it?
+- SigLIP (https://arxiv.org/abs/2303.15343, section 3.2): a sigmoid for every pair. Do these two belong
+  together?
+- Distillation: a teacher's rows and columns take the place of "one caption is right, all others are wrong".
+
+Pure functions of embeddings [n, D]: row i of the pictures belongs to row i of the captions. Embeddings may
+have any length, they are normalized here. `logit_scale` is the logarithm of the factor, a tensor of one
+element, as checkpoints store it. What several devices exchange goes around these functions, not into them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Vectors in the last axis, scaled to length 1. A vector of zeros stays as it is."""
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """The cosine of every picture with every text. [n, D], [m, D] -> [n, m], pictures down, texts across."""
+    return l2_normalize(image_embeds) @ l2_normalize(text_embeds).T
+
+
+def pair_logits(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+) -> Tensor:
+    """exp(logit_scale) * cosine + logit_bias for every picture and text. [n, D], [m, D] -> [n, m]"""
+    logits = logit_scale.exp() * similarity(image_embeds, text_embeds)
+    return logits if logit_bias is None else logits + logit_bias
+
+
+def check_pairs(image_embeds: Tensor, text_embeds: Tensor) -> None:
+    """Raise ValueError unless there are as many texts as pictures, and at least one."""
+    n, m = len(image_embeds), len(text_embeds)
+    if n != m or n == 0:
+        raise ValueError(f"{n} pictures and {m} texts: row i of both must belong together")
+
+
+def clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """Find the text of each picture, and the picture of each text: the mean of two cross-entropies.
+
+    Args:
+        image_embeds, text_embeds: [n, D], row i of both belongs together.
+        logit_scale: logarithm of the inverse temperature.
+    """
+    check_pairs(image_embeds, text_embeds)
+    logits = pair_logits(image_embeds, text_embeds, logit_scale)  # [n, n]
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def siglip_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    negative_only: bool = False,
+) -> Tensor:
+    """Decide for every pair whether it belongs together: the sum over all pairs, divided by the pictures.
+
+    Args:
+        image_embeds, text_embeds: [n, D], row i of both belongs together.
+        logit_scale: logarithm of the inverse temperature.
+        logit_bias: added to every logit; negative, because most pairs are wrong.
+        negative_only: no pair belongs together. For a block of texts [m, D] that belong to other pictures.
+    """
+    logits = pair_logits(image_embeds, text_embeds, logit_scale, logit_bias)  # [n, n]
+    labels = torch.full_like(logits, -1)
+    if not negative_only:
+        check_pairs(image_embeds, text_embeds)
+        labels.fill_diagonal_(1)
+    return -F.logsigmoid(labels * logits).sum() / len(logits)
+
+
+def distillation_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    teacher_image_embeds: Tensor,
+    teacher_text_embeds: Tensor,
+    teacher_logit_scale: Tensor,
+) -> Tensor:
+    """Cross-entropy of the student's softmax with the teacher's: over rows, over columns, and their mean.
+
+    Only the [n, n] matrices meet, so the embeddings of the two may differ in width. The teacher gets no
+    gradient. The smallest possible value is the entropy of the teacher's own rows and columns, not 0.
+    """
+    check_pairs(image_embeds, text_embeds)
+    logits = pair_logits(image_embeds, text_embeds, logit_scale)
+    with torch.no_grad():
+        teacher = pair_logits(teacher_image_embeds, teacher_text_embeds, teacher_logit_scale)
+    per_image = F.cross_entropy(logits, teacher.softmax(dim=1))
+    per_text = F.cross_entropy(logits.T, teacher.T.softmax(dim=1))
+    return (per_image + per_text) / 2
