@@ -1,0 +1,153 @@
+"""Times the two forms of attention in minivlm/layers.py, `attend_plain` and `attend_fused`, in turns.
+
+Run: OMP_NUM_THREADS=1 python bench/attention.py | tee bench/results/attention.txt
+
+Whatever else the machine does then meets both of them. A ratio is the time of the fused form divided by the
+time of the plain one in the same round: above 1, the plain form is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minivlm import masks
+from minivlm.layers import additive, attend_fused, attend_plain
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: B rows, H heads, K key/value heads, T queries, S keys, width Dh."""
+
+    name: str
+    B: int
+    H: int
+    K: int
+    T: int
+    S: int
+    Dh: int
+    prefix: int | None  # length of the prefix under the prefix-LM mask; None: no mask
+
+    def make(self, dtype: torch.dtype, grad: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """Queries, keys, values, and the mask in the form that the models pass."""
+        shapes = ((self.B, self.H, self.T), (self.B, self.K, self.S), (self.B, self.K, self.S))
+        q, k, v = (torch.randn(*shape, self.Dh, dtype=dtype, requires_grad=grad) for shape in shapes)
+        if self.prefix is None:
+            return (q, k, v), None
+        keys = torch.arange(self.S).expand(self.B, -1)
+        queries = keys[:, self.S - self.T :]
+        mask = masks.prefix_lm(queries, keys, torch.full((self.B,), self.prefix))[:, None]
+        return (q, k, v), additive(mask, dtype)
+
+
+CASES = (
+    Case("tiny tower, training", 48, 3, 3, 64, 64, 32, None),
+    Case("tiny decoder, training", 48, 4, 1, 160, 160, 32, 70),
+    Case("tiny decoder, one picture", 1, 4, 1, 80, 80, 32, 80),
+    Case("tiny decoder, next token", 1, 4, 1, 1, 100, 32, 80),
+    Case("8 heads, 256 tokens", 1, 8, 1, 256, 256, 256, 256),
+    Case("8 heads, 512 tokens", 1, 8, 1, 512, 512, 256, 512),
+    Case("8 heads, 1024 tokens", 1, 8, 1, 1024, 1024, 256, 1024),
+    Case("8 heads, next token of 1024", 1, 8, 1, 1, 1024, 256, 512),
+)
+
+
+def work(case: Case, dtype: torch.dtype, backward: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The same computation in the plain and in the fused form."""
+    (q, k, v), mask = case.make(dtype, grad=backward)
+    scale = case.Dh**-0.5
+    upstream = torch.randn(case.B, case.H, case.T, case.Dh, dtype=dtype)
+
+    def form(attend: Callable[..., Tensor]) -> Callable[[], None]:
+        def once() -> None:
+            with torch.set_grad_enabled(backward):
+                out = attend(q, k, v, mask, scale)
+                if backward:
+                    out.backward(upstream)
+            q.grad = k.grad = v.grad = None
+
+        return once
+
+    with torch.no_grad():
+        difference = (attend_plain(q, k, v, mask, scale) - attend_fused(q, k, v, mask, scale)).abs().max()
+    assert difference < (0.05 if dtype == torch.bfloat16 else 1e-4), (
+        f"{case.name}: they differ by {difference}"
+    )
+    return form(attend_plain), form(attend_fused)
+
+
+def seconds(function: Callable[[], None], calls: int) -> float:
+    """Of one call, in the mean of some."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(
+    plain: Callable[[], None], fused: Callable[[], None], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of both in each round, in turns, and each first in half of the rounds."""
+    calls = max(1, round(0.01 / seconds(plain, 2)))  # about 10 ms
+    seconds(fused, 2)
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds):
+        order = ((0, plain), (1, fused)) if number % 2 else ((1, fused), (0, plain))
+        for place, function in order:
+            times[place].append(seconds(function, calls))
+    return times
+
+
+def processor() -> str:
+    """The name of the CPU, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {bf16} bf16 instructions"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=31, help="of both forms in turns (default: 31)")
+    rounds = parser.parse_args().rounds
+    torch.manual_seed(0)
+    print(f"{processor()}; {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used")
+    print(f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}")
+    print(f"{rounds} rounds; ratio = fused / plain: median (quartiles); above 1 the plain form is faster\n")
+    print("| shape | dtype | pass | plain ms | fused ms | ratio | `attend` takes |")
+    print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for backward in (False, True):
+                if backward and case.T == 1:
+                    continue  # nobody trains on one token
+                times = measure(*work(case, dtype, backward), rounds)
+                ratios = [fused / plain for plain, fused in zip(*times, strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                plain, fused = (1000 * statistics.median(some) for some in times)
+                taken = middle if not backward else 1 / middle  # time of what is taken / time of the other
+                verdict = "the faster" if taken < 0.95 else "the slower" if taken > 1.05 else "equal"
+                print(
+                    f"| {case.name} | {str(dtype).removeprefix('torch.')} "
+                    f"| {'forward + backward' if backward else 'forward'} | {plain:.3f} | {fused:.3f} "
+                    f"| {middle:.2f} ({low:.2f} to {high:.2f}) "
+                    f"| {'plain' if backward else 'fused'}: {verdict} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

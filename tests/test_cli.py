@@ -1,0 +1,920 @@
+"""The command line: what it prints, what it writes, and how it refuses.
+
+Where exit codes and streams of a real process matter, one is started, which takes seconds; everything else
+calls `main`. The model is untrained, so where the words of an answer matter they are put into its mouth.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import minivlm
+from minivlm import cli
+from minivlm.cli import main
+from minivlm.models.paligemma import PaliGemma
+from minivlm.processing import Processor
+from minivlm.training import TrainingConfig, build
+
+CAPTION = "a small red circle, a large blue star"
+RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023
+BLUE = "<loc0000><loc0512><loc0511><loc1023> blue star"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of an untrained model of the shipped shape."""
+    folder = tmp_path_factory.mktemp("untrained")
+    model, processor = build(TrainingConfig())
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor(folder: Path) -> Processor:
+    return Processor.from_pretrained(folder)
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "copied")
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "wide.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (100, 300, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+class Ask:
+    """`minivlm ask` with the untrained model, two tokens long unless told otherwise."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys = folder, capsys
+
+    def __call__(self, *arguments: str | Path, length: int = 2, code: int = 0) -> tuple[str, str]:
+        """What was printed on standard output and on standard error."""
+        fixed = ["ask", "--model", self.folder, "--max-new-tokens", length]
+        assert main([str(argument) for argument in (*fixed, *arguments)]) == code
+        return tuple(self.capsys.readouterr())
+
+    def refused(self, *arguments: str | Path, **options: int) -> str:
+        out, err = self(*arguments, code=2, **options)
+        assert out == ""
+        return one_line(err)
+
+
+def one_line(err: str, start: str = "minivlm: error: ") -> str:
+    """The message of a refusal: one line, and no traceback."""
+    assert err.startswith(start)
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert "Error(" not in err
+    return err.removeprefix(start).rstrip()
+
+
+@pytest.fixture
+def ask(folder: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
+    return Ask(folder, capsys)
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, processor: Processor) -> Callable[..., list[Tensor]]:
+    """Make the model give these answers, one for each call. Returns the list of the prompts' ids."""
+
+    def answer_with(*answers: str) -> list[Tensor]:
+        left = iter(answers)
+        prompts: list[Tensor] = []
+
+        def stream(model: PaliGemma, input_ids: Tensor, **options: Any) -> Iterator[Tensor]:
+            prompts.append(input_ids)
+            for token in [*processor.tokenizer.encode(next(left)), processor.tokenizer.eos_id]:
+                yield torch.tensor([token])
+
+        monkeypatch.setattr(PaliGemma, "stream", stream)
+        return prompts
+
+    return answer_with
+
+
+def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A real process, in a folder where nothing is."""
+    return subprocess.run(
+        [sys.executable, "-m", "minivlm", *map(str, arguments)],
+        env=environment() | options.pop("env", {}),
+        **{"capture_output": True, "text": True, "timeout": 120, **options},
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(minivlm.__file__).parents[1])}
+
+
+# Asking
+
+
+def test_every_prompt_about_every_picture(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+) -> None:
+    other = shutil.copy(picture, tmp_path / "other.png")
+    prompts = say("3", CAPTION, "none", RED)
+    out, err = ask(picture, other, "--prompt", "how many circles are there?", "--prompt", "caption en")
+    assert out.splitlines() == [
+        f"{picture} | how many circles are there?",
+        "3",
+        f"{picture} | caption en",
+        CAPTION,
+        f"{other} | how many circles are there?",
+        "none",
+        f"{other} | caption en",
+        RED,
+        "  red circle: [37.5, 25.0, 187.7, 50.0]",
+    ]
+    assert err == ""
+    assert [ids.shape[0] for ids in prompts] == [1, 1, 1, 1]
+
+
+def test_the_untrained_model_answers(ask: Ask, picture: Path) -> None:
+    """The same words as the library gives."""
+    out, _ = ask(picture, "--prompt", "caption en", length=5)
+    model, processor = minivlm.load(ask.folder)
+    wanted = processor.decode(model.generate(**processor(picture, "caption en"), max_new_tokens=5))[0]
+    assert out == f"{picture} | caption en\n{wanted}\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["caption en\nwhat color is the star?\n", "caption en\r\n\r\n  what color is the star?  \r\n\n\n"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_prompts_from_a_file(
+    ask: Ask,
+    say: Callable[..., list[Tensor]],
+    picture: Path,
+    tmp_path: Path,
+    content: str,
+    encoding: str,
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content.encode(encoding))
+    say("1", "2", "3")
+    out, _ = ask(picture, "--prompts-file", tmp_path / "prompts.txt", "--prompt", "detect é", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["prompt"], line["answer"]) for line in lines] == [
+        ("detect é", "1"),
+        ("caption en", "2"),
+        ("what color is the star?", "3"),
+    ]
+
+
+def test_json_has_boxes_in_pixels_of_the_picture(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+) -> None:
+    tall = tmp_path / "tall.png"
+    Image.new("RGB", (20, 2000)).save(tall)
+    say(f"{RED} ; {BLUE}", RED, CAPTION, "none")
+    out, err = ask(picture, tall, "--prompt", "detect it", "--prompt", "caption en", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert err == ""
+    assert all(set(line) == {"picture", "prompt", "answer", "boxes"} for line in lines)
+    assert [line["picture"] for line in lines] == [str(picture)] * 2 + [str(tall)] * 2
+    # 300 x 100 pixels, though the model sees a square of 64
+    wanted = [
+        {"name": "red circle", "box": [37.5, 25.0, 187.7, 50.0]},
+        {"name": "blue star", "box": [150.1, 0.0, 300.0, 50.0]},
+    ]
+    assert lines[0]["boxes"] == wanted
+    assert lines[1]["boxes"] == wanted[:1]
+    assert lines[2] == {"picture": str(tall), "prompt": "detect it", "answer": CAPTION, "boxes": []}
+
+
+def test_boxes_of_a_turned_picture_are_those_of_the_upright_one(
+    ask: Ask, say: Callable[..., list[Tensor]], tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (300, 100)).save(tmp_path / "turned.jpg", exif=exif)
+    say("<loc0000><loc0000><loc1023><loc1023> red circle")
+    out, _ = ask(tmp_path / "turned.jpg", "--prompt", "detect red circle", "--json")
+    assert json.loads(out)["boxes"][0]["box"] == [0, 0, 100, 300]
+
+
+@pytest.mark.parametrize("name", ["boxes.png", "boxes.jpg", "BOXES.PNG", "new/folder/boxes.webp"])
+def test_boxes_are_drawn(ask: Ask, say: Callable[..., list[Tensor]], tmp_path: Path, name: str) -> None:
+    gray = tmp_path / "gray.png"
+    Image.new("RGB", (400, 400), (128, 128, 128)).save(gray)
+    say(RED)
+    out, err = ask(gray, "--prompt", "detect red circle", "--draw", tmp_path / name)
+    assert out.splitlines()[-1] == f"drawn: {tmp_path / name}"
+    assert err == ""
+    drawn = Image.open(tmp_path / name)
+    assert drawn.size == (400, 400)
+    assert drawn.format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[name.lower().rpartition(".")[2]]
+    changed = np.abs(np.asarray(drawn.convert("RGB")).astype(int) - 128).max(axis=2) > 30
+    left, top, right, bottom = 50, 100, 250, 200
+    assert changed[top : bottom + 1, [left, right]].all()  # the frame
+    assert changed[[top, bottom], left : right + 1].all()
+    assert not changed[top + 10 : bottom - 10, left + 10 : right - 10].any()  # and nothing inside
+
+
+def test_several_pictures_are_drawn_side_by_side(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (500, 400)).save(tmp_path / "b.png")
+    Image.new("RGB", (10, 20)).save(tmp_path / "c.png")
+    say(CAPTION, RED, BLUE)
+    out, _ = ask(
+        picture, tmp_path / "b.png", tmp_path / "c.png", "--prompt", "detect x", "--json",
+        "--draw", tmp_path / "all.png",
+    )  # fmt: skip
+    assert len(out.splitlines()) == 3  # nothing but JSON
+    # Small ones are enlarged to 320 pixels on their shorter side, and 8 pixels lie between.
+    assert Image.open(tmp_path / "all.png").size == (960 + 8 + 500 + 8 + 320, 640)
+
+
+def test_a_typed_placeholder_is_text(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, processor: Processor
+) -> None:
+    typed = "what is <image><image> and <bos> <eos> <pad>?"
+    prompts = say("none", "none")
+    ask(picture, "--prompt", "caption en", "--prompt", typed)
+    plain, special = prompts
+    tokenizer = processor.tokenizer
+    for ids in (plain, special):
+        assert int((ids == tokenizer.image_id).sum()) == processor.image_seq_length == 64
+        assert int((ids == tokenizer.bos_id).sum()) == 1
+        assert int((ids == tokenizer.eos_id).sum()) == 0
+    assert typed in tokenizer.decode(special[0].tolist())
+
+
+def test_a_prompt_of_placeholders_only(ask: Ask, picture: Path) -> None:
+    out, _ = ask(picture, "--prompt", "<image>" * 5)
+    assert out.startswith(f"{picture} | <image><image><image><image><image>\n")
+
+
+def test_sampling_is_repeatable_with_a_seed(ask: Ask, picture: Path) -> None:
+    arguments = [picture, "--prompt", "caption en", "--temperature", "5", "--top-k", "500", "--top-p", "0.99"]
+    first, again, other = (ask(*arguments, "--seed", seed, length=12)[0] for seed in ("1", "1", "2"))
+    assert first == again != other
+    assert first != ask(picture, "--prompt", "caption en", length=12)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(ask: Ask, picture: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        loaded.append(kwargs["dtype"])
+        return minivlm.load(*args, **kwargs)
+
+    monkeypatch.setattr(cli, "load", spy)
+    out, _ = ask(picture, "--prompt", "caption en", "--dtype", dtype)
+    assert len(out.splitlines()) >= 2
+    assert loaded == [getattr(torch, dtype)]
+
+
+# Streaming
+
+
+class Recorder(io.StringIO):
+    """Standard output that keeps a diary."""
+
+    def __init__(self, diary: list[str]) -> None:
+        super().__init__()
+        self.diary = diary
+
+    def write(self, text: str) -> int:
+        self.diary.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.diary.append("FLUSH")
+
+
+def test_an_answer_appears_word_by_word(
+    folder: Path, picture: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diary: list[str] = []
+    tokens = processor.tokenizer.encode("a small red circle")
+
+    def stream(model: PaliGemma, **options: Any) -> Iterator[Tensor]:
+        for number, token in enumerate(tokens):
+            diary.append(f"TOKEN {number}")
+            yield torch.tensor([token])
+
+    monkeypatch.setattr(PaliGemma, "stream", stream)
+    monkeypatch.setattr(sys, "stdout", Recorder(diary))
+    assert main(["ask", str(picture), "--prompt", "caption en", "--model", str(folder)]) == 0
+    diary = [entry for entry in diary if entry]
+    assert diary[:12] == [
+        "TOKEN 0", f"{picture} | caption en\na", "FLUSH",
+        "TOKEN 1", " small", "FLUSH",
+        "TOKEN 2", " red", "FLUSH",
+        "TOKEN 3", " circle", "FLUSH",
+    ]  # fmt: skip
+    assert [entry for entry in diary[12:] if entry != "FLUSH"] == ["\n"]
+
+
+def test_half_a_character_waits_for_its_other_half(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, processor: Processor
+) -> None:
+    word = "zе€𝄞"  # two, three and four bytes, none of them in the vocabulary
+    assert len(processor.tokenizer.encode(word)) > len(word)
+    say(word)
+    assert ask(picture, "--prompt", "caption en")[0].splitlines()[1] == word
+
+
+def test_bytes_that_form_no_character_are_shown_at_the_end(
+    ask: Ask, picture: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [*processor.tokenizer.encode("red"), processor.tokenizer.encode("€")[0]]
+
+    def stream(model: PaliGemma, **options: Any) -> Iterator[Tensor]:
+        yield from (torch.tensor([token]) for token in ids)
+
+    monkeypatch.setattr(PaliGemma, "stream", stream)
+    assert ask(picture, "--prompt", "caption en")[0].splitlines()[1] == "red\ufffd"
+
+
+# Pictures of every kind
+
+
+def kinds() -> dict[str, tuple[str, Image.Image]]:
+    """File name and picture."""
+    rng = np.random.default_rng(0)
+    color = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    with_alpha = color.copy()
+    with_alpha.putalpha(100)
+    return {
+        "1x1": ("a.png", Image.new("RGB", (1, 1), "red")),
+        "long": ("a.png", Image.new("RGB", (20_000, 10), "red")),
+        "tall": ("a.png", Image.new("RGB", (3, 9_000), "red")),
+        "CMYK": ("a.jpg", color.convert("CMYK")),
+        "palette": ("a.png", color.convert("P")),
+        "palette GIF": ("a.gif", color.convert("P")),
+        "16-bit": ("a.png", Image.fromarray(rng.integers(0, 65536, (20, 30), dtype=np.uint16))),
+        "RGBA": ("a.png", with_alpha),
+        "gray": ("a.png", color.convert("L")),
+        "gray with alpha": ("a.png", with_alpha.convert("LA")),
+        "two colors": ("a.png", color.convert("1")),
+        "WebP": ("a.webp", color),
+        "TIFF of floats": ("a.tiff", Image.fromarray(rng.random((20, 30), dtype=np.float32))),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_pictures_of_every_kind(ask: Ask, tmp_path: Path, kind: str) -> None:
+    name, picture = kinds()[kind]
+    picture.save(tmp_path / name)
+    out, err = ask(tmp_path / name, "--prompt", "caption en", "--draw", tmp_path / "out.png")
+    assert out.startswith(f"{tmp_path / name} | caption en\n")
+    assert err == ""
+    size = Image.open(tmp_path / "out.png").size
+    assert max(size) <= 20_000
+    assert size[0] / size[1] == pytest.approx(picture.width / picture.height, rel=0.2)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_file_name_that_no_terminal_can_show(
+    as_json: bool, folder: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a terminal that shows nothing but ASCII."""
+    name = os.fsencode(tmp_path) + b"/\xff\xc3\xa9.png"
+    try:
+        shutil.copy(picture, name)
+    except OSError:
+        pytest.skip("the file system takes names in UTF-8 only")
+    path = os.fsdecode(name)
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    arguments = ["ask", path, "--prompt", "caption en", "--model", str(folder), "--max-new-tokens", "2"]
+    assert main([*arguments, *(["--json"] if as_json else [])]) == 0
+    printed = out.getvalue().decode("ascii")
+    if as_json:
+        assert json.loads(printed)["picture"] == path
+    else:
+        assert printed.startswith(f"{tmp_path}/\\udcff\\xe9.png | caption en\n")
+
+
+# Refusals: exit code 2, and one line that says what to do
+
+
+def bomb(path: Path) -> None:
+    """A PNG that announces 30000 x 30000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such file: check the path"),
+        ("folder", "is a folder, not a picture: name one"),
+        ("text", "is not a picture in a known format: use PNG"),
+        ("empty", "is empty: copy or download"),
+        ("truncated", "is truncated or damaged .*: copy or download it again"),
+        ("bomb", "the limit against decompression bombs: make the picture smaller"),
+    ],
+)
+def test_pictures_that_are_refused(
+    ask: Ask, picture: Path, tmp_path: Path, kind: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bad.png"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "bomb":
+        bomb(path)
+    elif kind != "missing":
+        content = {"text": b"hello", "empty": b"", "truncated": picture.read_bytes()[:20_000]}[kind]
+        path.write_bytes(content)
+
+    def too_early(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded before the pictures were looked at")
+
+    monkeypatch.setattr(cli, "load", too_early)
+    line = ask.refused(picture, path, "--prompt", "caption en")
+    assert re.search(message, line)
+    assert str(path) in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to ask: add --prompt"),
+        (["--prompt", ""], "--prompt is empty: ask something"),
+        (["--prompt", "caption en", "--prompt", " \n"], "--prompt is empty: ask something"),
+        (["--prompts-file", "missing.txt"], "missing.txt cannot be read: No such file"),
+        (["--prompts-file", "."], "cannot be read: Is a directory"),
+        (["--prompts-file", "blank.txt"], "holds no prompt: write one a line"),
+        (["--prompts-file", "latin.txt"], "cannot be read: it is not UTF-8 text"),
+        (["--prompt", "a\ud800"], "character 1 of the text is not Unicode"),
+        (["--prompt", "caption en", "--max-new-tokens", "0"], "max_new_tokens is 0: ask for at least 1"),
+        (["--prompt", "caption en", "--max-new-tokens", "-3"], "max_new_tokens is -3"),
+        (["--prompt", "caption en", "--max-new-tokens", "10000"], "context of 512: ask for at most 44[0-9]"),
+        (["--prompt", "x " * 600], "more than the model's context of 512: .*shorten the prompt"),
+        (["--prompt", "caption en", "--temperature", "-1"], "temperature is -1.0: use 0"),
+        (
+            ["--prompt", "caption en", "--temperature", "1", "--top-p", "0"],
+            "top_p is 0.0: it is a probability",
+        ),
+        (["--prompt", "caption en", "--temperature", "1", "--top-p", "1.5"], "top_p is 1.5"),
+        (["--prompt", "caption en", "--temperature", "1", "--top-k", "0"], "top_k is 0: keep at least 1"),
+        (
+            ["--prompt", "caption en", "--device", "nonsense"],
+            "device 'nonsense' cannot be used .*--device cpu",
+        ),
+        (["--prompt", "caption en", "--device", "meta"], "device 'meta' cannot be used here"),
+        (["--prompt", "caption en", "--draw", "boxes"], "has no ending that names a picture format"),
+        (["--prompt", "caption en", "--draw", "boxes.xyz"], "use something like boxes.png"),
+        (["--prompt", "caption en", "--draw", "boxes.psd"], "use something like boxes.png"),  # read only
+        (["--prompt", "caption en", "--draw", "boxes.xbm"], "use something like boxes.png"),  # no colors
+    ],
+)
+def test_arguments_that_are_refused(
+    ask: Ask,
+    picture: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("blank.txt").write_text("\n  \n")
+    Path("latin.txt").write_bytes("é".encode("latin-1"))
+    before = set(tmp_path.iterdir())
+    assert re.search(message, ask.refused(picture, *arguments))
+    assert set(tmp_path.iterdir()) == before
+
+
+def break_folder(folder: Path, kind: str) -> None:
+    weights = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "missing config":
+        (folder / "config.json").unlink()
+    if kind == "config is no JSON":
+        (folder / "config.json").write_text('{"model_type": "pali')
+    if kind == "other system":
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+    if kind == "pickled only":
+        weights.rename(folder / "pytorch_model.bin")
+    if kind == "no weights":
+        weights.unlink()
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-5000])
+    if kind == "missing shard":
+        weights.rename(folder / "model-00001-of-00002.safetensors")
+        names = load_file(folder / "model-00001-of-00002.safetensors")
+        weight_map = dict.fromkeys(names, "model-00001-of-00002.safetensors")
+        weight_map["language_model.model.norm.weight"] = "model-00002-of-00002.safetensors"
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    if kind in ("NaN", "missing tensor", "other shape"):
+        tensors = load_file(weights)
+        name = "multi_modal_projector.linear.bias"
+        if kind == "NaN":
+            tensors[name][3] = torch.nan
+        if kind == "missing tensor":
+            del tensors[name]
+        if kind == "other shape":
+            tensors[name] = torch.zeros(7)
+        save_file(tensors, weights, metadata={"format": "pt"})
+    if kind == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    if kind == "damaged tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    if kind == "no preprocessor":
+        (folder / "preprocessor_config.json").unlink()
+    if kind == "picture of another size":
+        config["vision_config"]["image_size"] = 128
+        (folder / "config.json").write_text(json.dumps(config))
+    if kind == "nothing":
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing config", "has no config.json: is it the folder of a checkpoint"),
+        ("config is no JSON", r"config.json cannot be read .*: get the file again"),
+        ("other system", "type 'llava', and only paligemma can be loaded: choose another"),
+        ("pickled only", "pytorch_model.bin: a pickle can run code .* Get the safetensors version"),
+        ("no weights", "has neither model.safetensors nor .*: download the weights"),
+        ("truncated", "model.safetensors is damaged or incomplete .*: get it again"),
+        ("missing shard", "lacks model-00002-of-00002.safetensors, named in .*: get the folder again"),
+        ("NaN", r"NaN or infinity in multi_modal_projector\S*bias: it is damaged, get it again"),
+        ("missing tensor", "1 missing: multi_modal_projector.linear.bias"),
+        ("other shape", r"multi_modal_projector.linear.bias is \[7\], expected \[128\]"),
+        ("no tokenizer", "has no tokenizer.json"),
+        ("damaged tokenizer", "is not a tokenizer .*: download it again"),
+        ("no preprocessor", "has no preprocessor_config.json"),
+        ("picture of another size", "the picture's side is 128 by config.json and 64 by preprocessor_config"),
+        ("nothing", "is neither a folder nor a repo id"),
+    ],
+)
+def test_folders_that_are_refused(
+    kind: str, message: str, copied: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_folder(copied, kind)
+    ask = Ask(copied, capsys)
+    assert re.search(message, ask.refused(picture, "--prompt", "caption en"))
+
+
+def test_a_repo_id_without_a_network(picture: Path, tmp_path: Path) -> None:
+    done = command(
+        "ask", picture, "--prompt", "caption en", "--model", "nobody/nothing",
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no folder nobody/nothing" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scenes", "0"], "--scenes is 0: ask for at least 1"),
+        (["--seed", "-1"], "--seed is -1: it must not be negative"),
+    ],
+)
+def test_evaluations_that_are_refused(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--model", str(folder), *arguments]) == 2
+    assert message in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["ask"], "required: PICTURE"),
+        (["ask", "a.png", "--promt", "x"], "unrecognized arguments: --promt"),
+        (["ask", "a.png", "--prompt"], "argument --prompt: expected one argument"),
+        (["ask", "a.png", "--temperature", "warm"], "invalid float value: 'warm'"),
+        (["ask", "a.png", "--max-new-tokens", "2.5"], "invalid int value: '2.5'"),
+        (["ask", "a.png", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["eval", "--scenes", "many"], "invalid int value: 'many'"),
+        (["train", "--threads", "0"], "'0' is not a whole number above 0"),
+        (["train", "--save-every", "0"], "'0' is not a whole number above 0"),
+        (["train", "--threads", "two"], "'two' is not a whole number above 0"),
+        (["train", "--muon-lr", "fast"], "invalid float value: 'fast'"),
+    ],
+)
+def test_command_lines_that_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.match(r"minivlm( \w+)?: error: ", err)
+    assert message in err
+    assert re.search(r"\(see minivlm( \w+)? --help\)$", err.rstrip())
+
+
+def test_a_refusal_of_a_real_process(picture: Path) -> None:
+    done = command("ask", picture.with_name("missing.png"), "--prompt", "caption en")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "missing.png: no such file" in one_line(done.stderr)
+
+
+def test_a_mistake_of_ours_is_not_taken_for_one_of_the_user(
+    ask: Ask, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(cli, "load", wrong)
+    with pytest.raises(ValueError, match="a bug"):
+        ask(picture, "--prompt", "caption en")
+
+
+# Stopped, and readers that leave
+
+
+def test_ctrl_c(ask: Ask, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", stop)
+    out, err = ask(picture, "--prompt", "caption en", code=130)
+    assert (out, err) == ("", "minivlm: stopped\n")
+
+
+def read_first_line_and_leave(*arguments: str | Path) -> tuple[str, str]:
+    """What `minivlm ... | head -1` shows, and what is complained about."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minivlm", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    line = process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1
+    process.stderr.close()
+    return line, err
+
+
+def test_a_reader_that_leaves_early(folder: Path, picture: Path) -> None:
+    many = [item for _ in range(40) for item in ("--prompt", "caption en")]
+    line, err = read_first_line_and_leave("ask", picture, *many, "--model", folder, "--max-new-tokens", "2")
+    assert line == f"{picture} | caption en\n"
+    assert err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_answers_that_find_no_room(folder: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = command(
+            "eval", "--scenes", "1", "--model", folder,
+            capture_output=False, stdout=full, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert one_line(done.stderr) == "cannot write the answers: No space left on device"
+
+
+# Evaluating
+
+
+def test_evaluation_as_json(folder: Path) -> None:
+    """One object, and nothing on standard error: no progress bar where nobody watches, no warnings."""
+    done = command("eval", "--model", folder, "--scenes", "5", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    table = json.loads(done.stdout)
+    assert set(table) == {"held_out", "unseen_pairs"}
+    for metrics in table.values():
+        assert {"color", "relation", "all questions", "exact caption", "box mean IoU"} < set(metrics)
+        assert all(set(metric) == {"value", "majority", "cases"} for metric in metrics.values())
+        assert metrics["exact caption"]["cases"] == 5
+        assert all(0 <= metric["value"] <= 1 for metric in metrics.values())
+
+
+def test_evaluation_as_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--model", str(folder), "--scenes", "2", "--seed", "3"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("| | held-out scenes | unseen pairs | majority | cases |\n|---|")
+    assert main(["eval", "--model", str(folder), "--scenes", "2", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == out
+
+
+# Training
+
+
+SMALL = {
+    "image_size": 32, "tower_width": 24, "tower_layers": 1, "tower_heads": 2, "text_width": 32,
+    "text_layers": 1, "text_heads": 2, "tower_steps": 2, "packed_steps": 2, "prefix_steps": 2,
+    "tower_pictures": 2, "pictures": 2, "questions": 2, "prefix_questions": 2,
+}  # fmt: skip
+
+
+def recipe(**changes: Any) -> list[str]:
+    return [
+        part
+        for name, value in (SMALL | changes).items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def test_train_resume_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    train = ["train", "--out", str(out), "--no-bf16", *recipe()]
+    assert main(train) == 0
+    printed, err = capsys.readouterr()
+    assert f"minivlm eval --model {out}" in printed
+    assert err == ""
+    assert main(["eval", "--model", str(out), "--scenes", "1"]) == 0
+    capsys.readouterr()
+    assert main(train) == 2
+    assert "add --resume" in one_line(capsys.readouterr().err)
+    assert main([*train, "--resume"]) == 0
+    capsys.readouterr()
+    assert main([*train[:3], "--resume", "--no-bf16", *recipe(packed_steps=3)]) == 2
+    assert "(packed_steps 2 -> 3)" in one_line(capsys.readouterr().err)
+    assert main(["train", "--out", str(tmp_path / "new"), "--resume"]) == 2
+    assert "leave out --resume" in one_line(capsys.readouterr().err)
+
+
+def test_every_number_of_the_recipe_has_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs: list[tuple[TrainingConfig, dict[str, Any]]] = []
+    monkeypatch.setattr(cli, "train", lambda out, config, **options: configs.append((config, options)))
+    assert main(["train"]) == 0
+    assert configs[-1] == (TrainingConfig(), {"resume": False, "save_every": 250})
+    values: dict[str, Any] = {
+        "seed": 7, "image_size": 96, "patch_size": 6, "tower_width": 48, "tower_layers": 2, "tower_heads": 4,
+        "text_width": 64, "text_layers": 3, "text_heads": 2, "tower_steps": 1, "packed_steps": 2,
+        "prefix_steps": 3, "tower_pictures": 4, "pictures": 5, "questions": 9, "row_tokens": 90,
+        "prefix_questions": 7, "muon_lr": 0.5, "adamw_lr": 0.25, "tower_lr_factor": 0.75,
+        "weight_decay": 0.125, "warmup_steps": 11, "clip": 2.0, "dense_weight": 3.0, "loc_sigma": 4.0,
+    }  # fmt: skip
+    arguments = [
+        part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    assert main(["train", "--bf16", "--save-every", "9", *arguments]) == 0
+    assert configs[-1] == (TrainingConfig(**values, bf16=True), {"resume": False, "save_every": 9})
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(cli, "train", lambda *args, **options: None)
+    assert main(["train", "--threads", "3", "--out", str(tmp_path)]) == 0
+    assert asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (recipe(pictures=0), "pictures is 0"),
+        (recipe(patch_size=5), "does not divide into patches of 5"),
+        (recipe(muon_lr="nan"), "muon_lr is nan"),
+        (recipe(muon_lr=4e9, adamw_lr=4e9, packed_steps=20), "not a number .*: try a lower learning rate"),
+    ],
+)
+def test_recipes_that_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--out", str(tmp_path / "run"), "--no-bf16", *arguments]) == 2
+    assert re.search(message, one_line(capsys.readouterr().err))
+
+
+# The demonstration
+
+
+@pytest.mark.parametrize("in_repository", [True, False])
+def test_demo(
+    in_repository: bool,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the repository with its samples, elsewhere with samples drawn on the spot."""
+    model, processor = minivlm.load(folder)
+    monkeypatch.setattr(model, "generate", lambda input_ids, **rest: answers(processor, input_ids))
+    monkeypatch.setattr(cli, "load", lambda: (model, processor))
+    monkeypatch.chdir(tmp_path)
+    if in_repository:
+        Path("figures/samples").mkdir(parents=True)
+        Image.new("RGB", (256, 256)).save("figures/samples/only.png")
+        Path("figures/samples/prompts.json").write_text('{"only.png": ["caption en", "detect red circle"]}')
+    assert main(["demo", "--out", "shown"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0].split() == ["picture", "prompt", "answer"]
+    rows = [line for line in lines if ".png  " in line and line.endswith((CAPTION, RED))]
+    assert len(rows) == (2 if in_repository else 18)
+    assert str(tmp_path / "shown") in out
+    names = {path.name for path in Path("shown").glob("*.png")}
+    assert names == ({"only.png"} if in_repository else {f"scene_{n}.png" for n in range(1, 7)})
+    sample = re.search(r"minivlm ask (\S+) ", out)
+    assert sample
+    assert Path(sample[1]).exists() != in_repository  # the real repository has a scene_1.png
+
+
+def answers(processor: Processor, input_ids: Tensor) -> Tensor:
+    """The caption to every prompt, and a box to the last one."""
+    tokenizer = processor.tokenizer
+    rows: list[Sequence[int]] = [tokenizer.encode_suffix(CAPTION)] * (len(input_ids) - 1)
+    rows = [*rows, tokenizer.encode_suffix(RED)]
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[tokenizer.pad_id] * (width - len(row))] for row in rows])
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{", '{"a.png": 3}'])
+def test_damaged_samples(
+    content: str | None,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "load", lambda: minivlm.load(folder))
+    monkeypatch.chdir(tmp_path)
+    Path("figures/samples").mkdir(parents=True)
+    if content is not None:
+        Path("figures/samples/prompts.json").write_text(content)
+    assert main(["demo"]) == 2
+    assert "prompts.json cannot be read" in one_line(capsys.readouterr().err)
+
+
+# Help
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
+    assert {line.split()[1] for line in examples} == {"demo", "ask", "train", "eval"}
+    assert cli.EXAMPLES in out
+
+
+@pytest.mark.parametrize("line", [line.strip() for line in cli.EXAMPLES.splitlines()[1:]])
+def test_examples_of_the_help_are_understood(line: str) -> None:
+    import shlex
+
+    options = cli._parser().parse_args(shlex.split(line)[1:])
+    assert callable(options.run)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("ask", ["--prompts-file", "--json", "--draw", "--temperature", "detect red circle"]),
+        ("train", ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens"]),
+        ("eval", ["--scenes", "(default: 1000)", "--json"]),
+        ("demo", ["--out"]),
+    ],
+)
+def test_help_of_commands(name: str, wanted: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    out, _ = capsys.readouterr()
+    assert all(part in out for part in wanted)
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_names_of_several_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "no\nsuch.png", "--prompt", "x"]) == 2
+    assert "no such.png: no such file" in one_line(capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        main(["ask", "a.png", "--a\nb"])
+    one_line(capsys.readouterr().err)
