@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from notebooks_and_sources import ROOT, read_cells
 from torch import Tensor
 
 from minivlm.checks import NotYet, contrastive
@@ -18,55 +17,10 @@ NAMES = ("cross_entropy_rows", "log_sigmoid", "row_log_sum_exp", "zero_shot")
 Answer = Callable[..., Any]
 
 
-def notebook_solution(name: str) -> Answer:
-    """The function that the notebook's exercise cell defines."""
-    cells = read_cells(ROOT / "notebooks" / "02_clip_and_siglip.ipynb")
-    cell = next(c for c in cells if "exercise" in c.tags and f"def {name}(" in c.source)
-    space: dict[str, Any] = {
-        "torch": torch,
-        "Tensor": Tensor,
-        "F": F,
-        "Iterable": Iterable,
-        "l2_normalize": l2_normalize,
-        "similarity": similarity,
-    }
-    exec(cell.source, space)
-    return space[name]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("source", ["solutions", "notebook"])
-def test_accepts_right_answers(name: str, source: str, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = getattr(contrastive.solutions, name) if source == "solutions" else notebook_solution(name)
-    getattr(contrastive, name)(answer)
-    assert capsys.readouterr().out.startswith("Right: ")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_rejects_the_blank(name: str) -> None:
-    def blank(*_: object) -> None:
-        raise NotImplementedError("your turn")
-
-    with pytest.raises(NotYet, match="blank"):
-        getattr(contrastive, name)(blank)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_rejects_a_forgotten_return(name: str) -> None:
-    with pytest.raises(NotYet, match="return"):
-        getattr(contrastive, name)(lambda *_: None)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_rejects_something_else_than_a_tensor(name: str) -> None:
     with pytest.raises(NotYet, match="should be a tensor"):
         getattr(contrastive, name)(lambda *_: 1.0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_rejects_an_error_inside(name: str) -> None:
-    with pytest.raises(NotYet, match="ZeroDivisionError"):
-        getattr(contrastive, name)(lambda *_: 1 / 0)
 
 
 def _rows(logits: Tensor) -> Tensor:

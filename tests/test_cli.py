@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -128,7 +128,8 @@ def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(minivlm.__file__).parents[1])}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return inherited | {"PYTHONPATH": str(Path(minivlm.__file__).parents[1])}
 
 
 # Asking
@@ -240,8 +241,8 @@ def test_boxes_are_drawn(ask: Ask, say: Callable[..., list[Tensor]], tmp_path: P
 def test_several_pictures_are_drawn_side_by_side(
     ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
 ) -> None:
-    Image.new("RGB", (500, 400)).save(tmp_path / "b.png")
-    Image.new("RGB", (10, 20)).save(tmp_path / "c.png")
+    Image.new("RGB", (500, 400), "red").save(tmp_path / "b.png")
+    Image.new("RGB", (10, 20), "blue").save(tmp_path / "c.png")
     say(CAPTION, RED, BLUE)
     out, _ = ask(
         picture, tmp_path / "b.png", tmp_path / "c.png", "--prompt", "detect x", "--json",
@@ -249,7 +250,12 @@ def test_several_pictures_are_drawn_side_by_side(
     )  # fmt: skip
     assert len(out.splitlines()) == 3  # nothing but JSON
     # Small ones are enlarged to 320 pixels on their shorter side, and 8 pixels lie between.
-    assert Image.open(tmp_path / "all.png").size == (960 + 8 + 500 + 8 + 320, 640)
+    drawn = Image.open(tmp_path / "all.png")
+    assert drawn.size == (960 + 8 + 500 + 8 + 320, 640)
+    places = {(964, 10): "white", (968 + 450, 390): "red", (968 + 450, 410): "white", (1476 + 5, 630): "blue"}
+    assert {place: drawn.getpixel(place) for place in places} == {
+        place: ImageColor.getrgb(name) for place, name in places.items()
+    }
 
 
 def test_a_typed_placeholder_is_text(
