@@ -24,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minivlm.errors import InputError
+from minivlm.files import write_aside
 
 BICUBIC = Image.Resampling.BICUBIC  # 3 in preprocessor_config.json
 
@@ -287,7 +288,5 @@ class ImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json into a folder, which is made when missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        with write_aside(Path(folder) / "preprocessor_config.json") as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")

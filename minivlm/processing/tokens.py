@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from minivlm.errors import InputError
+from minivlm.files import write_aside
 
 PAD, EOS, BOS, UNK, IMAGE = "<pad>", "<eos>", "<bos>", "<unk>", "<image>"
 LOC_TOKENS = [f"<loc{i:04}>" for i in range(1024)]  # a coordinate, see boxes.py
@@ -86,8 +87,8 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, and the tokenizer_config.json that tells `transformers` how to load it."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        with write_aside(folder / "tokenizer.json") as temporary:
+            self.backend.save(str(temporary))
         config = {
             # Not "GemmaTokenizer": transformers 5 then builds its own one and adds a `<mask>` past the end.
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -99,7 +100,8 @@ class Tokenizer:
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with write_aside(folder / "tokenizer_config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
