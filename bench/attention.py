@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from minivlm import masks
+from minivlm import layers, masks
 from minivlm.layers import additive, attend_fused, attend_plain
 
 
@@ -85,6 +86,15 @@ def work(case: Case, dtype: torch.dtype, backward: bool) -> tuple[Callable[[], N
     return form(attend_plain), form(attend_fused)
 
 
+def taken(case: Case, dtype: torch.dtype, backward: bool) -> str:
+    """Which of the two `attend` chooses here."""
+    (q, k, v), mask = case.make(dtype, grad=backward)
+    fused_form = mock.patch.object(layers, "attend_fused", wraps=attend_fused)
+    with fused_form as fused, torch.set_grad_enabled(backward):
+        layers.attend(q, k, v, mask, case.Dh**-0.5)
+    return "fused" if fused.called else "plain"
+
+
 def seconds(function: Callable[[], None], calls: int) -> float:
     """Of one call, in the mean of some."""
     start = time.perf_counter()
@@ -138,13 +148,13 @@ def main() -> None:
                 ratios = [fused / plain for plain, fused in zip(*times, strict=True)]
                 low, middle, high = statistics.quantiles(ratios, n=4)
                 plain, fused = (1000 * statistics.median(some) for some in times)
-                taken = middle if not backward else 1 / middle  # time of what is taken / time of the other
-                verdict = "the faster" if taken < 0.95 else "the slower" if taken > 1.05 else "equal"
+                choice = taken(case, dtype, backward)
+                gain = middle if choice == "plain" else 1 / middle  # time of the other / time of the choice
+                verdict = "the slower" if gain < 0.95 else "the faster" if gain > 1.05 else "equal"
                 print(
                     f"| {case.name} | {str(dtype).removeprefix('torch.')} "
                     f"| {'forward + backward' if backward else 'forward'} | {plain:.3f} | {fused:.3f} "
-                    f"| {middle:.2f} ({low:.2f} to {high:.2f}) "
-                    f"| {'plain' if backward else 'fused'}: {verdict} |",
+                    f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {choice}, {verdict} |",
                     flush=True,
                 )
 
