@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the best tokens of total probability P"
     )
-    ask.add_argument("--seed", type=int, help="makes sampling repeatable")
+    ask.add_argument("--seed", type=_seed, help="makes sampling repeatable")
     ask.set_defaults(run=_ask)
 
     training = commands.add_parser(
@@ -183,6 +183,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
             group.add_argument(
                 name, type=type(field.default), metavar="N", help=f"(default: {field.default})"
             )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to below 2^62")
+    return int(text)
 
 
 def _at_least_1(text: str) -> int:

@@ -140,9 +140,9 @@ def _check(
             f"model's context of {max_length}: ask for at most {max(max_length - prompt, 0)} new tokens "
             "or shorten the prompt"
         )
-    if temperature < 0:
+    if temperature != 0 and not 0.001 <= temperature <= 1000:
         raise InputError(
-            f"temperature is {temperature}: use 0 for the most probable token, or a positive number"
+            f"temperature is {temperature}: use 0 for the most probable token, or a number from 0.001 to 1000"
         )
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k is {top_k}: keep at least 1 token")

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from minivlm import masks
 from minivlm.batches import PADDING, WEIGHTS, Batch, SceneBatches, question_mask
 from minivlm.models.paligemma import PaliGemma
+from minivlm.objectives import SoftTargets, answer_loss
 from minivlm.processing import Processor
+from minivlm.recipe import TrainingConfig, build
 from minivlm.scenes import COLORS, Scene, make_scene
-from minivlm.training import SoftTargets, TrainingConfig, answer_loss, build
 
 CONFIG = TrainingConfig(
     image_size=32,

@@ -31,7 +31,7 @@ from minivlm import cli
 from minivlm.cli import main
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
-from minivlm.training import TrainingConfig, build
+from minivlm.recipe import TrainingConfig, build
 
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023

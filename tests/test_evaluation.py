@@ -32,8 +32,8 @@ from minivlm.evaluation import (
 )
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Box, Processor, boxes_to_text
+from minivlm.recipe import TrainingConfig, build
 from minivlm.scenes import COLORS, HELD_OUT_PAIRS, TASKS, WORLD, Example, Scene, Thing
-from minivlm.training import TrainingConfig, build
 
 # Boxes
 

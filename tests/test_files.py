@@ -111,3 +111,11 @@ def test_everything_is_on_the_disk_before_the_name_changes(tmp_path: Path, monke
     with write_aside(tmp_path / "a") as temporary:
         temporary.write_text("new")
     assert events == ["sync", "rename", "sync"]  # the content, then the name, then the folder's list of names
+
+
+def test_a_safetensors_file_is_readable_like_any_other(tmp_path: Path):
+    with write_aside(tmp_path / "a.txt") as temporary:
+        temporary.write_text("a")
+    with write_aside(tmp_path / "a.safetensors") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode

@@ -214,6 +214,8 @@ def test_sampling_leaves_the_global_random_numbers_alone():
         ),
         ({"max_new_tokens": 1, "max_length": 2}, "ask for at most 0 new tokens or shorten the prompt"),
         ({"temperature": -0.1}, "temperature is -0.1: use 0"),
+        ({"temperature": float("nan")}, "temperature is nan: use 0"),
+        ({"temperature": 1e-40}, "temperature is 1e-40: use 0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k is 0: keep at least 1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0: it is a probability"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),

@@ -34,16 +34,10 @@ import minivlm
 from minivlm import checkpoints, training
 from minivlm.errors import InputError
 from minivlm.layers import EncoderBlock
-from minivlm.training import (
-    LOC_BINS,
-    PatchHead,
-    Run,
-    SoftTargets,
-    TrainingConfig,
-    answer_loss,
-    build,
-    train,
-)
+from minivlm.objectives import PatchHead, SoftTargets, answer_loss
+from minivlm.processing.boxes import NUM_BINS
+from minivlm.recipe import TrainingConfig, build
+from minivlm.training import Run, train
 
 CONFIG = TrainingConfig(
     image_size=32,
@@ -716,9 +710,9 @@ def test_targets_without_width_are_plain_cross_entropy(tokenizer: Any) -> None:
 
 def test_soft_targets_are_bells(tokenizer: Any) -> None:
     bells = SoftTargets(tokenizer, 6.0).bells
-    assert bells.shape == (LOC_BINS, LOC_BINS)
-    torch.testing.assert_close(bells.sum(dim=1), torch.ones(LOC_BINS))
-    assert torch.equal(bells.argmax(dim=1), torch.arange(LOC_BINS))
+    assert bells.shape == (NUM_BINS, NUM_BINS)
+    torch.testing.assert_close(bells.sum(dim=1), torch.ones(NUM_BINS))
+    assert torch.equal(bells.argmax(dim=1), torch.arange(NUM_BINS))
     assert float(bells[500, 506] / bells[500, 500]) == pytest.approx(0.6065, abs=1e-3)  # one sigma beside
     # The loss is that of a distribution over the whole vocabulary.
     label = torch.tensor([tokenizer.loc_ids[3]])

@@ -1,0 +1,155 @@
+"""What `minivlm train` trains: every number that decides the result, and the model before its first step.
+
+The start is random but for two tables. Patches that are neighbors, and words for coordinates that are
+neighbors, begin with like vectors (sines and cosines of their place): both are rulers, and a model that has
+to find out the order of 1024 words by itself takes long to do so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from minivlm.configs import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.errors import InputError
+from minivlm.models.paligemma import PaliGemma
+from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer
+from minivlm.processing.boxes import NUM_BINS
+from minivlm.scenes import vocabulary
+
+CONTEXT = 512  # tokens
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides the result. The defaults made the shipped model."""
+
+    seed: int = 0
+    image_size: int = 64
+    patch_size: int = 8
+    tower_width: int = 96
+    tower_layers: int = 3
+    tower_heads: int = 3
+    text_width: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    tower_steps: int = 1500
+    packed_steps: int = 5000
+    prefix_steps: int = 900
+    tower_pictures: int = 128  # per step
+    pictures: int = 48
+    questions: int = 8  # per picture at most, packed
+    row_tokens: int = 84  # of packed questions
+    prefix_questions: int = 3
+    muon_lr: float = 0.02
+    adamw_lr: float = 0.003
+    tower_lr_factor: float = 0.3  # of the tower's rates in stages 2 and 3
+    weight_decay: float = 0.02
+    warmup_steps: int = 100
+    clip: float = 1.0
+    dense_weight: float = 0.5  # of the tower's own loss in stages 2 and 3
+    loc_sigma: float = 6.0  # bins; soft targets for coordinates
+    bf16: bool | None = None  # None: where the CPU has instructions for it
+
+    def __post_init__(self) -> None:
+        """Raises InputError: a number that no model can be built from or trained with."""
+        may_be_zero = ("seed", "tower_steps", "packed_steps", "prefix_steps")
+        for name, value in asdict(self).items():
+            least = 0 if isinstance(value, float) or name in may_be_zero else 1
+            least = 16 if name == "row_tokens" else least  # a short question with its answer
+            if name != "bf16" and not least <= value < 2**32:
+                raise InputError(f"{name} is {value}: choose a number from {least} to below 2^32")
+        if self.total_steps == 0:
+            raise InputError("no stage has any steps: nothing would be trained")
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size {self.image_size} does not divide into patches of {self.patch_size}: "
+                "choose a multiple"
+            )
+        if (self.image_size // self.patch_size) ** 2 > CONTEXT - 128:  # tokens for a question and an answer
+            raise InputError(
+                f"pictures of {self.image_size} pixels in patches of {self.patch_size} leave no room for "
+                f"words in {CONTEXT} tokens: choose larger patches"
+            )
+        # The tower's start positions have four parts; rotary positions turn pairs of numbers in each head.
+        multiples = {"tower": math.lcm(4, self.tower_heads), "text": 2 * self.text_heads}
+        for part, multiple in multiples.items():
+            width = getattr(self, f"{part}_width")
+            if width % multiple:
+                raise InputError(
+                    f"{part}_width is {width}: with this number of heads, choose a multiple of {multiple}"
+                )
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all three stages."""
+        return self.tower_steps + self.packed_steps + self.prefix_steps
+
+    def stage(self, step: int) -> str:
+        """The stage that a step belongs to."""
+        if step < self.tower_steps:
+            return "tower"
+        return "packed" if step < self.tower_steps + self.packed_steps else "prefix"
+
+
+def build(config: TrainingConfig) -> tuple[PaliGemma, Processor]:
+    """An untrained model with its processor, the same for the same seed."""
+    torch.manual_seed(config.seed)
+    patches = (config.image_size // config.patch_size) ** 2
+    processor = Processor(
+        Tokenizer(build_tokenizer(vocabulary())),
+        ImageProcessor(image_size=config.image_size, image_seq_length=patches),
+    )
+    tokenizer = processor.tokenizer
+    model = PaliGemma(
+        PaliGemmaConfig(
+            vision=SiglipVisionConfig(
+                hidden_size=config.tower_width,
+                intermediate_size=4 * config.tower_width,
+                num_hidden_layers=config.tower_layers,
+                num_attention_heads=config.tower_heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+            ),
+            text=GemmaConfig(
+                hidden_size=config.text_width,
+                intermediate_size=2 * config.text_width,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=config.text_heads,
+                num_key_value_heads=1,
+                head_dim=config.text_width // config.text_heads,
+                vocab_size=tokenizer.vocab_size,
+                max_position_embeddings=CONTEXT,
+            ),
+            image_token_id=tokenizer.image_id,
+            pad_token_id=tokenizer.pad_id,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+        )
+    )
+    _start_positions(model, tokenizer)
+    return model, processor
+
+
+def _start_positions(model: PaliGemma, tokenizer: Tokenizer) -> None:
+    """Give neighbors in space like vectors from the start: patches, and the words for coordinates."""
+    with torch.no_grad():
+        table = model.vision_tower.embeddings.position_embedding.weight
+        side = int(len(table) ** 0.5)
+        waves = _waves(torch.arange(side), table.shape[1] // 2, shortest=4.0, longest=2.0 * side)
+        rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
+        table.copy_(0.5 * torch.cat([rows, columns], dim=1))
+        embeddings = model.language_model.embed_tokens.weight
+        width = embeddings.shape[1]
+        locs = _waves(torch.arange(NUM_BINS), width, shortest=16.0, longest=2.0 * NUM_BINS)
+        embeddings[torch.tensor(tokenizer.loc_ids)] = locs * (2 / width) ** 0.5
+
+
+def _waves(positions: Tensor, width: int, shortest: float, longest: float) -> Tensor:
+    """Sines and cosines of positions [N] with wavelengths in a geometric series -> [N, width]."""
+    wavelengths = shortest * (longest / shortest) ** torch.linspace(0, 1, width // 2)
+    angles = 2 * torch.pi * positions[:, None] / wavelengths
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
