@@ -27,9 +27,9 @@ BOXES = {
     "decoder": (10.7, 1.1, 1.6, 2.0, "Gemma\nRoPE, GQA,\ncache"),
     "answer": (12.7, 1.65, 1.2, 0.9, "answer"),
     "prompt": (0.0, 0.6, 1.3, 0.9, "prompt"),
-    "tokenizer": (1.7, 0.6, 1.55, 0.9, "tokenizer,\nprompt format"),
+    "tokenizer": (1.7, 0.6, 1.55, 0.9, "tokenizer,\nprompt"),
     "embedding": (3.6, 0.6, 1.4, 0.9, "word\nvectors"),
-    "loss": (4.4, 3.6, 3.9, 0.7, "contrastive losses train the tower"),
+    "loss": (4.2, 3.6, 4.6, 0.7, "contrastive losses train the tower"),
 }
 ARROWS = (
     ("picture", "image processor"),
