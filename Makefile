@@ -37,7 +37,7 @@ notebooks: $(DEV) ## run every notebook from a clean kernel and store its output
 	$(BIN)/python notebooks/execute.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter-lab $(wildcard notebooks)
+	$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 clean: ## remove the environment, the caches and what `make demo` wrote (runs/ stays)
 	rm -rf $(VENV) demo dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache

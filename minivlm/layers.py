@@ -54,9 +54,10 @@ def attend(
     Returns:
         [B, H, T, Dh].
     """
-    # Which form runs is decided here and nowhere else, by measurement (bench/attention.py): with gradients
-    # on a CPU the plain form is the faster one, without gradients the fused one.
-    plain_is_faster = torch.is_grad_enabled() and q.requires_grad and q.device.type == "cpu"
+    # Which form runs is decided here and nowhere else, by measurement (bench/attention.py): on a CPU the
+    # plain form is the faster one with gradients and in bf16, the fused one in fp32 without gradients.
+    needs_gradient = torch.is_grad_enabled() and q.requires_grad
+    plain_is_faster = q.device.type == "cpu" and (needs_gradient or q.dtype == torch.bfloat16)
     maps = _recorded.get()
     if maps is None and softcap is None and not plain_is_faster:
         return attend_fused(q, k, v, mask, scale)

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from notebooks_and_sources import NOTEBOOKS, definitions, read_cells
 
 from minivlm import checks
@@ -82,3 +84,11 @@ def test_a_forgotten_return_is_not_yet(path: Path, module: str, name: str) -> No
 def test_an_error_inside_is_not_yet(path: Path, module: str, name: str) -> None:
     with pytest.raises(NotYet, match="ZeroDivisionError"):
         check_of(module, name)(lambda *args, **kwargs: 1 / 0)
+
+
+def test_a_notebook_shows_the_hint_and_not_the_code_of_the_check() -> None:
+    source = "from minivlm import checks\nchecks.expect(False, 'the hint')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, allow_errors=True, kernel_name="python3").execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.traceback == ["Not yet: the hint"]

@@ -28,6 +28,10 @@ def __getattr__(name: str) -> Any:
 class NotYet(AssertionError):
     """An exercise's answer is not right yet. The message names the likely mistake."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback: the hint alone, and not the code of the check."""
+        return [f"Not yet: {self}"]
+
 
 def right(message: str) -> None:
     """Tell the reader that the exercise is solved, and what that shows."""
@@ -44,8 +48,8 @@ def call(answer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run the reader's function; a blank exercise is a NotYet, and other errors say what they are."""
     try:
         result = answer(*args, **kwargs)
-    except NotImplementedError as error:
-        raise NotYet("the exercise is still blank: replace the line that raises by your own") from error
+    except NotImplementedError:
+        raise NotYet("the exercise is still blank: replace the line that raises by your own") from None
     except Exception as error:
         raise NotYet(f"your code stops with {type(error).__name__}: {error}") from error
     if result is None:
