@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from minivlm.training import Run, TrainingConfig
+from minivlm.recipe import TrainingConfig
+from minivlm.training import Run
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """From scenes to tensors: several questions about one picture, packed into one row.
 
-A row is a picture and its questions one after the other. Encoding the picture costs most, so asking six
+A row is a picture and its questions one after the other. Encoding the picture costs most, so asking several
 questions about it at once makes training several times faster. Questions of one row must not see each
 other, which `question_mask` takes care of: for each question the row looks as if it stood there alone.
 
@@ -13,7 +13,7 @@ worker processes deliver the same batches whatever their number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
@@ -46,10 +46,6 @@ class Batch:
     token_type_ids: Tensor  # [R, T], 0 prompt, 1 answer
     labels: Tensor  # [R, T], -100 where there is no loss
     weights: Tensor  # [R, T], of each label
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 def question_mask(batch: Batch, num_image_tokens: int, image_sees_prompt: bool) -> tuple[Tensor, Tensor]:
@@ -150,7 +146,7 @@ class SceneBatches(Dataset[Batch]):
         chosen: list[Example] = []
         room = self.row_tokens
         for example in islice(scene.examples(rng), 2 * self.questions):
-            length = 2 + len(self._encode(example.prefix + "\n")) + len(self._encode(example.suffix))
+            length = sum(len(part) for part in _encode(self.processor.tokenizer, example))
             if length <= room:
                 chosen.append(example)
                 room -= length
@@ -195,10 +191,8 @@ class SceneBatches(Dataset[Batch]):
             name: []
             for name in ("input_ids", "position_ids", "blocks", "token_type_ids", "labels", "weights")
         }
-        tokenizer = self.processor.tokenizer
         for block, example in enumerate(examples, start=1):
-            prompt = [tokenizer.bos_id, *self._encode(example.prefix + "\n")]
-            answer = [*self._encode(example.suffix), tokenizer.eos_id]
+            prompt, answer = _encode(self.processor.tokenizer, example)
             row["input_ids"] += [*prompt, *answer]
             row["position_ids"] += range(len(prompt) + len(answer))
             row["blocks"] += [block] * (len(prompt) + len(answer))
@@ -215,11 +209,18 @@ class SceneBatches(Dataset[Batch]):
             return WEIGHTS["loc"]
         return WEIGHTS["word" if task in ("caption", "detect") else "answer"]
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return _encode(self.processor.tokenizer, text)
+
+def _encode(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[int]]:
+    """Ids of prompt and answer, without the picture's placeholders: its features stand before the text."""
+    return _encode_prompt(tokenizer, example.prefix), _encode_answer(tokenizer, example.suffix)
 
 
-# The cache is the module's and not an object's: a worker process that does not fork gets a pickled object.
+# The caches are the module's and not an object's: a worker process that does not fork gets a pickled object.
 @lru_cache(maxsize=50_000)
-def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text))
+def _encode_prompt(tokenizer: Tokenizer, prefix: str) -> list[int]:
+    return tokenizer.encode_prefix(prefix, image_seq_len=0)
+
+
+@lru_cache(maxsize=50_000)
+def _encode_answer(tokenizer: Tokenizer, suffix: str) -> list[int]:
+    return tokenizer.encode_suffix(suffix)

@@ -28,7 +28,8 @@ from minivlm.models.load import SHIPPED, load
 from minivlm.models.paligemma import PaliGemma
 from minivlm.plots import draw_boxes, side_by_side
 from minivlm.processing import Box, Processor, load_picture, text_to_boxes, to_rgb
-from minivlm.training import TrainingConfig, train
+from minivlm.recipe import TrainingConfig
+from minivlm.training import train
 
 EXAMPLES = """\
 examples:

@@ -1,16 +1,12 @@
-"""What the command line and the notebooks draw: boxes on pictures, training curves."""
+"""What the command line and the notebooks draw: boxes on pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 from minivlm.processing import Box
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BOX_COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 SHORTEST_SIDE = 320  # pixels; smaller pictures are enlarged, so that a label can be read
@@ -48,23 +44,3 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
         sheet.paste(picture, (left, 0))
         left += picture.width + gap
     return sheet
-
-
-def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Losses over steps from the lines of a run's log.jsonl, the stages shaded."""
-    from matplotlib.figure import Figure  # imported late: the command line should start fast
-
-    figure = Figure(figsize=(7, 3.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("patch", "what lies on each patch"), ("answer", "answers")):
-        points = [(line["step"], line[name]) for line in log if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label)
-    for stage, shade in (("tower", "0.92"), ("prefix", "0.92")):
-        steps = [line["step"] for line in log if line["stage"] == stage]
-        if steps:
-            axes.axvspan(min(steps), max(steps), color=shade, zorder=0)
-            axes.text(min(steps), axes.get_ylim()[1], f" {stage}", va="top", fontsize=8)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.legend(frameon=False)
-    return figure

@@ -36,8 +36,6 @@ from minivlm.models.paligemma import PaliGemma
 from minivlm.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.recipe import TrainingConfig, build
 
-__all__ = ["Run", "TrainingConfig", "build", "train"]
-
 
 class Run:
     """A training run at some step: the weights, the optimizers, and how to go one step further."""

@@ -192,7 +192,8 @@ import json, os, sys, time
 from pathlib import Path
 import torch
 from minivlm import checkpoints, files
-from minivlm.training import Run, TrainingConfig, train
+from minivlm.recipe import TrainingConfig
+from minivlm.training import Run, train
 
 torch.set_num_threads(1)
 Run(TrainingConfig())  # imports what is imported late
