@@ -236,7 +236,7 @@ def _demo(options: argparse.Namespace) -> None:
         f'  ask your own question      .venv/bin/minivlm ask {folder}/scene_1.png --prompt "caption en"\n'
         "  measure the model          .venv/bin/minivlm eval\n"
         "  train your own             .venv/bin/minivlm train --out runs/mine\n"
-        "  read how it works          README.md, then minivlm/models/paligemma.py"
+        "  read how it works          make lab, from 00_tour on"
     )
 
 
