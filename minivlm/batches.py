@@ -13,7 +13,7 @@ worker processes deliver the same batches whatever their number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
 
@@ -46,6 +46,10 @@ class Batch:
     token_type_ids: Tensor  # [R, T], 0 prompt, 1 answer
     labels: Tensor  # [R, T], -100 where there is no loss
     weights: Tensor  # [R, T], of each label
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 def question_mask(batch: Batch, num_image_tokens: int, image_sees_prompt: bool) -> tuple[Tensor, Tensor]:
