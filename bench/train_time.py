@@ -26,8 +26,9 @@ def main() -> None:
     recipe = TrainingConfig()
     warm_up = 10
     each = warm_up + options.steps
-    config = replace(recipe, tower_steps=each, packed_steps=each, prefix_steps=each, warmup_steps=each)
-    planned = {"tower": recipe.tower_steps, "packed": recipe.packed_steps, "prefix": recipe.prefix_steps}
+    stages = ("tower_steps", "packed_steps", "review_steps", "prefix_steps")
+    planned = {stage.removesuffix("_steps"): getattr(recipe, stage) for stage in stages}
+    config = replace(recipe, **dict.fromkeys(stages, each), warmup_steps=each)
     times: dict[str, list[float]] = {name: [] for name in planned}
 
     run = Run(config)

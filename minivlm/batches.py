@@ -19,15 +19,18 @@ from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from minivlm import masks
+from minivlm.looks import PLAIN_SHARE, as_photographed, varied
 from minivlm.processing import Processor, Tokenizer
-from minivlm.scenes import Example, Scene, make_scene
+from minivlm.questions import QUESTION_TASKS, Example, examples
+from minivlm.scenes import Scene, make_scene
 
 PADDING = -1  # block number of padding; 0 is the image, questions count from 1
-WEIGHTS = {"answer": 3.0, "loc": 1.0, "eos": 0.3, "word": 1.0}  # of a token in the loss
+WEIGHTS = {"answer": 3.0, "loc": 1.0, "seg": 0.3, "eos": 0.3, "word": 1.0}  # of a token in the loss
 
 
 @dataclass
@@ -96,9 +99,10 @@ class SceneBatches(Dataset[Batch]):
         pictures: per batch.
         questions: per picture.
         packed: all questions of a picture in one row, or a row for each.
-        row_tokens: length of a packed row; questions that no longer fit are left out, others tried instead,
-            so that little of a batch is padding. None packs the first questions, whatever their length.
+        row_tokens: most tokens of a row; questions that do not fit are left out, others tried instead, so
+            that little of a batch is padding. None takes the first questions, whatever their length.
         first_step: number of the first batch in the run, when another stage came before.
+        relations: questions about relations in a round of all tasks.
         easy_from, easy_to: the share of easy scenes falls from 1 to `easy_least` between these steps.
     """
 
@@ -117,6 +121,7 @@ class SceneBatches(Dataset[Batch]):
         easy_from: int = 0,
         easy_to: int = 0,
         easy_least: float = 0.1,
+        relations: int = 2,
     ) -> None:
         self.processor = processor
         self.grid = processor.image_processor.image_size // patch_size
@@ -124,7 +129,9 @@ class SceneBatches(Dataset[Batch]):
         self.pictures, self.questions, self.packed = pictures, questions, packed
         self.row_tokens = row_tokens
         self.easy_from, self.easy_to, self.easy_least = easy_from, easy_to, easy_least
+        self.relations = relations
         self._locs = frozenset(processor.tokenizer.loc_ids)
+        self._segs = frozenset(processor.tokenizer.seg_ids)
 
     def __len__(self) -> int:
         return self.steps
@@ -139,37 +146,41 @@ class SceneBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, self.first_step + step])
         easy = rng.random(self.pictures) < self.easy_share(step)
+        plain = rng.random(self.pictures) < PLAIN_SHARE
         scenes = [make_scene(rng, "train", easy=bool(one)) for one in easy]
-        examples = [self._choose(scene, rng) for scene in scenes]
-        smooth = rng.random(self.pictures) < 0.25
-        return self._batch(scenes, smooth, examples)
+        scenes = [scene if p else varied(scene, rng) for scene, p in zip(scenes, plain, strict=True)]
+        chosen = [self._choose(scene, rng) for scene in scenes]
+        size = self.processor.image_processor.image_size
+        pictures = [
+            scene.draw(size) if p else as_photographed(scene, size, rng)
+            for scene, p in zip(scenes, plain, strict=True)
+        ]
+        return self._batch(scenes, pictures, chosen)
 
     def _choose(self, scene: Scene, rng: np.random.Generator) -> list[Example]:
         if self.row_tokens is None:
-            return list(islice(scene.examples(rng), self.questions))
+            return list(islice(examples(scene, rng, self.relations), self.questions))
         chosen: list[Example] = []
         room = self.row_tokens
-        for example in islice(scene.examples(rng), 2 * self.questions):
+        for example in islice(examples(scene, rng, self.relations), 2 * self.questions):
             length = sum(len(part) for part in _encode(self.processor.tokenizer, example))
             if length <= room:
                 chosen.append(example)
-                room -= length
-        return chosen
+                room -= length if self.packed else 0
+        return chosen[: self.questions]
 
-    def _batch(self, scenes: list[Scene], smooth: np.ndarray, examples: list[list[Example]]) -> Batch:
-        size = self.processor.image_processor.image_size
-        pictures = [scene.draw(size, smooth=bool(s)) for scene, s in zip(scenes, smooth, strict=True)]
+    def _batch(self, scenes: list[Scene], pictures: list[Image.Image], chosen: list[list[Example]]) -> Batch:
         labels = [scene.patch_labels(self.grid) for scene in scenes]
         dense = {
             f"patch_{name}": torch.from_numpy(np.stack([one[name] for one in labels]))
             for name in ("color", "shape", "size", "box")
         }
         if self.packed:
-            rows = list(examples)
-            picture_of_row = list(range(len(examples)))
+            rows = list(chosen)
+            picture_of_row = list(range(len(chosen)))
         else:
-            rows = [[example] for some in examples for example in some]
-            picture_of_row = [number for number, some in enumerate(examples) for _ in some]
+            rows = [[example] for some in chosen for example in some]
+            picture_of_row = [number for number, some in enumerate(chosen) for _ in some]
         return Batch(
             pixel_values=self.processor.image_processor(pictures),
             pictures=torch.tensor(picture_of_row),
@@ -211,7 +222,9 @@ class SceneBatches(Dataset[Batch]):
             return WEIGHTS["eos"]
         if token_id in self._locs:
             return WEIGHTS["loc"]
-        return WEIGHTS["word" if task in ("caption", "detect") else "answer"]
+        if token_id in self._segs:
+            return WEIGHTS["seg"]
+        return WEIGHTS["answer" if task in QUESTION_TASKS else "word"]
 
 
 def _encode(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[int]]:

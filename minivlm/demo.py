@@ -13,7 +13,8 @@ import numpy as np
 
 from minivlm.errors import InputError
 from minivlm.files import write_aside
-from minivlm.scenes import Example, Scene, make_scene
+from minivlm.questions import Example, ask
+from minivlm.scenes import Scene, make_scene
 
 SAMPLES = Path("figures") / "samples"  # in the repository; elsewhere they are drawn when needed
 PROMPTS_FILE = "prompts.json"
@@ -32,7 +33,7 @@ def sample_scene(number: int) -> tuple[Scene, list[Example]]:
     rng = np.random.default_rng([2026, number])
     while True:
         scene = make_scene(rng, "test")
-        examples = [scene.ask(task, rng) for task in SAMPLE_TASKS[number]]
+        examples = [ask(scene, task, rng) for task in SAMPLE_TASKS[number]]
         if len(scene.things) >= 3 and all(example is not None for example in examples):
             return scene, [example for example in examples if example is not None]
 

@@ -18,7 +18,7 @@ from minivlm.errors import InputError
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer
 from minivlm.processing.boxes import NUM_BINS
-from minivlm.scenes import vocabulary
+from minivlm.questions import vocabulary
 
 CONTEXT = 512  # tokens
 
@@ -38,15 +38,19 @@ class TrainingConfig:
     text_heads: int = 4
     tower_steps: int = 1500
     packed_steps: int = 5000
+    review_steps: int = 2200
     prefix_steps: int = 900
     tower_pictures: int = 128  # per step
     pictures: int = 48
-    questions: int = 8  # per picture at most, packed
-    row_tokens: int = 84  # of packed questions
+    questions: int = 9  # per picture at most, packed
+    row_tokens: int = 104  # of packed questions
     prefix_questions: int = 3
+    prefix_row_tokens: int = 40  # of one question
     muon_lr: float = 0.02
     adamw_lr: float = 0.003
-    tower_lr_factor: float = 0.3  # of the tower's rates in stages 2 and 3
+    tower_lr_factor: float = 0.3  # of the tower's rates after its own stage
+    review_lr_factor: float = 0.5  # of all rates, where they start once more
+    review_relations: int = 5  # in a round of questions; 2 before
     weight_decay: float = 0.02
     warmup_steps: int = 100
     clip: float = 1.0
@@ -56,10 +60,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that no model can be built from or trained with."""
-        may_be_zero = ("seed", "tower_steps", "packed_steps", "prefix_steps")
+        may_be_zero = ("seed", "tower_steps", "packed_steps", "review_steps", "prefix_steps")
         for name, value in asdict(self).items():
             least = 0 if isinstance(value, float) or name in may_be_zero else 1
-            least = 16 if name == "row_tokens" else least  # a short question with its answer
+            least = 16 if name.endswith("row_tokens") else least  # a short question with its answer
             if name != "bf16" and not least <= value < 2**32:
                 raise InputError(f"{name} is {value}: choose a number from {least} to below 2^32")
         if self.total_steps == 0:
@@ -86,13 +90,15 @@ class TrainingConfig:
     @property
     def total_steps(self) -> int:
         """Steps of all three stages."""
-        return self.tower_steps + self.packed_steps + self.prefix_steps
+        return self.tower_steps + self.packed_steps + self.review_steps + self.prefix_steps
 
     def stage(self, step: int) -> str:
         """The stage that a step belongs to."""
-        if step < self.tower_steps:
-            return "tower"
-        return "packed" if step < self.tower_steps + self.packed_steps else "prefix"
+        for name in ("tower", "packed", "review"):
+            step -= getattr(self, f"{name}_steps")
+            if step < 0:
+                return name
+        return "prefix"
 
 
 def build(config: TrainingConfig) -> tuple[PaliGemma, Processor]:

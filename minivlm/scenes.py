@@ -1,8 +1,9 @@
-"""The drawn world: pictures of colored shapes, with every true sentence about them.
+"""The drawn world: pictures of colored shapes, of which everything is known.
 
 A scene is one to five things on a gray, slightly noisy ground. Because we drew it, we know all of it: an
-exact caption, answers to questions, boxes, and what lies under each patch. Scenes are made on the fly from
-a random generator, so that a seed is a data set, and nothing has to be stored.
+exact caption, the boxes and outlines of its things, and what lies under each patch. Scenes are made on the
+fly from a random generator, so that a seed is a data set, and nothing has to be stored. What can be asked
+about them stands in questions.py, other ways to draw them in looks.py.
 
 Some pairs of color and shape (`HELD_OUT_PAIRS`) never occur in training scenes or training questions. A
 model that knows red circles and blue squares should recognize a red square: the split "unseen" asks.
@@ -13,15 +14,12 @@ The world is 64 units wide and high, whatever the number of pixels it is drawn w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from minivlm.processing.boxes import Box, boxes_to_text
 
 WORLD = 64.0  # units from left to right and from top to bottom
 SHAPES = ("circle", "square", "triangle", "star")
@@ -37,17 +35,13 @@ COLORS = {
 }
 SIZES = {"small": (6.5, 8.0), "medium": (9.5, 11.0), "large": (13.0, 15.0)}  # radius in units
 HELD_OUT_PAIRS = frozenset({("red", "square"), ("blue", "star"), ("yellow", "circle"), ("green", "triangle")})
-RELATIONS = ("left of", "right of", "above", "below")
-TASKS = ("color", "shape", "size", "count", "existence", "relation", "caption", "detect")
 
 Split = Literal["train", "test", "unseen"]
 
-_ALL_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-_SEEN_PAIRS = tuple(pair for pair in _ALL_PAIRS if pair not in HELD_OUT_PAIRS)
-_SUPERSAMPLING = 4
+ALL_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 _GAP = 1.5  # units between things
 _ORDER_GAP = 3.0  # centers differ by at least this much from left to right, so that the order is plain to see
-_RELATION_GAP = 5.0  # a relation is only asked about where it is plain to see
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,7 @@ class Thing:
     y: float
     radius: float
     rgb: tuple[int, int, int]
+    angle: int = 0  # degrees by which it is turned, clockwise
 
     @property
     def name(self) -> str:
@@ -75,6 +70,7 @@ class Thing:
             return [(self.x - r, self.y - r), (self.x + r, self.y + r)]
         corners = {"square": 4, "triangle": 3, "star": 10}[self.shape]
         start = math.pi / 4 if self.shape == "square" else -math.pi / 2
+        start += math.radians(self.angle)
         points = []
         for i in range(corners):
             radius = self.radius * (0.45 if self.shape == "star" and i % 2 else 1.0)
@@ -88,26 +84,21 @@ class Thing:
         xs, ys = zip(*self.outline, strict=True)
         return min(xs), min(ys), max(xs), max(ys)
 
+    def paint(self, picture: Image.Image, fill: int | tuple[int, int, int]) -> None:
+        """Draw the shape into a square picture of the whole world, without smooth edges."""
+        scale = picture.width / WORLD
+        outline = [(x * scale, y * scale) for x, y in self.outline]
+        pen = ImageDraw.Draw(picture)
+        if self.shape == "circle":
+            pen.ellipse(outline, fill=fill)
+        else:
+            pen.polygon(outline, fill=fill)
 
-@dataclass(frozen=True)
-class Example:
-    """One prompt about a scene with its exact answer."""
-
-    task: str
-    prefix: str
-    suffix: str
-    things: tuple[Thing, ...] = ()  # what `detect` has to find
-
-
-def with_article(name: str) -> str:
-    """ "a red circle", "an orange circle"."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def detection_text(things: Sequence[Thing]) -> str:
-    """The answer to `detect`: boxes with names from left to right, or "none"."""
-    boxes = [Box(*thing.box, thing.name) for thing in things]
-    return boxes_to_text(boxes, WORLD, WORLD) if boxes else "none"
+    def mask(self, pixels: int = 64) -> np.ndarray:
+        """[pixels, pixels], True where the thing is, in a picture of the whole world."""
+        picture = Image.new("L", (4 * pixels, 4 * pixels))
+        self.paint(picture, 255)
+        return np.asarray(picture.reduce(4)) >= 128
 
 
 @dataclass(frozen=True)
@@ -120,26 +111,19 @@ class Scene:
     noise_seed: int
     unseen_pairs: bool = False  # whether questions may name pairs that are kept out of training
 
-    def draw(self, pixels: int = 64, smooth: bool = False) -> Image.Image:
+    def draw(
+        self, pixels: int = 64, reducing: Image.Resampling = Image.Resampling.BOX, supersampling: int = 4
+    ) -> Image.Image:
         """The picture, `pixels` wide and high, RGB.
 
-        Drawn four times as large, then averaged, or with `smooth` reduced by the bicubic filter of the
-        processor: the small differences between the two should not matter to a model.
+        Drawn `supersampling` times as large, then reduced by a filter: BOX takes the mean of the pixels that
+        become one.
         """
-        big = pixels * _SUPERSAMPLING
-        scale = big / WORLD
+        big = pixels * supersampling
         picture = Image.new("RGB", (big, big), (self.background,) * 3)
-        pen = ImageDraw.Draw(picture)
         for thing in self.things:
-            outline = [(x * scale, y * scale) for x, y in thing.outline]
-            if thing.shape == "circle":
-                pen.ellipse(outline, fill=thing.rgb)
-            else:
-                pen.polygon(outline, fill=thing.rgb)
-        if smooth:
-            picture = picture.resize((pixels, pixels), Image.Resampling.BICUBIC)
-        else:
-            picture = picture.reduce(_SUPERSAMPLING)
+            thing.paint(picture, thing.rgb)
+        picture = picture.resize((pixels, pixels), reducing)
         if self.noise == 0:
             return picture
         noise = np.random.default_rng(self.noise_seed).standard_normal((pixels, pixels, 3), dtype=np.float32)
@@ -153,23 +137,6 @@ class Scene:
     def find(self, name: str) -> tuple[Thing, ...]:
         """The things that "red circle" means, from left to right."""
         return tuple(thing for thing in self.things if thing.name == name)
-
-    def examples(self, rng: np.random.Generator) -> Iterator[Example]:
-        """Prompts with answers, without end, in rounds of all tasks in random order.
-
-        Relations come twice a round, as they are the slowest to learn. A task that this scene offers no
-        question for is left out.
-        """
-        round_of_tasks = (*TASKS, "relation")
-        while True:
-            for index in rng.permutation(len(round_of_tasks)):
-                example = _ASK[round_of_tasks[index]](self, rng)
-                if example is not None:
-                    yield example
-
-    def ask(self, task: str, rng: np.random.Generator) -> Example | None:
-        """One random prompt of a task, or None where the scene offers none."""
-        return _ASK[task](self, rng)
 
     def patch_labels(self, grid: int) -> dict[str, np.ndarray]:
         """What lies on each patch of a grid x grid division of the picture.
@@ -220,11 +187,15 @@ def make_scene(rng: np.random.Generator, split: Split = "train", easy: bool = Fa
 
 
 def _choose_pairs(rng: np.random.Generator, count: int, split: Split) -> list[tuple[str, str]]:
-    allowed = _ALL_PAIRS if split == "unseen" else _SEEN_PAIRS
+    allowed = ALL_PAIRS if split == "unseen" else SEEN_PAIRS
     pairs = [allowed[i] for i in rng.choice(len(allowed), size=count, replace=False)]
-    # Twins now and then, so that counting and detecting means more than naming.
-    if count > 1 and rng.random() < 0.25:
-        pairs[-1] = pairs[0]
+    # Twins now and then, and a few triplets, so that counting and detecting means more than naming.
+    if count > 1:
+        alike = rng.random()
+        if alike < 0.25:
+            pairs[-1] = pairs[0]
+        if alike < 0.05 and count > 3:
+            pairs[-2] = pairs[0]
     if split == "unseen" and not HELD_OUT_PAIRS.intersection(pairs):
         held_out = sorted(HELD_OUT_PAIRS)
         pairs[0] = held_out[rng.integers(len(held_out))]
@@ -256,131 +227,3 @@ def _place(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[Thing
         red, green, blue = (int(v) for v in np.clip(np.array(COLORS[color]) + jitter, 0, 255))
         things.append(Thing(shape, color, size, x, y, radius, (red, green, blue)))
     return things
-
-
-# ---- questions ---------------------------------------------------------------------------------------------
-# Each function makes one random prompt of its task, or None where the scene offers none. A question must
-# have one answer: "the star" is asked about only where there is one star.
-
-
-def _ask_color(scene: Scene, rng: np.random.Generator) -> Example | None:
-    thing = _one_of(scene, rng, lambda t: t.shape)
-    if thing is not None:
-        return Example("color", f"what color is the {thing.shape}?", thing.color)
-    thing = _one_of(scene, rng, lambda t: f"{t.size} {t.shape}")
-    if thing is not None:
-        return Example("color", f"what color is the {thing.size} {thing.shape}?", thing.color)
-    return None
-
-
-def _ask_shape(scene: Scene, rng: np.random.Generator) -> Example | None:
-    thing = _one_of(scene, rng, lambda t: t.color)
-    if thing is None:
-        return None
-    return Example("shape", f"what shape is the {thing.color} object?", thing.shape)
-
-
-def _ask_size(scene: Scene, rng: np.random.Generator) -> Example | None:
-    thing = _one_of(scene, rng, lambda t: t.name)
-    if thing is None:
-        return None
-    return Example("size", f"what size is the {thing.name}?", thing.size)
-
-
-def _ask_count(scene: Scene, rng: np.random.Generator) -> Example | None:
-    kind = rng.integers(3)
-    if kind == 0:
-        return Example("count", "how many objects are there?", str(len(scene.things)))
-    # Mostly about what is there: otherwise the answer would nearly always be 0.
-    thing = scene.things[rng.integers(len(scene.things))]
-    if kind == 1:
-        color = thing.color if rng.random() < 0.75 else list(COLORS)[rng.integers(len(COLORS))]
-        number = sum(t.color == color for t in scene.things)
-        return Example("count", f"how many {color} objects are there?", str(number))
-    shape = thing.shape if rng.random() < 0.75 else SHAPES[rng.integers(len(SHAPES))]
-    number = sum(t.shape == shape for t in scene.things)
-    return Example("count", f"how many {shape}s are there?", str(number))
-
-
-def _ask_existence(scene: Scene, rng: np.random.Generator) -> Example | None:
-    name = _some_name(scene, rng)
-    return Example("existence", f"is there {with_article(name)}?", "yes" if scene.find(name) else "no")
-
-
-def _ask_relation(scene: Scene, rng: np.random.Generator) -> Example | None:
-    unique = [t for t in scene.things if len(scene.find(t.name)) == 1]
-    if len(unique) < 2:
-        return None
-    first, second = (unique[i] for i in rng.choice(len(unique), size=2, replace=False))
-    dx, dy = first.x - second.x, first.y - second.y
-    distances = dict(zip(RELATIONS, (-dx, dx, -dy, dy), strict=True))
-    plain = [relation for relation in RELATIONS if abs(distances[relation]) > _RELATION_GAP]
-    if not plain:
-        return None
-    relation = plain[rng.integers(len(plain))]
-    answer = "yes" if distances[relation] > 0 else "no"
-    return Example("relation", f"is the {first.name} {relation} the {second.name}?", answer)
-
-
-def _ask_caption(scene: Scene, rng: np.random.Generator) -> Example | None:
-    return Example("caption", "caption en", scene.caption())
-
-
-def _ask_detect(scene: Scene, rng: np.random.Generator) -> Example | None:
-    name = (
-        scene.things[rng.integers(len(scene.things))].name if rng.random() < 0.9 else _some_name(scene, rng)
-    )
-    things = scene.find(name)
-    return Example("detect", f"detect {name}", detection_text(things), things)
-
-
-_ASK: dict[str, Callable[[Scene, np.random.Generator], Example | None]] = {
-    "color": _ask_color,
-    "shape": _ask_shape,
-    "size": _ask_size,
-    "count": _ask_count,
-    "existence": _ask_existence,
-    "relation": _ask_relation,
-    "caption": _ask_caption,
-    "detect": _ask_detect,
-}
-
-
-def _one_of(scene: Scene, rng: np.random.Generator, describe: Callable[[Thing], str]) -> Thing | None:
-    """A random thing that `describe` tells from all others."""
-    words = [describe(thing) for thing in scene.things]
-    unique = [thing for thing, word in zip(scene.things, words, strict=True) if words.count(word) == 1]
-    return unique[rng.integers(len(unique))] if unique else None
-
-
-def _some_name(scene: Scene, rng: np.random.Generator) -> str:
-    """The name of a thing in half of the cases, else a name that is missing: in half of these, of a color
-    and a shape that both occur, but not together."""
-    if rng.random() < 0.5:
-        return scene.things[rng.integers(len(scene.things))].name
-    # A training question about a held-out pair could only be answered "no", and would teach just that.
-    pairs = _ALL_PAIRS if scene.unseen_pairs else _SEEN_PAIRS
-    missing = [f"{color} {shape}" for color, shape in pairs if not scene.find(f"{color} {shape}")]
-    colors, shapes = {t.color for t in scene.things}, {t.shape for t in scene.things}
-    mixed = [name for name in missing if name.split()[0] in colors and name.split()[1] in shapes]
-    chosen = mixed if mixed and rng.random() < 0.5 else missing
-    return chosen[rng.integers(len(chosen))]
-
-
-def vocabulary() -> Iterator[str]:
-    """Texts that hold every word of this world, for building a tokenizer."""
-    for color in COLORS:
-        for shape in SHAPES:
-            for size in SIZES:
-                yield f"a {size} {color} {shape}, a {size} {color} {shape}"
-                yield f"what color is the {size} {shape}?\n{color}"
-            yield f"what size is the {color} {shape}?\n"
-            yield f"what shape is the {color} object?\n{shape}"
-            yield f"how many {shape}s are there?\n"
-            yield f"how many {color} objects are there?\n"
-            yield f"is there {with_article(color)} {shape}?\n"
-            yield f"detect {color} {shape}\n"
-            yield from (f"is the {color} {shape} {relation} the {color} {shape}?\n" for relation in RELATIONS)
-    yield from SIZES
-    yield from (str(number) for number in range(10))
-    yield from ("yes", "no", "none", "caption en\n", "<loc0000> red circle ; <loc0000> red circle")

@@ -1,12 +1,14 @@
 """Training a tiny PaliGemma from nothing, on drawn scenes, in minutes on a laptop.
 
-Three stages:
+Four stages:
 
 1. tower: one linear head per image token learns what lies on its patch. Without this the tower collapses:
    its tokens become alike, the answers are guesses, and the loss takes very long to tell.
 2. packed: the whole model on several questions per picture, packed into one row. The picture does not see the
    questions yet, which is what makes packing possible.
-3. prefix: one question per row under PaliGemma's true mask, where image and prompt see each other.
+3. review: the same with more questions about relations, which are the slowest to learn. The learning rates
+   start once more, from half of their peak.
+4. prefix: one question per row under PaliGemma's true mask, where image and prompt see each other.
 
 Matrices inside the blocks are trained with Muon (https://kellerjordan.github.io/posts/muon/), everything
 else with AdamW. The forward and backward pass run in bf16 where the CPU multiplies it in hardware, the
@@ -16,7 +18,6 @@ weights that the optimizer holds stay in fp32.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,30 +25,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader
-from tqdm import tqdm
+from torch.utils.data import ConcatDataset
 
 from minivlm.batches import Batch, SceneBatches
-from minivlm.checkpoints import load_state, save_state
-from minivlm.errors import InputError
-from minivlm.files import write_aside
-from minivlm.interrupts import ignore_interrupts, note_interrupts
+from minivlm.evaluation import evaluate
+from minivlm.loop import Trainable, check_folder, in_order, run_to_end
 from minivlm.models.paligemma import PaliGemma
 from minivlm.objectives import PatchHead, SoftTargets, answer_loss
+from minivlm.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.recipe import TrainingConfig, build
 
+MEASURED_SCENES = 100
 
-class Run:
+
+class Run(Trainable):
     """A training run at some step: the weights, the optimizers, and how to go one step further."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    losses = ("patch", "answer")
+    masters: nn.ModuleDict
+    working: nn.ModuleDict
+
+    def __init__(self, config: TrainingConfig, device: torch.device | str = "cpu", workers: int = 1) -> None:
         self.config = config
+        self.device = torch.device(device)
+        self.workers = workers
         self.step = 0
         self.model, self.processor = build(config)
         self.masters = nn.ModuleDict({"model": self.model, "head": PatchHead(config.tower_width)})
-        bf16 = config.bf16 if config.bf16 is not None else torch.cpu._is_avx512_bf16_supported()
+        self.masters.to(self.device)
+        bf16 = config.bf16 if config.bf16 is not None else bf16_pays(self.device)
         self.working = copy.deepcopy(self.masters).to(torch.bfloat16 if bf16 else torch.float32)
         self.soft = SoftTargets(self.processor.tokenizer, config.loc_sigma)
+        self.soft.bells = self.soft.bells.to(self.device)
         groups: dict[tuple[bool, bool], list[Tensor]] = {}  # by (is a block's matrix, is in the tower)
         for name, parameter in self.masters.named_parameters():
             key = (".layers." in name and parameter.dim() == 2, "vision_tower." in name)
@@ -66,6 +75,16 @@ class Run:
                 others, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
             ),
         }
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.total_steps
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self.config)
+
+    def place(self) -> dict[str, Any]:
+        return {"stage": self.config.stage(self.step - 1)}
 
     def batches(self) -> Iterator[Batch]:
         """The batches from the present step to the last, drawn ahead in a worker process."""
@@ -98,27 +117,29 @@ class Run:
                     easy_to=easy_to,
                 ),
                 stage(
+                    config.review_steps,
+                    config.pictures,
+                    config.questions,
+                    row_tokens=config.row_tokens,
+                    first_step=first + config.packed_steps,
+                    relations=config.review_relations,
+                ),
+                stage(
                     config.prefix_steps,
                     config.pictures,
                     config.prefix_questions,
-                    first_step=first + config.packed_steps,
+                    row_tokens=config.prefix_row_tokens,
+                    first_step=first + config.packed_steps + config.review_steps,
                     packed=False,
                 ),
             ]
         )
-        loader = DataLoader(
-            data,
-            batch_size=None,
-            sampler=range(self.step, config.total_steps),
-            num_workers=1,
-            prefetch_factor=4,
-            worker_init_fn=ignore_interrupts,
-        )
-        return iter(loader)
+        return in_order(data, range(self.step, config.total_steps), self.workers)
 
     def advance(self, batch: Batch) -> dict[str, float]:
         """One step of optimization. Returns the losses."""
         stage = self.config.stage(self.step)
+        batch = batch.to(self.device)
         model, head = self.working["model"], self.working["head"]
         assert isinstance(model, PaliGemma)
         assert isinstance(head, PatchHead)
@@ -129,19 +150,21 @@ class Run:
         if stage != "tower":
             losses["answer"] = answer_loss(model, tokens, batch, stage == "prefix", self.soft)
             loss = losses["answer"] + self.config.dense_weight * losses["patch"]
+        values = {name: value.item() for name, value in losses.items()}
+        for name, value in values.items():
+            self.check_finite(f"the {name} loss", value)
         loss.backward()
         self._update()
         self.step += 1
-        return {name: value.item() for name, value in losses.items()}
+        return values
 
     def _update(self) -> None:
         """Gradients of the working copy to the masters, one optimizer step, and the result back."""
-        masters: list[Tensor] = list(self.masters.parameters())
-        working: list[Tensor] = list(self.working.parameters())
-        for master, copied in zip(masters, working, strict=True):
-            master.grad = None if copied.grad is None else copied.grad.float()
-            copied.grad = None
-        nn.utils.clip_grad_norm_(masters, self.config.clip)
+        masters = list(self.masters.parameters())
+        for master in masters:
+            master.grad = None
+        collect_gradients(self.masters, self.working)
+        self.check_finite("the gradient", nn.utils.clip_grad_norm_(masters, self.config.clip).item())
         factor = self._schedule()
         alone = self.config.stage(self.step) == "tower"
         for name, optimizer in self.optimizers.items():
@@ -151,17 +174,35 @@ class Run:
                 slow = group["tower"] and not alone
                 group["lr"] = peak * factor * (self.config.tower_lr_factor if slow else 1.0)
             optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(working, masters)
+        follow_masters(self.masters, self.working)
 
     def _schedule(self) -> float:
-        """Factor of the learning rates: warm-up and linear decay, once for the tower alone, once for all."""
-        config = self.config
-        if config.stage(self.step) == "tower":
-            done, total = self.step, config.tower_steps
+        """Factor of the learning rates: warm-up and linear decay, for the tower, for all, for the review."""
+        config, stage = self.config, self.config.stage(self.step)
+        peak, done = 1.0, self.step
+        if stage == "tower":
+            total = config.tower_steps
+        elif stage == "packed" or not config.review_steps:
+            done -= config.tower_steps
+            total = config.packed_steps + config.prefix_steps
         else:
-            done, total = self.step - config.tower_steps, config.packed_steps + config.prefix_steps
-        return min(1.0, (done + 1) / config.warmup_steps) * (1.0 - done / total)
+            peak = config.review_lr_factor
+            done -= config.tower_steps + config.packed_steps
+            total = config.review_steps + config.prefix_steps
+        return peak * min(1.0, (done + 1) / config.warmup_steps) * (1.0 - done / total)
+
+    def advice(self) -> str:
+        lower = f"--muon-lr {self.config.muon_lr / 2:g} --adamw-lr {self.config.adamw_lr / 2:g}"
+        return f"try a lower learning rate in a new folder, such as {lower}"
+
+    def measure(self) -> dict[str, float]:
+        """How good the answers to held-out scenes are; nothing while only the tower learns."""
+        if self.config.stage(self.step - 1) == "tower":
+            return {}
+        table = evaluate(
+            self.model, self.processor, scenes=MEASURED_SCENES, columns=("held_out",), progress=False
+        )
+        return {name: metric.value for name, metric in table["held_out"].items()}
 
     def save(self, folder: Path) -> None:
         """The trained model so far, as a checkpoint folder."""
@@ -176,85 +217,30 @@ def train(
     resume: bool = False,
     save_every: int = 250,
     log_every: int = 50,
+    measure_every: int = 500,
+    workers: int = 1,
+    device: torch.device | str = "cpu",
     progress: bool | None = None,
 ) -> Run:
     """Train from nothing, or from where a run in `out` was stopped, and leave a checkpoint folder in `out`.
 
-    The state of the run is saved every `save_every` steps and on Ctrl-C, written aside and renamed: a run
-    that is killed at any moment resumes from the last save, and ends with the same weights as one that was
-    never interrupted (on the same machine with the same number of threads).
+    Args:
+        measure_every: steps between measurements on held-out scenes, for the log; 0 measures nothing.
+        workers: processes that draw batches ahead; 0 draws them in this one. The weights are the same.
+        progress: True shows a bar, False none, None only on a terminal.
 
     Raises InputError: `out` holds a run and `resume` is not set, or the other way round, or the run has
-    another config.
+    another config; training diverges. See `minivlm.loop` for what is left in `out`.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
-    state_file, log_file = out / "state.safetensors", out / "log.jsonl"
-    if state_file.exists() and not resume:
-        raise InputError(
-            f"{out} holds a training run already: add --resume to continue it, or choose another folder"
-        )
-    if resume and not state_file.exists():
-        raise InputError(f"{out} holds no training run to resume: leave out --resume to start one")
-    run = Run(config)
-    log: list[dict[str, Any]] = []
-    unlogged: list[dict[str, float]] = []  # losses of the steps since the last line of the log
-    if resume:
-        run.step, unlogged = load_state(state_file, run.masters, run.optimizers, asdict(config))
-        run.working.load_state_dict(run.masters.state_dict())
-        log = [line for line in _read_log(log_file) if line["step"] <= run.step]
-
-    def save() -> None:
-        # The log first: killed in between, it has lines too many, which are easily left out.
-        with write_aside(log_file) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
-        save_state(state_file, run.step, run.masters, run.optimizers, asdict(config), unlogged)
-
-    bar = tqdm(
-        run.batches(),
-        initial=run.step,
-        total=config.total_steps,
-        unit="step",
-        disable=None if progress is None else not progress,
+    check_folder(out, resume)
+    run = Run(config, device, workers)
+    run_to_end(
+        run,
+        out,
+        resume=resume,
+        save_every=save_every,
+        log_every=log_every,
+        measure_every=measure_every,
+        progress=progress,
     )
-    with note_interrupts() as interrupted:
-        for batch in bar:
-            losses = run.advance(batch)
-            if not all(value < float("inf") for value in losses.values()):
-                raise InputError(
-                    f"the loss is not a number at step {run.step}: try a lower learning rate, "
-                    f"such as --muon-lr {config.muon_lr / 2:g} --adamw-lr {config.adamw_lr / 2:g}"
-                )
-            unlogged.append(losses)
-            if run.step % log_every == 0:
-                means = _means(unlogged)
-                unlogged = []
-                log.append({"step": run.step, "stage": config.stage(run.step - 1), **means})
-                bar.set_postfix(
-                    {name: f"{value:.3f}" for name, value in means.items()}, stage=log[-1]["stage"]
-                )
-            if interrupted():
-                save()
-                raise KeyboardInterrupt
-            if run.step % save_every == 0:
-                save()
-    save()
-    run.save(out)
     return run
-
-
-def _means(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each loss over the steps that have it."""
-    values = {name: [step[name] for step in steps if name in step] for name in ("patch", "answer")}
-    return {name: sum(some) / len(some) for name, some in values.items() if some}
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): delete it to go on without it") from error

@@ -1,0 +1,232 @@
+"""What can be asked about a drawn scene, each with its one exact answer.
+
+The prompts are PaliGemma's where it has them ("caption en", "detect red circle", "segment red circle");
+questions are typed as they are spoken. A question must have one answer: "the star" is asked about only
+where there is one star. `detect` and `segment` answer "none" where there is nothing to point at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from minivlm.processing.boxes import Box, boxes_to_text
+from minivlm.processing.masks import codes_to_text, crop_mask, load_codebook
+from minivlm.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES, WORLD, Scene, Thing
+
+TASKS = ("color", "shape", "size", "count", "existence", "relation", "caption", "detect", "segment")
+QUESTION_TASKS = TASKS[:6]  # answered by a word
+RELATIONS = ("left of", "right of", "above", "below")
+
+_RELATION_GAP = 5.0  # units; a relation is only asked about where it is plain to see
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt about a scene with its exact answer."""
+
+    task: str
+    prefix: str
+    suffix: str
+    things: tuple[Thing, ...] = ()  # what `detect` and `segment` have to find
+
+
+def with_article(name: str) -> str:
+    """ "a red circle", "an orange circle"."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def detection_text(things: Sequence[Thing]) -> str:
+    """The answer to `detect`: boxes with names from left to right, or "none"."""
+    boxes = [Box(*thing.box, thing.name) for thing in things]
+    return boxes_to_text(boxes, WORLD, WORLD) if boxes else "none"
+
+
+def segmentation_text(things: Sequence[Thing]) -> str:
+    """The answer to `segment`: boxes, outlines and names from left to right, or "none"."""
+    parts = []
+    for thing in things:
+        box = boxes_to_text([Box(*thing.box)], WORLD, WORLD)
+        # At the size at which a model sees the thing, less than five degrees make no difference.
+        parts.append(f"{box}{_outline_text(thing.shape, 5 * round(thing.angle / 5))} {thing.name}")
+    return " ; ".join(parts) if parts else "none"
+
+
+@cache
+def _outline_text(shape: str, angle: int) -> str:
+    """Sixteen `<seg>` tokens. They say what fills the box: place, size and color do not matter."""
+    thing = Thing(shape, "red", "large", WORLD / 2, WORLD / 2, WORLD / 4, (0, 0, 0), angle)
+    mask = thing.mask(4 * int(WORLD))
+    box = [4 * edge for edge in thing.box]
+    return codes_to_text(load_codebook().encode(torch.from_numpy(crop_mask(mask, box))[None])[0])
+
+
+def ask(scene: Scene, task: str, rng: np.random.Generator) -> Example | None:
+    """One random prompt of a task, or None where the scene offers none."""
+    return _ASK[task](scene, rng)
+
+
+def examples(scene: Scene, rng: np.random.Generator, relations: int = 2) -> Iterator[Example]:
+    """Prompts with answers for training, without end, in rounds of all tasks in random order.
+
+    Relations come twice a round, as they are the slowest to learn. Things of one name come back in another
+    `detect`: a model that has found one of them has to go on. A task that this scene offers no question for
+    is left out.
+    """
+    round_of_tasks = [_ASK[task] for task in (*TASKS, *["relation"] * (relations - 1))]
+    if len({thing.name for thing in scene.things}) < len(scene.things):
+        round_of_tasks.append(_ask_detect_several)
+    while True:
+        for index in rng.permutation(len(round_of_tasks)):
+            example = round_of_tasks[index](scene, rng)
+            if example is not None:
+                yield example
+
+
+# ---- questions ---------------------------------------------------------------------------------------------
+# Each function makes one random prompt of its task, or None where the scene offers none.
+
+
+def _ask_color(scene: Scene, rng: np.random.Generator) -> Example | None:
+    thing = _one_of(scene, rng, lambda t: t.shape)
+    if thing is not None:
+        return Example("color", f"what color is the {thing.shape}?", thing.color)
+    thing = _one_of(scene, rng, lambda t: f"{t.size} {t.shape}")
+    if thing is not None:
+        return Example("color", f"what color is the {thing.size} {thing.shape}?", thing.color)
+    return None
+
+
+def _ask_shape(scene: Scene, rng: np.random.Generator) -> Example | None:
+    thing = _one_of(scene, rng, lambda t: t.color)
+    if thing is None:
+        return None
+    return Example("shape", f"what shape is the {thing.color} object?", thing.shape)
+
+
+def _ask_size(scene: Scene, rng: np.random.Generator) -> Example | None:
+    thing = _one_of(scene, rng, lambda t: t.name)
+    if thing is None:
+        return None
+    return Example("size", f"what size is the {thing.name}?", thing.size)
+
+
+def _ask_count(scene: Scene, rng: np.random.Generator) -> Example | None:
+    kind = rng.integers(3)
+    if kind == 0:
+        return Example("count", "how many objects are there?", str(len(scene.things)))
+    # Mostly about what is there: otherwise the answer would nearly always be 0.
+    thing = scene.things[rng.integers(len(scene.things))]
+    if kind == 1:
+        color = thing.color if rng.random() < 0.75 else list(COLORS)[rng.integers(len(COLORS))]
+        number = sum(t.color == color for t in scene.things)
+        return Example("count", f"how many {color} objects are there?", str(number))
+    shape = thing.shape if rng.random() < 0.75 else SHAPES[rng.integers(len(SHAPES))]
+    number = sum(t.shape == shape for t in scene.things)
+    return Example("count", f"how many {shape}s are there?", str(number))
+
+
+def _ask_existence(scene: Scene, rng: np.random.Generator) -> Example | None:
+    name = _some_name(scene, rng)
+    return Example("existence", f"is there {with_article(name)}?", "yes" if scene.find(name) else "no")
+
+
+def _ask_relation(scene: Scene, rng: np.random.Generator) -> Example | None:
+    unique = [t for t in scene.things if len(scene.find(t.name)) == 1]
+    if len(unique) < 2:
+        return None
+    first, second = (unique[i] for i in rng.choice(len(unique), size=2, replace=False))
+    dx, dy = first.x - second.x, first.y - second.y
+    distances = dict(zip(RELATIONS, (-dx, dx, -dy, dy), strict=True))
+    plain = [relation for relation in RELATIONS if abs(distances[relation]) > _RELATION_GAP]
+    if not plain:
+        return None
+    relation = plain[rng.integers(len(plain))]
+    answer = "yes" if distances[relation] > 0 else "no"
+    return Example("relation", f"is the {first.name} {relation} the {second.name}?", answer)
+
+
+def _ask_caption(scene: Scene, rng: np.random.Generator) -> Example | None:
+    return Example("caption", "caption en", scene.caption())
+
+
+def _ask_detect(scene: Scene, rng: np.random.Generator) -> Example | None:
+    name = _name_to_find(scene, rng)
+    things = scene.find(name)
+    return Example("detect", f"detect {name}", detection_text(things), things)
+
+
+def _ask_detect_several(scene: Scene, rng: np.random.Generator) -> Example | None:
+    names = sorted({thing.name for thing in scene.things if len(scene.find(thing.name)) > 1})
+    things = scene.find(names[rng.integers(len(names))])
+    return Example("detect", f"detect {things[0].name}", detection_text(things), things)
+
+
+def _ask_segment(scene: Scene, rng: np.random.Generator) -> Example | None:
+    name = _name_to_find(scene, rng)
+    things = scene.find(name)
+    return Example("segment", f"segment {name}", segmentation_text(things), things)
+
+
+_ASK: dict[str, Callable[[Scene, np.random.Generator], Example | None]] = {
+    "color": _ask_color,
+    "shape": _ask_shape,
+    "size": _ask_size,
+    "count": _ask_count,
+    "existence": _ask_existence,
+    "relation": _ask_relation,
+    "caption": _ask_caption,
+    "detect": _ask_detect,
+    "segment": _ask_segment,
+}
+
+
+def _one_of(scene: Scene, rng: np.random.Generator, describe: Callable[[Thing], str]) -> Thing | None:
+    """A random thing that `describe` tells from all others."""
+    words = [describe(thing) for thing in scene.things]
+    unique = [thing for thing, word in zip(scene.things, words, strict=True) if words.count(word) == 1]
+    return unique[rng.integers(len(unique))] if unique else None
+
+
+def _name_to_find(scene: Scene, rng: np.random.Generator) -> str:
+    """Mostly the name of a thing that is there: "none" is quickly learned."""
+    if rng.random() < 0.9:
+        return scene.things[rng.integers(len(scene.things))].name
+    return _some_name(scene, rng)
+
+
+def _some_name(scene: Scene, rng: np.random.Generator) -> str:
+    """The name of a thing in half of the cases, else a name that is missing: in half of these, of a color
+    and a shape that both occur, but not together."""
+    if rng.random() < 0.5:
+        return scene.things[rng.integers(len(scene.things))].name
+    # A training question about a held-out pair could only be answered "no", and would teach just that.
+    pairs = ALL_PAIRS if scene.unseen_pairs else SEEN_PAIRS
+    missing = [f"{color} {shape}" for color, shape in pairs if not scene.find(f"{color} {shape}")]
+    colors, shapes = {t.color for t in scene.things}, {t.shape for t in scene.things}
+    mixed = [name for name in missing if name.split()[0] in colors and name.split()[1] in shapes]
+    chosen = mixed if mixed and rng.random() < 0.5 else missing
+    return chosen[rng.integers(len(chosen))]
+
+
+def vocabulary() -> Iterator[str]:
+    """Texts that hold every word of this world, for building a tokenizer."""
+    for color in COLORS:
+        for shape in SHAPES:
+            for size in SIZES:
+                yield f"a {size} {color} {shape}, a {size} {color} {shape}"
+                yield f"what color is the {size} {shape}?\n{color}"
+            yield f"what size is the {color} {shape}?\n"
+            yield f"what shape is the {color} object?\n{shape}"
+            yield f"how many {shape}s are there?\n"
+            yield f"how many {color} objects are there?\n"
+            yield f"is there {with_article(color)} {shape}?\n"
+            yield f"detect {color} {shape}\nsegment {color} {shape}\n"
+            yield from (f"is the {color} {shape} {relation} the {color} {shape}?\n" for relation in RELATIONS)
+    yield from SIZES
+    yield from (str(number) for number in range(10))
+    yield from ("yes", "no", "none", "caption en\n", "<loc0000> red circle ; <loc0000> red circle")
