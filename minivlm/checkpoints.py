@@ -4,7 +4,8 @@ Weights, optimizer state and step go into one safetensors file, which is written
 whenever the process is killed, the file on disk is either the old state or the new one. No pickle is
 involved, so that a state file from somebody else is safe to open.
 
-There is no random state to keep. Batch number n is a function of (seed, n), and nothing else is random.
+There is no random state to keep. Batch number n is a function of (seed, n), and nothing else is random. On
+which device a run computes is not kept either: it may go on on another one.
 """
 
 from __future__ import annotations
@@ -56,25 +57,30 @@ def load_state(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        step, saved = int(metadata["step"]), json.loads(metadata["config"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): start the run anew in another folder") from error
-    saved = json.loads(metadata.get("config", "{}"))
-    differing = sorted(
-        name for name in saved.keys() | dict(config).keys() if saved.get(name) != config.get(name)
-    )
+    wanted = json.loads(json.dumps(dict(config)))  # as it comes back from the file: tuples are lists
+    differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     if differing:
-        changes = ", ".join(f"{name} {saved.get(name)} -> {config.get(name)}" for name in differing)
+        changes = ", ".join(f"{name} {saved.get(name)} -> {wanted.get(name)}" for name in differing)
         raise InputError(
             f"{path.parent} holds a run with other settings ({changes}): use the old ones, or another folder"
         )
-    modules.load_state_dict(_part(tensors, "weights."))
+    try:
+        modules.load_state_dict(_part(tensors, "weights."))
+    except RuntimeError as error:  # the settings name a folder, and its weights may have been replaced
+        raise InputError(
+            f"{path} holds weights of other shapes than this model: start from the model of that run, or "
+            "anew in another folder"
+        ) from error
     for kind, optimizer in optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _part(tensors, f"{kind}.").items():
             index, slot = name.split(".")
             state.setdefault(int(index), {})[slot] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(metadata["step"]), json.loads(metadata.get("unlogged", "[]"))
+    return step, json.loads(metadata.get("unlogged", "[]"))
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

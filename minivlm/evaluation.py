@@ -1,197 +1,197 @@
-"""How good the answers are: exact match for words, intersection over union for boxes.
+"""How good the answers are: the table that `minivlm eval` prints.
 
-Every number stands beside its majority baseline, what a model would reach that always gives the most
-frequent answer of the task (for boxes, the mean box): .60 on yes-or-no questions can be worse than nothing.
-Scenes come from seeds that training never uses, and once more with pairs of color and shape that training
-never showed.
+Rows are measures: exact match for words, overlap for boxes and masks. Columns are ways to ask: scenes from
+seeds that training never uses, scenes with pairs of color and shape that training never showed, and the
+first of these once more on other grounds, with turned things, as JPEGs, and drawn by other programs. Beside
+them stands what can be reached without looking (baselines.py).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from minivlm.answering import answer_all, box_scores
+from minivlm.baselines import text_only_answers
+from minivlm.detection import match_boxes
+from minivlm.errors import InputError
+from minivlm.looks import as_jpeg, on_gray, turned
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Box, Processor, text_to_boxes
-from minivlm.scenes import TASKS, WORLD, Example, Scene, Split, make_scene
+from minivlm.processing import Processor
+from minivlm.questions import TASKS, Example, ask
+from minivlm.renderers import BROWSERS, CHROMIUM, draw_with_browser, draw_with_matplotlib, find_browser
+from minivlm.scenes import Scene, Split, make_scene
+from minivlm.scoring import Metric, Question, score
+
+__all__ = [
+    "COLUMNS",
+    "Metric",
+    "Question",
+    "answer_all",
+    "as_json",
+    "as_text",
+    "evaluate",
+    "make_questions",
+    "match_boxes",
+    "score",
+]
 
 EVALUATION_STREAM = 2**31  # keeps the seeds of evaluation apart from those of training, which count steps
-SPLITS: dict[str, Split] = {"held_out": "test", "unseen_pairs": "unseen"}
-QUESTION_TASKS = ("color", "shape", "size", "count", "existence", "relation")
-LONGEST_ANSWER = 64  # tokens
+CHANGES = len(get_args(Split))  # number of the stream that changes scenes; those before it make them
+
+
+def draw(scenes: Sequence[Scene], pixels: int) -> list[Image.Image]:
+    """The pictures as training shows them."""
+    return [scene.draw(pixels) for scene in scenes]
+
+
+def draw_jpegs(scenes: Sequence[Scene], pixels: int) -> list[Image.Image]:
+    """The pictures after strong compression."""
+    return [as_jpeg(scene.draw(pixels), quality=50) for scene in scenes]
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One line of the table: the model's value, the majority baseline's, and over how many cases."""
+class Column:
+    """A way to ask: about which scenes, changed how before anything is asked, and drawn by whom."""
 
-    value: float
-    majority: float
-    cases: int
+    title: str
+    split: Split = "test"
+    change: Callable[[Scene, np.random.Generator], Scene] | None = None
+    draw: Callable[[Sequence[Scene], int], list[Image.Image]] = draw
 
 
-@dataclass(frozen=True)
-class Question:
-    """A picture, what is asked about it, and which scene it shows."""
+# All but the second show the same scenes, and ask the same questions about them.
+COLUMNS = {
+    "held_out": Column("held-out scenes"),
+    "unseen_pairs": Column("unseen pairs", split="unseen"),
+    "other_grays": Column("other grays", change=partial(on_gray, least=40, below=161)),
+    "turned": Column("turned", change=partial(turned, degrees=15)),
+    "jpeg": Column("JPEG", draw=draw_jpegs),
+    "matplotlib": Column("matplotlib", draw=draw_with_matplotlib),
+    "browser": Column("browser", draw=draw_with_browser),
+    "text_only": Column("text only"),  # answered without the model
+}
 
-    scene: Scene
-    picture: Image.Image
-    example: Example
+Table = dict[str, dict[str, Metric]]  # column -> row -> number
 
 
 def make_questions(scenes: int, seed: int, split: Split, pixels: int) -> list[Question]:
-    """One prompt of each task about each of `scenes` held-out scenes, the same for the same seed."""
-    questions = []
-    for number in range(scenes):
-        rng = np.random.default_rng([seed, EVALUATION_STREAM + get_args(Split).index(split), number])
-        scene = make_scene(rng, split)
-        picture = scene.draw(pixels)
-        examples = [scene.ask(task, rng) for task in TASKS]
-        questions += [Question(scene, picture, example) for example in examples if example is not None]
-    return questions
+    """One prompt of each task about each of `scenes` scenes of a split, the same for the same seed."""
+    return questions_of(Column("", split), scenes, seed, pixels)
 
 
-def answer_all(
-    model: PaliGemma,
-    processor: Processor,
-    pictures: Sequence[Image.Image],
-    prompts: Sequence[str],
-    batch_size: int = 64,
-    progress: bool | None = None,
-) -> list[str]:
-    """Greedy answers to many prompts, in batches of rows of about equal length.
+def questions_of(column: Column, scenes: int, seed: int, pixels: int) -> list[Question]:
+    """One prompt of each task about each scene, as a column of the table asks.
 
-    progress: True shows a bar, False none, None only on a terminal.
+    Other looks have random numbers of their own, so that every column asks the same questions. What is asked
+    depends on names and places, which no column changes; boxes and outlines turn with the things.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].split()[0], len(prompts[i])))
-    answers = [""] * len(prompts)
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, unit="batch", disable=None if progress is None else not progress):
-        rows = order[start : start + batch_size]
-        inputs = processor([pictures[i] for i in rows], [prompts[i] for i in rows])
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        texts = processor.decode(model.generate(**inputs, max_new_tokens=LONGEST_ANSWER))
-        for i, text in zip(rows, texts, strict=True):
-            answers[i] = text
-    return answers
+    shown: list[Scene] = []
+    asked: list[list[Example]] = []
+    for number in range(scenes):
+        stream = EVALUATION_STREAM + get_args(Split).index(column.split)
+        rng = np.random.default_rng([seed, stream, number])
+        scene = make_scene(rng, column.split)
+        if column.change is not None:
+            scene = column.change(scene, np.random.default_rng([seed, EVALUATION_STREAM + CHANGES, number]))
+        shown.append(scene)
+        asked.append([example for task in TASKS if (example := ask(scene, task, rng)) is not None])
+    pictures = column.draw(shown, pixels)
+    return [
+        Question(scene, picture, example)
+        for scene, picture, some in zip(shown, pictures, asked, strict=True)
+        for example in some
+    ]
 
 
 def evaluate(
     model: PaliGemma,
     processor: Processor,
-    scenes: int = 1000,
+    scenes: int = 2000,
     seed: int = 1,
     progress: bool | None = None,
-) -> dict[str, dict[str, Metric]]:
-    """The whole table: for each split ("held_out", "unseen_pairs") the metrics by name."""
-    table = {}
-    for name, split in SPLITS.items():
-        questions = make_questions(scenes, seed, split, processor.image_processor.image_size)
-        answers = answer_all(
-            model,
-            processor,
-            [question.picture for question in questions],
-            [question.example.prefix for question in questions],
-            progress=progress,
-        )
-        table[name] = score(questions, answers)
+    columns: Sequence[str] = tuple(COLUMNS),
+) -> Table:
+    """The table, or some of its columns: by column the metrics by name.
+
+    Where there is no browser, its column is empty.
+
+    Raises InputError: a column of another name, or a browser that fails.
+    """
+    unknown = [name for name in columns if name not in COLUMNS]
+    if unknown:
+        raise InputError(f"there is no column {unknown[0]!r}: choose from {', '.join(COLUMNS)}")
+    pixels = processor.image_processor.image_size
+    missing = ["browser"] if "browser" in columns and find_browser() is None else []
+    # All pictures come first: what a browser refuses is refused before minutes are spent on answers.
+    asked = {
+        name: questions_of(COLUMNS[name], scenes, seed, pixels) for name in columns if name not in missing
+    }
+    table: Table = {name: {} for name in columns}
+    for name, questions in asked.items():
+        if name == "text_only":
+            table[name] = score(questions, text_only_answers([question.example for question in questions]))
+        else:
+            table[name] = _examine(model, processor, questions, progress, COLUMNS[name].title)
     return table
 
 
-def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Metric]:
-    """Metrics of answers to questions."""
-    metrics = {}
-    right: dict[str, list[bool]] = {task: [] for task in TASKS}
-    truths: dict[str, list[str]] = {task: [] for task in TASKS}
-    for question, answer in zip(questions, answers, strict=True):
-        right[question.example.task].append(answer == question.example.suffix)
-        truths[question.example.task].append(question.example.suffix)
-    for task in QUESTION_TASKS:
-        metrics[task] = _accuracy(right[task], truths[task])
-    asked = [metrics[task] for task in QUESTION_TASKS]
-    cases = sum(metric.cases for metric in asked)
-    metrics["all questions"] = Metric(
-        value=sum(metric.value * metric.cases for metric in asked) / max(cases, 1),
-        majority=sum(metric.majority * metric.cases for metric in asked) / max(cases, 1),
-        cases=cases,
+def _examine(
+    model: PaliGemma, processor: Processor, questions: Sequence[Question], progress: bool | None, label: str
+) -> dict[str, Metric]:
+    """Metrics of the model's answers; it is also asked how sure it is of the boxes that it detects."""
+    pictures = [question.picture for question in questions]
+    prompts = [question.example.prefix for question in questions]
+    expected = [question.example.suffix for question in questions]
+    answers = answer_all(
+        model, processor, pictures, prompts, progress=progress, label=label, expected=expected
     )
-    metrics["exact caption"] = _accuracy(right["caption"], truths["caption"])
-    return metrics | _score_boxes(questions, answers)
-
-
-def _accuracy(right: list[bool], truths: list[str]) -> Metric:
-    most_frequent = Counter(truths).most_common(1)[0][1] if truths else 0
-    cases = max(len(right), 1)
-    return Metric(sum(right) / cases, most_frequent / cases, len(right))
-
-
-def _score_boxes(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Metric]:
-    asked = [(q.example, a) for q, a in zip(questions, answers, strict=True) if q.example.task == "detect"]
-    wanted = [[thing.box for thing in example.things] for example, _ in asked]
-    mean_box = (
-        tuple(np.mean([box for boxes in wanted for box in boxes], axis=0)) if any(wanted) else (0, 0, 1, 1)
+    detect = [i for i, question in enumerate(questions) if question.example.task == "detect"]
+    found = box_scores(
+        model,
+        processor,
+        [pictures[i] for i in detect],
+        [prompts[i] for i in detect],
+        [answers[i] for i in detect],
     )
-    ious, guesses = [], []
-    for boxes, (_, answer) in zip(wanted, asked, strict=True):
-        ious += match_boxes(boxes, text_to_boxes(answer, WORLD, WORLD))
-        guesses += match_boxes(boxes, [Box(*mean_box)] * len(boxes))
-    absent = [text_to_boxes(answer, WORLD, WORLD) == [] for example, answer in asked if not example.things]
-    cases = len(ious)
-    return {
-        "box mean IoU": Metric(sum(ious) / max(cases, 1), sum(guesses) / max(cases, 1), cases),
-        "box recall at 0.5": Metric(
-            sum(iou >= 0.5 for iou in ious) / max(cases, 1),
-            sum(iou >= 0.5 for iou in guesses) / max(cases, 1),
-            cases,
-        ),
-        # A model that always gives a box is never right here, one that never does always.
-        "nothing to detect": Metric(sum(absent) / max(len(absent), 1), 0.0, len(absent)),
-    }
+    sureness: list[list[float]] = [[] for _ in questions]
+    for i, scores in zip(detect, found, strict=True):
+        sureness[i] = scores
+    return score(questions, answers, sureness)
 
 
-def match_boxes(wanted: Sequence[Sequence[float]], found: Sequence[Box]) -> list[float]:
-    """IoU of each wanted box with its match: best pairs first, each found box used once, 0 without one."""
-    pairs = [(box_iou(box, other), i, j) for i, box in enumerate(wanted) for j, other in enumerate(found)]
-    ious: dict[int, float] = {}
-    used: set[int] = set()
-    for iou, i, j in sorted(pairs, reverse=True):
-        if i not in ious and j not in used:
-            ious[i] = iou
-            used.add(j)
-    return [ious.get(i, 0.0) for i in range(len(wanted))]
+# ---- the table as text -------------------------------------------------------------------------------------
 
 
-def box_iou(a: Sequence[float] | Box, b: Sequence[float] | Box) -> float:
-    """Intersection over union of two boxes x0, y0, x1, y1."""
-    ax0, ay0, ax1, ay1 = a[:4]
-    bx0, by0, bx1, by1 = b[:4]
-    overlap = max(min(ax1, bx1) - max(ax0, bx0), 0) * max(min(ay1, by1) - max(ay0, by0), 0)
-    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - overlap
-    return float(overlap / union) if union > 0 else 0.0
-
-
-def as_json(table: dict[str, dict[str, Metric]]) -> dict[str, Any]:
+def as_json(table: Table) -> dict[str, Any]:
     """The table as plain numbers, rounded to four decimals."""
     return {
-        split: {
+        column: {
             name: {key: round(number, 4) for key, number in asdict(metric).items()}
             for name, metric in metrics.items()
         }
-        for split, metrics in table.items()
+        for column, metrics in table.items()
     }
 
 
-def as_text(table: dict[str, dict[str, Metric]]) -> str:
-    """The table as Markdown."""
-    held_out, unseen = table["held_out"], table["unseen_pairs"]
-    lines = ["| | held-out scenes | unseen pairs | majority | cases |", "|---|---|---|---|---|"]
-    for name, metric in held_out.items():
-        numbers = (metric.value, unseen[name].value, metric.majority)
-        lines.append(f"| {name} | {' | '.join(f'{number:.3f}' for number in numbers)} | {metric.cases} |")
+def as_text(table: Table) -> str:
+    """The table as Markdown. Majority and cases are those of its first column."""
+    shown = {name: metrics for name, metrics in table.items() if metrics}
+    first = next(iter(shown.values()), {})
+    values = {name: {row: metric.value for row, metric in metrics.items()} for name, metrics in shown.items()}
+    text_only = {"text only": values.pop("text_only")} if "text_only" in values else {}
+    columns = {COLUMNS[name].title: column for name, column in values.items()}
+    columns |= {"majority": {row: metric.majority for row, metric in first.items()}} | text_only
+    lines = [f"| | {' | '.join(columns)} | cases |", "|---" * (len(columns) + 2) + "|"]
+    for row, metric in first.items():
+        cells = [f"{column[row]:.3f}" for column in columns.values()]
+        lines.append(f"| {row} | {' | '.join(cells)} | {metric.cases} |")
+    if table.get("browser") == {}:
+        names = ", ".join(BROWSERS)
+        lines += ["", f"The column browser is left out: no {names} was found, and {CHROMIUM} is not set."]
     return "\n".join(lines)

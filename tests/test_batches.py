@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 import re
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import TOLERANCE, assert_differs, assert_equal, randomize
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,6 +20,7 @@ from minivlm.batches import PADDING, WEIGHTS, Batch, SceneBatches, question_mask
 from minivlm.models.paligemma import PaliGemma
 from minivlm.objectives import SoftTargets, answer_loss
 from minivlm.processing import Processor
+from minivlm.questions import examples
 from minivlm.recipe import TrainingConfig, build
 from minivlm.scenes import COLORS, Scene, make_scene
 
@@ -177,12 +180,13 @@ def test_one_question_a_row_gives_the_loss_of_the_model(model: PaliGemma, proces
     batches = make(processor, packed=False)
     rng = np.random.default_rng(0)
     scenes = [make_scene(rng, easy=True) for _ in range(4)]
-    examples = [[next(scene.examples(rng))] for scene in scenes]
-    batch = batches._batch(scenes, np.zeros(4, dtype=bool), examples)
+    pictures = [scene.draw(CONFIG.image_size) for scene in scenes]
+    chosen = [[next(examples(scene, rng))] for scene in scenes]
+    batch = batches._batch(scenes, pictures, chosen)
     inputs = processor(
-        [scene.draw(CONFIG.image_size) for scene in scenes],
-        [example.prefix for (example,) in examples],
-        [example.suffix for (example,) in examples],
+        pictures,
+        [example.prefix for (example,) in chosen],
+        [example.suffix for (example,) in chosen],
     )
     with torch.no_grad():
         wanted = float(model(**inputs).loss)
@@ -223,8 +227,9 @@ def test_weights_are_those_of_the_table(processor: Processor, monkeypatch: pytes
             is_answer = batch.labels[row] != -100
             pairs = zip(batch.labels[row][is_answer], batch.weights[row][is_answer], strict=True)
             for token, weight in pairs:
-                kind = "word" if prompt.startswith(("caption", "detect")) else "answer"
+                kind = "word" if prompt.startswith(("caption", "detect", "segment")) else "answer"
                 kind = "loc" if int(token) in tokenizer.loc_ids else kind
+                kind = "seg" if int(token) in tokenizer.seg_ids else kind
                 kind = "eos" if int(token) == tokenizer.eos_id else kind
                 assert float(weight) == pytest.approx(WEIGHTS[kind])
                 seen.add(kind)
@@ -296,8 +301,17 @@ def test_a_row_of_limited_length_takes_what_fits(processor: Processor) -> None:
         batch = make(processor, questions=8, row_tokens=60, pictures=8)[step]
         assert batch.input_ids.shape[1] <= 60
         for blocks, row in zip(batch.blocks, questions_of(batch, processor), strict=True):
-            assert 1 <= len(row) <= 16
+            assert 1 <= len(row) <= 8
             assert int((blocks > 0).sum()) > 30  # little is left empty
+
+
+def test_a_row_of_one_question_takes_those_that_are_short_enough(processor: Processor) -> None:
+    """A limit of its own for each row; a scene of long answers still gives all of its questions."""
+    for step in range(5):
+        batch = make(processor, questions=4, row_tokens=24, pictures=8, packed=False)[step]
+        assert 16 < batch.input_ids.shape[1] <= 24
+        assert batch.pictures.tolist() == [number for number in range(8) for _ in range(4)]
+        assert all(len(row) == 1 for row in questions_of(batch, processor))
 
 
 def test_scenes_are_easy_in_the_beginning(processor: Processor) -> None:
@@ -316,17 +330,25 @@ def test_scenes_are_easy_in_the_beginning(processor: Processor) -> None:
     assert max(things(60)) > 2
 
 
-def test_a_scene_is_drawn_in_both_ways(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    draw = Scene.draw
+def test_half_of_the_pictures_have_other_looks(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other half is drawn in other ways; boxes of patches turn with their things."""
+    made: list[tuple[Scene, Image.Image]] = []
+    batch_of = SceneBatches._batch
 
-    def spy(scene: Scene, pixels: int = 64, smooth: bool = False) -> object:
-        drawn.append(smooth)
-        return draw(scene, pixels, smooth)
+    def spy(batches: SceneBatches, scenes: list[Scene], pictures: list[Image.Image], *rest: Any) -> Batch:
+        made.extend(zip(scenes, pictures, strict=True))
+        return batch_of(batches, scenes, pictures, *rest)
 
-    monkeypatch.setattr(Scene, "draw", spy)
-    _ = make(processor, pictures=40, questions=0)[0]
-    assert set(drawn) == {False, True}
+    monkeypatch.setattr(SceneBatches, "_batch", spy)
+    batch = make(processor, pictures=400, questions=0)[0]
+    plain = [picture.tobytes() == scene.draw(CONFIG.image_size).tobytes() for scene, picture in made]
+    assert 0.45 < np.mean(plain) < 0.58
+    changed = [scene.background < 165 or any(thing.angle for thing in scene.things) for scene, _ in made]
+    assert np.mean(changed) > 0.25
+    assert np.mean(np.logical_and(plain, changed)) < 0.03  # changed, and by chance drawn like the plain ones
+    for (scene, picture), pixels, boxes in zip(made, batch.pixel_values, batch.patch_box, strict=True):
+        assert torch.equal(pixels, processor.image_processor([picture])[0])
+        assert np.array_equal(boxes, scene.patch_labels(CONFIG.image_size // CONFIG.patch_size)["box"])
 
 
 def test_to_moves_everything(processor: Processor) -> None:

@@ -29,8 +29,10 @@ from torch import Tensor
 import minivlm
 from minivlm import cli
 from minivlm.cli import main
+from minivlm.cli.pictures import run_lengths
+from minivlm.evaluation import COLUMNS
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
+from minivlm.processing import Processor, text_to_masks
 from minivlm.recipe import TrainingConfig, build
 
 CAPTION = "a small red circle, a large blue star"
@@ -197,7 +199,7 @@ def test_json_has_boxes_in_pixels_of_the_picture(
     out, err = ask(picture, tall, "--prompt", "detect it", "--prompt", "caption en", "--json")
     lines = [json.loads(line) for line in out.splitlines()]
     assert err == ""
-    assert all(set(line) == {"picture", "prompt", "answer", "boxes"} for line in lines)
+    assert all(set(line) == {"picture", "prompt", "answer", "boxes", "masks"} for line in lines)
     assert [line["picture"] for line in lines] == [str(picture)] * 2 + [str(tall)] * 2
     # 300 x 100 pixels, though the model sees a square of 64
     wanted = [
@@ -206,7 +208,52 @@ def test_json_has_boxes_in_pixels_of_the_picture(
     ]
     assert lines[0]["boxes"] == wanted
     assert lines[1]["boxes"] == wanted[:1]
-    assert lines[2] == {"picture": str(tall), "prompt": "detect it", "answer": CAPTION, "boxes": []}
+    assert lines[2] == {
+        "picture": str(tall),
+        "prompt": "detect it",
+        "answer": CAPTION,
+        "boxes": [],
+        "masks": [],
+    }
+
+
+SEGMENTED = RED.replace(" red", "".join(f"<seg{number:03}>" for number in range(16)) + " red")
+
+
+def test_json_has_masks_as_run_lengths(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, processor: Processor
+) -> None:
+    """As COCO writes them: columns from the left, first a run outside the mask."""
+    say(f"{SEGMENTED} ; {BLUE}")
+    out, _ = ask(picture, "--prompt", "segment red circle", "--json")
+    line = json.loads(out)
+    assert [box["name"] for box in line["boxes"]] == ["red circle", "blue star"]
+    (found,) = line["masks"]
+    assert {name: found[name] for name in ("name", "box")} == line["boxes"][0]
+    assert found["mask"]["size"] == [100, 300]
+    wanted = text_to_masks(SEGMENTED, 300, 100)[0].mask
+    assert wanted.any()
+    assert np.array_equal(decode(found["mask"]), wanted)
+
+
+def decode(mask: dict[str, Any]) -> np.ndarray:
+    """COCO's uncompressed run lengths as an array of bools."""
+    values = np.arange(len(mask["counts"])) % 2 == 1
+    height, width = mask["size"]
+    return np.repeat(values, mask["counts"]).reshape(width, height).T
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.5, 1.0])
+def test_run_lengths(fill: float) -> None:
+    mask = np.random.default_rng(0).random((5, 7)) < fill
+    runs = run_lengths(mask)
+    assert np.array_equal(decode(runs), mask)
+    assert sum(runs["counts"]) == 35
+    assert all(runs["counts"][1:])
+    assert run_lengths(np.array([[0, 1, 1], [0, 0, 1]], dtype=bool)) == {
+        "size": [2, 3],
+        "counts": [2, 1, 1, 2],
+    }
 
 
 def test_boxes_of_a_turned_picture_are_those_of_the_upright_one(
@@ -236,6 +283,25 @@ def test_boxes_are_drawn(ask: Ask, say: Callable[..., list[Tensor]], tmp_path: P
     assert changed[top : bottom + 1, [left, right]].all()  # the frame
     assert changed[[top, bottom], left : right + 1].all()
     assert not changed[top + 10 : bottom - 10, left + 10 : right - 10].any()  # and nothing inside
+
+
+def test_masks_are_drawn_beside_boxes(ask: Ask, say: Callable[..., list[Tensor]], tmp_path: Path) -> None:
+    """The answer to `segment` as a tinted shape in its box, the answer to `detect` as a frame."""
+    Image.new("RGB", (400, 400), (128, 128, 128)).save(tmp_path / "gray.png")
+    say(SEGMENTED, BLUE)
+    prompts = ("--prompt", "segment red circle", "--prompt", "detect blue star")
+    out, _ = ask(tmp_path / "gray.png", *prompts, "--draw", tmp_path / "out.png")
+    assert out.splitlines()[2] == "  red circle: [50.0, 100.1, 250.2, 200.2]"
+    pixels = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).astype(int)
+    changed = np.abs(pixels - 128).max(axis=2) > 30
+    mask = text_to_masks(SEGMENTED, 400, 400)[0].mask
+    assert changed[mask].all()
+    inside = np.zeros_like(mask)
+    inside[110:190, 60:240] = True  # of the red circle's frame
+    inside[:, 190:] = False  # the blue star's box begins there
+    assert (~mask & inside).any()
+    assert not changed[~mask & inside].any()
+    assert changed[0:200, [200, 399]].all()  # the star's frame
 
 
 def test_several_pictures_are_drawn_side_by_side(
@@ -293,7 +359,7 @@ def test_dtypes(ask: Ask, picture: Path, dtype: str, monkeypatch: pytest.MonkeyP
         loaded.append(kwargs["dtype"])
         return minivlm.load(*args, **kwargs)
 
-    monkeypatch.setattr(cli, "load", spy)
+    monkeypatch.setattr(cli.options, "load", spy)
     out, _ = ask(picture, "--prompt", "caption en", "--dtype", dtype)
     assert len(out.splitlines()) >= 2
     assert loaded == [getattr(torch, dtype)]
@@ -463,7 +529,7 @@ def test_pictures_that_are_refused(
     def too_early(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was loaded before the pictures were looked at")
 
-    monkeypatch.setattr(cli, "load", too_early)
+    monkeypatch.setattr(cli.options, "load", too_early)
     line = ask.refused(picture, path, "--prompt", "caption en")
     assert re.search(message, line)
     assert str(path) in line
@@ -625,6 +691,12 @@ def test_evaluations_that_are_refused(
         (["ask", "a.png", "--max-new-tokens", "2.5"], "invalid int value: '2.5'"),
         (["ask", "a.png", "--dtype", "float8"], "invalid choice: 'float8'"),
         (["eval", "--scenes", "many"], "invalid int value: 'many'"),
+        (["eval", "--columns", "held-out"], "invalid choice: 'held-out' (choose from"),
+        (["train", "--workers", "-1"], "'-1' is not a whole number from 0 on"),
+        (["train", "--freeze", "head"], "invalid choice: 'head'"),
+        (["train", "--on-bad-line", "guess"], "invalid choice: 'guess'"),
+        (["train-masks"], "required: --out"),
+        (["train-masks", "--out", "a.npz", "--steps", "0"], "'0' is not a whole number above 0"),
         (["train", "--threads", "0"], "'0' is not a whole number above 0"),
         (["train", "--save-every", "0"], "'0' is not a whole number above 0"),
         (["train", "--threads", "two"], "'two' is not a whole number above 0"),
@@ -640,9 +712,9 @@ def test_command_lines_that_are_refused(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert re.match(r"minivlm( \w+)?: error: ", err)
+    assert re.match(r"minivlm( [\w-]+)?: error: ", err)
     assert message in err
-    assert re.search(r"\(see minivlm( \w+)? --help\)$", err.rstrip())
+    assert re.search(r"\(see minivlm( [\w-]+)? --help\)$", err.rstrip())
 
 
 def test_a_refusal_of_a_real_process(picture: Path) -> None:
@@ -657,7 +729,7 @@ def test_a_mistake_of_ours_is_not_taken_for_one_of_the_user(
     def wrong(*args: Any, **kwargs: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cli, "load", wrong)
+    monkeypatch.setattr(cli.options, "load", wrong)
     with pytest.raises(ValueError, match="a bug"):
         ask(picture, "--prompt", "caption en")
 
@@ -669,7 +741,7 @@ def test_ctrl_c(ask: Ask, picture: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", stop)
+    monkeypatch.setattr(cli.options, "load", stop)
     out, err = ask(picture, "--prompt", "caption en", code=130)
     assert (out, err) == ("", "minivlm: stopped\n")
 
@@ -704,7 +776,7 @@ def test_a_reader_that_leaves_early(folder: Path, picture: Path) -> None:
 def test_answers_that_find_no_room(folder: Path) -> None:
     with open("/dev/full", "w") as full:
         done = command(
-            "eval", "--scenes", "1", "--model", folder,
+            "eval", "--scenes", "1", "--columns", "held_out", "--model", folder,
             capture_output=False, stdout=full, stderr=subprocess.PIPE,
         )  # fmt: skip
     assert done.returncode == 1
@@ -716,11 +788,12 @@ def test_answers_that_find_no_room(folder: Path) -> None:
 
 def test_evaluation_as_json(folder: Path) -> None:
     """One object, and nothing on standard error: no progress bar where nobody watches, no warnings."""
-    done = command("eval", "--model", folder, "--scenes", "5", "--json")
+    columns = ("unseen_pairs", "held_out", "unseen_pairs")
+    done = command("eval", "--model", folder, "--scenes", "5", "--json", "--columns", *columns)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     table = json.loads(done.stdout)
-    assert set(table) == {"held_out", "unseen_pairs"}
+    assert list(table) == ["unseen_pairs", "held_out"]
     for metrics in table.values():
         assert {"color", "relation", "all questions", "exact caption", "box mean IoU"} < set(metrics)
         assert all(set(metric) == {"value", "majority", "cases"} for metric in metrics.values())
@@ -729,93 +802,32 @@ def test_evaluation_as_json(folder: Path) -> None:
 
 
 def test_evaluation_as_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "--model", str(folder), "--scenes", "2", "--seed", "3"]) == 0
+    arguments = [
+        "eval",
+        "--model",
+        str(folder),
+        "--scenes",
+        "2",
+        "--seed",
+        "3",
+        "--columns",
+        "held_out",
+        "jpeg",
+    ]
+    assert main(arguments) == 0
     out, _ = capsys.readouterr()
-    assert out.startswith("| | held-out scenes | unseen pairs | majority | cases |\n|---|")
-    assert main(["eval", "--model", str(folder), "--scenes", "2", "--seed", "3"]) == 0
+    assert out.startswith("| | held-out scenes | JPEG | majority | cases |\n|---|")
+    assert main(arguments) == 0
     assert capsys.readouterr().out == out
 
 
-# Training
-
-
-SMALL = {
-    "image_size": 32, "tower_width": 24, "tower_layers": 1, "tower_heads": 2, "text_width": 32,
-    "text_layers": 1, "text_heads": 2, "tower_steps": 2, "packed_steps": 2, "prefix_steps": 2,
-    "tower_pictures": 2, "pictures": 2, "questions": 2, "prefix_questions": 2,
-}  # fmt: skip
-
-
-def recipe(**changes: Any) -> list[str]:
-    return [
-        part
-        for name, value in (SMALL | changes).items()
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
-
-
-def test_train_resume_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    train = ["train", "--out", str(out), "--no-bf16", *recipe()]
-    assert main(train) == 0
-    printed, err = capsys.readouterr()
-    assert f"minivlm eval --model {out}" in printed
-    assert err == ""
-    assert main(["eval", "--model", str(out), "--scenes", "1"]) == 0
-    capsys.readouterr()
-    assert main(train) == 2
-    assert "add --resume" in one_line(capsys.readouterr().err)
-    assert main([*train, "--resume"]) == 0
-    capsys.readouterr()
-    assert main([*train[:3], "--resume", "--no-bf16", *recipe(packed_steps=3)]) == 2
-    assert "(packed_steps 2 -> 3)" in one_line(capsys.readouterr().err)
-    assert main(["train", "--out", str(tmp_path / "new"), "--resume"]) == 2
-    assert "leave out --resume" in one_line(capsys.readouterr().err)
-
-
-def test_every_number_of_the_recipe_has_an_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    configs: list[tuple[TrainingConfig, dict[str, Any]]] = []
-    monkeypatch.setattr(cli, "train", lambda out, config, **options: configs.append((config, options)))
-    assert main(["train"]) == 0
-    assert configs[-1] == (TrainingConfig(), {"resume": False, "save_every": 250})
-    values: dict[str, Any] = {
-        "seed": 7, "image_size": 96, "patch_size": 6, "tower_width": 48, "tower_layers": 2, "tower_heads": 4,
-        "text_width": 64, "text_layers": 3, "text_heads": 2, "tower_steps": 1, "packed_steps": 2,
-        "prefix_steps": 3, "tower_pictures": 4, "pictures": 5, "questions": 9, "row_tokens": 90,
-        "prefix_questions": 7, "muon_lr": 0.5, "adamw_lr": 0.25, "tower_lr_factor": 0.75,
-        "weight_decay": 0.125, "warmup_steps": 11, "clip": 2.0, "dense_weight": 3.0, "loc_sigma": 4.0,
-    }  # fmt: skip
-    arguments = [
-        part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    assert main(["train", "--bf16", "--save-every", "9", *arguments]) == 0
-    assert configs[-1] == (TrainingConfig(**values, bf16=True), {"resume": False, "save_every": 9})
-
-
-def test_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(cli, "train", lambda *args, **options: None)
-    assert main(["train", "--threads", "3", "--out", str(tmp_path)]) == 0
-    assert asked == [3]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (recipe(pictures=0), "pictures is 0"),
-        (recipe(patch_size=5), "does not divide into patches of 5"),
-        (recipe(muon_lr="nan"), "muon_lr is nan"),
-        (recipe(muon_lr=4e9, adamw_lr=4e9, packed_steps=20), "not a number .*: try a lower learning rate"),
-    ],
-)
-def test_recipes_that_are_refused(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", "--out", str(tmp_path / "run"), "--no-bf16", *arguments]) == 2
-    assert re.search(message, one_line(capsys.readouterr().err))
+def test_the_whole_table_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        cli.evaluate, "evaluate", lambda model, processor, **options: asked.append(options) or {}
+    )
+    assert main(["eval", "--model", str(folder), "--json"]) == 0
+    assert asked == [{"scenes": 2000, "seed": 1, "columns": tuple(COLUMNS)}]
 
 
 # The demonstration
@@ -832,7 +844,7 @@ def test_demo(
     """In the repository with its samples, elsewhere with samples drawn on the spot."""
     model, processor = minivlm.load(folder)
     monkeypatch.setattr(model, "generate", lambda input_ids, **rest: answers(processor, input_ids))
-    monkeypatch.setattr(cli, "load", lambda: (model, processor))
+    monkeypatch.setattr(cli.demo, "load", lambda: (model, processor))
     monkeypatch.chdir(tmp_path)
     if in_repository:
         Path("figures/samples").mkdir(parents=True)
@@ -870,7 +882,7 @@ def test_damaged_samples(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "load", lambda: minivlm.load(folder))
+    monkeypatch.setattr(cli.demo, "load", lambda: minivlm.load(folder))
     monkeypatch.chdir(tmp_path)
     Path("figures/samples").mkdir(parents=True)
     if content is not None:
@@ -889,7 +901,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
-    assert {line.split()[1] for line in examples} == {"demo", "ask", "train", "eval"}
+    assert {line.split()[1] for line in examples} == {"demo", "ask", "train", "train-masks", "eval"}
     assert cli.EXAMPLES in out
 
 
@@ -904,9 +916,13 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("ask", ["--prompts-file", "--json", "--draw", "--temperature", "detect red circle"]),
-        ("train", ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens"]),
-        ("eval", ["--scenes", "(default: 1000)", "--json"]),
+        ("ask", ["--prompts-file", "--json", "--draw", "--temperature", "segment red circle"]),
+        (
+            "train",
+            ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens", "--freeze", "suffix"],
+        ),
+        ("train-masks", ["--steps", "(default: "]),
+        ("eval", ["--scenes", "(default: 2000)", "--json", "unseen_pairs"]),
         ("demo", ["--out"]),
     ],
 )

@@ -1,223 +1,46 @@
-"""The measures measure: hand-made answers get the scores that can be worked out with a pencil."""
+"""The table: the same questions in every column, none of them from training, and each column what it says."""
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers import randomize
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from minivlm import evaluation
+from minivlm.baselines import text_only_answers
+from minivlm.errors import InputError
 from minivlm.evaluation import (
+    CHANGES,
+    COLUMNS,
     EVALUATION_STREAM,
-    QUESTION_TASKS,
-    SPLITS,
     Metric,
     Question,
-    answer_all,
     as_json,
     as_text,
-    box_iou,
     evaluate,
     make_questions,
-    match_boxes,
+    questions_of,
     score,
 )
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Box, Processor, boxes_to_text
+from minivlm.processing import Processor
+from minivlm.questions import TASKS, detection_text, segmentation_text
 from minivlm.recipe import TrainingConfig, build
-from minivlm.scenes import COLORS, HELD_OUT_PAIRS, TASKS, WORLD, Example, Scene, Thing
+from minivlm.renderers import draw_with_matplotlib, find_browser
+from minivlm.scenes import HELD_OUT_PAIRS, Scene
 
-# Boxes
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "wanted"),
-    [
-        ((0, 0, 10, 10), (0, 0, 10, 10), 1),
-        ((0, 0, 10, 10), (0, 0, 10, 5), 0.5),
-        ((0, 0, 10, 10), (5, 5, 15, 15), 25 / 175),
-        ((0, 0, 10, 10), (2, 3, 4, 8), 0.1),  # inside
-        ((0, 0, 10, 10), (10, 0, 20, 10), 0),  # side by side
-        ((0, 0, 10, 10), (20, 20, 30, 30), 0),  # both distances negative: their product must not count
-        ((0, 0, 10, 10), (20, 0, 30, 10), 0),
-        ((1, 1, 1, 1), (1, 1, 1, 1), 0),  # no area at all
-        ((0, 0, 2, 4), (0, 0, 4, 2), 4 / 12),  # x and y are not the same
-    ],
-)
-def test_iou(a: tuple[float, ...], b: tuple[float, ...], wanted: float) -> None:
-    assert box_iou(a, b) == pytest.approx(wanted)
-    assert box_iou(b, a) == pytest.approx(wanted)
-    assert box_iou(Box(*a, "cat"), Box(*b, "dog")) == pytest.approx(wanted)
+SAME_SCENES = [name for name in COLUMNS if name != "unseen_pairs"]
+needs_browser = pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
 
 
-EDGES = st.integers(0, 20)
-
-
-@given(st.tuples(EDGES, EDGES, EDGES, EDGES), st.tuples(EDGES, EDGES, EDGES, EDGES))
-def test_iou_equals_counting_pixels(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    def mask(box: tuple[int, ...]) -> np.ndarray:
-        picture = np.zeros((20, 20), dtype=bool)
-        picture[box[1] : box[3], box[0] : box[2]] = True
-        return picture
-
-    a, b = ((min(x, u), min(y, v), max(x, u), max(y, v)) for x, y, u, v in (a, b))
-    both, either = (mask(a) & mask(b)).sum(), (mask(a) | mask(b)).sum()
-    assert box_iou(a, b) == pytest.approx(both / either if either else 0)
-
-
-LEFT, RIGHT = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0)
-NEAR_LEFT = (0.0, 0.0, 10.0, 8.0)  # IoU .8 with LEFT
-
-
-@pytest.mark.parametrize(
-    ("wanted", "found", "ious"),
-    [
-        ([], [], []),
-        ([LEFT], [], [0]),  # missing
-        ([], [LEFT], []),  # extra
-        ([LEFT, RIGHT], [LEFT, RIGHT], [1, 1]),
-        ([LEFT, RIGHT], [RIGHT, LEFT], [1, 1]),  # in another order
-        ([LEFT, RIGHT], [RIGHT], [0, 1]),
-        ([LEFT], [RIGHT, NEAR_LEFT, LEFT], [1]),  # the best of several
-        ([LEFT, LEFT], [LEFT], [1, 0]),  # one box counts once
-        ([LEFT, NEAR_LEFT], [LEFT], [1, 0]),  # for the one that it fits best
-        ([NEAR_LEFT, LEFT], [LEFT], [0, 1]),
-        ([LEFT, NEAR_LEFT], [NEAR_LEFT, LEFT], [1, 1]),
-        ([LEFT], [RIGHT], [0]),
-    ],
-)
-def test_matching(wanted: list[Any], found: list[Any], ious: list[float]) -> None:
-    matched = match_boxes(wanted, [Box(*box) for box in found])
-    if wanted == [LEFT, LEFT]:
-        matched.sort(reverse=True)  # which of the two is free to choose
-    assert matched == pytest.approx(ious)
-
-
-# Scores
-
-
-def thing(color: str, shape: str, x: float) -> Thing:
-    return Thing(shape, color, "small", x, 20.0, 7.0, COLORS[color])
-
-
-CIRCLE, SQUARE, TWIN = thing("red", "circle", 10), thing("blue", "square", 30), thing("red", "circle", 50)
-SCENE = Scene((CIRCLE, SQUARE, TWIN), 200, 0.0, 0)
-
-
-def question(task: str, suffix: str, *things: Thing) -> Question:
-    return Question(SCENE, Image.new("RGB", (8, 8)), Example(task, f"{task} ...", suffix, things))
-
-
-def box_text(*boxes: tuple[float, float, float, float]) -> str:
-    return boxes_to_text([Box(*box, "red circle") for box in boxes], WORLD, WORLD)
-
-
-def test_scores_of_words() -> None:
-    asked = [question("color", color) for color in ("red", "red", "red", "blue")]
-    asked += [question(task, answer) for task in ("existence", "relation") for answer in ("yes", "no")]
-    asked += [question("caption", "a small red circle"), question("caption", "a large blue star")]
-    answers = [
-        "red",
-        "blue",
-        "red ",
-        "blue",
-        "no",
-        "no",
-        "yes",
-        "no",
-        "a small red circle",
-        "a large blue circle",
-    ]
-    metrics = score(asked, answers)
-    assert metrics["color"] == Metric(2 / 4, 3 / 4, 4)  # "red " is not "red"
-    assert metrics["existence"] == Metric(1 / 2, 1 / 2, 2)
-    assert metrics["relation"] == Metric(1.0, 1 / 2, 2)
-    assert metrics["shape"] == Metric(0.0, 0.0, 0)  # never asked
-    assert metrics["all questions"] == Metric(pytest.approx(5 / 8), pytest.approx(5 / 8), 8)  # captions apart
-    assert metrics["exact caption"] == Metric(1 / 2, 1 / 2, 2)
-
-
-def test_scores_of_boxes() -> None:
-    x0, y0, x1, y1 = CIRCLE.box
-    half = (x0, y0, x1, (y0 + y1) / 2)
-    asked = [
-        question("detect", box_text(CIRCLE.box, TWIN.box), CIRCLE, TWIN),
-        question("detect", box_text(CIRCLE.box, TWIN.box), CIRCLE, TWIN),
-        question("detect", box_text(SQUARE.box), SQUARE),
-        question("detect", "none"),
-        question("detect", "none"),
-    ]
-    answers = [
-        box_text(TWIN.box, CIRCLE.box),  # 1, 1
-        box_text(half),  # .5 (a little less, as numbers are rounded), 0
-        "red",  # 0
-        "none",
-        box_text(CIRCLE.box),
-    ]
-    metrics = score(asked, answers)
-    assert metrics["box mean IoU"].value == pytest.approx(2.5 / 5, abs=0.01)
-    assert metrics["box mean IoU"].cases == 5
-    recall = sum(
-        iou >= 0.5
-        for iou in (1, 1, box_iou(CIRCLE.box, evaluation.text_to_boxes(answers[1], WORLD, WORLD)[0]), 0, 0)
-    )
-    assert metrics["box recall at 0.5"] == Metric(recall / 5, metrics["box recall at 0.5"].majority, 5)
-    assert metrics["nothing to detect"] == Metric(0.5, 0.0, 2)
-
-
-def test_the_majority_baseline_of_boxes_is_the_mean_box() -> None:
-    asked = [
-        question("detect", "", CIRCLE),
-        question("detect", "", TWIN),
-        question("detect", "", CIRCLE, TWIN),
-    ]
-    metrics = score(asked, ["none"] * 3)
-    mean = tuple(np.mean([CIRCLE.box, TWIN.box], axis=0))  # two of each
-    first = box_iou(CIRCLE.box, mean)
-    assert metrics["box mean IoU"].majority == pytest.approx(first)
-    assert metrics["box mean IoU"].value == 0
-    alike = score(asked[:1] * 3, ["none"] * 3)
-    assert alike["box mean IoU"].majority == pytest.approx(1)
-    assert alike["box recall at 0.5"].majority == 1
-
-
-def test_the_right_answers_have_full_marks_and_no_answers_none() -> None:
-    asked = make_questions(40, 1, "test", 16)
-    right = score(asked, [q.example.suffix for q in asked])
-    assert all(metric.value == 1 for name, metric in right.items() if name != "box mean IoU")
-    assert right["box mean IoU"].value > 0.97  # coordinates are rounded to 1024 steps
-    wrong = score(asked, [""] * len(asked))
-    assert all(metric.value == 0 for name, metric in wrong.items() if name != "nothing to detect")
-    assert all(metric.majority == wrong[name].majority for name, metric in right.items())
-    assert set(right) == {
-        *QUESTION_TASKS,
-        "all questions",
-        "exact caption",
-        "box mean IoU",
-        "box recall at 0.5",
-        "nothing to detect",
-    }
-
-
-def test_majority_is_what_always_the_same_answer_reaches() -> None:
-    asked = make_questions(60, 2, "test", 16)
-    metrics = score(asked, ["yes"] * len(asked))
-    for task in ("existence", "relation"):
-        yes = metrics[task].value
-        assert metrics[task].majority == pytest.approx(max(yes, 1 - yes))
-
-
-def test_answers_and_questions_must_be_as_many() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        score([question("color", "red")], [])
+def levels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture).astype(float)
 
 
 # Questions
@@ -245,14 +68,6 @@ def test_questions_ask_each_task_once_about_each_scene() -> None:
     assert all(q.picture.tobytes() == q.scene.draw(32).tobytes() for q in asked[::20])
 
 
-def test_splits_are_what_they_say() -> None:
-    assert set(SPLITS) == {"held_out", "unseen_pairs"}
-    for split in SPLITS.values():
-        scenes = {q.scene for q in make_questions(60, 1, split, 8)}
-        has_pair = [bool(HELD_OUT_PAIRS & {(t.color, t.shape) for t in scene.things}) for scene in scenes]
-        assert any(has_pair) == (split == "unseen")
-
-
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_evaluation_never_draws_from_a_stream_of_training(seed: int) -> None:
     """Same seed or not: the numbers that start a generator differ from all that training can use."""
@@ -263,9 +78,10 @@ def test_evaluation_never_draws_from_a_stream_of_training(seed: int) -> None:
     last = TrainingConfig().total_steps
     training = {start(seed, step) for step in range(last)}
     assert len(training) == last
-    for split in range(3):
-        for number in range(1000):
-            assert start(seed, EVALUATION_STREAM + split, number) not in training
+    streams = range(EVALUATION_STREAM, EVALUATION_STREAM + CHANGES + 1)
+    evaluated = {start(seed, stream, number) for stream in streams for number in range(1000)}
+    assert len(evaluated) == len(streams) * 1000
+    assert training.isdisjoint(evaluated)
     # Zeros at the end make no difference, so it is the stream's number that keeps them apart.
     assert start(seed, 5, 0) == start(seed, 5)
     assert last < EVALUATION_STREAM
@@ -285,32 +101,78 @@ def test_evaluation_scenes_are_no_training_scenes() -> None:
     for step in range(40):
         batches[step]
     assert len({scene.things for scene in drawn}) == 2000
-    evaluated = {q.scene.things for q in make_questions(500, 1, "test", 8)}
-    assert evaluated.isdisjoint(scene.things for scene in drawn)
+    places = {(thing.x, thing.y) for scene in drawn for thing in scene.things}
+    evaluated = {q.scene for q in make_questions(500, 1, "test", 8)}
+    assert places.isdisjoint((thing.x, thing.y) for scene in evaluated for thing in scene.things)
 
 
-# Answers
+# Columns
 
 
-class Echo:
-    """Stands in for a model: the answer is the number of the picture and the prompt, as it got them."""
+@pytest.fixture(scope="module")
+def asked() -> dict[str, list[Question]]:
+    """The questions of every column; those of the browser where there is one."""
+    some = [name for name in COLUMNS if name != "browser" or find_browser() is not None]
+    return {name: questions_of(COLUMNS[name], 60, 3, 64) for name in some}
 
-    device = torch.device("cpu")
 
-    def __init__(self, processor: Processor) -> None:
-        self.processor = processor
-        self.rows: list[int] = []
+def test_unseen_pairs_are_in_their_column_only(asked: dict[str, list[Question]]) -> None:
+    for name, questions in asked.items():
+        scenes = {q.scene for q in questions}
+        has_pair = [bool(HELD_OUT_PAIRS & {(t.color, t.shape) for t in scene.things}) for scene in scenes]
+        assert len(scenes) == 60
+        assert all(has_pair) if name == "unseen_pairs" else not any(has_pair)
 
-    def generate(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.rows.append(len(input_ids))
-        tokenizer = self.processor.tokenizer
-        answers = []
-        for ids, pixels in zip(input_ids, pixel_values, strict=True):
-            prompt = tokenizer.decode(ids.tolist()).strip()
-            gray = round((float(pixels.mean()) + 1) * 127.5)
-            answers.append([*tokenizer.encode(f"{gray} {prompt}"), tokenizer.eos_id])
-        width = max(map(len, answers))
-        return torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in answers])
+
+@pytest.mark.parametrize("name", SAME_SCENES)
+def test_columns_ask_the_same_questions(name: str, asked: dict[str, list[Question]]) -> None:
+    """With the same answers, but for boxes and masks of turned things."""
+    if name not in asked:
+        pytest.skip("there is no Chromium here")
+    assert len(asked[name]) == len(asked["held_out"])
+    moved = 0
+    for q, plain in zip(asked[name], asked["held_out"], strict=True):
+        assert (q.example.task, q.example.prefix) == (plain.example.task, plain.example.prefix)
+        straight = [replace(thing, angle=0) for thing in q.scene.things]
+        assert straight == list(plain.scene.things)
+        assert (q.scene.noise, q.scene.noise_seed) == (plain.scene.noise, plain.scene.noise_seed)
+        if name == "turned" and q.example.task in ("detect", "segment"):
+            text = {"detect": detection_text, "segment": segmentation_text}[q.example.task]
+            assert q.example.suffix == text(q.scene.find(q.example.prefix.split(" ", 1)[1]))
+            assert all(thing in q.scene.things for thing in q.example.things)
+            moved += q.example.suffix != plain.example.suffix
+        else:
+            assert q.example.suffix == plain.example.suffix
+    assert moved > 30 if name == "turned" else moved == 0
+
+
+def test_columns_look_as_they_are_called(asked: dict[str, list[Question]]) -> None:
+    grounds = [q.scene.background for q in asked["other_grays"]]
+    assert 40 <= min(grounds) < 50
+    assert 150 < max(grounds) <= 160
+    angles = [thing.angle for q in asked["turned"] for thing in q.scene.things]
+    assert (min(angles), max(angles)) == (-15, 15)
+    for name, some in asked.items():
+        assert name == "other_grays" or all(q.scene.background >= 165 for q in some)
+    for name in ("held_out", "unseen_pairs", "other_grays", "turned", "text_only"):
+        assert all(q.picture.tobytes() == q.scene.draw(64).tobytes() for q in asked[name][::25])
+    scenes = [q.scene for q in asked["matplotlib"][::25]]
+    drawn = draw_with_matplotlib(scenes, 64)
+    assert [q.picture.tobytes() for q in asked["matplotlib"][::25]] == [one.tobytes() for one in drawn]
+    for q in asked["jpeg"][::25]:
+        file = io.BytesIO()
+        q.scene.draw(64).save(file, format="JPEG", quality=50)
+        assert np.array_equal(levels(q.picture), levels(Image.open(file)))
+
+
+def test_other_programs_draw_other_pixels(asked: dict[str, list[Question]]) -> None:
+    for name in ("jpeg", "matplotlib", "browser"):
+        for q, plain in zip(asked.get(name, []), asked["held_out"], strict=False):
+            difference = np.abs(levels(q.picture) - levels(plain.picture)).mean()
+            assert 0.01 < difference < 12, name
+
+
+# The table
 
 
 @pytest.fixture(scope="module")
@@ -321,64 +183,142 @@ def untrained() -> tuple[PaliGemma, Processor]:
     return model, processor
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_answers_come_in_the_order_asked(untrained: tuple[PaliGemma, Processor], batch_size: int) -> None:
-    _, processor = untrained
-    echo: Any = Echo(processor)
-    prompts = ["detect red circle", "caption en", "what color is the star?", "caption en"] * 3
-    pictures = [Image.new("RGB", (4, 4), (10 * number,) * 3) for number in range(12)]
-    answers = answer_all(echo, processor, pictures, prompts, batch_size=batch_size, progress=False)
-    assert answers == [f"{10 * number} {prompt}" for number, prompt in enumerate(prompts)]
-    assert sum(echo.rows) == 12
-    assert max(echo.rows) <= batch_size
+@pytest.fixture
+def right(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Answers without a model: right about the first column, and to every later one wrong."""
+    prompts_of: list[list[str]] = []
 
-
-def test_answers_in_a_batch_equal_those_one_by_one(untrained: tuple[PaliGemma, Processor]) -> None:
-    model, processor = untrained
-    asked = make_questions(3, 1, "test", 16)
-    pictures, prompts = [q.picture for q in asked], [q.example.prefix for q in asked]
-    together = answer_all(model, processor, pictures, prompts, batch_size=7, progress=False)
-    alone = [
-        processor.decode(model.generate(**processor([picture], [prompt]), max_new_tokens=64))[0]
-        for picture, prompt in zip(pictures, prompts, strict=True)
-    ]
-    assert together == alone
-    assert len(set(alone)) > 1
-
-
-def test_no_questions_no_answers(untrained: tuple[PaliGemma, Processor]) -> None:
-    assert answer_all(*untrained, [], [], progress=False) == []
-
-
-def test_the_whole_table(untrained: tuple[PaliGemma, Processor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With answers known in advance, for the one split right and for the other wrong."""
-    asked: list[list[str]] = []
-
-    def answer(model: Any, processor: Any, pictures: Any, prompts: list[str], progress: Any) -> list[str]:
-        asked.append(prompts)
+    def answer(model: Any, processor: Any, pictures: Any, prompts: Any, **options: Any) -> list[str]:
+        prompts_of.append(prompts)
         assert all(picture.size == (16, 16) for picture in pictures)
-        questions = make_questions(6, 3, "test", 16) if len(asked) == 1 else []
-        return [q.example.suffix for q in questions] or ["?"] * len(prompts)
+        assert len(options["expected"]) == len(prompts)
+        return options["expected"] if len(prompts_of) == 1 else ["?"] * len(prompts)
 
     monkeypatch.setattr(evaluation, "answer_all", answer)
+    return prompts_of
+
+
+def test_the_whole_table(untrained: tuple[PaliGemma, Processor], right: list[list[str]]) -> None:
     table = evaluate(*untrained, scenes=6, seed=3, progress=False)
-    assert list(table) == ["held_out", "unseen_pairs"]
+    assert list(table) == list(COLUMNS)
+    shown = [name for name in table if table[name]]
+    assert set(COLUMNS) - set(shown) <= {"browser"}
     assert table["held_out"]["all questions"].value == 1
-    assert table["unseen_pairs"]["all questions"].value == 0
-    assert asked[0] == [q.example.prefix for q in make_questions(6, 3, "test", 16)]
-    assert asked[1] == [q.example.prefix for q in make_questions(6, 3, "unseen", 16)]
+    assert all(table[name]["all questions"].value == 0 for name in shown[1:-1])
+    assert right[0] == [q.example.prefix for q in make_questions(6, 3, "test", 16)]
+    assert right[1] == [q.example.prefix for q in make_questions(6, 3, "unseen", 16)]
+    assert all(prompts == right[0] for prompts in right[2:])
+    assert len(right) == len(shown) - 1  # text only is not the model's
+    held_out = make_questions(6, 3, "test", 16)
+    assert table["text_only"] == score(held_out, text_only_answers([q.example for q in held_out]))
 
     plain = json.loads(json.dumps(as_json(table)))
     assert plain["held_out"]["exact caption"] == {"value": 1.0, "majority": 0.1667, "cases": 6}
+    assert list(plain) == list(table)
     assert list(plain["held_out"]) == list(table["held_out"])
 
+
+def metrics(value: float, majority: float = 0.25, cases: int = 3) -> dict[str, Metric]:
+    return {"color": Metric(value, majority, cases), "mask mean IoU": Metric(value / 2, 0.125, 7)}
+
+
+def test_the_table_as_text() -> None:
+    table = {name: metrics(number / 10, 0.25 + number) for number, name in enumerate(COLUMNS)}
+    assert as_text(table).splitlines() == [
+        "| | held-out scenes | unseen pairs | other grays | turned | JPEG | matplotlib | browser | majority "
+        "| text only | cases |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| color | 0.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 | 0.600 | 0.250 | 0.700 | 3 |",
+        "| mask mean IoU | 0.000 | 0.050 | 0.100 | 0.150 | 0.200 | 0.250 | 0.300 | 0.125 | 0.350 | 7 |",
+    ]
+
+
+def test_some_columns_as_text() -> None:
+    assert as_text({"turned": metrics(0.5)}).splitlines() == [
+        "| | turned | majority | cases |",
+        "|---|---|---|---|",
+        "| color | 0.500 | 0.250 | 3 |",
+        "| mask mean IoU | 0.250 | 0.125 | 7 |",
+    ]
+
+
+def test_a_column_without_a_browser_is_left_out(
+    untrained: tuple[PaliGemma, Processor], right: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "find_browser", lambda: None)
+    table = evaluate(*untrained, scenes=2, columns=("held_out", "browser"), progress=False)
+    assert table["browser"] == {}
+    assert as_json(table)["browser"] == {}
     lines = as_text(table).splitlines()
-    assert lines[0] == "| | held-out scenes | unseen pairs | majority | cases |"
-    assert lines[1] == "|---|---|---|---|---|"
-    assert len(lines) == 2 + len(table["held_out"])
-    assert "| exact caption | 1.000 | 0.000 | 0.167 | 6 |" in lines
+    assert lines[0] == "| | held-out scenes | majority | cases |"
+    assert lines[-2:] == [
+        "",
+        "The column browser is left out: no chromium, chromium-browser, google-chrome was found, and "
+        "MINIVLM_CHROMIUM is not set.",
+    ]
+    assert "left out" not in as_text({"held_out": table["held_out"]})  # nobody asked for it
+
+
+def test_a_browser_that_fails_does_so_before_any_answer(
+    untrained: tuple[PaliGemma, Processor], right: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIVLM_CHROMIUM", "true")
+    with pytest.raises(InputError, match="true drew nothing"):
+        evaluate(*untrained, scenes=2, progress=False)
+    monkeypatch.setenv("MINIVLM_CHROMIUM", "/no/such/program")
+    with pytest.raises(InputError, match="which is no program"):
+        evaluate(*untrained, scenes=2, progress=False)
+    assert right == []
+    evaluate(*untrained, scenes=2, progress=False, columns=("held_out",))  # which does not need it
+    assert len(right) == 1
+
+
+def test_columns_of_another_name(untrained: tuple[PaliGemma, Processor]) -> None:
+    with pytest.raises(
+        InputError, match="there is no column 'heldout': choose from held_out, unseen_pairs, "
+    ):
+        evaluate(*untrained, scenes=2, columns=("held_out", "heldout"))
+
+
+def test_one_column_costs_nothing_more(
+    untrained: tuple[PaliGemma, Processor], right: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a training run uses it: no browser is looked for, no training scene is drawn."""
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError
+
+    for name in ("find_browser", "text_only_answers"):
+        monkeypatch.setattr(evaluation, name, refuse)
+    table = evaluate(*untrained, scenes=3, columns=("held_out",), progress=False)
+    assert list(table) == ["held_out"]
+    assert len(right) == 1
+
+
+def test_boxes_are_scored_by_the_model(
+    untrained: tuple[PaliGemma, Processor], right: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those of `detect`, and each score stands with its answer."""
+    passed: list[Any] = []
+
+    def scores(model: Any, processor: Any, pictures: Any, prompts: Any, answers: Any) -> list[list[float]]:
+        assert all(prompt.startswith("detect ") for prompt in prompts)
+        assert len(pictures) == len(prompts) == len(answers)
+        return [[float(len(prompt))] for prompt in prompts]
+
+    def spy(questions: Any, answers: Any, sureness: Any) -> dict[str, Metric]:
+        passed.extend(zip(questions, sureness, strict=True))
+        return score(questions, answers)
+
+    monkeypatch.setattr(evaluation, "box_scores", scores)
+    monkeypatch.setattr(evaluation, "score", spy)
+    evaluate(*untrained, scenes=4, columns=("held_out",), progress=False)
+    assert len(passed) > 20
+    for q, sureness in passed:
+        assert sureness == ([len(q.example.prefix)] if q.example.task == "detect" else [])
 
 
 def test_an_evaluation_is_deterministic(untrained: tuple[PaliGemma, Processor]) -> None:
-    first, again = (evaluate(*untrained, scenes=2, seed=1, progress=False) for _ in range(2))
+    columns = ("held_out", "turned", "jpeg")
+    first, again = (evaluate(*untrained, scenes=2, columns=columns, progress=False) for _ in range(2))
     assert first == again

@@ -1,21 +1,42 @@
-"""Pictures, words and boxes as the model reads and writes them. Nothing here knows a network."""
+"""Pictures, words, boxes and masks as the model reads and writes them. Nothing here knows the model.
+
+The one network is the small codebook that makes words of masks.
+"""
 
 from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_boxes
+from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
+from minivlm.processing.masks import (
+    Mask,
+    codes_to_text,
+    crop_mask,
+    mask_iou,
+    mask_to_tokens,
+    text_to_masks,
+)
 from minivlm.processing.processor import Processor
 from minivlm.processing.tokens import Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 
 __all__ = [
     "Box",
     "ImageProcessor",
+    "Mask",
+    "MaskCodebook",
+    "MaskCodebookConfig",
     "Processor",
     "Tokenizer",
     "add_image_tokens_to_prompt",
     "box_to_tokens",
     "boxes_to_text",
     "build_tokenizer",
+    "codes_to_text",
+    "crop_mask",
+    "load_codebook",
     "load_picture",
+    "mask_iou",
+    "mask_to_tokens",
     "preprocess",
     "text_to_boxes",
+    "text_to_masks",
     "to_rgb",
 ]

@@ -1,0 +1,78 @@
+"""What can be reached without looking at the picture: .60 on yes-or-no questions can be worse than nothing.
+
+Both baselines are lists of answers, which are scored like those of a model. To `detect` and `segment` they
+give one box always, since they do not know how many things there are, nor whether there is one: the mean of
+all boxes, for `segment` filled to its edges.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from minivlm.processing import box_to_tokens, codes_to_text, load_codebook
+from minivlm.processing.codebook import SIDE
+from minivlm.questions import TASKS, Example, ask
+from minivlm.scenes import WORLD, make_scene
+
+TRAINING_SCENES = 4000  # that the text-only answerer has read the questions and answers of
+WITH_BOXES = ("detect", "segment")
+
+
+def majority_answers(examples: Sequence[Example]) -> list[str]:
+    """For each example, the most frequent true answer to its task among these same examples.
+
+    This is the best that a constant can do: it is chosen with the true answers in hand.
+    """
+    of_task = _most_frequent(examples)
+    return [of_task[example.task] for example in examples]
+
+
+def text_only_answers(examples: Sequence[Example]) -> list[str]:
+    """For each example, the most frequent answer to the same prompt in training scenes.
+
+    A prompt that none of the 4,000 training scenes was asked gets the most frequent answer to its task there.
+    To a task with boxes, the answer is the mean box of all training answers to that task.
+    """
+    to_prompt, to_task = _learned()
+    return [to_prompt.get(example.prefix, to_task[example.task]) for example in examples]
+
+
+@cache
+def _learned() -> tuple[dict[str, str], dict[str, str]]:
+    """Answers to prompts and to tasks, from one question of each task about each training scene."""
+    examples = []
+    for number in range(TRAINING_SCENES):
+        rng = np.random.default_rng([0, number])
+        scene = make_scene(rng, "train")
+        examples += [example for task in TASKS if (example := ask(scene, task, rng)) is not None]
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for example in examples:
+        if example.task not in WITH_BOXES:
+            answers[example.prefix][example.suffix] += 1
+    return {prompt: some.most_common(1)[0][0] for prompt, some in answers.items()}, _most_frequent(examples)
+
+
+def _most_frequent(examples: Sequence[Example]) -> dict[str, str]:
+    """Of each task the most frequent answer, or the mean box."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for example in examples:
+        answers[example.task][example.suffix] += 1
+    guesses = {task: some.most_common(1)[0][0] for task, some in answers.items()}
+    for task in WITH_BOXES:
+        boxes = [thing.box for example in examples if example.task == task for thing in example.things]
+        if boxes:
+            x0, y0, x1, y1 = np.mean(boxes, axis=0).tolist()
+            guesses[task] = box_to_tokens((x0, y0, x1, y1), WORLD, WORLD)
+            guesses[task] += _filled() if task == "segment" else ""
+    return guesses
+
+
+@cache
+def _filled() -> str:
+    """The `<seg>` tokens of a mask that fills its box."""
+    return codes_to_text(load_codebook().encode(torch.ones(1, SIDE, SIDE))[0])

@@ -1,0 +1,163 @@
+"""`minivlm ask`: every prompt about every picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from minivlm.cli import options as shared
+from minivlm.cli.pictures import check_picture_name, draw_answers, run_lengths, save_picture
+from minivlm.errors import InputError
+from minivlm.models.paligemma import PaliGemma
+from minivlm.plots import side_by_side
+from minivlm.processing import Processor, load_picture, text_to_boxes, text_to_masks, to_rgb
+
+if TYPE_CHECKING:
+    from minivlm.cli.options import Commands
+
+HELP = """\
+The shipped model knows colored shapes. It understands:
+  caption en                                    what color is the star?
+  detect red circle                             what shape is the red object?
+  segment red circle                            what size is the red circle?
+  how many circles are there?                   is there a red circle?
+  is the red circle left of the blue star?
+"""
+
+
+def add_to(commands: Commands) -> None:
+    """Describe the command."""
+    ask = commands.add_parser(
+        "ask",
+        help="ask about pictures",
+        description="Ask every prompt about every picture.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ask.add_argument(
+        "pictures", metavar="PICTURE", nargs="+", help="picture files, of any format that Pillow reads"
+    )
+    ask.add_argument("--prompt", action="append", default=[], help="what to ask; may be given several times")
+    ask.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts from a text file, one a line")
+    shared.add_model(ask)
+    ask.add_argument(
+        "--draw",
+        type=Path,
+        metavar="OUT.png",
+        help="write the pictures with the boxes and masks of the answers",
+    )
+    ask.add_argument("--json", action="store_true", help="one JSON object a line")
+    ask.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="length of an answer (default: 64)"
+    )
+    ask.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="above 0: sample (default: 0)"
+    )
+    ask.add_argument("--top-k", type=int, metavar="K", help="sample from the K best tokens")
+    ask.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the best tokens of total probability P"
+    )
+    ask.add_argument("--seed", type=shared.seed, help="makes sampling repeatable")
+    ask.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Ask, and print each answer while it is generated."""
+    prompts = [*options.prompt, *_read_prompts(options.prompts_file)]
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError('a --prompt is empty: ask something, such as "caption en"')
+    if not prompts:
+        raise InputError('there is nothing to ask: add --prompt "caption en" or --prompts-file FILE')
+    if options.draw is not None:
+        check_picture_name(options.draw)
+    # Everything that can be refused is looked at before the model is loaded.
+    pictures = [to_rgb(load_picture(path)) for path in options.pictures]
+    model, processor = shared.open_model(options)
+    drawn = []
+    for path, picture in zip(options.pictures, pictures, strict=True):
+        answers = []
+        for prompt in prompts:
+            pieces = _stream_answer(model, processor, picture, prompt, options)
+            answer = next(pieces)  # what is refused here is refused before anything is printed
+            if not options.json:
+                print(f"{path} | {prompt}\n{answer}", end="", flush=True)
+            for piece in pieces:
+                answer += piece
+                if not options.json:
+                    print(piece, end="", flush=True)
+            answers.append(answer)
+            if options.json:
+                line = {"picture": path, "prompt": prompt, "answer": answer, **_found(answer, picture)}
+                print(json.dumps(line), flush=True)
+            else:
+                print()
+                for box in _found(answer, picture)["boxes"]:
+                    print(f"  {box['name']}: {box['box']}")
+        if options.draw is not None:
+            drawn.append(draw_answers(picture, answers))
+    if options.draw is not None:
+        save_picture(side_by_side(drawn), options.draw)
+        if not options.json:
+            print(f"drawn: {options.draw}")
+
+
+def _found(answer: str, picture: Image.Image) -> dict[str, list[dict[str, Any]]]:
+    """The boxes in an answer, and its masks, in pixels of the picture."""
+
+    def described(box: tuple[Any, ...]) -> dict[str, Any]:
+        return {"name": box[4], "box": [round(edge, 1) for edge in box[:4]]}
+
+    boxes = text_to_boxes(answer, *picture.size)
+    masks = text_to_masks(answer, *picture.size)
+    return {
+        "boxes": [described(box) for box in boxes],
+        "masks": [described(box) | {"mask": run_lengths(mask)} for box, mask in masks],
+    }
+
+
+def _read_prompts(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(
+            f"{path} cannot be read: {reason}. Give a text file with one prompt a line"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{path} holds no prompt: write one a line")
+    return prompts
+
+
+def _stream_answer(
+    model: PaliGemma, processor: Processor, picture: Image.Image, prompt: str, options: argparse.Namespace
+) -> Iterator[str]:
+    """The answer in pieces of text, as they are known."""
+    inputs: dict[str, Any] = processor([picture], [prompt])
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    ids: list[int] = []
+    shown = ""
+    tokens = model.stream(
+        **inputs,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    for token in tokens:
+        ids.append(int(token[0]))
+        text = processor.decode(torch.tensor([ids]))[0]
+        # Half of a character that takes several byte tokens decodes to U+FFFD: wait for the rest.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield text[len(shown) :]

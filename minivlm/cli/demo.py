@@ -1,0 +1,53 @@
+"""`minivlm demo`: the shipped model on the sample pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minivlm.cli.pictures import draw_answers, save_picture
+from minivlm.demo import SAMPLES, read_samples, write_samples
+from minivlm.models.load import load
+from minivlm.processing import load_picture, to_rgb
+
+if TYPE_CHECKING:
+    from minivlm.cli.options import Commands
+
+
+def add_to(commands: Commands) -> None:
+    """Describe the command."""
+    demo = commands.add_parser("demo", help="the shipped model on the sample pictures")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for pictures with boxes (default: demo)"
+    )
+    demo.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print a table of answers, and write the pictures with what was pointed at."""
+    folder = SAMPLES
+    if not folder.is_dir():
+        folder = options.out / "samples"
+        write_samples(folder)
+    model, processor = load()
+    rows = [("picture", "prompt", "answer")]
+    for path, prompts in read_samples(folder).items():
+        picture = to_rgb(load_picture(path))
+        inputs: dict[str, Any] = processor([picture] * len(prompts), prompts)
+        answers = processor.decode(model.generate(**inputs))
+        rows += [(path.name, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        save_picture(draw_answers(picture, answers), options.out / path.name)
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for number, (name, prompt, answer) in enumerate(rows):
+        print(f"{name:<{widths[0]}}  {prompt:<{widths[1]}}  {answer}")
+        if number == 0:
+            print(f"{'-' * widths[0]}  {'-' * widths[1]}  {'-' * 40}")
+    print(
+        f"\nThe pictures with the boxes that the model pointed at are in {options.out.resolve()}.\n\n"
+        "Next:\n"
+        f'  ask your own question      .venv/bin/minivlm ask {folder}/scene_1.png --prompt "caption en"\n'
+        "  measure the model          .venv/bin/minivlm eval\n"
+        "  train your own             .venv/bin/minivlm train --out runs/mine\n"
+        "  read how it works          make lab, from 00_tour on"
+    )

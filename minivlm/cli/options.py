@@ -1,0 +1,83 @@
+"""What several commands share: options, the model that they name, and how messages look."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from minivlm.errors import InputError
+from minivlm.jsonl import BadLines
+from minivlm.models.load import SHIPPED, load
+from minivlm.models.paligemma import PaliGemma
+from minivlm.processing import Processor
+
+if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, --dtype, --device."""
+    parser.add_argument(
+        "--model", metavar="FOLDER_OR_REPO_ID", help="a PaliGemma checkpoint (default: the shipped tiny one)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+
+
+def open_model(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
+    """The model that the options of `add_model` name. Raises InputError: as `check_device` and `load`."""
+    device = check_device(options.device)
+    return load(options.model or SHIPPED, dtype=getattr(torch, options.dtype), device=device)
+
+
+def check_device(name: str) -> torch.device:
+    """Raises InputError: no such device, or none that can be computed on here."""
+    try:
+        one = torch.ones(1, device=name)
+        one.item()  # some devices exist but hold no numbers
+        return one.device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InputError(f"device {name!r} cannot be used here ({reason}): try --device cpu") from error
+
+
+def seed(text: str) -> int:
+    """The type of --seed."""
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to below 2^62")
+    return int(text)
+
+
+def at_least_0(text: str) -> int:
+    """The type of numbers that may be 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def at_least_1(text: str) -> int:
+    """The type of numbers of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def one_line(message: str) -> str:
+    """The name of a file, for instance, may have several."""
+    return " ".join(message.splitlines())
+
+
+def show(bad: BadLines, kind: str) -> None:
+    """Bad lines one below the other, on standard error. `kind` is error or warning."""
+    print(f"minivlm: {kind}: {one_line(bad.summary)}:", file=sys.stderr)
+    for reason in bad.reasons:
+        print(f"  {one_line(reason)}", file=sys.stderr)
+    print(bad.advice, file=sys.stderr)

@@ -1,0 +1,170 @@
+"""`minivlm train`: the drawn world's model from nothing, or any model on pictures of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Iterable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minivlm.cli import options as shared
+from minivlm.errors import InputError
+from minivlm.finetuning import PARTS, FinetuningConfig, finetune
+from minivlm.loop import LOG, read_log
+from minivlm.recipe import TrainingConfig
+from minivlm.training import train
+
+if TYPE_CHECKING:
+    from minivlm.cli.options import Commands
+
+HELP = """\
+Your own pictures are lines of JSON, each with the path of a picture, a prompt and its answer:
+  {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a cup"}
+  {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
+Paths are relative to the file. The four numbers of a box are y0 x0 y1 x1 in 1024ths of the picture's sides;
+minivlm.processing.box_to_tokens makes them of pixels.
+
+Ctrl-C finishes the step and saves; the same command with --resume goes on.
+"""
+SHARED = ("seed", "warmup_steps", "bf16")  # fields of both configs
+OWN = ("validation", "model", "epochs", "steps", "batch_size", "accumulate", "lr", "freeze", "max_length")
+
+
+def add_to(commands: Commands) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a tiny model from nothing on drawn scenes, or any model on your own pictures",
+        description="Train a tiny model from nothing on drawn scenes; the defaults made the shipped one.\n"
+        "With --data, train a model that exists on your own pictures.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the model (default: runs/tiny; with --data, runs/tuned)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    number = partial(parser.add_argument, metavar="N")
+    number("--save-every", type=shared.at_least_1, default=250, help="steps (default: 250)")
+    number(
+        "--measure-every",
+        type=shared.at_least_0,
+        help="steps between metrics for log.csv, on 100 held-out scenes or on --validation; "
+        "0: never (default: 500; with --data, 50)",
+    )
+    shared.add_device(parser)
+    number("--threads", type=shared.at_least_1, help="to compute with (default: all cores)")
+    number("--workers", type=shared.at_least_0, default=1, help="processes that prepare batches (default: 1)")
+    number("--seed", type=int, help="(default: 0)")
+    number("--warmup-steps", type=int, help="(default: 100; with --data, a twentieth of all steps)")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bf16, with weights in fp32 (default: where the device has instructions for it)",
+    )
+    _add_own(parser)
+    _add_recipe(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_own(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("your own pictures")
+    number = partial(group.add_argument, metavar="N")
+    group.add_argument("--data", type=Path, metavar="FILE.jsonl", help="what to train on, see below")
+    group.add_argument("--validation", type=Path, metavar="FILE.jsonl", help="what to measure on")
+    group.add_argument(
+        "--model", metavar="FOLDER_OR_REPO_ID", help="where to start (default: the shipped tiny model)"
+    )
+    number("--epochs", type=int, help="times that every line is shown (default: 10)")
+    number("--steps", type=int, help="instead of --epochs")
+    number("--batch-size", type=int, help="lines computed at once (default: 8)")
+    number("--accumulate", type=int, help="batches for one step, as one larger batch (default: 1)")
+    number("--lr", type=float, help="learning rate (default: 1e-3 for small models, 2e-5 for large ones)")
+    group.add_argument(
+        "--freeze", choices=tuple(PARTS), action="append", help="leave this part as it is; may be given twice"
+    )
+    number("--max-length", type=int, help="tokens of picture and line at most (default: the model's context)")
+    group.add_argument(
+        "--on-bad-line", choices=("refuse", "skip"), help="skip: leave bad lines out (default: refuse)"
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """An option for every other field of TrainingConfig."""
+    group = parser.add_argument_group("recipe of the drawn world")
+    for field in fields(TrainingConfig):
+        if field.name not in SHARED:
+            help = f"(default: {field.default})"
+            group.add_argument(_option(field.name), type=type(field.default), metavar="N", help=help)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, and say what to do with the model."""
+    recipe = [field.name for field in fields(TrainingConfig) if field.name not in SHARED]
+    own = (*OWN, "on_bad_line")
+    if options.data is not None:
+        _refuse(options, recipe, "is part of the drawn world's recipe: leave it out, or leave out --data")
+        if options.measure_every and options.validation is None:
+            raise InputError("--measure-every has nothing to measure on: add --validation FILE.jsonl")
+    else:
+        _refuse(options, own, "is for pictures of your own: add --data FILE.jsonl, or leave it out")
+    device = shared.check_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    out = options.out or Path("runs") / ("tiny" if options.data is None else "tuned")
+    common = {
+        "resume": options.resume,
+        "save_every": options.save_every,
+        "workers": options.workers,
+        "device": device,
+    }
+    if options.measure_every is not None:
+        common["measure_every"] = options.measure_every
+    started = time.monotonic()
+    if options.data is None:
+        train(out, TrainingConfig(**_given(options, (*recipe, *SHARED))), **common)
+        next_command = f"Measure it:\n  minivlm eval --model {shlex.quote(str(out))}"
+    else:
+        next_command = _finetune(options, out, common)
+    minutes = (time.monotonic() - started) / 60
+    print(f"Trained for {minutes:.1f} minutes with {torch.get_num_threads()} threads.")
+    print(f"The model is in {out}. {next_command}")
+
+
+def _finetune(options: argparse.Namespace, out: Path, common: dict[str, Any]) -> str:
+    """Train on the user's pictures, and return what to do next."""
+    values = _given(options, (*OWN, *SHARED))
+    validation = values.pop("validation", None)
+    values["freeze"] = tuple(part for part in PARTS if part in values.get("freeze", ()))
+    warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
+    run = finetune(out, FinetuningConfig(**values), options.data, validation, warn=warn, **common)
+    measured = [line for line in read_log(out / LOG) if line.get("exact match") is not None]
+    if measured:
+        first, last = measured[0], measured[-1]
+        print(
+            f"Exact answers to {validation}: {first['exact match']:.3f} at step {first['step']}, "
+            f"{last['exact match']:.3f} at step {last['step']}."
+        )
+    picture, prompt, model = (
+        shlex.quote(str(part)) for part in (run.samples[0].path, run.samples[0].prefix, out)
+    )
+    return f"Ask it:\n  minivlm ask {picture} --prompt {prompt} --model {model}"
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _refuse(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    for name in _given(options, names):
+        raise InputError(f"{_option(name)} {reason}")

@@ -1,0 +1,240 @@
+"""Training a PaliGemma that exists on pictures of one's own.
+
+One row per example, under the mask that PaliGemma was trained with: picture and prompt see each other, the
+answer is read from left to right, and only the answer has a loss. Nothing here is special to the small model:
+whatever `minivlm.load` opens can be trained, if it fits into memory four times (weights, gradients and
+AdamW's two moments in fp32) plus a copy in bf16.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minivlm.errors import InputError
+from minivlm.jsonl import BadLines, Sample, read_samples
+from minivlm.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.models.load import SHIPPED, load
+from minivlm.models.paligemma import PaliGemma
+from minivlm.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.processing import Processor
+from minivlm.processing.processor import IGNORE
+from minivlm.sample_batches import Inputs, SampleBatches, make_inputs
+
+CLIP = 1.0  # norm of a gradient
+PARTS = {"tower": "vision_tower", "decoder": "language_model"}  # what can be frozen
+
+
+@dataclass(frozen=True)
+class FinetuningConfig:
+    """Everything that decides the result, beside the data."""
+
+    model: str = str(SHIPPED)  # folder or repo id
+    seed: int = 0
+    epochs: int | None = None  # of all examples; 10 where `steps` does not say otherwise
+    steps: int | None = None
+    batch_size: int = 8  # rows that are computed at once
+    accumulate: int = 1  # batches whose gradients make one step
+    lr: float | None = None  # None: 1e-3 for small models like the shipped one, 2e-5 for large ones
+    warmup_steps: int | None = None  # None: a twentieth of the steps
+    freeze: tuple[str, ...] = ()  # of PARTS
+    max_length: int | None = None  # tokens of a row; None: the model's context
+    bf16: bool | None = None  # None: where the device has instructions for it
+
+    def __post_init__(self) -> None:
+        """Raises InputError: a number that nothing can be trained with, or both epochs and steps."""
+        for name, value in asdict(self).items():
+            least = 0 if name in ("lr", "seed") else 1
+            if type(value) in (int, float) and not least <= value < 2**32:  # a bool is an int, too
+                raise InputError(f"{name} is {value}: choose a number from {least} to below 2^32")
+        if self.epochs is not None and self.steps is not None:
+            raise InputError("epochs and steps are both given, and each says when to stop: choose one")
+        unknown = set(self.freeze) - set(PARTS)
+        if unknown:
+            raise InputError(f"{unknown.pop()!r} cannot be frozen: choose from {', '.join(PARTS)}")
+
+
+class Finetuning(Trainable):
+    """A training run of a loaded model at some step."""
+
+    losses = ("loss",)
+    starts_trained = True
+
+    def __init__(
+        self,
+        config: FinetuningConfig,
+        model: PaliGemma,
+        processor: Processor,
+        samples: Sequence[Sample],
+        validation: Sequence[Sample] = (),
+        workers: int = 1,
+    ) -> None:
+        self.config, self.processor, self.workers = config, processor, workers
+        self.samples, self.validation = samples, validation
+        self.model = self.masters = model
+        self.step = 0
+        for name in config.freeze:
+            getattr(model, PARTS[name]).requires_grad_(False)
+        bf16 = config.bf16 if config.bf16 is not None else bf16_pays(model.device)
+        self.working = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
+        large = sum(parameter.numel() for parameter in model.parameters()) > 1e8
+        self.lr = config.lr if config.lr is not None else (2e-5 if large else 1e-3)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizers = {"adamw": torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)}
+        rows_per_step = config.batch_size * config.accumulate
+        self.rows = (
+            config.steps * rows_per_step
+            if config.steps is not None
+            else (10 if config.epochs is None else config.epochs) * len(samples)
+        )
+        self._total_steps = math.ceil(self.rows / rows_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        return self._total_steps
+
+    def settings(self) -> dict[str, Any]:
+        lines = json.dumps([(sample.image, sample.prefix, sample.suffix) for sample in self.samples])
+        digest = hashlib.sha256(lines.encode()).hexdigest()[:8]
+        return asdict(self.config) | {"data": f"{len(self.samples)} examples, {digest}"}
+
+    def place(self) -> dict[str, Any]:
+        rows = self.step * self.config.batch_size * self.config.accumulate
+        return {"epoch": round(min(rows, self.rows) / len(self.samples), 2)}
+
+    def advice(self) -> str:
+        return f"try a lower learning rate in a new folder, such as --lr {self.lr / 2:g}"
+
+    def batches(self) -> Iterator[list[Inputs]]:
+        """The batches of each step, from the present one. Raises InputError: as `make_inputs`."""
+        data = SampleBatches(
+            self.samples,
+            self.processor,
+            seed=self.config.seed,
+            rows=self.rows,
+            batch_size=self.config.batch_size,
+            accumulate=self.config.accumulate,
+        )
+        for batches in in_order(data, range(self.step, self.total_steps), self.workers):
+            if isinstance(batches, InputError):
+                raise batches
+            yield batches
+
+    def advance(self, batch: list[Inputs]) -> dict[str, float]:
+        """One step of optimization, of the mean loss over all answer tokens of its batches."""
+        self.masters.zero_grad()
+        tokens = [_answer_tokens(part) for part in batch]
+        total = 0.0
+        for part, count in zip(batch, tokens, strict=True):
+            # In the mean of the batches' means, a token of a batch with short answers would count for more.
+            loss = self.working(**_to(part, self.model.device)).loss * (count / sum(tokens))
+            total += loss.item()
+            self.check_finite("the loss", total)
+            loss.backward()
+            collect_gradients(self.masters, self.working)
+        norm = nn.utils.clip_grad_norm_(self.masters.parameters(), CLIP)
+        self.check_finite("the gradient", norm.item())
+        for group in self.optimizers["adamw"].param_groups:
+            group["lr"] = self.lr * self._schedule()
+        self.optimizers["adamw"].step()
+        follow_masters(self.masters, self.working)
+        self.step += 1
+        return {"loss": total}
+
+    def _schedule(self) -> float:
+        """Factor of the learning rate: warm-up and linear decay."""
+        warmup = self.config.warmup_steps or math.ceil(self.total_steps / 20)
+        return min(1.0, (self.step + 1) / warmup) * (1.0 - self.step / self.total_steps)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Loss and exact answers on the validation examples.
+
+        No answer has to be generated. A greedy answer equals the true one if, with the true one before it,
+        each of its tokens is the most probable one.
+        """
+        if not self.validation:
+            return {}
+        size = self.config.batch_size
+        loss, tokens, right = 0.0, 0, 0
+        for start in range(0, len(self.validation), size):
+            part = _to(make_inputs(self.processor, self.validation[start : start + size]), self.model.device)
+            output = self.model(**part)
+            labels = part["labels"][:, 1:]
+            hits = (output.logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORE)
+            right += int(hits.all(dim=1).sum())
+            loss += output.loss.item() * _answer_tokens(part)
+            tokens += _answer_tokens(part)
+        return {"validation loss": loss / tokens, "exact match": right / len(self.validation)}
+
+    def save(self, folder: Path) -> None:
+        """The trained model so far, as a checkpoint folder in fp32."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def _answer_tokens(part: Inputs) -> int:
+    return int((part["labels"][:, 1:] != IGNORE).sum())
+
+
+def _to(part: Inputs, device: torch.device) -> Inputs:
+    return {name: tensor.to(device) for name, tensor in part.items()}
+
+
+def finetune(
+    out: Path,
+    config: FinetuningConfig,
+    data: Path,
+    validation: Path | None = None,
+    *,
+    warn: Callable[[BadLines], object] | None = None,
+    resume: bool = False,
+    save_every: int = 250,
+    log_every: int = 10,
+    measure_every: int = 50,
+    workers: int = 1,
+    device: torch.device | str = "cpu",
+    progress: bool | None = None,
+) -> Finetuning:
+    """Train a model on the pictures of a JSONL file, and leave a checkpoint folder in `out`.
+
+    Args:
+        data: see `minivlm.jsonl`.
+        validation: a file like `data`, to measure on every `measure_every` steps; 0 never does.
+        warn: told about bad lines, which are then left out; without it they are refused.
+        workers: processes that read pictures ahead; 0 reads them in this one. The weights are the same.
+        progress: True shows a bar, False none, None only on a terminal.
+
+    Raises InputError: bad lines; a model that cannot be loaded; `out` holds a run and `resume` is not set, or
+    the other way round, or the run has other settings; training diverges. See `minivlm.loop`.
+    """
+    if Path(config.model).is_dir():  # the same folder by whatever path
+        config = replace(config, model=str(Path(config.model).resolve()))
+    if str(out.resolve()) == config.model:
+        raise InputError(f"{out} is the model that training starts from: choose another folder")
+    check_folder(out, resume)
+    model, processor = load(config.model, dtype=torch.float32, device=device)
+    context = model.config.text.max_position_embeddings
+    limit = min(context, config.max_length or context)
+    samples = read_samples(data, processor, limit, warn)
+    others = read_samples(validation, processor, limit, warn) if validation is not None else []
+    run = Finetuning(config, model, processor, samples, others, workers)
+    run_to_end(
+        run,
+        out,
+        resume=resume,
+        save_every=save_every,
+        log_every=log_every,
+        measure_every=measure_every if others else 0,
+        progress=progress,
+    )
+    return run

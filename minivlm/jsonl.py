@@ -1,0 +1,194 @@
+"""A user's own pictures: one JSON object a line, as data for tuning PaliGemma is usually written.
+
+    {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a teapot"}
+    {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
+
+`prefix` is the prompt, `suffix` the answer, and a picture's path is relative to the file's folder. A mistake
+in the thousandth line should not show after an hour of training, so all lines are looked at before it begins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from minivlm.errors import InputError
+from minivlm.processing import Processor, load_picture, text_to_boxes
+
+KEYS = ("image", "prefix", "suffix")
+SHOWN = 10  # bad lines named in a message
+
+_WORD = re.compile(r"<(loc|seg)([0-9]+)(>?)")
+_WORDS = {"loc": (4, 1024), "seg": (3, 128)}  # digits, and how many there are
+_SEG = re.compile(r"<seg[0-9]{3}>")
+_OBJECT = re.compile(r"((?:<loc[0-9]{4}>)+)((?:<seg[0-9]{3}>)*)")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line: a picture, a prompt and its answer."""
+
+    line: int  # in the file, from 1
+    image: str  # as the file names it
+    path: Path
+    prefix: str
+    suffix: str
+
+
+class BadLines(InputError):
+    """Lines of a file that cannot be trained on. `reasons` has the first ones, one each."""
+
+    def __init__(self, path: Path, bad: list[str], advice: str) -> None:
+        self.summary = f"{path} has {len(bad)} bad line{'s' * (len(bad) > 1)}"
+        self.reasons = bad[:SHOWN] + ([f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else [])
+        self.advice = advice
+        super().__init__(f"{self.summary}: {'; '.join(self.reasons)}. {advice}")
+
+
+def read_samples(
+    path: str | Path, processor: Processor, max_length: int, warn: Callable[[BadLines], object] | None = None
+) -> list[Sample]:
+    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are passed over.
+
+    Args:
+        processor: of the model that will be trained; it says how many tokens a line has.
+        max_length: tokens at most for picture, prompt and answer together.
+        warn: told what is wrong with bad lines, which are then left out; without it they are refused.
+
+    Raises:
+        BadLines: the file has some. What makes a line bad: see `_read_line`.
+        InputError: the file cannot be read, or no good line is in it.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give a file with JSON lines") from error
+    good, bad = [], []
+    known: set[Path] = set()  # pictures that were looked at already
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            good.append(_read_line(line, number, path.parent, processor, max_length, known))
+        except InputError as error:
+            bad.append(f"line {number}: {error}")
+    if bad and warn is None:
+        raise BadLines(path, bad, "Mend them, or leave them out with --on-bad-line skip")
+    if not good:
+        why = f"all of its {len(bad)} lines are bad, the first: {bad[0]}" if bad else "it is empty"
+        raise InputError(f"{path} holds nothing to train on: {why}. Write {{{_KEYS}}}, one object a line")
+    if bad and warn is not None:
+        warn(BadLines(path, bad, "They are left out"))
+    return good
+
+
+_KEYS = ", ".join(f'"{key}"' for key in KEYS)
+
+
+def _read_line(
+    line: bytes, number: int, folder: Path, processor: Processor, max_length: int, known: set[Path]
+) -> Sample:
+    """One line, looked at from all sides.
+
+    Raises InputError: it is not UTF-8 or no JSON object; a key is missing, empty or no text; its text is too
+    long, or has malformed boxes; its picture is missing or damaged.
+    """
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"not an object but {type(values).__name__}: write {{{_KEYS}}}")
+    image, prefix, suffix = (_text(values, key) for key in KEYS)
+    _check_words(prefix)
+    _check_words(suffix)
+    _check_boxes(suffix)
+    tokenizer = processor.tokenizer
+    length = len(tokenizer.encode_prefix(prefix, processor.image_seq_length))
+    length += len(tokenizer.encode_suffix(suffix))
+    if length > max_length:
+        raise InputError(
+            f"picture, prefix and suffix have {length} tokens, over the limit of {max_length}: shorten them"
+        )
+    path = folder / image
+    if path not in known:
+        _check_picture(path)
+        known.add(path)
+    return Sample(number, image, path, prefix, suffix)
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    if key not in values:
+        raise InputError(f'no "{key}" among its keys ({", ".join(map(repr, values)) or "none"})')
+    value = values[key]
+    if not isinstance(value, str):
+        raise InputError(f'"{key}" is {json.dumps(value)[:40]}: expected text')
+    if not value.strip():
+        raise InputError(f'"{key}" is empty')
+    return value
+
+
+def _check_words(text: str) -> None:
+    """Raises InputError: a `<loc>` or `<seg>` that is none of the vocabulary, and so would be spelled out."""
+    for match in _WORD.finditer(text):
+        digits, count = _WORDS[match[1]]
+        first, last = (f"<{match[1]}{number:0{digits}}>" for number in (0, count - 1))
+        if len(match[2]) != digits or not match[3]:
+            raise InputError(f"{match[0]} is malformed: expected {first} to {last}")
+        if int(match[2]) >= count:
+            where = " and lies outside the picture" if match[1] == "loc" else ""
+            raise InputError(f"{match[0]} does not exist{where}: expected {first} to {last}")
+
+
+def _check_boxes(suffix: str) -> None:
+    """Raises InputError: a box that could not be read back from the answer, see `text_to_boxes`."""
+    for locs, segs in _OBJECT.findall(suffix):
+        count = locs.count("<")
+        if count != 4:
+            raise InputError(
+                f"{count} <loc> in a row, in {locs}: a box has four without spaces between, y0 x0 y1 x1"
+            )
+        if not text_to_boxes(locs, 1, 1):
+            raise InputError(f"the box {locs} has no area: expected y0 < y1 and x0 < x1, as y0 x0 y1 x1")
+        if segs.count("<") not in (0, 16):
+            raise InputError(f"{segs.count('<')} <seg> after the box {locs}: a mask has 16")
+    if _SEG.search(_OBJECT.sub("", suffix)):
+        raise InputError("<seg> that do not follow a box: a mask fills the box before it")
+
+
+def _check_picture(path: Path) -> None:
+    """Look at a picture without decoding it, where its format allows.
+
+    Raises InputError: as `load_picture`.
+    """
+    if not _is_whole(path):
+        load_picture(path)  # decodes it, and says what is wrong
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a picture is surely complete: a PNG with the right checksums, a JPEG with its end."""
+    if not path.is_file():
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with Image.open(path) as image:
+                kind = image.format
+                image.verify()
+    except Exception:  # damaged files make Pillow raise almost anything
+        return False
+    if kind == "JPEG":
+        with path.open("rb") as file:
+            file.seek(-2, 2)
+            return file.read() == b"\xff\xd9"
+    return kind == "PNG"

@@ -1,0 +1,115 @@
+"""From answers to numbers: exact match for words, overlap for boxes and masks.
+
+Each number comes with that of the majority baseline, which is scored by the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from minivlm.baselines import WITH_BOXES, majority_answers
+from minivlm.detection import Detection, average_precision, match, match_boxes
+from minivlm.processing import mask_iou, text_to_boxes, text_to_masks
+from minivlm.questions import QUESTION_TASKS, TASKS, Example
+from minivlm.scenes import WORLD, Scene
+
+# Masks are compared in pixels of a picture larger than the model's: the edge of a small mask is not a matter
+# of rounding then. Even so, the true answers themselves overlap by .94 with the things: 16 words say no more.
+MASK_SIDE = 4 * int(WORLD)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A picture, what is asked about it, and which scene it shows."""
+
+    scene: Scene
+    picture: Image.Image
+    example: Example
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of the table, what the majority baseline reaches there, and over how many cases."""
+
+    value: float
+    majority: float
+    cases: int
+
+
+def score(
+    questions: Sequence[Question], answers: Sequence[str], sureness: Sequence[Sequence[float]] | None = None
+) -> dict[str, Metric]:
+    """Metrics of answers to questions.
+
+    sureness: for each answer to `detect`, the scores of its boxes; None takes all boxes as equally sure.
+    """
+    examples = [question.example for question in questions]
+    values = _values(examples, answers, sureness)
+    majority = _values(examples, majority_answers(examples), None)
+    return {name: Metric(value, majority[name][0], cases) for name, (value, cases) in values.items()}
+
+
+def _values(
+    examples: Sequence[Example], answers: Sequence[str], sureness: Sequence[Sequence[float]] | None
+) -> dict[str, tuple[float, int]]:
+    """By row, the value and the number of cases."""
+    right: dict[str, list[bool]] = {task: [] for task in TASKS}
+    nothing: list[bool] = []
+    for example, answer in zip(examples, answers, strict=True):
+        right[example.task].append(answer == example.suffix)
+        if example.task in WITH_BOXES and not example.things:
+            nothing.append(not text_to_boxes(answer, WORLD, WORLD))
+    values = {task: _mean(right[task]) for task in QUESTION_TASKS}
+    values["all questions"] = _mean([one for task in QUESTION_TASKS for one in right[task]])
+    values["exact caption"] = _mean(right["caption"])
+    values |= _box_values(examples, answers, sureness)
+    values["nothing to detect"] = _mean(nothing)
+    values["mask mean IoU"] = _mean(_mask_ious(examples, answers))
+    return values
+
+
+def _box_values(
+    examples: Sequence[Example], answers: Sequence[str], sureness: Sequence[Sequence[float]] | None
+) -> dict[str, tuple[float, int]]:
+    detections = []
+    for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        if example.task == "detect":
+            found = text_to_boxes(answer, WORLD, WORLD)
+            scores = [1.0] * len(found) if sureness is None else sureness[number]
+            wanted = [thing.box for thing in example.things]
+            detections.append(Detection(example.prefix, wanted, found, scores))
+    ious = [iou for detection in detections for iou in match_boxes(detection.wanted, detection.found)]
+    hits = [iou >= 0.5 for iou in ious]
+    found_boxes = sum(len(detection.found) for detection in detections)
+    return {
+        "box mean IoU": _mean(ious),
+        "box recall at 0.5": _mean(hits),
+        "box precision at 0.5": (sum(hits) / max(found_boxes, 1), found_boxes),
+        "average precision at 0.5": (average_precision(detections, [0.5]), len(ious)),
+        "average precision 0.5:0.95": (average_precision(detections), len(ious)),
+    }
+
+
+def _mask_ious(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
+    """Of each thing to segment, 0 where no mask was given for it."""
+    ious = []
+    for example, answer in zip(examples, answers, strict=True):
+        if example.task == "segment" and example.things:
+            wanted = [thing.mask(MASK_SIDE) for thing in example.things]
+            ious += match([[mask_iou(mask, found) for found in _masks(answer)] for mask in wanted])
+    return ious
+
+
+@lru_cache(maxsize=8)
+def _masks(answer: str) -> list[np.ndarray]:
+    """The masks in an answer; kept for a while, since a baseline gives the same answer again and again."""
+    return [found.mask for found in text_to_masks(answer, MASK_SIDE, MASK_SIDE)]
+
+
+def _mean(values: Sequence[float]) -> tuple[float, int]:
+    return float(sum(values) / max(len(values), 1)), len(values)

@@ -1,0 +1,73 @@
+"""The log of a training run: log.csv, one line for some steps, one column for each number.
+
+A cell is empty where there is nothing to say: a loss that a stage does not have, a metric that was not
+measured at that step. Any spreadsheet and `pandas.read_csv` open the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minivlm.errors import InputError
+from minivlm.files import write_aside
+
+Line = dict[str, Any]  # column -> int, float, str, or None for an empty cell
+
+
+def write_log(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the whole log, aside and in one move: whoever opens it finds no half of a line.
+
+    Numbers are rounded to six digits. Raises InputError: the file cannot be written.
+    """
+    columns = list(dict.fromkeys(name for line in lines for name in line))  # in order of appearance
+    with write_aside(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_as_cell(line.get(name)) for name in columns] for line in lines)
+
+
+def read_log(path: str | Path) -> list[Line]:
+    """The lines of a log.csv; every line has every column.
+
+    Raises InputError: no such file, or not such a file.
+    """
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read ({reason}): expected the log of a training run") from error
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header) or "step" not in header or not row[header.index("step")].isdecimal():
+            raise InputError(
+                f"{path} is damaged in line {number}: delete the file to go on without it, or mend the line"
+            )
+    return [{name: _as_value(cell) for name, cell in zip(header, row, strict=True)} for row in rows]
+
+
+def log_as_json(path: str | Path) -> str:
+    """A log.csv as one JSON object: column -> list of its values, null for an empty cell.
+
+    Raises InputError: as `read_log`.
+    """
+    lines = read_log(path)
+    return json.dumps({name: [line[name] for line in lines] for name in (lines[0] if lines else ())})
+
+
+def _as_cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _as_value(cell: str) -> int | float | str | None:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            pass
+    return cell or None
