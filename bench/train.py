@@ -6,10 +6,10 @@ Answers per second. The same pairs of question and answer about the same picture
 
 - ours: one step of `minivlm train` with everything in it: both losses (also the one on patches, which
   transformers does not have), backward, clipping, Muon and AdamW on fp32 weights, and the bf16 copy;
-- transformers: PaliGemmaForConditionalGeneration in a plain loop: forward with labels and token_type_ids, which
-  give the prefix-LM mask, backward, clipping, AdamW. One answer a row, a picture for each row, padded to the
-  longest. Of eager and SDPA attention, and in bf16 of bf16 weights and autocast, the fastest is taken. It gets
-  the rows of a step at once, and also in pieces of 48 rows, each with an optimizer step of its own.
+- transformers: PaliGemmaForConditionalGeneration in a plain loop: forward with labels and token_type_ids
+  (which give the prefix-LM mask), backward, clipping, AdamW. One answer a row, a picture for each row,
+  padded to the longest. Of eager and SDPA attention, and in bf16 of bf16 weights and autocast, the fastest
+  is taken. It gets the rows of our step at once, and also in pieces of 48 rows, each a step of its own.
 
 They take turns, so that whatever else the machine does meets all of them. A ratio is one of the same round.
 
@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +59,7 @@ Clock = Callable[[], float]
 
 
 def clock_for(threads: int) -> Clock:
-    """Of the processor where one thread does everything: other programs then count little. Else of the wall."""
+    """Time of the processor where one thread does everything: other programs count little. Else of the wall."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
@@ -151,7 +151,7 @@ def reference_rows(batch: Batch, image_id: int, patches: int, rows: slice = slic
 def run_in(config: TrainingConfig, stage: str) -> Run:
     """A run that is in one stage from its first step, and stays there."""
     steps = {f"{name}_steps": ENDLESS if name == stage else 0 for name in ("tower", "packed", "prefix")}
-    return Run(replace(config, warmup_steps=ENDLESS, **steps))
+    return Run(TrainingConfig(**{**asdict(config), "warmup_steps": ENDLESS, **steps}))
 
 
 class Reference:
@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the text; the figure goes beside it, as .png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     clock = clock_for(options.threads)
     config = TrainingConfig()
     lines: list[str] = []
@@ -447,7 +447,8 @@ def main() -> None:
     say(f"{options.rounds} rounds of {options.steps} step(s); seconds {kind}; median (least to most)\n")
 
     say(
-        f"Answers per second. transformers: one answer a row; all rows of our step at once, or {PIECE} at a time.\n"
+        "Answers per second. transformers has one answer a row, all rows of our step at once or "
+        f"{PIECE} at a time.\n"
     )
     say(COMPARED)
     for bf16 in (False, True):

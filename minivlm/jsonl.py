@@ -83,7 +83,7 @@ def read_samples(
     if bad and warn is None:
         raise BadLines(path, bad, "Mend them, or leave them out with --on-bad-line skip")
     if not good:
-        why = f"all of its {len(bad)} lines are bad, the first: {bad[0]}" if bad else "it is empty"
+        why = f"every line is bad, the first is {bad[0]}" if bad else "it is empty"
         raise InputError(f"{path} holds nothing to train on: {why}. Write {{{_KEYS}}}, one object a line")
     if bad and warn is not None:
         warn(BadLines(path, bad, "They are left out"))
@@ -105,7 +105,9 @@ def _read_line(
         values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON ({error.msg} at character {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # numbers and brackets without end
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise InputError(f"not an object but {type(values).__name__}: write {{{_KEYS}}}")

@@ -106,10 +106,6 @@ def check_folder(out: Path, resume: bool) -> None:
 
     Raises InputError: it cannot be made, or it holds a run and `resume` is not set, or the other way round.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
     exists = (out / STATE).exists()
     if exists and not resume:
         raise InputError(
@@ -117,6 +113,10 @@ def check_folder(out: Path, resume: bool) -> None:
         )
     if resume and not exists:
         raise InputError(f"{out} holds no training run to resume: leave out --resume to start one")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
 
 
 def run_to_end(

@@ -106,7 +106,7 @@ def test_the_longest_true_answer_has_room(processor: Processor) -> None:
 
 
 class Sure:
-    """Stands in for a model: each word of an answer has the probability that a table gives it."""
+    """Stands in for a model: each word has a known probability, and the second time in a row half of it."""
 
     device = torch.device("cpu")
 
@@ -121,15 +121,16 @@ class Sure:
         logits = torch.zeros(*input_ids.shape, self.size)
         for row, ids in enumerate(input_ids.tolist()):
             for place, following in enumerate(ids[1:]):
-                p = self.probabilities.get(following, 0.5)
+                p = self.probabilities.get(following, 0.5) / (2 if following in ids[: place + 1] else 1)
                 logits[row, place] = math.log((1 - p) / (self.size - 1))
                 logits[row, place, following] = math.log(p)
         return PaliGemmaOutput(logits)
 
 
-SURE = {"<loc0010>": 0.9, "<loc0020>": 0.8, "<loc0300>": 0.7, "<loc0400>": 0.6, "<loc0500>": 0.1}
-FIRST, SECOND = "<loc0010><loc0020><loc0300><loc0400>", "<loc0010><loc0010><loc0500><loc0500>"
-SCORES = [(0.9 * 0.8 * 0.7 * 0.6) ** 0.25, (0.9 * 0.9 * 0.1 * 0.1) ** 0.25]
+SURE = {"<loc0010>": 0.9, "<loc0020>": 0.8, "<loc0300>": 0.7, "<loc0400>": 0.6}
+SURE |= {"<loc0015>": 0.95, "<loc0025>": 0.05, "<loc0500>": 0.5, "<loc0600>": 0.1}
+FIRST, SECOND = "<loc0010><loc0020><loc0300><loc0400>", "<loc0015><loc0025><loc0500><loc0600>"
+SCORES = [(0.9 * 0.8 * 0.7 * 0.6) ** 0.25, (0.95 * 0.05 * 0.5 * 0.1) ** 0.25]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
@@ -137,12 +138,12 @@ def test_a_score_is_the_geometric_mean_of_four_probabilities(processor: Processo
     answers = {
         f"{FIRST} red circle": SCORES[:1],
         f"{SECOND} red circle ; {FIRST} blue star": SCORES[::-1],
-        f"{FIRST} red circle ; {FIRST} red circle": [SCORES[0]] * 2,
+        f"{FIRST} red circle ; {FIRST} red circle": [SCORES[0], SCORES[0] / 2],
         "none": [],
         "": [],
         # Three words, and a box upside down, are no boxes; their words do not count for the next one.
-        f"<loc0010><loc0020><loc0300> red circle ; {FIRST} red circle": SCORES[:1],
-        f"<loc0300><loc0400><loc0010><loc0020> red circle ; {FIRST} red circle": SCORES[:1],
+        f"<loc0015><loc0025><loc0500> red circle ; {FIRST} red circle": SCORES[:1],
+        f"<loc0500><loc0600><loc0015><loc0025> red circle ; {FIRST} red circle": SCORES[:1],
         f"{FIRST}{'<seg001>' * 16} red circle": SCORES[:1],
     }
     sure: Any = Sure(processor, SURE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -182,6 +183,16 @@ def test_every_epoch_shows_every_example_once(batch_size: int, accumulate: int) 
     assert all(len(batch) == batch_size for step in seen for batch in step[:-1])
     assert all(len(step) == accumulate for step in seen[:-1])
     assert all(len(batch) > 0 for step in seen for batch in step)
+
+
+def test_a_pickled_copy_gives_the_same_batches(config: FinetuningConfig, data: Path) -> None:
+    """Which is what a worker process gets where processes do not fork."""
+    processor = minivlm.load(config.model)[1]
+    samples = read_samples(data / "train.jsonl", processor, 512)
+    batches = SampleBatches(samples, processor, seed=0, rows=9, batch_size=2, accumulate=1)
+    (ours,), (wanted,) = pickle.loads(pickle.dumps(batches))[1], batches[1]
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
 
 def test_epochs_and_steps(config: FinetuningConfig, data: Path) -> None:

@@ -573,12 +573,21 @@ def test_figures() -> None:
 
 
 def test_a_pair_is_one_figure_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_training, "PIXELS", (100, 160))
-    masks = mask_training._pairs(np.random.default_rng(0)) > 0.5
-    first, second = masks[: mask_training.PAIRS], masks[mask_training.PAIRS :]
+    def halves() -> tuple[np.ndarray, np.ndarray]:
+        masks = mask_training._pairs(np.random.default_rng(0)) > 0.5
+        return masks[: mask_training.PAIRS], masks[mask_training.PAIRS :]
+
+    monkeypatch.setattr(mask_training, "PIXELS", (160, 160))
+    first, second = halves()
     assert np.mean([mask_iou(a, b) for a, b in zip(first, second, strict=True)]) > 0.75
-    assert not (first == second).all((1, 2)).any()
     assert np.mean([mask_iou(a, b) for a, b in zip(first, second[::-1], strict=True)]) < 0.7
+    assert (first != second).any((1, 2)).mean() > 0.6  # turned; circles look the same
+    monkeypatch.setattr(mask_training, "TURN", 0.0)
+    first, second = halves()
+    assert (first == second).all()
+    monkeypatch.setattr(mask_training, "PIXELS", (12, 160))
+    first, second = halves()
+    assert (first != second).any((1, 2)).mean() > 0.8
 
 
 def test_unused_codes_are_put_where_vectors_are() -> None:
