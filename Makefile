@@ -13,7 +13,7 @@ READY   := $(VENV)/.ready-notebooks
 DEV     := $(VENV)/.ready-dev
 # Strict: every output that was stored has to come out again. One thread, so that sums are added in the same order.
 NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
-           --nbval-cell-timeout 120 --nbval-sanitize-with tests/sanitize.cfg
+           --nbval-cell-timeout 600 --nbval-sanitize-with tests/sanitize.cfg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
