@@ -90,26 +90,24 @@ class Finetuning(Trainable):
         self.lr = config.lr if config.lr is not None else (2e-5 if large else 1e-3)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizers = {"adamw": torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)}
-        rows_per_step = config.batch_size * config.accumulate
-        self.rows = (
-            config.steps * rows_per_step
-            if config.steps is not None
-            else (10 if config.epochs is None else config.epochs) * len(samples)
-        )
-        self._total_steps = math.ceil(self.rows / rows_per_step)
+        self.rows_per_step = config.batch_size * config.accumulate
+        if config.steps is not None:
+            self.rows = config.steps * self.rows_per_step
+        else:
+            self.rows = (config.epochs or 10) * len(samples)
+        lines = json.dumps([(sample.image, sample.prefix, sample.suffix) for sample in samples])
+        self.digest = hashlib.sha256(lines.encode()).hexdigest()[:8]
 
     @property
     def total_steps(self) -> int:
-        return self._total_steps
+        return math.ceil(self.rows / self.rows_per_step)
 
     def settings(self) -> dict[str, Any]:
-        lines = json.dumps([(sample.image, sample.prefix, sample.suffix) for sample in self.samples])
-        digest = hashlib.sha256(lines.encode()).hexdigest()[:8]
-        return asdict(self.config) | {"data": f"{len(self.samples)} examples, {digest}"}
+        return asdict(self.config) | {"data": f"{len(self.samples)} examples, {self.digest}"}
 
     def place(self) -> dict[str, Any]:
-        rows = self.step * self.config.batch_size * self.config.accumulate
-        return {"epoch": round(min(rows, self.rows) / len(self.samples), 2)}
+        rows = min(self.step * self.rows_per_step, self.rows)
+        return {"epoch": round(rows / len(self.samples), 2)}
 
     def advice(self) -> str:
         return f"try a lower learning rate in a new folder, such as --lr {self.lr / 2:g}"

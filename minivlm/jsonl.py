@@ -23,6 +23,7 @@ from minivlm.errors import InputError
 from minivlm.processing import Processor, load_picture, text_to_boxes
 
 KEYS = ("image", "prefix", "suffix")
+_OBJECT_OF_KEYS = "{" + ", ".join(f'"{key}"' for key in KEYS) + "}"
 SHOWN = 10  # bad lines named in a message
 
 _WORD = re.compile(r"<(loc|seg)([0-9]+)(>?)")
@@ -84,13 +85,12 @@ def read_samples(
         raise BadLines(path, bad, "Mend them, or leave them out with --on-bad-line skip")
     if not good:
         why = f"every line is bad, the first is {bad[0]}" if bad else "it is empty"
-        raise InputError(f"{path} holds nothing to train on: {why}. Write {{{_KEYS}}}, one object a line")
+        raise InputError(
+            f"{path} holds nothing to train on: {why}. Write {_OBJECT_OF_KEYS}, one object a line"
+        )
     if bad and warn is not None:
         warn(BadLines(path, bad, "They are left out"))
     return good
-
-
-_KEYS = ", ".join(f'"{key}"' for key in KEYS)
 
 
 def _read_line(
@@ -110,7 +110,7 @@ def _read_line(
     except (ValueError, RecursionError) as error:  # numbers and brackets without end
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise InputError(f"not an object but {type(values).__name__}: write {{{_KEYS}}}")
+        raise InputError(f"not an object but {type(values).__name__}: write {_OBJECT_OF_KEYS}")
     image, prefix, suffix = (_text(values, key) for key in KEYS)
     _check_words(prefix)
     _check_words(suffix)

@@ -122,6 +122,8 @@ def test_unseen_pairs_are_in_their_column_only(asked: dict[str, list[Question]])
         has_pair = [bool(HELD_OUT_PAIRS & {(t.color, t.shape) for t in scene.things}) for scene in scenes]
         assert len(scenes) == 60
         assert all(has_pair) if name == "unseen_pairs" else not any(has_pair)
+    sizes = [[len(q.scene.things) for q in asked[name]] for name in ("held_out", "unseen_pairs")]
+    assert sizes[0] != sizes[1]  # other scenes, and not the same ones with other pairs
 
 
 @pytest.mark.parametrize("name", SAME_SCENES)

@@ -205,6 +205,19 @@ def test_a_second_ctrl_c_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: py
     assert files(tmp_path) == {"state.safetensors", "log.csv"}
 
 
+def test_measuring_leaves_no_trace(tmp_path: Path) -> None:
+    class Disturbs(Toy):
+        def measure(self) -> dict[str, float]:
+            assert not self.masters.training
+            torch.rand(3)
+            return super().measure()
+
+    state = torch.get_rng_state()
+    run = go(Disturbs(), tmp_path, measure_every=1)
+    assert run.masters.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_model_that_starts_trained_is_measured_first(tmp_path: Path) -> None:
     run = Toy()
     run.starts_trained = True
