@@ -59,7 +59,7 @@ Clock = Callable[[], float]
 
 
 def clock_for(threads: int) -> Clock:
-    """Time of the processor where one thread does everything: other programs count little. Else of the wall."""
+    """Processor time where one thread does everything (other programs count little), else the wall's."""
     return time.process_time if threads == 1 else time.perf_counter
 
 

@@ -20,8 +20,8 @@ from minivlm.evaluation import answer_all, make_questions, score
 from minivlm.models.load import SHIPPED
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, text_to_boxes
-from minivlm.recipe import TrainingConfig, build
 from minivlm.questions import TASKS
+from minivlm.recipe import TrainingConfig, build
 
 # transformers converts a tensor to an array in a way that NumPy 2 warns of
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
