@@ -212,8 +212,9 @@ def test_measuring_leaves_no_trace(tmp_path: Path) -> None:
             torch.rand(3)
             return super().measure()
 
+    run = Disturbs()
     state = torch.get_rng_state()
-    run = go(Disturbs(), tmp_path, measure_every=1)
+    go(run, tmp_path, measure_every=1)
     assert run.masters.training
     assert torch.equal(torch.get_rng_state(), state)
 
