@@ -200,7 +200,10 @@ def right(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return prompts_of
 
 
-def test_the_whole_table(untrained: tuple[PaliGemma, Processor], right: list[list[str]]) -> None:
+def test_the_whole_table(
+    untrained: tuple[PaliGemma, Processor], right: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "find_browser", lambda: None)  # test_renderers starts a real one
     table = evaluate(*untrained, scenes=6, seed=3, progress=False)
     assert list(table) == list(COLUMNS)
     shown = [name for name in table if table[name]]

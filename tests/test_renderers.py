@@ -138,7 +138,13 @@ def test_the_same_scenes_give_the_same_pictures(draw: Draw) -> None:
 def test_settings_of_the_user_change_nothing() -> None:
     some = scenes(2)
     wanted = draw_with_matplotlib(some, 64)
-    with matplotlib.rc_context({"figure.facecolor": "red", "patch.linewidth": 5, "savefig.dpi": 300}):
+    settings = {
+        "figure.facecolor": "red",
+        "patch.force_edgecolor": True,
+        "patch.linewidth": 5,
+        "savefig.dpi": 300,
+    }
+    with matplotlib.rc_context(settings):
         found = draw_with_matplotlib(some, 64)
     assert all(np.array_equal(levels(a), levels(b)) for a, b in zip(found, wanted, strict=True))
 
