@@ -26,12 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-import minivlm.batches
 from minivlm.batches import Batch, SceneBatches
 from minivlm.diagnostics import within_picture_share
 from minivlm.evaluation import evaluate
 from minivlm.losses import clip_loss
-from minivlm.questions import Example, ask, examples
+from minivlm.questions import Example, ask
 from minivlm.recipe import TrainingConfig
 from minivlm.scenes import Scene, make_scene
 from minivlm.training import Run
@@ -40,10 +39,10 @@ LOG = Path(__file__).parents[1] / "docs" / "training-log.jsonl"
 SHORT = TrainingConfig(
     tower_steps=200,
     tower_pictures=48,
-    packed_steps=260,
+    packed_steps=320,
     pictures=24,
     review_steps=0,
-    prefix_steps=30,
+    prefix_steps=40,
     warmup_steps=30,
 )
 SHOWN = {
@@ -181,7 +180,6 @@ class Variant:
     change: str
     numbers: dict[str, Any] = field(default_factory=dict)
     run: Callable[[TrainingConfig], Run] = Run
-    relations: int = 2
 
 
 VARIANTS = {
@@ -189,10 +187,10 @@ VARIANTS = {
     "no-dense": Variant(
         "dense tower loss",
         "no tower stage, no dense loss",
-        {"tower_steps": 0, "packed_steps": 340, "dense_weight": 0.0},
+        {"tower_steps": 0, "packed_steps": 380, "dense_weight": 0.0},
     ),
     "dense-only-later": Variant(
-        "dense tower loss", "no tower stage, dense loss at .5", {"tower_steps": 0, "packed_steps": 340}
+        "dense tower loss", "no tower stage, dense loss at .5", {"tower_steps": 0, "packed_steps": 380}
     ),
     "dense-0": Variant("dense tower loss", "tower stage, then weight 0", {"dense_weight": 0.0}),
     "dense-1.5": Variant("dense tower loss", "tower stage, then weight 1.5", {"dense_weight": 1.5}),
@@ -207,26 +205,26 @@ VARIANTS = {
     "unpacked": Variant(
         "packing and mask",
         "true mask from the start, one question a row",
-        {"packed_steps": 0, "prefix_steps": 170},
+        {"packed_steps": 0, "prefix_steps": 290},
         TrueMaskThroughout,
     ),
     "no-prefix": Variant(
-        "packing and mask", "true mask never trained", {"packed_steps": 310, "prefix_steps": 0}
+        "packing and mask", "true mask never trained", {"packed_steps": 370, "prefix_steps": 0}
     ),
     "patch-4": Variant(
         "patches and pictures",
         "patches of 4 (256 tokens)",
-        {"patch_size": 4, "tower_steps": 48, "packed_steps": 62, "prefix_steps": 8, "warmup_steps": 8},
+        {"patch_size": 4, "tower_steps": 48, "packed_steps": 76, "prefix_steps": 10, "warmup_steps": 8},
     ),
     "patch-16": Variant(
         "patches and pictures",
         "patches of 16 (16 tokens)",
-        {"patch_size": 16, "tower_steps": 400, "packed_steps": 350, "prefix_steps": 45},
+        {"patch_size": 16, "tower_steps": 400, "packed_steps": 430, "prefix_steps": 60},
     ),
     "pixels-96": Variant(
         "patches and pictures",
         "pictures of 96 (144 tokens)",
-        {"image_size": 96, "tower_steps": 95, "packed_steps": 125, "prefix_steps": 15, "warmup_steps": 15},
+        {"image_size": 96, "tower_steps": 95, "packed_steps": 154, "prefix_steps": 20, "warmup_steps": 15},
     ),
     "wide": Variant(
         "width",
@@ -235,8 +233,8 @@ VARIANTS = {
             "tower_width": 144,
             "text_width": 208,
             "tower_steps": 120,
-            "packed_steps": 155,
-            "prefix_steps": 18,
+            "packed_steps": 190,
+            "prefix_steps": 24,
             "warmup_steps": 18,
         },
     ),
@@ -246,8 +244,8 @@ VARIANTS = {
         {"dense_weight": 0.0},
         Contrastive,
     ),
-    "relations-1": Variant("relation questions", "once a round", relations=1),
-    "relations-4": Variant("relation questions", "four times a round", relations=4),
+    "relations-1": Variant("relation questions", "once a round", {"relations": 1}),
+    "relations-4": Variant("relation questions", "four times a round", {"relations": 4}),
     "learned-positions": Variant("positions", "random start instead of sin-cos", run=LearnedPositions),
 }
 
@@ -257,8 +255,6 @@ def run_variant(name: str, seed: int, scenes: int) -> dict[str, Any]:
     variant = VARIANTS[name]
     torch.set_num_threads(1)
     config = replace(SHORT, seed=seed, **variant.numbers)
-    # Worker processes are forks: they inherit this.
-    minivlm.batches.examples = partial(examples, relations=variant.relations)
     run = variant.run(config)
     questions = 0
     seconds = 0.0
@@ -271,7 +267,6 @@ def run_variant(name: str, seed: int, scenes: int) -> dict[str, Any]:
         if run.step == config.tower_steps:
             shares["after the tower's stage"] = tower_share(run, seed)
     shares["at the end"] = tower_share(run, seed)
-    minivlm.batches.examples = examples
     table = evaluate(run.model, run.processor, scenes=scenes, columns=("held_out",), progress=False)
     return {
         "variant": name,

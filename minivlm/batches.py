@@ -12,6 +12,7 @@ worker processes deliver the same batches whatever their number.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -30,6 +31,7 @@ from minivlm.questions import QUESTION_TASKS, Example, examples
 from minivlm.scenes import Scene, make_scene
 
 PADDING = -1  # block number of padding; 0 is the image, questions count from 1
+_PARTS = re.compile("(<loc[0-9]{4}>|<seg[0-9]{3}>)|(?=,)")
 WEIGHTS = {"answer": 3.0, "loc": 1.0, "seg": 0.3, "eos": 0.3, "word": 1.0}  # of a token in the loss
 
 
@@ -163,11 +165,13 @@ class SceneBatches(Dataset[Batch]):
         chosen: list[Example] = []
         room = self.row_tokens
         for example in islice(examples(scene, rng, self.relations), 2 * self.questions):
+            if len(chosen) == self.questions:
+                continue  # to the end, so that the random numbers after this scene stay the same
             length = sum(len(part) for part in _encode(self.processor.tokenizer, example))
             if length <= room:
                 chosen.append(example)
                 room -= length if self.packed else 0
-        return chosen[: self.questions]
+        return chosen
 
     def _batch(self, scenes: list[Scene], pictures: list[Image.Image], chosen: list[list[Example]]) -> Batch:
         labels = [scene.patch_labels(self.grid) for scene in scenes]
@@ -194,11 +198,11 @@ class SceneBatches(Dataset[Batch]):
         fill = {"blocks": PADDING, "labels": -100, "weights": 0.0}
         tensors = {}
         for name in ("input_ids", "position_ids", "blocks", "token_type_ids", "labels", "weights"):
-            dtype = torch.float32 if name == "weights" else torch.long
-            table = torch.full((len(built), length), fill.get(name, 0), dtype=dtype)
+            dtype = np.float32 if name == "weights" else np.int64
+            table = np.full((len(built), length), fill.get(name, 0), dtype=dtype)
             for number, row in enumerate(built):
-                table[number, : len(row[name])] = torch.tensor(row[name], dtype=dtype)
-            tensors[name] = table
+                table[number, : len(row[name])] = row[name]
+            tensors[name] = torch.from_numpy(table)
         return tensors
 
     def _row(self, examples: Sequence[Example]) -> dict[str, list[float]]:
@@ -229,7 +233,7 @@ class SceneBatches(Dataset[Batch]):
 
 def _encode(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[int]]:
     """Ids of prompt and answer, without the picture's placeholders: its features stand before the text."""
-    return _encode_prompt(tokenizer, example.prefix), _encode_answer(tokenizer, example.suffix)
+    return _encode_prompt(tokenizer, example.prefix), encode_answer(tokenizer, example.suffix)
 
 
 # The caches are the module's and not an object's: a worker process that does not fork gets a pickled object.
@@ -239,5 +243,12 @@ def _encode_prompt(tokenizer: Tokenizer, prefix: str) -> list[int]:
 
 
 @lru_cache(maxsize=50_000)
-def _encode_answer(tokenizer: Tokenizer, suffix: str) -> list[int]:
-    return tokenizer.encode_suffix(suffix)
+def encode_answer(tokenizer: Tokenizer, suffix: str) -> list[int]:
+    """`encode_suffix` in pieces. Boxes and captions hardly come twice, but what they are made of does."""
+    pieces = (piece for piece in _PARTS.split(suffix) if piece)
+    return [*(index for piece in pieces for index in _encode_piece(tokenizer, piece)), tokenizer.eos_id]
+
+
+@lru_cache(maxsize=50_000)
+def _encode_piece(tokenizer: Tokenizer, piece: str) -> list[int]:
+    return tokenizer.encode(piece)

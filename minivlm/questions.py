@@ -136,7 +136,7 @@ def _ask_existence(scene: Scene, rng: np.random.Generator) -> Example | None:
 
 
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> Example | None:
-    unique = [t for t in scene.things if len(scene.find(t.name)) == 1]
+    unique = _only_ones(scene.things, [thing.name for thing in scene.things])
     if len(unique) < 2:
         return None
     first, second = (unique[i] for i in rng.choice(len(unique), size=2, replace=False))
@@ -187,9 +187,13 @@ _ASK: dict[str, Callable[[Scene, np.random.Generator], Example | None]] = {
 
 def _one_of(scene: Scene, rng: np.random.Generator, describe: Callable[[Thing], str]) -> Thing | None:
     """A random thing that `describe` tells from all others."""
-    words = [describe(thing) for thing in scene.things]
-    unique = [thing for thing, word in zip(scene.things, words, strict=True) if words.count(word) == 1]
+    unique = _only_ones(scene.things, [describe(thing) for thing in scene.things])
     return unique[rng.integers(len(unique))] if unique else None
+
+
+def _only_ones(things: Sequence[Thing], words: Sequence[str]) -> list[Thing]:
+    """The things whose word no other has."""
+    return [thing for thing, word in zip(things, words, strict=True) if words.count(word) == 1]
 
 
 def _name_to_find(scene: Scene, rng: np.random.Generator) -> str:
@@ -206,11 +210,13 @@ def _some_name(scene: Scene, rng: np.random.Generator) -> str:
         return scene.things[rng.integers(len(scene.things))].name
     # A training question about a held-out pair could only be answered "no", and would teach just that.
     pairs = ALL_PAIRS if scene.unseen_pairs else SEEN_PAIRS
-    missing = [f"{color} {shape}" for color, shape in pairs if not scene.find(f"{color} {shape}")]
+    present = {(t.color, t.shape) for t in scene.things}
+    missing = [pair for pair in pairs if pair not in present]
     colors, shapes = {t.color for t in scene.things}, {t.shape for t in scene.things}
-    mixed = [name for name in missing if name.split()[0] in colors and name.split()[1] in shapes]
+    mixed = [(color, shape) for color, shape in missing if color in colors and shape in shapes]
     chosen = mixed if mixed and rng.random() < 0.5 else missing
-    return chosen[rng.integers(len(chosen))]
+    color, shape = chosen[rng.integers(len(chosen))]
+    return f"{color} {shape}"
 
 
 def vocabulary() -> Iterator[str]:

@@ -50,7 +50,8 @@ class TrainingConfig:
     adamw_lr: float = 0.003
     tower_lr_factor: float = 0.3  # of the tower's rates after its own stage
     review_lr_factor: float = 0.5  # of all rates, where they start once more
-    review_relations: int = 5  # in a round of questions; 2 before
+    relations: int = 2  # questions about relations in a round of all
+    review_relations: int = 5
     weight_decay: float = 0.02
     warmup_steps: int = 100
     clip: float = 1.0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ HELD_OUT_PAIRS = frozenset({("red", "square"), ("blue", "star"), ("yellow", "cir
 
 Split = Literal["train", "test", "unseen"]
 
+_COLOR_NAMES, _SIZE_NAMES = tuple(COLORS), tuple(SIZES)
 ALL_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 _GAP = 1.5  # units between things
@@ -57,7 +58,7 @@ class Thing:
     rgb: tuple[int, int, int]
     angle: int = 0  # degrees by which it is turned, clockwise
 
-    @property
+    @cached_property
     def name(self) -> str:
         """As it is asked for, "red circle"."""
         return f"{self.color} {self.shape}"
@@ -78,7 +79,7 @@ class Thing:
             points.append((self.x + radius * math.cos(angle), self.y + radius * math.sin(angle)))
         return points
 
-    @property
+    @cached_property
     def box(self) -> tuple[float, float, float, float]:
         """x0, y0, x1, y1 in units: the smallest box around the drawn shape."""
         xs, ys = zip(*self.outline, strict=True)
@@ -126,8 +127,9 @@ class Scene:
         picture = picture.resize((pixels, pixels), reducing)
         if self.noise == 0:
             return picture
-        noise = np.random.default_rng(self.noise_seed).standard_normal((pixels, pixels, 3), dtype=np.float32)
-        noisy = np.asarray(picture, dtype=np.float32) + noise * self.noise
+        noisy = np.random.default_rng(self.noise_seed).standard_normal((pixels, pixels, 3), dtype=np.float32)
+        noisy *= self.noise
+        noisy += np.asarray(picture)
         return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
 
     def caption(self) -> str:
@@ -136,7 +138,7 @@ class Scene:
 
     def find(self, name: str) -> tuple[Thing, ...]:
         """The things that "red circle" means, from left to right."""
-        return tuple(thing for thing in self.things if thing.name == name)
+        return tuple([thing for thing in self.things if thing.name == name])
 
     def patch_labels(self, grid: int) -> dict[str, np.ndarray]:
         """What lies on each patch of a grid x grid division of the picture.
@@ -147,20 +149,26 @@ class Scene:
         """
         labels = {name: np.zeros(grid * grid, dtype=np.int64) for name in ("color", "shape", "size")}
         labels["box"] = np.zeros((grid * grid, 4), dtype=np.float32)
-        middle = (np.arange(grid) + 0.5) * WORLD / grid
-        x, y = np.tile(middle, grid), np.repeat(middle, grid)
+        middles = _patch_middles(grid)
         nearest = np.full(grid * grid, np.inf)
         for thing in self.things:
-            outside = np.hypot(x - thing.x, y - thing.y) - thing.radius  # distance from the thing's rim
-            mine = (outside < 2.0) & (outside < nearest)
+            # The distance from the thing's rim.
+            outside = np.hypot(middles[:, 0] - thing.x, middles[:, 1] - thing.y) - thing.radius
+            mine = np.flatnonzero((outside < 2.0) & (outside < nearest))
             nearest[mine] = outside[mine]
-            labels["color"][mine] = 1 + list(COLORS).index(thing.color)
+            labels["color"][mine] = 1 + _COLOR_NAMES.index(thing.color)
             labels["shape"][mine] = 1 + SHAPES.index(thing.shape)
-            labels["size"][mine] = 1 + list(SIZES).index(thing.size)
-            labels["box"][mine] = np.stack(
-                [edge - origin[mine] for edge, origin in zip(thing.box, (x, y, x, y), strict=True)], axis=1
-            )
+            labels["size"][mine] = 1 + _SIZE_NAMES.index(thing.size)
+            labels["box"][mine] = np.array(thing.box) - middles[mine]
         return labels
+
+
+@cache
+def _patch_middles(grid: int) -> np.ndarray:
+    """[grid * grid, 4]: x, y, x, y of the middle of each patch, in units."""
+    middle = (np.arange(grid) + 0.5) * WORLD / grid
+    x, y = np.tile(middle, grid), np.repeat(middle, grid)
+    return np.stack([x, y, x, y], axis=1)
 
 
 def make_scene(rng: np.random.Generator, split: Split = "train", easy: bool = False) -> Scene:
@@ -209,21 +217,20 @@ def _place(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[Thing
         for _ in range(20):
             # One call for all four numbers: small calls are what drawing spends its time on.
             which, how_large, how_far, how_deep = rng.random(4).tolist()
-            size = tuple(SIZES)[int(3 * which)]
+            size = _SIZE_NAMES[int(3 * which)]
             least, most = SIZES[size]
             radius = least + (most - least) * how_large
             room = WORLD - 2 * radius - 1.0
             x, y = radius + 0.5 + room * how_far, radius + 0.5 + room * how_deep
             clear = all(
-                math.hypot(x - other.x, y - other.y) > radius + other.radius + _GAP
-                and abs(x - other.x) > _ORDER_GAP
+                abs(x - other.x) > _ORDER_GAP
+                and math.hypot(x - other.x, y - other.y) > radius + other.radius + _GAP
                 for other in things
             )
             if clear:
                 break
         else:
             return None
-        jitter = rng.integers(-12, 13, size=3)
-        red, green, blue = (int(v) for v in np.clip(np.array(COLORS[color]) + jitter, 0, 255))
+        red, green, blue = (min(max(v + int(rng.integers(-12, 13)), 0), 255) for v in COLORS[color])
         things.append(Thing(shape, color, size, x, y, radius, (red, green, blue)))
     return things

@@ -115,6 +115,7 @@ class Run(Trainable):
                     first_step=first,
                     easy_from=easy_from,
                     easy_to=easy_to,
+                    relations=config.relations,
                 ),
                 stage(
                     config.review_steps,
@@ -131,6 +132,7 @@ class Run(Trainable):
                     row_tokens=config.prefix_row_tokens,
                     first_step=first + config.packed_steps + config.review_steps,
                     packed=False,
+                    relations=config.relations,
                 ),
             ]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from dataclasses import fields, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from minivlm import masks
-from minivlm.batches import PADDING, WEIGHTS, Batch, SceneBatches, question_mask
+from minivlm.batches import PADDING, WEIGHTS, Batch, SceneBatches, encode_answer, question_mask
 from minivlm.models.paligemma import PaliGemma
 from minivlm.objectives import SoftTargets, answer_loss
 from minivlm.processing import Processor
@@ -349,6 +350,14 @@ def test_half_of_the_pictures_have_other_looks(processor: Processor, monkeypatch
     for (scene, picture), pixels, boxes in zip(made, batch.pixel_values, batch.patch_box, strict=True):
         assert torch.equal(pixels, processor.image_processor([picture])[0])
         assert np.array_equal(boxes, scene.patch_labels(CONFIG.image_size // CONFIG.patch_size)["box"])
+
+
+def test_answers_in_pieces_are_the_tokens_of_the_whole(processor: Processor) -> None:
+    rng = np.random.default_rng(3)
+    suffixes = {example.suffix for _ in range(40) for example in islice(examples(make_scene(rng), rng), 12)}
+    assert {"," in suffix for suffix in suffixes} == {True, False}
+    for suffix in suffixes:
+        assert encode_answer(processor.tokenizer, suffix) == processor.tokenizer.encode_suffix(suffix)
 
 
 def test_to_moves_everything(processor: Processor) -> None:

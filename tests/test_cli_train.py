@@ -87,8 +87,8 @@ def test_every_number_of_the_recipe_has_an_option(monkeypatch: pytest.MonkeyPatc
         "text_width": 64, "text_layers": 3, "text_heads": 2, "tower_steps": 1, "packed_steps": 2,
         "review_steps": 6, "prefix_steps": 3, "tower_pictures": 4, "pictures": 5, "questions": 8,
         "row_tokens": 90, "prefix_questions": 7, "prefix_row_tokens": 33, "muon_lr": 0.5, "adamw_lr": 0.25,
-        "tower_lr_factor": 0.75, "review_lr_factor": 0.375, "review_relations": 3, "weight_decay": 0.125,
-        "warmup_steps": 11, "clip": 2.0, "dense_weight": 3.0, "loc_sigma": 4.0,
+        "tower_lr_factor": 0.75, "review_lr_factor": 0.375, "relations": 4, "review_relations": 3,
+        "weight_decay": 0.125, "warmup_steps": 11, "clip": 2.0, "dense_weight": 3.0, "loc_sigma": 4.0,
     }  # fmt: skip
     config = TrainingConfig(**values, bf16=True)
     assert all(value != getattr(TrainingConfig(), name) for name, value in vars(config).items())
@@ -288,11 +288,16 @@ def test_ctrl_c_and_kill_while_training(tune: list[str], data: Path) -> None:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
         )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not ((out / "log.csv").exists() and step_of(out) > steps[-1]):
-            time.sleep(0.01)
-        process.send_signal(number)
-        printed, err = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and not (
+                (out / "log.csv").exists() and step_of(out) > steps[-1]
+            ):
+                time.sleep(0.01)
+            process.send_signal(number)
+            printed, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
         steps.append(step_of(out))
         assert steps[-1] > steps[-2]
         assert printed == ""
