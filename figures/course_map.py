@@ -51,6 +51,7 @@ PARTS = {
     "04": ("The processor", ("image processor", "tokenizer")),
     "05": ("Gemma", ("embedding", "decoder")),
     "06": ("Merging", ("projector", "merge", "answer")),
+    "07": ("Training", ("patches", "blocks", "projector", "embedding", "decoder", "answer")),
     "08": ("Boxes and masks", ("tokenizer", "answer")),
 }
 

@@ -15,7 +15,7 @@ from notebooks_and_sources import NOTEBOOKS, ROOT, Cell, definitions, members, n
 
 MARKED = [cell for path in NOTEBOOKS for cell in read_cells(path) if cell.marked_file]
 
-# Files that notebooks 00 to 06 teach.
+# Files that the notebooks teach in full.
 TAUGHT = [
     "layers",
     "rope",
@@ -32,7 +32,6 @@ TAUGHT = [
 LATER = {
     "LlamaRMSNorm": "13_four_ways, where the first Llama decoder appears",
     "sliding": "11_real_checkpoints, with Gemma 2",
-    "block_diagonal": "07_training, which packs several questions into a row",
 }
 
 
