@@ -593,6 +593,8 @@ def break_folder(folder: Path, kind: str) -> None:
         (folder / "config.json").write_text('{"model_type": "pali')
     if kind == "other system":
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+    if kind == "no answers":
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "clip"}))
     if kind == "pickled only":
         weights.rename(folder / "pytorch_model.bin")
     if kind == "no weights":
@@ -634,6 +636,7 @@ def break_folder(folder: Path, kind: str) -> None:
         ("missing config", "has no config.json: is it the folder of a checkpoint"),
         ("config is no JSON", r"config.json cannot be read .*: get the file again"),
         ("other system", "type 'llava', and only paligemma writes answers: choose another"),
+        ("no answers", "type 'clip', and only paligemma writes answers: choose another"),
         ("pickled only", "pytorch_model.bin: a pickle can run code .* Get the safetensors version"),
         ("no weights", "has neither model.safetensors nor .*: download the weights"),
         ("truncated", "model.safetensors is damaged or incomplete .*: get it again"),
