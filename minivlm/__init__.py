@@ -5,21 +5,32 @@
 """
 
 from minivlm.configs import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.encoder_configs import CLIPConfig, SiglipConfig, ViTConfig
 from minivlm.errors import InputError
+from minivlm.models.clip import CLIP
 from minivlm.models.load import load
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
+from minivlm.models.siglip import SigLIP
+from minivlm.models.vit import ViT
+from minivlm.processing import PairProcessor, Processor
 from minivlm.vision.vit import SiglipVisionModel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLIP",
+    "CLIPConfig",
     "GemmaConfig",
     "InputError",
+    "PairProcessor",
     "PaliGemma",
     "PaliGemmaConfig",
     "Processor",
+    "SigLIP",
+    "SiglipConfig",
     "SiglipVisionConfig",
     "SiglipVisionModel",
+    "ViT",
+    "ViTConfig",
     "load",
 ]

@@ -2,8 +2,8 @@
 
 One row per example, under the mask that PaliGemma was trained with: picture and prompt see each other, the
 answer is read from left to right, and only the answer has a loss. Nothing here is special to the small model:
-whatever `minivlm.load` opens can be trained, if it fits into memory four times (weights, gradients and
-AdamW's two moments in fp32) plus a copy in bf16.
+every PaliGemma that `minivlm.load` opens can be trained, if it fits into memory four times (weights,
+gradients and AdamW's two moments in fp32) plus a copy in bf16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from minivlm.errors import InputError
 from minivlm.jsonl import BadLines, Sample, read_samples
 from minivlm.loop import Trainable, check_folder, in_order, run_to_end
-from minivlm.models.load import SHIPPED, load
+from minivlm.models.load import SHIPPED, load_paligemma
 from minivlm.models.paligemma import PaliGemma
 from minivlm.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.processing import Processor
@@ -220,7 +220,7 @@ def finetune(
     if str(out.resolve()) == config.model:
         raise InputError(f"{out} is the model that training starts from: choose another folder")
     check_folder(out, resume)
-    model, processor = load(config.model, dtype=torch.float32, device=device)
+    model, processor = load_paligemma(config.model, dtype=torch.float32, device=device)
     context = model.config.text.max_position_embeddings
     limit = min(context, config.max_length or context)
     samples = read_samples(data, processor, limit, warn)

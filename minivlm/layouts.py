@@ -1,6 +1,7 @@
 """How checkpoint files name their tensors, as tables.
 
-The same PaliGemma is found under four sets of names, depending on which version of transformers wrote it.
+The same PaliGemma is found under four sets of names, depending on which version of transformers wrote it,
+the same ViT under four, CLIP and SigLIP under one.
 A layout is a list of rows: what the name begins with in the file, and what it begins with in our modules.
 `*` stands for the number of a layer. The first row that fits is used, in both directions, so the more
 special rows come first.
@@ -56,6 +57,64 @@ PALIGEMMA_LAYOUTS: dict[str, Layout] = {
         *_HEAD_NEW,
         ("model.language_model.", "language_model."),
     ],
+}
+
+CLIP_LAYOUTS: dict[str, Layout] = {
+    "hub": [
+        *_siglip("vision_model.", "vision_model."),
+        ("vision_model.pre_layrnorm.", "vision_model.pre_layrnorm."),
+        *_siglip("text_model.", "text_model."),
+        ("text_model.final_layer_norm.", "text_model.final_layer_norm."),
+        ("visual_projection.", "visual_projection."),
+        ("text_projection.", "text_projection."),
+        ("logit_scale", "logit_scale"),
+    ],
+}
+
+SIGLIP_LAYOUTS: dict[str, Layout] = {
+    "hub": [
+        ("vision_model.head.", "head."),  # here a part of the model, since PaliGemma's tower has none
+        *_siglip("vision_model.", "vision_model."),
+        *_siglip("text_model.", "text_model."),
+        ("text_model.final_layer_norm.", "text_model.final_layer_norm."),
+        ("text_model.head.", "text_model.head."),
+        ("logit_scale", "logit_scale"),
+        ("logit_bias", "logit_bias"),
+    ],
+}
+
+
+def _vit(tower: str, block: str, parts: dict[str, str]) -> Layout:
+    """`tower` stands before everything but the classifier, `block` before what is in a block."""
+    return [
+        *((f"{tower}{block}{file}.", f"vision_model.layers.*.{ours}.") for ours, file in parts.items()),
+        (f"{tower}embeddings.patch_embeddings.projection.", "vision_model.embeddings.patch_embedding."),
+        (f"{tower}embeddings.", "vision_model.embeddings."),
+        (f"{tower}layernorm.", "vision_model.layernorm."),
+        (f"{tower}pooler.dense.", "pooler."),
+        ("classifier.", "classifier."),
+    ]
+
+
+_VIT_NORMS = {"layer_norm1": "layernorm_before", "layer_norm2": "layernorm_after"}
+_VIT_HUB = {
+    "self_attn.q_proj": "attention.attention.query",
+    "self_attn.k_proj": "attention.attention.key",
+    "self_attn.v_proj": "attention.attention.value",
+    "self_attn.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    **_VIT_NORMS,
+}
+_VIT_RUNTIME = {"self_attn": "attention", "mlp": "mlp", **_VIT_NORMS}
+
+VIT_LAYOUTS: dict[str, Layout] = {
+    # What the published checkpoints use and transformers 5 writes.
+    "hub": _vit("vit.", "encoder.layer.*.", _VIT_HUB),
+    "hub without classifier": _vit("", "encoder.layer.*.", _VIT_HUB),
+    # The names of the modules in transformers 5: a state_dict that was saved as it is.
+    "runtime": _vit("vit.", "layers.*.", _VIT_RUNTIME),
+    "runtime without classifier": _vit("", "layers.*.", _VIT_RUNTIME),
 }
 
 

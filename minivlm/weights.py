@@ -37,6 +37,10 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # looks at its first logits instead.
 CHECKED_SIZE = 256 * 2**20
 
+# Old files hold this buffer. It counts from 0 on, and no model here reads it from a file.
+COUNTED = re.compile(r"(^|\.)embeddings\.position_ids$")
+
+Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -137,8 +141,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def load_model(
-    cls: Callable[[PaliGemmaConfig], Model],
-    config: PaliGemmaConfig,
+    cls: Callable[[Config], Model],
+    config: Config,
     folder: Path,
     layouts: dict[str, Layout],
     *,
@@ -159,7 +163,8 @@ def load_model(
     layout_name, layout = max(
         layouts.items(), key=lambda item: sum(to_ours(name, item[1]) is not None for name in found)
     )
-    if HEAD in [to_ours(name, layout) for name in found]:  # a head in the file beats what the config says
+    # A head in the file beats what the config says.
+    if isinstance(config, PaliGemmaConfig) and HEAD in [to_ours(name, layout) for name in found]:
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))
 
     with torch.device("meta"):  # shapes without memory: nothing is initialized only to be thrown away
@@ -189,6 +194,8 @@ def _fit(
     tensors: dict[str, Tensor] = {}
     unexpected, misshapen = [], []
     for name, tensor in found.items():
+        if COUNTED.search(name):
+            continue
         ours = to_ours(name, layout)
         if ours is None or ours not in wanted or ours in tensors:
             unexpected.append(name)

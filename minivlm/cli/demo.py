@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.cli.pictures import draw_answers, save_picture
 from minivlm.demo import SAMPLES, read_samples, write_samples
-from minivlm.models.load import load
+from minivlm.models.load import load_paligemma
 from minivlm.processing import load_picture, to_rgb
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     if not folder.is_dir():
         folder = options.out / "samples"
         write_samples(folder)
-    model, processor = load()
+    model, processor = load_paligemma()
     rows = [("picture", "prompt", "answer")]
     for path, prompts in read_samples(folder).items():
         picture = to_rgb(load_picture(path))

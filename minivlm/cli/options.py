@@ -10,7 +10,7 @@ import torch
 
 from minivlm.errors import InputError
 from minivlm.jsonl import BadLines
-from minivlm.models.load import SHIPPED, load
+from minivlm.models.load import SHIPPED, load_paligemma
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 
@@ -35,7 +35,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def open_model(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
     """The model that the options of `add_model` name. Raises InputError: as `check_device` and `load`."""
     device = check_device(options.device)
-    return load(options.model or SHIPPED, dtype=getattr(torch, options.dtype), device=device)
+    return load_paligemma(options.model or SHIPPED, dtype=getattr(torch, options.dtype), device=device)
 
 
 def check_device(name: str) -> torch.device:

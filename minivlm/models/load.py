@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minivlm import weights
 from minivlm.configs import PaliGemmaConfig
+from minivlm.encoder_configs import CLIPConfig, SiglipConfig, ViTConfig
 from minivlm.errors import InputError
+from minivlm.models.clip import CLIP
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
+from minivlm.models.siglip import SigLIP
+from minivlm.models.vit import ViT
+from minivlm.processing import PairProcessor, Processor, ViTImageProcessor
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that comes with the package
+PICTURES = "preprocessor_config.json"
 
-MODELS = ("paligemma",)  # the values of model_type in config.json
+MODELS = ("paligemma", "clip", "siglip", "vit")  # the values of model_type in config.json
 
 
 def load(
     name: str | Path = SHIPPED, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[PaliGemma, Processor]:
+) -> tuple[Any, Any]:
     """Open a checkpoint: a local folder, or a repo id of the Hub such as "google/paligemma-3b-mix-224".
 
     >>> model, processor = load("google/paligemma-3b-mix-224", dtype=torch.bfloat16)
@@ -29,19 +35,58 @@ def load(
         dtype: what the weights are converted to; None keeps what the files have.
         device: where the model computes, such as "cpu" or "cuda".
 
+    Returns:
+        Which types, the folder's config.json decides: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
+        `PairProcessor`, `ViT` and `ViTImageProcessor`.
+
     Raises:
         InputError: the folder cannot be found or read, holds another system than those of `MODELS`, or its
             files do not fit together.
     """
     folder = weights.find_folder(name)
     values = weights.read_config(folder)
-    if values.get("model_type") not in MODELS:
+    # The processor first: a mistake in its small files shows before the large ones are read.
+    match values.get("model_type"):
+        case "paligemma":
+            return load_paligemma(folder, dtype, device)
+        case "clip":
+            clip = CLIPConfig.from_dict(values)
+            pairs = PairProcessor.from_pretrained(folder, "clip", clip.text.max_position_embeddings)
+            _check_pairs(folder, clip, pairs)
+            return CLIP.from_pretrained(folder, dtype=dtype, device=device), pairs
+        case "siglip":
+            siglip = SiglipConfig.from_dict(values)
+            pairs = PairProcessor.from_pretrained(folder, "siglip", siglip.text.max_position_embeddings)
+            _check_pairs(folder, siglip, pairs)
+            return SigLIP.from_pretrained(folder, dtype=dtype, device=device), pairs
+        case "vit":
+            vit = ViTConfig.from_dict(values)
+            pictures = ViTImageProcessor.from_pretrained(folder)
+            _require_equal(folder, {"the picture's side": (vit.image_size, pictures.image_size, PICTURES)})
+            return ViT.from_pretrained(folder, dtype=dtype, device=device), pictures
+        case other:
+            raise InputError(
+                f"{folder} holds a model of type {other!r}, and only {', '.join(MODELS)} can be loaded: "
+                "choose another checkpoint"
+            )
+
+
+def load_paligemma(
+    name: str | Path = SHIPPED, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[PaliGemma, Processor]:
+    """`load` for what needs a model that writes: answering, evaluation, fine-tuning.
+
+    Raises:
+        InputError: as `load`, and where the folder holds a model that writes no text.
+    """
+    folder = weights.find_folder(name)
+    values = weights.read_config(folder)
+    if values.get("model_type") != "paligemma":
         raise InputError(
-            f"{folder} holds a model of type {values.get('model_type')!r}, and only {', '.join(MODELS)} can "
-            "be loaded: choose another checkpoint"
+            f"{folder} holds a model of type {values.get('model_type')!r}, and only paligemma writes "
+            "answers: choose another checkpoint"
         )
     config = PaliGemmaConfig.from_dict(values)
-    # The processor first: a mistake in its small files shows before the large ones are read.
     processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
     _check_pair(folder, config, processor)
     return PaliGemma.from_pretrained(folder, dtype=dtype, device=device), processor
@@ -50,12 +95,25 @@ def load(
 def _check_pair(folder: Path, config: PaliGemmaConfig, processor: Processor) -> None:
     pairs = {
         "the id of <image>": (config.image_token_id, processor.tokenizer.image_id, "tokenizer.json"),
-        "the picture's side": (
-            config.vision.image_size,
-            processor.image_processor.image_size,
-            "preprocessor_config.json",
-        ),
+        "the picture's side": (config.vision.image_size, processor.image_processor.image_size, PICTURES),
     }
+    _require_equal(folder, pairs)
+
+
+def _check_pairs(folder: Path, config: CLIPConfig | SiglipConfig, processor: PairProcessor) -> None:
+    pairs = {"the picture's side": (config.vision.image_size, processor.image_processor.image_size, PICTURES)}
+    # 2 stands in old files by mistake, see `CLIPTextConfig`.
+    if isinstance(config, CLIPConfig) and config.text.eos_token_id != 2:
+        pairs["the id of the end"] = (config.text.eos_token_id, processor.tokenizer.eos_id, "tokenizer.json")
+    _require_equal(folder, pairs)
+    if processor.tokenizer.vocab_size > config.text.vocab_size:
+        raise InputError(
+            f"in {folder}, tokenizer.json has {processor.tokenizer.vocab_size} tokens and the model knows "
+            f"{config.text.vocab_size}: take all files from the same checkpoint"
+        )
+
+
+def _require_equal(folder: Path, pairs: dict[str, tuple[int, int, str]]) -> None:
     for what, (expected, found, file) in pairs.items():
         if found != expected:
             raise InputError(

@@ -4,7 +4,9 @@ The one network is the small codebook that makes words of masks.
 """
 
 from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_boxes
+from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_codebook
+from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
 from minivlm.processing.masks import (
     Mask,
@@ -14,17 +16,25 @@ from minivlm.processing.masks import (
     mask_to_tokens,
     text_to_masks,
 )
+from minivlm.processing.pairs import PairProcessor
 from minivlm.processing.processor import Processor
 from minivlm.processing.tokens import Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 
 __all__ = [
+    "CLIP_CAPTIONS",
+    "SIGLIP_CAPTIONS",
     "Box",
+    "CLIPImageProcessor",
+    "CaptionForm",
+    "CaptionTokenizer",
     "ImageProcessor",
     "Mask",
     "MaskCodebook",
     "MaskCodebookConfig",
+    "PairProcessor",
     "Processor",
     "Tokenizer",
+    "ViTImageProcessor",
     "add_image_tokens_to_prompt",
     "box_to_tokens",
     "boxes_to_text",

@@ -4,7 +4,7 @@ Open, turn upright, make RGB, resize to a square (the aspect ratio is not kept),
 normalize. The last three steps equal the PIL image processor of SigLIP (https://arxiv.org/abs/2303.15343)
 in `transformers` bit for bit: the tower was trained on exactly these pixels, and another library's bicubic
 filter gives others (torchvision without antialiasing is off by up to 26 of 255 levels). The first steps
-take any picture a user may have.
+take any picture a user may have. CLIP and the original ViT resize differently: see crops.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 import torch
@@ -26,18 +26,8 @@ from torch import Tensor
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 
-BICUBIC = Image.Resampling.BICUBIC  # 3 in preprocessor_config.json
-
-
-# Settings of preprocessor_config.json that change pixels, with the only values that `preprocess` computes.
-_SUPPORTED = {
-    "do_resize": True,
-    "do_center_crop": False,
-    "do_pad": False,
-    "do_rescale": True,
-    "do_normalize": True,
-    "resample": int(BICUBIC),
-}
+# 2 and 3 in preprocessor_config.json
+BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 
 def load_picture(path: str | Path) -> Image.Image:
@@ -171,13 +161,29 @@ class ImageProcessor:
     files lack it: None.
     """
 
+    kind: ClassVar[str] = "SiglipImageProcessor"  # image_processor_type, less "Fast" or "Pil"
+    old_kind: ClassVar[str] = "SiglipFeatureExtractor"  # what old files say instead
+    # Settings that change pixels, with the only values that are computed here.
+    supported: ClassVar[dict[str, bool]] = {
+        "do_resize": True,
+        "do_center_crop": False,
+        "do_pad": False,
+        "do_rescale": True,
+        "do_normalize": True,
+    }
+
     image_size: int = 224  # pixels, height = width
     image_seq_length: int | None = None
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # after rescaling, one per channel
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     rescale_factor: float = 1 / 255
+    resample: int = int(BICUBIC)  # SigLIP 2 has 2, bilinear
 
     def __post_init__(self) -> None:
+        if self.resample not in (BILINEAR, BICUBIC):
+            raise InputError(
+                f"resample is {self.resample}: only 2 (bilinear) and 3 (bicubic) are supported here"
+            )
         if self.image_size < 1:
             raise InputError(f"image_size is {self.image_size}: expected at least 1 pixel")
         if self.image_seq_length is not None and self.image_seq_length < 1:
@@ -199,27 +205,51 @@ class ImageProcessor:
             raise InputError("there are no pictures: give at least one")
         return torch.stack(
             [
-                preprocess(image, self.image_size, self.image_mean, self.image_std, self.rescale_factor)
+                # Resizing a picture to its own size changes nothing, so `preprocess` only normalizes.
+                preprocess(
+                    self.fit(image), self.image_size, self.image_mean, self.image_std, self.rescale_factor
+                )
                 for image in images
             ]
         )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessor:
-        """From the contents of a preprocessor_config.json. Settings left out have SigLIP's values.
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Any picture -> RGB of image_size x image_size. The aspect ratio is not kept."""
+        return to_rgb(image).resize((self.image_size, self.image_size), Image.Resampling(self.resample))
 
-        Raises InputError: a setting that would give other pixels than `preprocess` computes, or a value of
-        the wrong kind.
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From the contents of a preprocessor_config.json. Settings left out have the defaults of the class.
+
+        Raises InputError: a setting that would give other pixels than are computed here, or a value of the
+        wrong kind.
         """
-        kind = values.get("image_processor_type") or "SiglipImageProcessor"
-        if kind not in ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"):
-            raise InputError(
-                f"image_processor_type is {kind!r}: only 'SiglipImageProcessor' is supported here"
-            )
-        for name, expected in _SUPPORTED.items():
+        kind = values.get("image_processor_type") or values.get("feature_extractor_type") or cls.kind
+        if kind not in (cls.kind, f"{cls.kind}Fast", f"{cls.kind}Pil", cls.old_kind):
+            raise InputError(f"image_processor_type is {kind!r}: only {cls.kind!r} is supported here")
+        for name, expected in cls.supported.items():
             value = values.get(name)
             if value is not None and value != expected:
                 raise InputError(f"{name} is {value!r}: only {expected!r} is supported here")
+        default = cls()
+        try:
+            length = values.get("image_seq_length")
+            resample = values.get("resample")
+            return cls(
+                image_size=cls._read_size(values),
+                image_seq_length=None if length is None else int(length),
+                image_mean=tuple(float(value) for value in values.get("image_mean") or default.image_mean),
+                image_std=tuple(float(value) for value in values.get("image_std") or default.image_std),
+                rescale_factor=float(values.get("rescale_factor") or default.rescale_factor),
+                resample=default.resample if resample is None else int(resample),
+            )
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a value is of the wrong kind: {error}") from error
+
+    @classmethod
+    def _read_size(cls, values: Mapping[str, Any]) -> int:
         size = values.get("size") or {"height": 224, "width": 224}
         if (
             not isinstance(size, Mapping)
@@ -227,29 +257,22 @@ class ImageProcessor:
             or size.get("height") != size.get("width")
         ):
             raise InputError(f"size is {size!r}: expected a square such as {{'height': 224, 'width': 224}}")
-        try:
-            length = values.get("image_seq_length")
-            return cls(
-                image_size=int(size["height"]),
-                image_seq_length=None if length is None else int(length),
-                image_mean=tuple(float(value) for value in values.get("image_mean") or (0.5,) * 3),
-                image_std=tuple(float(value) for value in values.get("image_std") or (0.5,) * 3),
-                rescale_factor=float(values.get("rescale_factor") or 1 / 255),
-            )
-        except InputError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise InputError(f"a value is of the wrong kind: {error}") from error
+        return int(size["height"])
+
+    def _size_to_dict(self) -> dict[str, Any]:
+        return {"size": {"height": self.image_size, "width": self.image_size}}
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a preprocessor_config.json that `transformers` reads alike."""
+        # image_seq_length is PaliGemma's own. Other systems name their processor in tokenizer_config.json.
+        system = {} if self.image_seq_length is None else {"processor_class": "PaliGemmaProcessor"}
         return {
-            "image_processor_type": "SiglipImageProcessor",
-            "processor_class": "PaliGemmaProcessor",
+            "image_processor_type": self.kind,
+            **system,
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"height": self.image_size, "width": self.image_size},
-            "resample": int(BICUBIC),
+            **self._size_to_dict(),
+            "resample": self.resample,
             "do_rescale": True,
             "rescale_factor": self.rescale_factor,
             "do_normalize": True,
@@ -259,7 +282,7 @@ class ImageProcessor:
         }
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ImageProcessor:
+    def from_pretrained(cls, folder: str | Path) -> Self:
         """From a folder: its preprocessor_config.json, or the same inside a newer processor_config.json.
 
         Raises InputError: neither file, not JSON, or unsupported settings (see `from_dict`).
@@ -273,7 +296,7 @@ class ImageProcessor:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(
-                f"{folder} has no preprocessor_config.json: give a PaliGemma checkpoint folder"
+                f"{folder} has no preprocessor_config.json: give a whole checkpoint folder"
             ) from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as JSON ({error}): download it again") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -63,11 +63,8 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.eos_id, self.image_id = ids[PAD], ids[BOS], ids[EOS], ids[IMAGE]
         self.loc_ids = [ids[token] for token in LOC_TOKENS]  # 1024, in the order of the bins
         self.seg_ids = [ids[token] for token in SEG_TOKENS]  # 128, in the order of the codes
-        specials = {index: token.content for index, token in added.items() if token.special}
-        self.special_ids = frozenset(specials)
-        self._inside_special = re.compile(
-            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in specials.values() if len(s) > 1)
-        )
+        self.specials = {index: token.content for index, token in added.items() if token.special}
+        self.special_ids = frozenset(self.specials)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
@@ -113,22 +110,7 @@ class Tokenizer:
 
         Raises InputError: a string with half a surrogate pair in it, which is no Unicode text.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"character {error.start} of the text is not Unicode: remove it") from error
-        ids = self._encode(text)
-        if self.special_ids.isdisjoint(ids):
-            return ids
-        # Merges may build "<bos>" from its letters, and a pickled copy of the backend forgets the switch that
-        # __init__ set: cut the text inside such words.
-        return [index for part in self._inside_special.split(text) for index in self._encode(part)]
-
-    def _encode(self, text: str) -> list[int]:
-        # add_special_tokens=False: a Gemma file has a post-processor that would put <bos> first, and the
-        # prompt already has one.
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return encode_plain(self.backend, text, self.specials)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; drops `<pad>`, `<bos>`, `<eos>`, `<image>`, keeps `<loc>` and `<seg>`.
@@ -151,6 +133,37 @@ class Tokenizer:
     def encode_suffix(self, suffix: str) -> list[int]:
         """The second segment (token type 1): the answer and `<eos>`, which training teaches."""
         return [*self.encode(suffix), self.eos_id]
+
+
+def encode_plain(backend: tokenizers.Tokenizer, text: str, specials: Mapping[int, str]) -> list[int]:
+    """The ids of a user's text without anything added, in which special tokens do not occur.
+
+    Args:
+        backend: with `encode_special_tokens` on, so that typed special tokens are text.
+        specials: id and name of each special token.
+
+    Raises InputError: a string with half a surrogate pair in it, which is no Unicode text.
+    """
+
+    def encode(part: str) -> list[int]:
+        # add_special_tokens=False: a file may have a post-processor that would put <bos> first, and what is
+        # added is decided elsewhere.
+        ids: list[int] = backend.encode(part, add_special_tokens=False).ids
+        return ids
+
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"character {error.start} of the text is not Unicode: remove it") from error
+    ids = encode(text)
+    if specials.keys().isdisjoint(ids):
+        return ids
+    # Merges may build "<bos>" from its letters, and a pickled copy of the backend forgets its switch: cut
+    # the text inside such words.
+    inside = "|".join(
+        f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in specials.values() if len(s) > 1
+    )
+    return [index for part in re.split(inside, text) for index in encode(part)]
 
 
 def _as_words(backend: tokenizers.Tokenizer, tokens: set[str]) -> tokenizers.Tokenizer:

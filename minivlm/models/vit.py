@@ -1,0 +1,95 @@
+"""The original Vision Transformer (https://arxiv.org/abs/2010.11929) with one of its two heads.
+
+- A classifier: one linear layer on the class token. These are the models fine-tuned on ImageNet.
+- A pooler: tanh of a linear layer on the class token, where pre-training had its classifier. Some published
+  folders have left it out, and then the model has no head at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm import weights
+from minivlm.encoder_configs import ViTConfig
+from minivlm.layouts import VIT_LAYOUTS
+from minivlm.vision.original import VisionTransformer
+
+
+@dataclass
+class ViTOutput:
+    """Tokens [B, 1 + N, D]; pooler_output [B, D] or logits [B, classes], by which head there is."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+
+
+class ViT(nn.Module):
+    """The whole system. `minivlm.load` gives one with its image processor."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTransformer(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if config.pooler else None
+        self.classifier = nn.Linear(config.hidden_size, len(config.labels)) if config.labels else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where inputs have to be."""
+        return self.vision_model.layernorm.weight.device
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """The class token after the last norm: pixel_values [B, C, height, width] -> [B, D]."""
+        return self.forward(pixel_values).last_hidden_state[:, 0]
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ViTOutput:
+        """Every token, and what the head makes of the class token.
+
+        Args:
+            pixel_values: [B, C, height, width].
+            labels: [B], the number of each picture's class; gives the mean cross-entropy as loss.
+
+        Raises:
+            ValueError: labels for a model without classifier, or not one for each picture.
+        """
+        if labels is not None and self.classifier is None:
+            raise ValueError(
+                "there are labels, and this ViT has no classifier: load one fine-tuned on classes"
+            )
+        if labels is not None and labels.shape != (len(pixel_values),):
+            raise ValueError(f"{len(pixel_values)} pictures and labels of shape {list(labels.shape)}")
+        tokens = self.vision_model(pixel_values.to(self.vision_model.layernorm.weight.dtype))
+        first = tokens[:, 0]
+        pooled = None if self.pooler is None else self.pooler(first).tanh()
+        logits = None if self.classifier is None else self.classifier(first)
+        loss = None
+        if labels is not None and logits is not None:
+            loss = F.cross_entropy(logits.float(), labels)
+        return ViTOutput(tokens, pooled, logits, loss)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> ViT:
+        """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
+
+        Raises InputError: see `minivlm.weights`.
+        """
+        folder = weights.find_folder(name)
+        config = ViTConfig.from_dict(weights.read_config(folder))
+        if config.pooler:  # config.json does not say: the tensors do
+            names = weights.read_tensors(folder)
+            config = replace(config, pooler=any(".pooler." in f".{name}" for name in names))
+        return weights.load_model(cls, config, folder, VIT_LAYOUTS, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
+        layout = VIT_LAYOUTS["hub" if self.config.labels else "hub without classifier"]
+        weights.save_model(self, self.config.to_dict(), Path(folder), layout)

@@ -1,0 +1,183 @@
+"""From captions to the ids that the text towers of CLIP and SigLIP read.
+
+Where Gemma's tokenizer (tokens.py) builds a prompt that the model continues, these make a caption of
+bounded length that is read once:
+
+- CLIP (https://arxiv.org/abs/2103.00020): start, words, end, at most 77; the tower reads off the end.
+- SigLIP (https://arxiv.org/abs/2303.15343): words, end, and padding up to exactly 64 (16 in some folders);
+  the tower reads off the last place.
+
+How text is cut into words stands in tokenizer.json. All of these models were trained on lower-case text and
+padding on the right. Most files say the first themselves; for those that leave it to the program, as SigLIP 2
+does (https://arxiv.org/abs/2502.14786), it is added here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import normalizers
+from torch import Tensor
+
+from minivlm.errors import InputError
+from minivlm.files import write_aside
+from minivlm.processing.tokens import encode_plain
+
+
+@dataclass(frozen=True)
+class CaptionForm:
+    """What stands around the words of a caption. The names are of tokens in tokenizer.json."""
+
+    bos_token: str | None
+    eos_token: str
+    pad_token: str
+    max_length: int  # tokens, with bos and eos
+    pad_to_max_length: bool  # else to the longest caption of the batch
+    processor_class: str  # the name of such a processor in transformers
+
+    def changed_by(self, config: Mapping[str, Any], max_length: int | None) -> CaptionForm:
+        """With the names in a tokenizer_config.json, which not every folder has, and another length."""
+        names: dict[str, Any] = {}
+        for field in ("bos_token", "eos_token", "pad_token"):
+            name = config.get(field)
+            name = name.get("content") if isinstance(name, Mapping) else name  # old files hold an object
+            if isinstance(name, str) and getattr(self, field) is not None:
+                names[field] = name
+        if max_length is None:
+            length = config.get("model_max_length")
+            # Where there is no limit, transformers writes a number with thirty digits.
+            max_length = int(length) if isinstance(length, int) and length < 10**6 else self.max_length
+        return replace(self, **names, max_length=max_length)
+
+
+CLIP_CAPTIONS = CaptionForm("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", 77, False, "CLIPProcessor")
+SIGLIP_CAPTIONS = CaptionForm(None, "</s>", "</s>", 64, True, "SiglipProcessor")
+
+
+class CaptionTokenizer:
+    """Captions -> ids [B, T]. What a user types is text: "<|endoftext|>" in a caption does not end it.
+
+    The `tokenizers.Tokenizer` given is taken over; its padding, truncation and automatic special tokens are
+    switched off, and `form` says what is added.
+
+    Raises InputError: a token of the form is not in the vocabulary, or max_length leaves no room for a word.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, form: CaptionForm) -> None:
+        names = [name for name in (form.bos_token, form.eos_token, form.pad_token) if name is not None]
+        missing = [name for name in dict.fromkeys(names) if backend.token_to_id(name) is None]
+        if missing:
+            raise InputError(
+                f"the tokenizer has no {' and no '.join(missing)}: take tokenizer.json and "
+                "tokenizer_config.json from the same checkpoint"
+            )
+        backend.add_special_tokens(list(dict.fromkeys(names)))  # some files have them as words only
+        _make_lower_case(backend)
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "encode them as text"
+        self.backend = backend
+        self.form = form
+        added = backend.get_added_tokens_decoder()
+        self.specials = {index: token.content for index, token in added.items() if token.special}
+        ids = {name: index for index, name in self.specials.items()}
+        self.before = [] if form.bos_token is None else [ids[form.bos_token]]
+        self.eos_id, self.pad_id = ids[form.eos_token], ids[form.pad_token]
+        if form.max_length < len(self.before) + 2:
+            raise InputError(f"max_length is {form.max_length}: it leaves no room for a word")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, form: CaptionForm, max_length: int | None = None
+    ) -> CaptionTokenizer:
+        """From tokenizer.json and, where there is one, tokenizer_config.json; `max_length` beats the file's.
+
+        Raises InputError: no tokenizer.json, not a tokenizer, or tokens are missing (see the class).
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(
+                f"{folder} has no tokenizer.json: give a whole checkpoint folder, or let transformers write "
+                "one from its other tokenizer files"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(f"{path} is not a tokenizer ({error}): download it again") from error
+        config_path = Path(folder) / "tokenizer_config.json"
+        config: Any = {}
+        if config_path.is_file():
+            try:
+                config = json.loads(config_path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{config_path} cannot be read as JSON ({error}): get it again") from error
+            if not isinstance(config, Mapping):
+                raise InputError(f"{config_path} holds no settings: get it again")
+        return cls(backend, form.changed_by(config, max_length))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json, and the tokenizer_config.json that tells `transformers` how to load it."""
+        folder = Path(folder)
+        with write_aside(folder / "tokenizer.json") as temporary:
+            self.backend.save(str(temporary))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": self.form.processor_class,
+            **({} if self.form.bos_token is None else {"bos_token": self.form.bos_token}),
+            "eos_token": self.form.eos_token,
+            "pad_token": self.form.pad_token,
+            "model_max_length": self.form.max_length,
+            "padding_side": "right",
+        }
+        with write_aside(folder / "tokenizer_config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included: the least number of rows of an embedding for it."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the words alone. Raises InputError: a string that is no Unicode text."""
+        return encode_plain(self.backend, text, self.specials)
+
+    def __call__(self, texts: str | Sequence[str], truncate: bool = False) -> Tensor:
+        """Captions -> input_ids [B, T] int64, padded on the right.
+
+        Args:
+            truncate: cut the words of a caption that is too long; its end token stays.
+
+        Raises InputError: no captions, something that is no text, or a caption that is too long.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        if not given:
+            raise InputError("there are no captions: give at least one")
+        room = self.form.max_length - len(self.before) - 1
+        rows = []
+        for number, text in enumerate(given):
+            if not isinstance(text, str):
+                raise InputError(f"caption {number + 1} is of type {type(text).__name__}: expected a text")
+            words = self.encode(text)
+            if len(words) > room and not truncate:
+                raise InputError(
+                    f"caption {number + 1} has {len(words)} tokens, and the model reads {room} at most: "
+                    "shorten it, or have its end cut off with truncate=True"
+                )
+            rows.append([*self.before, *words[:room], self.eos_id])
+        length = self.form.max_length if self.form.pad_to_max_length else max(len(row) for row in rows)
+        return torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows])
+
+
+def _make_lower_case(backend: tokenizers.Tokenizer) -> None:
+    """Put lower case before whatever the file's normalizer does, unless it does that."""
+    normalizer = backend.normalizer
+    if normalizer is None:
+        backend.normalizer = normalizers.Lowercase()
+    elif normalizer.normalize_str("A") != normalizer.normalize_str("a"):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizer])

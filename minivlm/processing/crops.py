@@ -1,0 +1,87 @@
+"""The image processors of CLIP and of the original ViT: what differs from SigLIP's in images.py.
+
+- ViT: a square, aspect ratio not kept, but by the bilinear filter.
+- CLIP: the short side is resized and the middle square cut out, so shapes stay true and what lies at the
+  ends of a long picture is not seen. Mean and spread are those of CLIP's training pictures, per color.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from minivlm.errors import InputError
+from minivlm.processing.images import BILINEAR, ImageProcessor, to_rgb
+
+
+@dataclass(frozen=True)
+class ViTImageProcessor(ImageProcessor):
+    """The settings of a ViT folder's preprocessor_config.json."""
+
+    kind: ClassVar[str] = "ViTImageProcessor"
+    old_kind: ClassVar[str] = "ViTFeatureExtractor"
+
+    resample: int = int(BILINEAR)
+
+    @classmethod
+    def _read_size(cls, values: Mapping[str, Any]) -> int:
+        size = values.get("size")
+        if isinstance(size, int):  # old files: one number for both sides
+            values = {**values, "size": {"height": size, "width": size}}
+        return super()._read_size(values)
+
+
+@dataclass(frozen=True)
+class CLIPImageProcessor(ImageProcessor):
+    """The settings of a CLIP folder's preprocessor_config.json. `image_size` is the side of the cut."""
+
+    kind: ClassVar[str] = "CLIPImageProcessor"
+    old_kind: ClassVar[str] = "CLIPFeatureExtractor"
+    supported: ClassVar[dict[str, bool]] = {**ImageProcessor.supported, "do_center_crop": True}
+
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Any picture -> RGB of image_size x image_size, its middle.
+
+        Raises InputError: a picture so narrow that, resized, it would not fit into memory; as `to_rgb`.
+        """
+        image = to_rgb(image)
+        short, long = sorted(image.size)
+        resized = int(self.image_size * long / short)
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and resized * self.image_size > limit:
+            raise InputError(
+                f"the picture has {image.width} x {image.height} pixels, and its long side would become "
+                f"{resized}: cut out the part to look at"
+            )
+        upright = image.height > image.width
+        size = (self.image_size, resized) if upright else (resized, self.image_size)
+        image = image.resize(size, Image.Resampling(self.resample))
+        left, top = (image.width - self.image_size) // 2, (image.height - self.image_size) // 2
+        return image.crop((left, top, left + self.image_size, top + self.image_size))
+
+    @classmethod
+    def _read_size(cls, values: Mapping[str, Any]) -> int:
+        short, crop = values.get("size", 224), values.get("crop_size", 224)
+        if isinstance(short, Mapping):
+            short = short.get("shortest_edge")
+        if isinstance(crop, Mapping) and crop.get("height") == crop.get("width"):
+            crop = crop.get("height")
+        if not isinstance(short, int) or short != crop:
+            raise InputError(
+                f"size is {values.get('size')!r} and crop_size {values.get('crop_size')!r}: expected one "
+                "number for the short side and for the square cut out of it, such as 224"
+            )
+        return short
+
+    def _size_to_dict(self) -> dict[str, Any]:
+        return {
+            "size": {"shortest_edge": self.image_size},
+            "do_center_crop": True,
+            "crop_size": {"height": self.image_size, "width": self.image_size},
+        }

@@ -1,0 +1,100 @@
+"""CLIP's image tower (https://arxiv.org/abs/2103.00020, section 2.4).
+
+What differs from SigLIP's tower in `vit.py`: a learned class token in front of the patches, no bias in the
+patch projection, one more LayerNorm before the first block (`pre_layrnorm`, spelled so in all checkpoints),
+QuickGELU, eps 1e-5. The last LayerNorm is applied to the class token alone: it is the picture's vector, and
+the patches are returned as they leave the last block. Models that read the patches, such as LLaVA, take
+them from one of the `hidden_states`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.encoder_blocks import ActivatedBlock
+from minivlm.encoder_configs import CLIPVisionConfig
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    """One vector per patch behind the class token, plus a learned vector per position."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=False,  # the LayerNorm that follows has one
+        )
+        self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
+        nn.init.normal_(self.position_embedding.weight, std=config.hidden_size**-0.5)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] -> [B, 1 + N, D]."""
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, N, D]
+        first = self.class_embedding.expand(len(patches), 1, -1)  # [B, 1, D]
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class CLIPVisionModel(nn.Module):
+    """The whole tower.
+
+    >>> model = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=32))
+    >>> tokens = model(torch.randn(1, 3, 224, 224))
+    >>> tokens.shape, model.pool(tokens).shape
+    (torch.Size([1, 50, 768]), torch.Size([1, 768]))
+    """
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            ActivatedBlock(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.layer_norm_eps,
+                config.hidden_act,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
+        """The embeddings after `pre_layrnorm`, then the output of each block: each [B, 1 + N, D].
+
+        Raises ValueError when the pictures do not have the size and channels of the config.
+        """
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        yield x
+        for layer in self.layers:
+            x = layer(x)
+            yield x
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width], normalized -> [B, 1 + N, D], not yet through the last norm."""
+        for x in self.hidden_states(pixel_values):
+            last = x
+        return last
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The class token through the last norm: [B, 1 + N, D] -> [B, D]."""
+        return self.post_layernorm(tokens[:, 0])
+
+
+def check_pixels(pixel_values: Tensor, num_channels: int, image_size: int) -> None:
+    """Raise ValueError unless the pictures are [B, num_channels, image_size, image_size]."""
+    expected = (num_channels, image_size, image_size)
+    if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+        raise ValueError(
+            f"pixel_values has shape {list(pixel_values.shape)}, expected [B, {str(expected)[1:-1]}]: "
+            "prepare pictures with the processor of the same folder"
+        )

@@ -1,0 +1,254 @@
+"""Captions of CLIP and SigLIP: ids against transformers given the same tokenizer.json, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
+from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
+
+from minivlm.errors import InputError
+from minivlm.processing import (
+    CLIP_CAPTIONS,
+    SIGLIP_CAPTIONS,
+    CaptionTokenizer,
+    CLIPImageProcessor,
+    ImageProcessor,
+    PairProcessor,
+    build_tokenizer,
+)
+
+CORPUS = ["a photo of a cat.", "a photo of two dogs", "a drawing of a cat and a dog", "the red star"]
+CAPTIONS = ["A photo of a  CAT.", "dogs", "unseen words: Ünï, 3 \u732b!", "the red star and the dog"]
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def clip_backend() -> tokenizers.Tokenizer:
+    """In the form of CLIP's tokenizer.json: bytes as letters, ends of words marked, specials last."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token=EOS, end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    # As in the published vocabulary: 256 bytes, 256 bytes at the end of a word, merges, start, end.
+    learned = json.loads(backend.to_str())
+    words = list(learned["model"]["vocab"])
+    words += [f"{letter}</w>" for letter in sorted(alphabet) if f"{letter}</w>" not in words]
+    learned["model"]["vocab"] = {word: index for index, word in enumerate([*words, BOS, EOS])}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(learned))
+    backend.add_special_tokens([BOS, EOS])
+    ids = {name: backend.token_to_id(name) for name in (BOS, EOS)}
+    backend.post_processor = processors.RobertaProcessing(
+        (EOS, ids[EOS]), (BOS, ids[BOS]), trim_offsets=False, add_prefix_space=False
+    )
+    return backend
+
+
+def siglip_backend() -> tokenizers.Tokenizer:
+    """In the form of SigLIP's tokenizer.json: a Unigram model of lower-case words, "</s>" behind a text."""
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[.,:!]"), ""), normalizers.Strip()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator([text.lower() for text in CORPUS], trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", backend.token_to_id("</s>"))]
+    )
+    return backend
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    clip_backend().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def siglip(tmp_path: Path) -> Path:
+    folder = tmp_path / "siglip"
+    folder.mkdir()
+    siglip_backend().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+# Against the reference
+
+
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, CLIPTokenizerFast])
+def test_clip_ids_equal_the_reference(clip: Path, kind: Any) -> None:
+    ours = CaptionTokenizer.from_pretrained(clip, CLIP_CAPTIONS)
+    names = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
+    reference = kind(tokenizer_file=str(clip / "tokenizer.json"), **names)
+    if kind is CLIPTokenizerFast:  # transformers 5 builds it from vocabulary and merges, not from the file
+        model = json.loads((clip / "tokenizer.json").read_text())["model"]
+        merges = [tuple(merge) for merge in model["merges"]]
+        reference = kind(vocab=model["vocab"], merges=merges)
+    expected = reference(CAPTIONS, padding=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(ours(CAPTIONS), expected)
+    assert expected[0, 0] == ours.before[0]
+    assert (expected == ours.eos_id).any(dim=1).all()
+    longest = reference("cat " * 200, truncation=True, max_length=77, return_tensors="pt")["input_ids"]
+    assert torch.equal(ours("cat " * 200, truncate=True), longest)
+    assert longest.shape == (1, 77)
+    assert longest[0, -1] == ours.eos_id
+
+
+def test_siglip_ids_equal_the_reference(siglip: Path) -> None:
+    ours = CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
+    reference = PreTrainedTokenizerFast(
+        tokenizer_file=str(siglip / "tokenizer.json"), eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+    settings = {"padding": "max_length", "max_length": 64, "truncation": True, "return_tensors": "pt"}
+    texts = [*CAPTIONS, "", "cat " * 200]
+    expected = reference(texts, **settings)["input_ids"]
+    ids = ours(texts, truncate=True)
+    assert torch.equal(ids, expected)
+    assert ids.shape == (6, 64)
+    assert ids[-1, -1] == ours.eos_id
+    assert ours(CAPTIONS[:1]).shape == (1, 64)
+
+
+def test_names_in_the_config_beat_the_defaults(siglip: Path) -> None:
+    """Padding with another token, in the form of old files and of new ones; and SigLIP 2's names."""
+    path = siglip / "tokenizer_config.json"
+    for pad in ("<pad>", {"__type": "AddedToken", "content": "<pad>"}):
+        path.write_text(json.dumps({"pad_token": pad, "bos_token": "<unk>", "model_max_length": 16}))
+        tokenizer = CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
+        assert tokenizer("a cat").shape == (1, 16)
+        assert tokenizer("a cat")[0, -1] == tokenizer.backend.token_to_id("<pad>") == 0
+        assert tokenizer.before == []  # SigLIP has no mark of the start, whatever the file names
+    assert CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS, max_length=20)("a cat").shape == (1, 20)
+    path.write_text(json.dumps({"model_max_length": 10**30}))
+    assert CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS).form == SIGLIP_CAPTIONS
+
+
+def test_siglip_2_ids_equal_the_reference(tmp_path: Path) -> None:
+    """Gemma's form of a file, which keeps capitals; transformers' class for SigLIP 2 adds lower case."""
+    build_tokenizer(CORPUS).save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = CaptionTokenizer.from_pretrained(tmp_path, SIGLIP_CAPTIONS)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    reference = Siglip2Tokenizer(vocab=model["vocab"], merges=merges, padding_side="right")
+    texts = ["A photo of a CAT.", "dogs", "THE red Star"]
+    for row, ids in zip(
+        ours(texts).tolist(), reference(texts, add_special_tokens=False)["input_ids"], strict=True
+    ):
+        words = [index for index in ids if index not in reference.all_special_ids]
+        assert row == [*words, ours.eos_id] + [ours.pad_id] * (63 - len(words))
+    capitals = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert capitals.encode(texts[2]).ids != ours.encode(texts[2])
+
+
+# What a user types
+
+
+@pytest.mark.parametrize("text", [f"a cat{EOS}a dog", f"{BOS}a cat", EOS])
+def test_a_typed_mark_does_not_end_a_caption(clip: Path, text: str) -> None:
+    tokenizer = CaptionTokenizer.from_pretrained(clip, CLIP_CAPTIONS)
+    ids = tokenizer(text)[0].tolist()
+    assert ids.count(tokenizer.eos_id) == 1
+    assert ids.count(tokenizer.before[0]) == 1
+    assert ids[-1] == tokenizer.eos_id
+
+
+def test_a_typed_mark_in_a_unigram_vocabulary(siglip: Path) -> None:
+    tokenizer = CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
+    assert tokenizer.eos_id not in tokenizer.encode("a cat </s> a dog</s>")
+    assert tokenizer.encode("a cat")
+
+
+# Refusals
+
+
+def test_refused_captions(clip: Path) -> None:
+    tokenizer = CaptionTokenizer.from_pretrained(clip, CLIP_CAPTIONS, max_length=6)
+    assert tokenizer("red " * 4).shape == (1, 6)
+    with pytest.raises(InputError, match="caption 2 has 5 tokens, and the model reads 4 at most: shorten"):
+        tokenizer(["red", "red " * 5])
+    with pytest.raises(InputError, match="no captions"):
+        tokenizer([])
+    with pytest.raises(InputError, match="caption 1 is of type int"):
+        tokenizer([3])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="not Unicode"):
+        tokenizer("\ud800")
+    with pytest.raises(InputError, match="no room for a word"):
+        CaptionTokenizer.from_pretrained(clip, CLIP_CAPTIONS, max_length=2)
+
+
+def test_refused_folders(clip: Path, siglip: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        CaptionTokenizer.from_pretrained(tmp_path, CLIP_CAPTIONS)
+    with pytest.raises(InputError, match=r"no <\|startoftext\|> and no <\|endoftext\|>: take"):
+        CaptionTokenizer.from_pretrained(siglip, CLIP_CAPTIONS)
+    (siglip / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
+    (siglip / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match="holds no settings"):
+        CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
+    (clip / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="is not a tokenizer"):
+        CaptionTokenizer.from_pretrained(clip, CLIP_CAPTIONS)
+
+
+# With pictures
+
+
+@pytest.mark.parametrize("model_type", ["clip", "siglip"])
+def test_a_processor_s_folder(model_type: str, clip: Path, siglip: Path, tmp_path: Path) -> None:
+    source = clip if model_type == "clip" else siglip
+    kind: type[ImageProcessor] = CLIPImageProcessor if model_type == "clip" else ImageProcessor
+    kind(image_size=28).save_pretrained(source)
+    processor = PairProcessor.from_pretrained(source, model_type)
+    image = Image.linear_gradient("L").resize((50, 40))
+    image.save(tmp_path / "a.png")
+    batch = processor([image, tmp_path / "a.png", str(tmp_path / "a.png")], CAPTIONS)
+    assert batch["pixel_values"].shape == (3, 3, 28, 28)
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+    assert len(batch["input_ids"]) == 4
+    assert list(processor(image)) == ["pixel_values"]
+    assert list(processor(texts="a cat")) == ["input_ids"]
+
+    processor.save_pretrained(tmp_path / "again")
+    again = PairProcessor.from_pretrained(tmp_path / "again", model_type)(image, CAPTIONS)
+    assert torch.equal(again["input_ids"], batch["input_ids"])
+    assert torch.equal(again["pixel_values"], batch["pixel_values"][:1])
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")
+    settings = {"padding": True if model_type == "clip" else "max_length", "return_tensors": "pt"}
+    assert torch.equal(theirs(CAPTIONS, **settings)["input_ids"], batch["input_ids"])
+
+    with pytest.raises(InputError, match="neither pictures nor captions"):
+        processor()
+    with pytest.raises(InputError, match="there are no pictures"):
+        processor([])
+    with pytest.raises(InputError, match="picture 1 is of type int: expected a PIL image or a path"):
+        processor([3])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="no such file"):
+        processor("missing.png")
