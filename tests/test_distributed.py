@@ -17,6 +17,8 @@ from torch import Tensor
 
 from minivlm import distributed, losses
 from minivlm.distributed import EXCHANGES, ExchangeError, ProcessError, costs
+from minivlm.distributed.example import siglip_step
+from minivlm.distributed.exchanges import Exchange
 
 BENCH = Path(__file__).parents[1] / "bench"
 SIZES = (2, 3, 4)
@@ -190,6 +192,31 @@ def test_results_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert distributed.run(3, "torch.distributed:get_rank") == [0, 1, 2]
     assert not list(tmp_path.glob("minivlm-*"))
+
+
+ORDERS = {
+    "bidirectional": [(0, 2, 1), (1, 0, 2), (2, 1, 0)],
+    "shift": [(0, 2, 1), (1, 0, 2), (2, 1, 0)],
+    "reduce": [(0, 1, 2)] * 3,
+    "gather": [(0, 1, 2)] * 3,
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=NAMES)
+def test_the_step_that_a_notebook_starts(exchange: Exchange) -> None:
+    expected = whole(losses.siglip_loss)
+    steps = distributed.run(3, siglip_step, *cases.tensors().values(), exchange)
+    assert [step.owners for step in steps] == ORDERS[exchange.__name__]
+    assert_equal(torch.stack([step.loss for step in steps]).mean(), expected["loss"])
+    assert_equal(torch.cat([step.images for step in steps]) / 3, expected["images"])
+    assert_equal(torch.cat([step.texts for step in steps]) / 3, expected["texts"])
+    assert_equal(torch.stack([step.logit_scale for step in steps]).mean(dim=0), expected["scale"])
+    assert_equal(torch.stack([step.logit_bias for step in steps]).mean(dim=0), expected["bias"])
+
+
+def test_pairs_that_cannot_be_shared() -> None:
+    with pytest.raises(ProcessError, match="11 pairs for 2 processes: expected a multiple of 2"):
+        distributed.run(2, siglip_step, *cases.tensors(11).values())
 
 
 def test_one_process_is_alone() -> None:

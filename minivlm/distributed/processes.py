@@ -36,6 +36,11 @@ import torch.distributed as dist
 from minivlm.distributed.places import ExchangeError
 
 GRACE = 2.0  # seconds in which the others may tell what happened to them, once one has failed
+ADVICE = {  # for one that said nothing, by its exit code
+    -9: "Something killed it: often the system, for want of memory.",
+    1: "A script that calls `run` when it is imported does so again in each new process: put the call "
+    'under `if __name__ == "__main__":`.',
+}
 
 
 class ProcessError(RuntimeError):
@@ -209,12 +214,9 @@ def _receive(child: _Child) -> None:
         kind, *content = pickle.loads(child.pipe.recv_bytes())
     except EOFError:
         child.process.join(GRACE)
-        child.error = f"it ended with exit code {child.process.exitcode} and reported nothing"
-        child.details = (
-            "A negative code is the number of a signal: -9 means killed, often for want of memory.\n"
-            "A script that calls `run` when it is imported does so again in each new process: put the call\n"
-            'under `if __name__ == "__main__":`.'
-        )
+        code = child.process.exitcode
+        child.error = f"it ended with exit code {code} and reported nothing"
+        child.details = ADVICE.get(code or 0, "")
         return
     if kind == "result":
         child.result = content[0]
