@@ -17,8 +17,9 @@ import platform
 import socket
 import struct
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from minivlm.distributed.siglip import BlockLoss
 BATCH, WIDTH = 512, 64
 CHUNK = 256  # the default of chunked_siglip_loss
 SIZES = ((2, 512), (3, 512), (4, 128), (4, 256), (4, 512), (4, 1024))  # processes, pairs in each
+CLIP = {"gradients gathered": True, "no gradients": False}
 BLOCKS: dict[str, BlockLoss] = {"plain": losses.siglip_loss, "chunked": chunked_siglip_loss}
 
 
@@ -98,7 +100,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def measure(exchange: Exchange, form: str, batch: int, width: int) -> Found:
+def measure(loss: Callable[..., Tensor], batch: int, width: int) -> Found:
     """One loss and its backward pass, in this process of the group."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     images, texts = (torch.randn(batch, width, generator=generator).requires_grad_() for _ in range(2))
@@ -106,10 +108,10 @@ def measure(exchange: Exchange, form: str, batch: int, width: int) -> Found:
     dist.barrier()
     with LiveBytes([images, texts, scale, bias]) as memory:
         start = traffic()
-        loss = distributed.siglip_loss(images, texts, scale, bias, exchange=exchange, block_loss=BLOCKS[form])
+        value = loss(images, texts, scale, bias)
         dist.barrier()  # nothing is under way any more
         middle = traffic()
-        loss.backward()
+        value.backward()
         dist.barrier()
         end = traffic()
     forth = [after - before for before, after in zip(start, middle, strict=True)]
@@ -118,12 +120,21 @@ def measure(exchange: Exchange, form: str, batch: int, width: int) -> Found:
 
 
 def measure_all(batch: int, width: int) -> dict[tuple[str, str], Found]:
-    """By exchange and form of the blocks."""
-    return {
-        (exchange.__name__, form): measure(exchange, form, batch, width)
-        for exchange in EXCHANGES
-        for form in BLOCKS
-    }
+    """By exchange and form of the blocks; and CLIP's, with and without gradients."""
+    found: dict[tuple[str, str], Found] = {}
+    for exchange in EXCHANGES:
+        for form, block_loss in BLOCKS.items():
+            loss = partial(distributed.siglip_loss, exchange=exchange, block_loss=block_loss)
+            found[exchange.__name__, form] = measure(loss, batch, width)
+    for form, grad in CLIP.items():
+        loss = partial(clip_without_bias, gather_with_grad=grad)
+        found["clip", form] = measure(loss, batch, width)
+    return found
+
+
+def clip_without_bias(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, **options: bool) -> Tensor:
+    """CLIP's loss with the arguments of the others."""
+    return distributed.clip_loss(images, texts, scale, **options)
 
 
 # ---- table and figure --------------------------------------------------------------------------------------
@@ -136,50 +147,53 @@ class Case:
     processes: int
     batch: int
     width: int
-    exchange: Exchange
+    exchange: Exchange | None  # None: CLIP's gathering of both
     form: str
     found: Found  # of the process that sent most
 
     @property
-    def sent(self) -> int:
-        """By the formula, in each pass."""
-        return costs.bytes_sent(self.exchange, self.batch, self.width, self.processes)
+    def sent(self) -> tuple[int, int]:
+        """By the formula, forward and backward."""
+        if self.exchange is None:
+            sizes = self.batch, self.width, self.processes
+            return costs.clip_bytes_sent(*sizes, gather_with_grad=CLIP[self.form])
+        each = costs.bytes_sent(self.exchange, self.batch, self.width, self.processes)
+        return each, each
 
     @property
-    def peak(self) -> int:
-        """By the formula."""
+    def peak(self) -> int | None:
+        """By the formula, if there is one."""
+        if self.exchange is None:
+            return None
         chunk = CHUNK if self.form == "chunked" else None
         return costs.peak_bytes(self.exchange, self.batch, self.width, self.processes, chunk=chunk)
 
     def row(self) -> str:
         """Of the table."""
-        cells = [
-            str(self.processes),
-            str(self.batch),
-            self.exchange.__name__,
-            self.form,
-            str(costs.rounds(self.exchange, self.processes)),
-            *(f"{size / 1024:.0f}" for size in (self.sent, self.found.sent, self.found.received)),
-            *(f"{size / 1024:.0f}" for size in (self.found.sent_back, self.found.received_back)),
-            *(f"{size / 2**20:.2f}" for size in (self.peak, self.found.peak)),
-        ]
+        found, (forth, back) = self.found, self.sent
+        name = self.exchange.__name__ if self.exchange else "CLIP, gather both"
+        cells = [str(self.processes), str(self.batch), name, self.form]
+        cells.append(str(costs.rounds(self.exchange, self.processes)) if self.exchange else "2")
+        cells += [f"{n / 1024:.0f}" for n in (forth, found.sent, found.received)]
+        cells += [f"{n / 1024:.0f}" for n in (back, found.sent_back, found.received_back)]
+        cells += ["" if n is None else f"{n / 2**20:.2f}" for n in (self.peak, found.peak)]
         return f"| {' | '.join(cells)} |"
 
 
 HEADING = (
-    "| processes | pairs each | exchange | blocks | rounds | KiB sent and received in each pass: formula "
-    "| forward: sent | received | backward: sent | received | peak MiB: formula | counted |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| processes | pairs each | exchange | form | rounds | forward KiB: formula | sent | received "
+    "| backward KiB: formula | sent | received | peak MiB: formula | counted |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def cases(processes: int, batch: int, width: int) -> Iterator[Case]:
     """All exchanges in real processes."""
     everyone = distributed.run(processes, measure_all, batch, width, timeout=300.0)
-    for exchange in EXCHANGES:
-        for form in BLOCKS:
-            found = max((one[exchange.__name__, form] for one in everyone), key=lambda one: one.sent)
-            yield Case(processes, batch, width, exchange, form, found)
+    by_name: dict[str, Exchange] = {exchange.__name__: exchange for exchange in EXCHANGES}
+    for name, form in everyone[0]:
+        found = max((one[name, form] for one in everyone), key=lambda one: one.sent)
+        yield Case(processes, batch, width, by_name.get(name), form, found)
 
 
 def draw(measured: Sequence[Case], path: Path) -> None:

@@ -1,6 +1,6 @@
 """The sigmoid loss of SigLIP in memory that grows with n, and not with n * n.
 
-`losses.siglip_loss` holds several [n, n] matrices until the backward pass: 32,768 pairs need over 25 GiB. But
+`losses.siglip_loss` holds several [n, n] matrices until the backward pass: 32,768 pairs need 24 GiB. But
 the loss is a sum over pairs, and each summand's derivative is known as soon as its logit is. So texts
 are taken a few at a time, and with each [n, chunk] block of logits the gradients are added up at once; then
 the block is forgotten. The backward pass only multiplies. Value and gradients are those of the plain form,

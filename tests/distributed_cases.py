@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -67,25 +68,14 @@ def all_cases() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for exchange in EXCHANGES:
         name = exchange.__name__
-        found[name] = gradients(lambda *x: distributed.siglip_loss(*x, exchange=exchange), mine)  # noqa: B023
-        found[f"{name}, chunked"] = gradients(
-            lambda *x: distributed.siglip_loss(*x, exchange=exchange, block_loss=chunked_siglip_loss),  # noqa: B023
-            mine,
-        )
-        found[f"{name}, locked texts"] = gradients(
-            lambda *x: distributed.siglip_loss(*x, exchange=exchange),  # noqa: B023
-            mine,
-            ("texts",),
-        )
-        found[f"{name}, one pair each"] = gradients(
-            lambda *x: distributed.siglip_loss(*x, exchange=exchange),  # noqa: B023
-            share(size),
-        )
+        loss = partial(distributed.siglip_loss, exchange=exchange)
+        found[name] = gradients(loss, mine)
+        found[f"{name}, chunked"] = gradients(partial(loss, block_loss=chunked_siglip_loss), mine)
+        found[f"{name}, locked texts"] = gradients(loss, mine, ("texts",))
+        found[f"{name}, one pair each"] = gradients(loss, share(size))
     for local, grad in product((False, True), repeat=2):
-        found[f"clip {local} {grad}"] = gradients(
-            lambda *x: distributed.clip_loss(*x, local_loss=local, gather_with_grad=grad),  # noqa: B023
-            pair,
-        )
+        loss = partial(distributed.clip_loss, local_loss=local, gather_with_grad=grad)
+        found[f"clip {local} {grad}"] = gradients(loss, pair)
     one = {name: x for name, x in share(size).items() if name != "bias"}
     found["clip, one pair each"] = gradients(distributed.clip_loss, one)
 
