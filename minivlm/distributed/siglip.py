@@ -1,0 +1,81 @@
+"""The sigmoid loss of a batch spread over W processes (https://arxiv.org/abs/2303.15343, section 3.3).
+
+    texts of      A      B      C
+    process 0   ╲ own  others others        one row of blocks each: the pictures stay,
+    process 1   others ╲ own  others        the texts come by
+    process 2   others others ╲ own
+
+Every pair is judged by itself, so the sum over all pairs can be taken block by block, in any order: no
+process ever needs more than one block of texts at a time. A softmax (clip.py) cannot do that.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minivlm import losses
+from minivlm.distributed.exchanges import Exchange, bidirectional
+from minivlm.distributed.places import check_agreement, here
+
+
+class BlockLoss(Protocol):
+    """The loss of one block: `minivlm.losses.siglip_loss`, or `minivlm.chunked.chunked_siglip_loss`."""
+
+    def __call__(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        negative_only: bool = False,
+        /,
+    ) -> Tensor: ...
+
+
+def siglip_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    exchange: Exchange = bidirectional,
+    block_loss: BlockLoss = losses.siglip_loss,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """This process's share of the loss: its pictures with the texts of all, divided by its pictures.
+
+    With L the loss of the whole batch [W * b] in one process, and for all four exchanges:
+
+    - the mean over processes of what is returned is L;
+    - the gradient of an embedding is W times that of L, a sum over processes. Averaged over processes, as
+      DistributedDataParallel does with the gradients of the weights behind it, it gives the gradient of L;
+    - the gradients of `logit_scale` and `logit_bias` are this process's share: their mean is that of L.
+
+    Args:
+        image_embeds, text_embeds: [b, D], row i of both belongs together; everywhere the same b, at least 1.
+        logit_scale, logit_bias: as in `minivlm.losses.siglip_loss`, the same in every process.
+        exchange: how texts travel; one of `exchanges.EXCHANGES`, the same in every process.
+        block_loss: of one block. Autograd keeps the logits of all W blocks for the backward pass, b * W * b
+            numbers times 4; the chunked form keeps none.
+        group: the processes to share with; None: all of them.
+
+    Without a process group, or with one process in it, this is the loss of its own batch.
+
+    Raises:
+        ValueError: the processes do not agree on the sizes of their batches.
+        ExchangeError: another process stopped, or is behind by more than the group's timeout.
+        RuntimeError: several processes were started, but no process group was initialized.
+    """
+    place = here(group)
+    if place is None:
+        return block_loss(image_embeds, text_embeds, logit_scale, logit_bias)
+    check_agreement(place, image_embeds, text_embeds)
+    blocks = [
+        block_loss(image_embeds, texts, logit_scale, logit_bias, owner != place.rank)
+        for owner, texts in exchange(text_embeds, place)
+    ]
+    return torch.stack(blocks).sum()
