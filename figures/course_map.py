@@ -52,6 +52,7 @@ PARTS = {
     "05": ("Gemma", ("embedding", "decoder")),
     "06": ("Merging", ("projector", "merge", "answer")),
     "08": ("Boxes and masks", ("tokenizer", "answer")),
+    "09": ("Looking inside", ("patches", "blocks", "decoder", "answer")),
 }
 
 
