@@ -30,7 +30,7 @@ def test_good_lines(tmp_path: Path) -> None:
     [
         ({"text": None}, 'line 2: "text" is null: expected text'),
         ({"text": " "}, 'line 2: "text" is empty'),
-        ({"text": "a " * 40}, "line 2: caption 1 has 40 tokens, and the model reads 27 at most"),
+        ({"text": "a " * 40}, "line 2: its text has 41 tokens, and the model reads 27 at most"),
         ({"image": "no.png"}, "line 2: .*no.png: no such file"),
         ({"text": "\ud800"}, "line 2: .*Unicode"),
     ],
