@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
+from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
 
 from minivlm.errors import InputError
 from minivlm.processing import (
@@ -21,6 +22,7 @@ from minivlm.processing import (
     CLIPImageProcessor,
     ImageProcessor,
     PairProcessor,
+    build_tokenizer,
 )
 
 CORPUS = ["a photo of a cat.", "a photo of two dogs", "a drawing of a cat and a dog", "the red star"]
@@ -143,6 +145,25 @@ def test_names_in_the_config_beat_the_defaults(siglip: Path) -> None:
     assert CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS, max_length=20)("a cat").shape == (1, 20)
     path.write_text(json.dumps({"model_max_length": 10**30}))
     assert CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS).form == SIGLIP_CAPTIONS
+
+
+def test_siglip_2_ids_equal_the_reference(tmp_path: Path) -> None:
+    """Gemma's form of a file, which keeps capitals; transformers' class for SigLIP 2 adds lower case."""
+    build_tokenizer(CORPUS).save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = CaptionTokenizer.from_pretrained(tmp_path, SIGLIP_CAPTIONS)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    reference = Siglip2Tokenizer(vocab=model["vocab"], merges=merges, padding_side="right")
+    texts = ["A photo of a CAT.", "dogs", "THE red Star"]
+    for row, ids in zip(
+        ours(texts).tolist(), reference(texts, add_special_tokens=False)["input_ids"], strict=True
+    ):
+        words = [index for index in ids if index not in reference.all_special_ids]
+        assert row == [*words, ours.eos_id] + [ours.pad_id] * (63 - len(words))
+    capitals = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert capitals.encode(texts[2]).ids != ours.encode(texts[2])
 
 
 # What a user types

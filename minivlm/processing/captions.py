@@ -7,7 +7,9 @@ bounded length that is read once:
 - SigLIP (https://arxiv.org/abs/2303.15343): words, end, and padding up to exactly 64 (16 in some folders);
   the tower reads off the last place.
 
-How text is cut into words, and that it becomes lower case, stands in tokenizer.json.
+How text is cut into words stands in tokenizer.json. All of these models were trained on lower-case text and
+padding on the right. Most files say the first themselves; for those that leave it to the program, as SigLIP 2
+does (https://arxiv.org/abs/2502.14786), it is added here.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from tokenizers import normalizers
 from torch import Tensor
 
 from minivlm.errors import InputError
@@ -75,6 +78,7 @@ class CaptionTokenizer:
                 "tokenizer_config.json from the same checkpoint"
             )
         backend.add_special_tokens(list(dict.fromkeys(names)))  # some files have them as words only
+        _make_lower_case(backend)
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # "encode them as text"
@@ -168,3 +172,12 @@ class CaptionTokenizer:
             rows.append([*self.before, *words[:room], self.eos_id])
         length = self.form.max_length if self.form.pad_to_max_length else max(len(row) for row in rows)
         return torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows])
+
+
+def _make_lower_case(backend: tokenizers.Tokenizer) -> None:
+    """Put lower case before whatever the file's normalizer does, unless it does that."""
+    normalizer = backend.normalizer
+    if normalizer is None:
+        backend.normalizer = normalizers.Lowercase()
+    elif normalizer.normalize_str("A") != normalizer.normalize_str("a"):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizer])
