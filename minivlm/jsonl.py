@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -23,8 +23,9 @@ from minivlm.errors import InputError
 from minivlm.processing import Processor, load_picture, text_to_boxes
 
 KEYS = ("image", "prefix", "suffix")
-_OBJECT_OF_KEYS = "{" + ", ".join(f'"{key}"' for key in KEYS) + "}"
 SHOWN = 10  # bad lines named in a message
+
+Item = TypeVar("Item")
 
 _WORD = re.compile(r"<(loc|seg)([0-9]+)(>?)")
 _WORDS = {"loc": (4, 1024), "seg": (3, 128)}  # digits, and how many there are
@@ -67,18 +68,38 @@ def read_samples(
         BadLines: the file has some. What makes a line bad: see `_read_line`.
         InputError: the file cannot be read, or no good line is in it.
     """
+    known: set[Path] = set()  # pictures that were looked at already
+
+    def read_line(line: bytes, number: int, folder: Path) -> Sample:
+        return _read_line(line, number, folder, processor, max_length, known)
+
+    return read_lines(path, read_line, KEYS, warn)
+
+
+def read_lines(
+    path: str | Path,
+    read_line: Callable[[bytes, int, Path], Item],
+    keys: Sequence[str],
+    warn: Callable[[BadLines], object] | None = None,
+) -> list[Item]:
+    """What `read_line` makes of each line of a file; it gets the line, its number and the file's folder.
+
+    Args:
+        read_line: raises InputError for a bad line.
+        keys: of an object, for the message of a file that has no good line.
+        warn: as in `read_samples`; the errors are the same, too.
+    """
     path = Path(path)
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a file with JSON lines") from error
     good, bad = [], []
-    known: set[Path] = set()  # pictures that were looked at already
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            good.append(_read_line(line, number, path.parent, processor, max_length, known))
+            good.append(read_line(line, number, path.parent))
         except InputError as error:
             bad.append(f"line {number}: {error}")
     if bad and warn is None:
@@ -86,20 +107,17 @@ def read_samples(
     if not good:
         why = f"every line is bad, the first is {bad[0]}" if bad else "it is empty"
         raise InputError(
-            f"{path} holds nothing to train on: {why}. Write {_OBJECT_OF_KEYS}, one object a line"
+            f"{path} holds nothing to train on: {why}. Write {_object_of(keys)}, one object a line"
         )
     if bad and warn is not None:
         warn(BadLines(path, bad, "They are left out"))
     return good
 
 
-def _read_line(
-    line: bytes, number: int, folder: Path, processor: Processor, max_length: int, known: set[Path]
-) -> Sample:
-    """One line, looked at from all sides.
+def read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
+    """The values of the keys in one line.
 
-    Raises InputError: it is not UTF-8 or no JSON object; a key is missing, empty or no text; its text is too
-    long, or has malformed boxes; its picture is missing or damaged.
+    Raises InputError: it is not UTF-8 or no JSON object; a key is missing, empty or no text.
     """
     try:
         values = json.loads(line.decode("utf-8"))
@@ -110,8 +128,19 @@ def _read_line(
     except (ValueError, RecursionError) as error:  # numbers and brackets without end
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise InputError(f"not an object but {type(values).__name__}: write {_OBJECT_OF_KEYS}")
-    image, prefix, suffix = (_text(values, key) for key in KEYS)
+        raise InputError(f"not an object but {type(values).__name__}: write {_object_of(keys)}")
+    return [_text(values, key) for key in keys]
+
+
+def _read_line(
+    line: bytes, number: int, folder: Path, processor: Processor, max_length: int, known: set[Path]
+) -> Sample:
+    """One line, looked at from all sides.
+
+    Raises InputError: as `read_texts`; its text is too long, or has malformed boxes; its picture is missing
+    or damaged.
+    """
+    image, prefix, suffix = read_texts(line, KEYS)
     _check_words(prefix)
     _check_words(suffix)
     _check_boxes(suffix)
@@ -123,10 +152,12 @@ def _read_line(
             f"picture, prefix and suffix have {length} tokens, over the limit of {max_length}: shorten them"
         )
     path = folder / image
-    if path not in known:
-        _check_picture(path)
-        known.add(path)
+    check_picture(path, known)
     return Sample(number, image, path, prefix, suffix)
+
+
+def _object_of(keys: Sequence[str]) -> str:
+    return "{" + ", ".join(f'"{key}"' for key in keys) + "}"
 
 
 def _text(values: dict[str, Any], key: str) -> str:
@@ -168,13 +199,15 @@ def _check_boxes(suffix: str) -> None:
         raise InputError("<seg> that do not follow a box: a mask fills the box before it")
 
 
-def _check_picture(path: Path) -> None:
-    """Look at a picture without decoding it, where its format allows.
+def check_picture(path: Path, known: set[Path]) -> None:
+    """Look at a picture without decoding it, where its format allows, unless it is one of `known`.
 
     Raises InputError: as `load_picture`.
     """
-    if not _is_whole(path):
-        load_picture(path)  # decodes it, and says what is wrong
+    if path not in known:
+        if not _is_whole(path):
+            load_picture(path)  # decodes it, and says what is wrong
+        known.add(path)
 
 
 def _is_whole(path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from minivlm.files import write_aside
 from minivlm.training_log import Line
 
-NOT_DRAWN = ("step", "stage", "epoch")
+NOT_DRAWN = ("step", "stage", "epoch", "temperature", "bias")
 
 
 def plot_log(lines: Sequence[Line], path: Path, losses: Sequence[str]) -> None:

@@ -145,14 +145,18 @@ def _start_positions(model: PaliGemma, tokenizer: Tokenizer) -> None:
     """Give neighbors in space like vectors from the start: patches, and the words for coordinates."""
     with torch.no_grad():
         table = model.vision_tower.embeddings.position_embedding.weight
-        side = int(len(table) ** 0.5)
-        waves = _waves(torch.arange(side), table.shape[1] // 2, shortest=4.0, longest=2.0 * side)
-        rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
-        table.copy_(0.5 * torch.cat([rows, columns], dim=1))
+        table.copy_(patch_positions(int(len(table) ** 0.5), table.shape[1]))
         embeddings = model.language_model.embed_tokens.weight
         width = embeddings.shape[1]
         locs = _waves(torch.arange(NUM_BINS), width, shortest=16.0, longest=2.0 * NUM_BINS)
         embeddings[torch.tensor(tokenizer.loc_ids)] = locs * (2 / width) ** 0.5
+
+
+def patch_positions(side: int, width: int) -> Tensor:
+    """Vectors [side * side, width] of the places on a grid, row by row, where neighbors are alike."""
+    waves = _waves(torch.arange(side), width // 2, shortest=4.0, longest=2.0 * side)
+    rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
+    return 0.5 * torch.cat([rows, columns], dim=1)
 
 
 def _waves(positions: Tensor, width: int, shortest: float, longest: float) -> Tensor:

@@ -30,8 +30,10 @@ examples:
   minivlm train --out runs/tiny
   minivlm train --out runs/tiny --resume
   minivlm train --data train.jsonl --validation validation.jsonl --out runs/tuned
+  minivlm train --objective siglip --out runs/siglip
   minivlm train-masks --out runs/masks.npz
   minivlm eval --model runs/tiny --scenes 200
+  minivlm eval --model runs/siglip
 """
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoint") -> None:
     """--model, --dtype, --device."""
     parser.add_argument(
-        "--model", metavar="FOLDER_OR_REPO_ID", help="a PaliGemma checkpoint (default: the shipped tiny one)"
+        "--model", metavar="FOLDER_OR_REPO_ID", help=f"{what} (default: the shipped tiny one)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add_device(parser)
@@ -47,6 +48,22 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(f"device {name!r} cannot be used here ({reason}): try --device cpu") from error
+
+
+def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The values of those options that the user gave; others are None."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def refuse(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raises InputError: one of these options was given."""
+    for name in given(options, names):
+        raise InputError(f"{option_of(name)} {reason}")
+
+
+def option_of(name: str) -> str:
+    """`warmup_steps` as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
 def seed(text: str) -> int:

@@ -1,11 +1,13 @@
-"""`minivlm train`: the drawn world's model from nothing, or any model on pictures of one's own."""
+"""`minivlm train`: the drawn world's model from nothing, or any model on pictures of one's own.
+
+With --objective, two towers are trained instead, see train_towers.py.
+"""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import time
-from collections.abc import Iterable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minivlm.cli import options as shared
+from minivlm.cli import train_towers
+from minivlm.contrastive_recipe import ContrastiveConfig
 from minivlm.errors import InputError
 from minivlm.finetuning import PARTS, FinetuningConfig, finetune
 from minivlm.loop import LOG, read_log
@@ -23,13 +27,14 @@ from minivlm.training import train
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
 
-HELP = """\
+HELP = f"""\
 Your own pictures are lines of JSON, each with the path of a picture, a prompt and its answer:
-  {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a cup"}
-  {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
+  {{"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a cup"}}
+  {{"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}}
 Paths are relative to the file. The four numbers of a box are y0 x0 y1 x1 in 1024ths of the picture's sides;
 minivlm.processing.box_to_tokens makes them of pixels.
 
+{train_towers.HELP}
 Ctrl-C finishes the step and saves; the same command with --resume goes on.
 """
 SHARED = ("seed", "warmup_steps", "bf16")  # fields of both configs
@@ -47,8 +52,11 @@ def add_to(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for the model (default: runs/tiny; with --data, runs/tuned)"
+        "--out",
+        type=Path,
+        help="folder for the model (default: runs/tiny; with --data, runs/tuned; or runs/OBJECTIVE)",
     )
+    train_towers.add_to(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     number = partial(parser.add_argument, metavar="N")
     number("--save-every", type=shared.at_least_1, default=250, help="steps (default: 250)")
@@ -56,13 +64,13 @@ def add_to(commands: Commands) -> None:
         "--measure-every",
         type=shared.at_least_0,
         help="steps between metrics for log.csv, on 100 held-out scenes or on --validation; "
-        "0: never (default: 500; with --data, 50)",
+        "0: never (default: 500; with --data, 50; with two towers, 250)",
     )
     shared.add_device(parser)
     number("--threads", type=shared.at_least_1, help="to compute with (default: all cores)")
     number("--workers", type=shared.at_least_0, default=1, help="processes that prepare batches (default: 1)")
     number("--seed", type=int, help="(default: 0)")
-    number("--warmup-steps", type=int, help="(default: 100; with --data, a twentieth of all steps)")
+    number("--warmup-steps", type=int, help="(default: 100; with prompts of your own, a twentieth)")
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
@@ -82,14 +90,16 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="FOLDER_OR_REPO_ID", help="where to start (default: the shipped tiny model)"
     )
     number("--epochs", type=int, help="times that every line is shown (default: 10)")
-    number("--steps", type=int, help="instead of --epochs")
-    number("--batch-size", type=int, help="lines computed at once (default: 8)")
+    number("--steps", type=int, help=f"instead of --epochs {_also('steps')}")
+    number("--batch-size", type=int, help=f"lines computed at once (default: 8) {_also('batch_size')}")
     number("--accumulate", type=int, help="batches for one step, as one larger batch (default: 1)")
-    number("--lr", type=float, help="learning rate (default: 1e-3 for small models, 2e-5 for large ones)")
+    help = f"learning rate (default: 1e-3 for small models, 2e-5 for large ones) {_also('lr')}"
+    number("--lr", type=float, help=help)
     group.add_argument(
         "--freeze", choices=tuple(PARTS), action="append", help="leave this part as it is; may be given twice"
     )
-    number("--max-length", type=int, help="tokens of picture and line at most (default: the model's context)")
+    help = f"tokens of picture and line at most (default: the model's context) {_also('max_length')}"
+    number("--max-length", type=int, help=help)
     group.add_argument(
         "--on-bad-line", choices=("refuse", "skip"), help="skip: leave bad lines out (default: refuse)"
     )
@@ -100,28 +110,38 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe of the drawn world")
     for field in fields(TrainingConfig):
         if field.name not in SHARED:
-            help = f"(default: {field.default})"
-            group.add_argument(_option(field.name), type=type(field.default), metavar="N", help=help)
+            help = f"(default: {field.default}) {_also(field.name)}".rstrip()
+            group.add_argument(shared.option_of(field.name), type=type(field.default), metavar="N", help=help)
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _also(name: str) -> str:
+    """The default of a field that the recipe of two towers has as well."""
+    others = {field.name: field.default for field in fields(ContrastiveConfig)}
+    return f"(two towers: {others[name]})" if name in others else ""
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say what to do with the model."""
     recipe = [field.name for field in fields(TrainingConfig) if field.name not in SHARED]
     own = (*OWN, "on_bad_line")
-    if options.data is not None:
-        _refuse(options, recipe, "is part of the drawn world's recipe: leave it out, or leave out --data")
+    towers = options.objective != "answers"
+    if towers:
+        train_towers.check(options, (*recipe, *own))
+    elif options.data is not None:
+        shared.refuse(
+            options, recipe, "is part of the drawn world's recipe: leave it out, or leave out --data"
+        )
         if options.measure_every and options.validation is None:
             raise InputError("--measure-every has nothing to measure on: add --validation FILE.jsonl")
     else:
-        _refuse(options, own, "is for pictures of your own: add --data FILE.jsonl, or leave it out")
+        shared.refuse(options, own, "is for pictures of your own: add --data FILE.jsonl, or leave it out")
+    if not towers:
+        shared.refuse(options, ("teacher",), "belongs to --objective distill: leave it out")
     device = shared.check_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    out = options.out or Path("runs") / ("tiny" if options.data is None else "tuned")
+    name = options.objective if towers else "tiny" if options.data is None else "tuned"
+    out = options.out or Path("runs") / name
     common = {
         "resume": options.resume,
         "save_every": options.save_every,
@@ -131,8 +151,10 @@ def run(options: argparse.Namespace) -> None:
     if options.measure_every is not None:
         common["measure_every"] = options.measure_every
     started = time.monotonic()
-    if options.data is None:
-        train(out, TrainingConfig(**_given(options, (*recipe, *SHARED))), **common)
+    if towers:
+        next_command = train_towers.train(options, out, common)
+    elif options.data is None:
+        train(out, TrainingConfig(**shared.given(options, (*recipe, *SHARED))), **common)
         next_command = f"Measure it:\n  minivlm eval --model {shlex.quote(str(out))}"
     else:
         next_command = _finetune(options, out, common)
@@ -143,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _finetune(options: argparse.Namespace, out: Path, common: dict[str, Any]) -> str:
     """Train on the user's pictures, and return what to do next."""
-    values = _given(options, (*OWN, *SHARED))
+    values = shared.given(options, (*OWN, *SHARED))
     validation = values.pop("validation", None)
     values["freeze"] = tuple(part for part in PARTS if part in values.get("freeze", ()))
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
@@ -159,12 +181,3 @@ def _finetune(options: argparse.Namespace, out: Path, common: dict[str, Any]) ->
         shlex.quote(str(part)) for part in (run.samples[0].path, run.samples[0].prefix, out)
     )
     return f"Ask it:\n  minivlm ask {picture} --prompt {prompt} --model {model}"
-
-
-def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def _refuse(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
-    for name in _given(options, names):
-        raise InputError(f"{_option(name)} {reason}")

@@ -1,0 +1,255 @@
+"""Training two towers, on drawn scenes with their captions or on a user's own pairs.
+
+What is trained, and with which loss, stands in `minivlm.contrastive_recipe`. A step is short: vectors of n
+pictures, vectors of their n captions, one loss of the [n, n] matrix. The towers may compute in bf16; the
+matrix, the temperature and the bias stay in fp32, where a small difference of two cosines is not lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.contrastive_batches import DrawnPairs, FilePairs, Inputs
+from minivlm.contrastive_recipe import ContrastiveConfig, build
+from minivlm.errors import InputError
+from minivlm.evaluation import COLUMNS
+from minivlm.jsonl import BadLines
+from minivlm.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.losses import clip_loss, distillation_loss, siglip_loss, similarity
+from minivlm.models.clip import CLIP
+from minivlm.models.load import load
+from minivlm.models.siglip import SigLIP
+from minivlm.pair_evaluation import distinct_scenes, encode, evaluate_own_pairs, retrieval_scores
+from minivlm.pair_jsonl import Pair, read_captions, read_pairs
+from minivlm.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.processing import CaptionTokenizer, PairProcessor
+from minivlm.scenes import COLORS, SHAPES, SIZES
+
+MEASURED_SCENES = 200
+MOST_SCALE = math.log(100)  # CLIP's limit: a temperature under 1/100 makes training unstable
+MOST_THINGS = 5  # in a scene
+
+
+class ContrastiveRun(Trainable):
+    """A training run of two towers at some step.
+
+    Args:
+        model, processor: as `build` made them.
+        pairs: of a file; None: drawn scenes.
+        validation: pairs to measure on; None: held-out scenes where scenes are drawn.
+        teacher: a model and its processor, for the objective distill.
+        workers: processes that prepare batches.
+
+    Raises InputError: fewer pairs than a batch has, or captions too long for one of the models.
+    """
+
+    losses = ("loss",)
+
+    def __init__(
+        self,
+        config: ContrastiveConfig,
+        model: CLIP | SigLIP,
+        processor: PairProcessor,
+        pairs: Sequence[Pair] | None = None,
+        validation: Sequence[Pair] | None = None,
+        teacher: tuple[CLIP | SigLIP, PairProcessor] | None = None,
+        workers: int = 1,
+    ) -> None:
+        self.config, self.processor, self.workers = config, processor, workers
+        self.pairs, self.validation = pairs, validation
+        self.model = self.masters = model
+        self.teacher = None if teacher is None else teacher[0]
+        self.step = 0
+        self.starts_trained = config.model is not None
+        bf16 = config.bf16 if config.bf16 is not None else bf16_pays(model.device)
+        self.working = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {
+                "params": [p for p in trained if p.dim() < 2],
+                "weight_decay": 0.0,
+            },  # norms, biases
+        ]
+        self.optimizers = {"adamw": torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))}
+        processors = [processor] if teacher is None else [processor, teacher[1]]
+        numbers = {"seed": config.seed, "steps": config.steps, "batch_size": config.batch_size}
+        self.data = (
+            DrawnPairs(processors, **numbers) if pairs is None else FilePairs(pairs, processors, **numbers)
+        )
+        if pairs is None:
+            for one in processors:
+                one(texts=_longest_caption(one.tokenizer))  # now, and not in some later batch
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.steps
+
+    def settings(self) -> dict[str, Any]:
+        if self.pairs is None:
+            return asdict(self.config) | {"data": "drawn"}
+        digest = hashlib.sha256(json.dumps([(pair.image, pair.text) for pair in self.pairs]).encode())
+        return asdict(self.config) | {"data": f"{len(self.pairs)} pairs, {digest.hexdigest()[:8]}"}
+
+    def place(self) -> dict[str, Any]:
+        """The temperature, by which cosines are divided, and the bias; with pairs of a file, the epoch."""
+        here: dict[str, Any] = {"temperature": round(math.exp(-self.model.logit_scale.item()), 5)}
+        if isinstance(self.model, SigLIP):
+            here["bias"] = round(self.model.logit_bias.item(), 4)
+        if self.pairs is not None:
+            per_epoch = len(self.pairs) // self.config.batch_size
+            here = {"epoch": round(self.step / per_epoch, 2), **here}
+        return here
+
+    def advice(self) -> str:
+        return f"try a lower learning rate in a new folder, such as --lr {self.config.lr / 2:g}"
+
+    def batches(self) -> Iterator[list[Inputs]]:
+        """The batch of each step from the present one, once for the student and once for the teacher.
+
+        Raises InputError: a picture of a file turns out to be damaged.
+        """
+        for batch in in_order(self.data, range(self.step, self.total_steps), self.workers):
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+    def advance(self, batch: list[Inputs]) -> dict[str, float]:
+        """One step of optimization."""
+        self.masters.zero_grad()
+        loss = self._loss(batch)
+        value = loss.item()
+        self.check_finite("the loss", value)
+        loss.backward()
+        collect_gradients(self.masters, self.working)
+        norm = nn.utils.clip_grad_norm_(self.masters.parameters(), self.config.clip)
+        self.check_finite("the gradient", norm.item())
+        for group in self.optimizers["adamw"].param_groups:
+            group["lr"] = self.config.lr * self._schedule()
+        self.optimizers["adamw"].step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=MOST_SCALE)
+        follow_masters(self.masters, self.working)
+        self.step += 1
+        return {"loss": value}
+
+    def _loss(self, batch: list[Inputs]) -> Tensor:
+        towers, scale = self.working, self.model.logit_scale
+        assert isinstance(towers, CLIP | SigLIP)
+        images, texts = (x.float() for x in self._embed(towers, batch[0]))  # [n, D] each
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self._embed(self.teacher, batch[1])
+            return distillation_loss(images, texts, scale, *teacher, self.teacher.logit_scale)
+        if isinstance(self.model, SigLIP):
+            return siglip_loss(images, texts, scale, self.model.logit_bias)
+        return clip_loss(images, texts, scale)
+
+    def _embed(self, towers: CLIP | SigLIP, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        images = towers.encode_image(inputs["pixel_values"].to(towers.device))
+        return images, towers.encode_text(inputs["input_ids"].to(towers.device))
+
+    def _schedule(self) -> float:
+        """Factor of the learning rate: warm-up and linear decay."""
+        return min(1.0, (self.step + 1) / self.config.warmup_steps) * (1.0 - self.step / self.total_steps)
+
+    def measure(self) -> dict[str, float]:
+        """Recall@1 in both directions, on held-out scenes or on the validation pairs."""
+        if self.validation is not None:
+            scores = evaluate_own_pairs(self.model, self.processor, self.validation, progress=False)
+        elif self.pairs is None:
+            column = COLUMNS["held_out"]
+            scenes = distinct_scenes(column, MEASURED_SCENES, seed=1)
+            pictures = column.draw(scenes, self.processor.image_processor.image_size)
+            embeds = encode(self.model, self.processor, pictures, [scene.caption() for scene in scenes])
+            scores = retrieval_scores(similarity(*embeds))
+        else:
+            return {}
+        return {name: score.value for name, score in scores.items() if name.endswith("recall@1")}
+
+    def save(self, folder: Path) -> None:
+        """The trained towers so far, as a checkpoint folder in fp32."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def _longest_caption(tokenizer: CaptionTokenizer) -> str:
+    names = [f"a {size} {color} {shape}" for size in SIZES for color in COLORS for shape in SHAPES]
+    return ", ".join([max(names, key=lambda name: len(tokenizer.encode(name)))] * MOST_THINGS)
+
+
+def train_contrastive(
+    out: Path,
+    config: ContrastiveConfig,
+    data: Path | None = None,
+    validation: Path | None = None,
+    *,
+    warn: Callable[[BadLines], object] | None = None,
+    resume: bool = False,
+    save_every: int = 250,
+    log_every: int = 25,
+    measure_every: int = 250,
+    workers: int = 1,
+    device: torch.device | str = "cpu",
+    progress: bool | None = None,
+) -> ContrastiveRun:
+    """Train two towers, or go on where a run in `out` was stopped, and leave a checkpoint folder in `out`.
+
+    Args:
+        data: a file of pairs, see `minivlm.pair_jsonl`; None draws scenes.
+        validation: a file like `data`, to measure on every `measure_every` steps; 0 never does.
+        warn: told about bad lines, which are then left out; without it they are refused.
+        workers: processes that prepare batches; 0 prepares them in this one. The weights are the same.
+        progress: True shows a bar, False none, None only on a terminal.
+
+    Raises InputError: bad lines, or fewer good ones than a batch has; a model or teacher that cannot be
+    loaded or is of another kind; `out` holds a run and `resume` is not set, or the other way round, or the
+    run has other settings; training diverges. See `minivlm.loop`.
+    """
+    # The same folder by whatever path.
+    config = replace(config, model=_resolved(config.model), teacher=_resolved(config.teacher))
+    for name, source in (("model", config.model), ("teacher", config.teacher)):
+        if source == str(out.resolve()):
+            raise InputError(f"{out} holds the {name} that training needs: choose another folder")
+    check_folder(out, resume)
+    teacher = None if config.teacher is None else _load_teacher(config.teacher, device)
+    model, processor = build(config, None if data is None else read_captions(data))
+    model.to(device)
+    tokenizers = [processor.tokenizer] if teacher is None else [processor.tokenizer, teacher[1].tokenizer]
+    pairs = None if data is None else read_pairs(data, tokenizers, warn)
+    others = None if validation is None else read_pairs(validation, tokenizers[:1], warn)
+    run = ContrastiveRun(config, model, processor, pairs, others, teacher, workers)
+    run_to_end(
+        run,
+        out,
+        resume=resume,
+        save_every=save_every,
+        log_every=log_every,
+        measure_every=measure_every if data is None or others else 0,
+        progress=progress,
+    )
+    return run
+
+
+def _resolved(name: str | None) -> str | None:
+    return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
+
+
+def _load_teacher(name: str, device: torch.device | str) -> tuple[CLIP | SigLIP, PairProcessor]:
+    model, processor = load(name, device=device)
+    if not isinstance(model, CLIP | SigLIP):
+        raise InputError(
+            f"{name} holds a {type(model).__name__}, and a teacher has two towers: choose the folder "
+            "of a CLIP or SigLIP model"
+        )
+    return model.requires_grad_(False), processor

@@ -1,0 +1,244 @@
+"""How well two towers find each other: the table that `minivlm eval` prints for a CLIP or SigLIP folder.
+
+The scenes are those of `minivlm.evaluation`, in the same columns, but each caption comes once: two scenes
+that one sentence describes could not be told apart by it. In retrieval every picture looks for its caption
+among all of them, and the other way round. Zero-shot classification shows one thing alone and asks for its
+color and its shape, with sentences for classes (zero_shot.py).
+
+The same numbers of retrieval come out of a user's own pairs, where a picture may have several captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from minivlm.errors import InputError
+from minivlm.evaluation import CHANGES, COLUMNS, EVALUATION_STREAM, Column
+from minivlm.losses import similarity
+from minivlm.models.clip import CLIP
+from minivlm.models.siglip import SigLIP
+from minivlm.pair_jsonl import Pair
+from minivlm.processing import PairProcessor
+from minivlm.processing.processor import Picture
+from minivlm.renderers import BROWSERS, CHROMIUM, find_browser
+from minivlm.retrieval import (
+    RECALL_AT,
+    accuracy,
+    chance_of_median_rank,
+    chance_of_recall,
+    median_rank,
+    ranks,
+    recall,
+)
+from minivlm.scenes import COLORS, SHAPES, SIZES, Scene, Split, make_scene
+from minivlm.zero_shot import class_embeddings
+
+PAIR_COLUMNS = tuple(name for name in COLUMNS if name != "text_only")  # without a picture nothing is found
+BATCH = 100  # pictures encoded at once
+SINGLE = CHANGES + 1  # number of the first stream of scenes with one thing, behind all others
+
+# Every sentence that a class can be part of; the vectors of a class are averaged.
+COLOR_TEMPLATES = tuple(f"a {size} {{}} {shape}" for size in SIZES for shape in SHAPES)
+SHAPE_TEMPLATES = tuple(f"a {size} {color} {{}}" for size in SIZES for color in COLORS)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of the table, what guessing reaches there, and over how many cases."""
+
+    value: float
+    chance: float
+    cases: int
+
+
+Table = dict[str, dict[str, Score]]  # column -> row -> number
+
+
+def evaluate_pairs(
+    model: CLIP | SigLIP,
+    processor: PairProcessor,
+    scenes: int = 2000,
+    seed: int = 1,
+    progress: bool | None = None,
+    columns: Sequence[str] = PAIR_COLUMNS,
+) -> Table:
+    """The table, or some of its columns: by column the scores by name.
+
+    Where there is no browser, its column is empty.
+
+    Raises InputError: a column of another name, a browser that fails, or captions too long for the model.
+    """
+    unknown = [name for name in columns if name not in PAIR_COLUMNS]
+    if unknown:
+        raise InputError(
+            f"there is no column {unknown[0]!r} for two towers: choose from {', '.join(PAIR_COLUMNS)}"
+        )
+    pixels = processor.image_processor.image_size
+    table: Table = {name: {} for name in columns}
+    for name in columns:
+        if name == "browser" and find_browser() is None:
+            continue
+        column = COLUMNS[name]
+        shown = distinct_scenes(column, scenes, seed)
+        images, texts = encode(
+            model,
+            processor,
+            column.draw(shown, pixels),
+            [scene.caption() for scene in shown],
+            progress,
+            column.title,
+        )
+        table[name] = retrieval_scores(similarity(images, texts))
+        alone = single_things(column, scenes, seed)
+        table[name] |= zero_shot_scores(model, processor, alone, column.draw(alone, pixels))
+    return table
+
+
+def distinct_scenes(column: Column, scenes: int, seed: int) -> list[Scene]:
+    """The first scenes of a column, each with a caption of its own."""
+    stream = get_args(Split).index(column.split)
+    found: dict[str, Scene] = {}
+    number = 0
+    while len(found) < scenes:
+        scene = make_scene(np.random.default_rng([seed, EVALUATION_STREAM + stream, number]), column.split)
+        found.setdefault(scene.caption(), _changed(column, scene, seed, number))
+        number += 1
+    return list(found.values())
+
+
+def single_things(column: Column, scenes: int, seed: int) -> list[Scene]:
+    """Scenes of a column's split with one thing each."""
+    stream = SINGLE + get_args(Split).index(column.split)
+    found = []
+    for number in range(scenes):
+        rng = np.random.default_rng([seed, EVALUATION_STREAM + stream, number])
+        while len((scene := make_scene(rng, column.split, easy=True)).things) > 1:
+            pass
+        found.append(_changed(column, scene, seed, number))
+    return found
+
+
+def _changed(column: Column, scene: Scene, seed: int, number: int) -> Scene:
+    if column.change is None:
+        return scene
+    return column.change(scene, np.random.default_rng([seed, EVALUATION_STREAM + CHANGES, number]))
+
+
+@torch.no_grad()
+def encode(
+    model: CLIP | SigLIP,
+    processor: PairProcessor,
+    pictures: Sequence[Picture],
+    texts: Sequence[str],
+    progress: bool | None = False,
+    label: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Pictures (or their paths) and texts -> vectors [n, D] and [m, D] of any length.
+
+    Raises InputError: as the processor.
+    """
+    starts = [("image", i) for i in range(0, len(pictures), BATCH)]
+    starts += [("text", i) for i in range(0, len(texts), BATCH)]
+    embeds: dict[str, list[Tensor]] = {"image": [], "text": []}
+    for kind, i in tqdm(starts, desc=label, leave=False, disable=None if progress is None else not progress):
+        if kind == "image":
+            pixel_values = processor(images=pictures[i : i + BATCH])["pixel_values"]
+            embeds[kind].append(model.encode_image(pixel_values.to(model.device)).float())
+        else:
+            input_ids = processor(texts=texts[i : i + BATCH])["input_ids"]
+            embeds[kind].append(model.encode_text(input_ids.to(model.device)).float())
+    return torch.cat(embeds["image"]), torch.cat(embeds["text"])
+
+
+def retrieval_scores(similarity: Tensor, right: Tensor | None = None) -> dict[str, Score]:
+    """Recall and median rank in both directions, of pictures [n] down and texts [m] across.
+
+    right: [n, m] bool, which belong together; None: row i to column i.
+    """
+    if right is None:
+        right = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    scores = {}
+    for way, matrix, answers in (
+        ("image to text", similarity, right),
+        ("text to image", similarity.T, right.T),
+    ):
+        places = ranks(matrix, answers)
+        for k in RECALL_AT:
+            chance = chance_of_recall(answers, k)
+            scores[f"{way} recall@{k}"] = Score(recall(places, k), chance, len(places))
+        scores[f"{way} median rank"] = Score(
+            float(median_rank(places)), float(chance_of_median_rank(answers)), len(places)
+        )
+    return scores
+
+
+def zero_shot_scores(
+    model: CLIP | SigLIP, processor: PairProcessor, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
+) -> dict[str, Score]:
+    """How often the color and the shape of a scene's one thing are named rightly."""
+    images, _ = encode(model, processor, pictures, ["a"])
+    scores = {}
+    for name, names, templates, labels in (
+        ("color", list(COLORS), COLOR_TEMPLATES, [scene.things[0].color for scene in scenes]),
+        ("shape", list(SHAPES), SHAPE_TEMPLATES, [scene.things[0].shape for scene in scenes]),
+    ):
+        classes = class_embeddings(model, processor.tokenizer, names, templates)
+        wanted = torch.tensor([names.index(label) for label in labels], device=images.device)
+        right = accuracy(similarity(images, classes.float()), wanted)
+        scores[f"zero-shot {name}"] = Score(right, 1 / len(names), len(scenes))
+    return scores
+
+
+def evaluate_own_pairs(
+    model: CLIP | SigLIP, processor: PairProcessor, pairs: Sequence[Pair], progress: bool | None = None
+) -> dict[str, Score]:
+    """Retrieval among the pictures and captions of a file. Equal pictures or captions count as one.
+
+    Raises InputError: a picture turns out to be damaged.
+    """
+    pictures = list(dict.fromkeys(pair.path for pair in pairs))
+    texts = list(dict.fromkeys(pair.text for pair in pairs))
+    right = torch.zeros(len(pictures), len(texts), dtype=torch.bool)
+    row = {path: number for number, path in enumerate(pictures)}
+    column = {text: number for number, text in enumerate(texts)}
+    for pair in pairs:
+        right[row[pair.path], column[pair.text]] = True
+    images, captions = encode(model, processor, pictures, texts, progress, "own pairs")
+    return retrieval_scores(similarity(images, captions), right.to(images.device))
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """The table as plain numbers, rounded to four decimals."""
+    return {
+        column: {
+            name: {key: round(number, 4) for key, number in asdict(score).items()}
+            for name, score in scores.items()
+        }
+        for column, scores in table.items()
+    }
+
+
+def as_text(table: Table) -> str:
+    """The table as Markdown. Chance and cases are those of its first column."""
+    shown = {name: scores for name, scores in table.items() if scores}
+    first = next(iter(shown.values()), {})
+    titles = [COLUMNS[name].title if name in COLUMNS else name for name in shown]
+    lines = [f"| | {' | '.join([*titles, 'chance', 'cases'])} |", "|---" * (len(titles) + 3) + "|"]
+    for row, score in first.items():
+        values = [*(scores[row].value for scores in shown.values()), score.chance]
+        cells = [f"{value:.0f}" if row.endswith("rank") else f"{value:.3f}" for value in values]
+        lines.append(f"| {row} | {' | '.join(cells)} | {score.cases} |")
+    if table.get("browser") == {}:
+        lines += [
+            "",
+            f"The column browser is left out: no {', '.join(BROWSERS)} was found, and {CHROMIUM} is not set.",
+        ]
+    return "\n".join(lines)
