@@ -58,8 +58,8 @@ def narrow(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window:
     """
     queries, keys = query_positions[:, None, :, None], key_positions[:, None, None, :]
     # Nobody but the prefix looks ahead, and the last token that is seen from before is the prefix's last.
-    seen_ahead = torch.where(mask & (keys > queries), keys, -1)  # [B, 1, T, S]
-    prefix_lengths = seen_ahead.amax(dim=(-2, -1), keepdim=True) + 1  # [B, 1, 1, 1]
+    seen_from_before = (mask & (keys > queries)).any(dim=-2, keepdim=True)  # [B, 1, 1, S]
+    prefix_lengths = keys.where(seen_from_before, -1).amax(dim=-1, keepdim=True) + 1  # [B, 1, 1, 1]
     both_in_prefix = (queries < prefix_lengths) & (keys < prefix_lengths)
     near = masks.sliding(query_positions, key_positions, window)[:, None]
     return mask & (near | both_in_prefix)
