@@ -341,8 +341,9 @@ def as_table(path: Path) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean with smallest and largest."""
-    return f"{statistics.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    """Mean, with smallest and largest where there are several."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f}-{max(values):.2f})"
 
 
 if __name__ == "__main__":

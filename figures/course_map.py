@@ -53,6 +53,7 @@ PARTS = {
     "06": ("Merging", ("projector", "merge", "answer")),
     "07": ("Training", ("patches", "blocks", "projector", "embedding", "decoder", "answer")),
     "08": ("Boxes and masks", ("tokenizer", "answer")),
+    "09": ("Looking inside", ("patches", "blocks", "decoder", "answer")),
     "10": ("Contrastive training", ("patches", "blocks", "loss")),
 }
 

@@ -4,7 +4,7 @@
 >>> model, processor = minivlm.load("google/paligemma-3b-mix-224")
 """
 
-from minivlm.configs import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.configs import Gemma2Config, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from minivlm.encoder_configs import CLIPConfig, SiglipConfig, ViTConfig
 from minivlm.errors import InputError
 from minivlm.models.clip import CLIP
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CLIP",
     "CLIPConfig",
+    "Gemma2Config",
     "GemmaConfig",
     "InputError",
     "PairProcessor",

@@ -83,13 +83,7 @@ class GemmaConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value "
-                "heads evenly: num_attention_heads must be a multiple of num_key_value_heads"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd, but rotary positions turn pairs of numbers")
+        _check_heads(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GemmaConfig:
@@ -99,16 +93,7 @@ class GemmaConfig:
         Raises InputError: another decoder than Gemma, another activation, scaled rotary positions.
         """
         _expect(values, "text_config", "model_type", "gemma")
-        # Older files say hidden_act "gelu_fast" or "gelu": what was always computed is hidden_activation,
-        # and where that is missing, the tanh form.
-        if values.get("hidden_activation") is not None:
-            _expect(values, "text_config", "hidden_activation", "gelu_pytorch_tanh")
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        _expect(rope, "text_config.rope_parameters", "rope_type", "default")
-        known = _known(cls, values)
-        if "rope_theta" in rope:
-            known["rope_theta"] = rope["rope_theta"]
-        return cls(**known)
+        return cls(**_known_decoder(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
         """The `text_config` part of a config.json."""
@@ -121,8 +106,75 @@ class GemmaConfig:
 
 
 @dataclass(frozen=True)
+class Gemma2Config:
+    """Gemma 2's decoder (https://arxiv.org/abs/2408.00118). The defaults are those of paligemma2-3b."""
+
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    vocab_size: int = 257216
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    query_pre_attn_scalar: int = 256  # queries are multiplied by its -0.5th power
+    sliding_window: int = 4096  # positions, in the first, third, fifth ... layer
+    attn_logit_softcapping: float | None = 50.0  # None: no cap
+    final_logit_softcapping: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        _check_heads(self)
+        if self.sliding_window < 1:
+            raise InputError(
+                f"sliding_window is {self.sliding_window}: a token sees at least itself, give 1 or more"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Gemma2Config:
+        """From the `text_config` part of a config.json.
+
+        Raises InputError: another decoder than Gemma 2, another activation, scaled rotary positions, another
+        order of layers with and without a window, or none with one.
+        """
+        _expect(values, "text_config", "model_type", "gemma2")
+        known = _known_decoder(cls, values)
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if cap in values:
+                known[cap] = values[cap]  # here null has a meaning of its own
+        if "sliding_window" in values and values["sliding_window"] is None:
+            raise InputError("text_config has sliding_window = null; only Gemma 2 with a window is supported")
+        config = cls(**known)
+        if values.get("layer_types") is not None:
+            _expect(values, "text_config", "layer_types", config.layer_types)
+        return config
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which layers have a window: every second one, beginning with the first."""
+        kinds = ("sliding_attention", "full_attention")
+        return [kinds[number % 2] for number in range(self.num_hidden_layers)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `text_config` part of a config.json."""
+        return {
+            "model_type": "gemma2",
+            **asdict(self),
+            "layer_types": self.layer_types,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+        }
+
+
+@dataclass(frozen=True)
 class PaliGemmaConfig:
-    """PaliGemma (https://arxiv.org/abs/2407.07726): a SigLIP tower, one linear layer, a Gemma decoder."""
+    """PaliGemma (https://arxiv.org/abs/2407.07726): a SigLIP tower, one linear layer, a Gemma decoder.
+
+    PaliGemma 2 (https://arxiv.org/abs/2412.03555) is the same system with `text` a Gemma2Config; its
+    published sizes are in `minivlm.paligemma2_configs`.
+    """
 
     vision: SiglipVisionConfig = field(
         default_factory=lambda: SiglipVisionConfig(
@@ -133,7 +185,7 @@ class PaliGemmaConfig:
             patch_size=14,
         )
     )
-    text: GemmaConfig = field(default_factory=GemmaConfig)
+    text: GemmaConfig | Gemma2Config = field(default_factory=GemmaConfig)
     image_token_id: int = 257152
     pad_token_id: int = 0
     bos_token_id: int = 2
@@ -152,12 +204,13 @@ class PaliGemmaConfig:
                 raise InputError(f"config.json has no {part!r}: is it the config.json of a whole PaliGemma?")
         text = dict(values["text_config"])
         text.setdefault("tie_word_embeddings", values.get("tie_word_embeddings", True))
+        decoder = Gemma2Config if text.get("model_type") == "gemma2" else GemmaConfig
         # The published files call it image_token_index; transformers 5 writes image_token_id.
         ids = {"image_token_id": values.get("image_token_id", values.get("image_token_index"))}
         ids |= {name: values.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return cls(
             vision=SiglipVisionConfig.from_dict(values["vision_config"]),
-            text=GemmaConfig.from_dict(text),
+            text=decoder.from_dict(text),
             **{name: value for name, value in ids.items() if value is not None},
         )
 
@@ -180,6 +233,30 @@ class PaliGemmaConfig:
             "eos_token_id": self.eos_token_id,
             "tie_word_embeddings": self.text.tie_word_embeddings,
         }
+
+
+def _check_heads(config: GemmaConfig | Gemma2Config) -> None:
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"{config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key/value "
+            "heads evenly: num_attention_heads must be a multiple of num_key_value_heads"
+        )
+    if config.head_dim % 2:
+        raise InputError(f"head_dim {config.head_dim} is odd, but rotary positions turn pairs of numbers")
+
+
+def _known_decoder(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What Gemma and Gemma 2 read alike."""
+    # Older files say hidden_act "gelu_fast" or "gelu": what was always computed is hidden_activation,
+    # and where that is missing, the tanh form.
+    if values.get("hidden_activation") is not None:
+        _expect(values, "text_config", "hidden_activation", "gelu_pytorch_tanh")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    _expect(rope, "text_config.rope_parameters", "rope_type", "default")
+    known = _known(cls, values)
+    if "rope_theta" in rope:
+        known["rope_theta"] = rope["rope_theta"]
+    return known
 
 
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

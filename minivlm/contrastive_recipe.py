@@ -76,8 +76,8 @@ class ContrastiveConfig:
     text_heads: int = 3
     max_length: int = 32  # tokens of a caption, with the marks of start and end
     steps: int = 1000
-    batch_size: int = 128
-    lr: float = 1e-3
+    batch_size: int = 64
+    lr: float = 2e-3
     weight_decay: float = 0.02  # of matrices
     warmup_steps: int = 100
     clip: float = 1.0  # norm of the gradient

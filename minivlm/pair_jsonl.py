@@ -50,7 +50,13 @@ def read_pairs(
     def read_line(line: bytes, number: int, folder: Path) -> Pair:
         image, text = read_texts(line, KEYS)
         for tokenizer in tokenizers:
-            tokenizer(text)
+            length = len(tokenizer.encode(text))
+            room = tokenizer.form.max_length - len(tokenizer.before) - 1
+            if length > room:
+                raise InputError(
+                    f"its text has {length} tokens, and the model reads {room} at most: shorten it (new "
+                    "towers read more with a larger --max-length)"
+                )
         check_picture(folder / image, known)
         return Pair(number, image, folder / image, text)
 

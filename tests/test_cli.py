@@ -904,7 +904,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
-    assert {line.split()[1] for line in examples} == {"demo", "ask", "train", "train-masks", "eval"}
+    assert {line.split()[1] for line in examples} == {"demo", "ask", "look", "train", "train-masks", "eval"}
     assert cli.EXAMPLES in out
 
 
@@ -927,6 +927,7 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
         ("train-masks", ["--steps", "(default: "]),
         ("eval", ["--scenes", "(default: 2000)", "--json", "unseen_pairs"]),
         ("demo", ["--out"]),
+        ("look", ["--prompt", "--out", "--no-occlusion", '(default: "caption en")']),
     ],
 )
 def test_help_of_commands(name: str, wanted: list[str], capsys: pytest.CaptureFixture[str]) -> None:

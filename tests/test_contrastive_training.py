@@ -42,9 +42,9 @@ def a_run(objective: str, teacher: Path | None = None, **changes: Any) -> Contra
 @pytest.mark.parametrize("objective", ["clip", "siglip", "lit", "distill"])
 def test_the_loss_of_a_batch_falls(objective: str, tmp_path: Path) -> None:
     teacher = make_towers(tmp_path, seed=3) if objective == "distill" else None
-    run = a_run(objective, teacher, steps=100, lr=0.01)
+    run = a_run(objective, teacher, steps=200, lr=0.003)
     batch = run.data[0]
-    losses = [run.advance(batch)["loss"] for _ in range(30)]
+    losses = [run.advance(batch)["loss"] for _ in range(60)]
     least = 0.0
     if run.teacher is not None:  # the entropy of the teacher's rows and columns
         least = float(_entropy(_logits(run.teacher, batch[1])))
@@ -309,13 +309,13 @@ def test_a_picture_that_has_gone_since_it_was_looked_at(
         "read_pairs",
         lambda *args: [read_pairs(*args), (tmp_path / "data" / "4.png").unlink()][0],
     )
-    with pytest.raises(InputError, match=r"line 5: .*4.png: no such file.*; the same command with --resume"):
+    with pytest.raises(InputError, match=r"line 5: .*4.png: no such file"):
         train_contrastive(tmp_path / "run", config(), data, **EVERY | {"save_every": 1})
 
 
 def test_a_run_that_diverges(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=re.escape("such as --lr 5e+29")):
-        train_contrastive(tmp_path, config("siglip", lr=1e30), **EVERY)
+    with pytest.raises(InputError, match=re.escape("such as --lr 5e+08")):
+        train_contrastive(tmp_path, config("siglip", lr=1e9), **EVERY)
 
 
 def test_every_word_of_the_drawn_world_is_a_token() -> None:

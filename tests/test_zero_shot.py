@@ -140,15 +140,20 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def make_vit(folder: Path) -> ViT:
+    model = randomize(ViT(ViTConfig(**VISION, labels=("a", "b"), pooler=False)))
+    assert isinstance(model, ViT)
+    model.save_pretrained(folder)
+    ViTImageProcessor(image_size=28).save_pretrained(folder)
+    return model
+
+
 def test_a_vit_folder(tmp_path: Path) -> None:
-    config = ViTConfig(**VISION, labels=("a", "b"), pooler=False)
-    model = randomize(ViT(config))
-    model.save_pretrained(tmp_path)
-    ViTImageProcessor(image_size=28).save_pretrained(tmp_path)
+    model = make_vit(tmp_path)
     loaded, processor = minivlm.load(tmp_path)
     pixels = processor([Image.linear_gradient("L")])
     assert torch.equal(loaded(pixels).logits, model(pixels).logits)
-    assert loaded.config == config
+    assert loaded.config == model.config
     edit(tmp_path / "preprocessor_config.json", size={"height": 56, "width": 56})
     with pytest.raises(InputError, match=r"side is 28 by config.json and 56 by preprocessor_config"):
         minivlm.load(tmp_path)
@@ -174,16 +179,27 @@ def test_a_siglip_folder_of_another_picture_size(tmp_path: Path) -> None:
         minivlm.load(tmp_path)
 
 
-@pytest.mark.parametrize("command", [["ask", "a.png", "--prompt", "caption en"], ["eval"]])
+@pytest.mark.parametrize(
+    ("make", "command", "message"),
+    [
+        ("clip", ["ask", "a.png", "--prompt", "caption en"], "type 'clip', and only paligemma writes"),
+        ("vit", ["eval"], "holds a ViT, which neither answers nor reads captions: choose a PaliGemma, CLIP"),
+    ],
+)
 def test_the_command_line_refuses_models_that_write_nothing(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make: str,
+    command: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from minivlm.cli import main
 
-    make_clip(tmp_path)
+    {"clip": make_clip, "vit": make_vit}[make](tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     assert main([*command, "--model", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "holds a model of type 'clip', and only paligemma writes answers" in error
+    assert message in error
     assert "Traceback" not in error

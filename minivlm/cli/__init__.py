@@ -1,4 +1,4 @@
-"""The command line: `minivlm demo | ask | train | train-masks | eval`, each in a file of its own.
+"""The command line: `minivlm demo | ask | look | train | train-masks | eval`, each in a file of its own.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
 output as they are generated; progress bars go to standard error, and only to a terminal.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minivlm.cli import ask, demo, evaluate, train, train_masks
+from minivlm.cli import ask, demo, evaluate, look, train, train_masks
 from minivlm.cli.options import one_line, show
 from minivlm.errors import InputError
 from minivlm.jsonl import BadLines
@@ -26,6 +26,7 @@ examples:
   minivlm ask photo.jpg --prompt "segment red circle" --draw masks.png
   minivlm ask *.png --prompts-file prompts.txt --json
   minivlm ask photo.jpg --prompt "caption en" --model google/paligemma-3b-mix-224 --dtype bfloat16
+  minivlm look photo.jpg --prompt "detect red circle" --out look
   minivlm train --out runs/tiny
   minivlm train --out runs/tiny --resume
   minivlm train --data train.jsonl --validation validation.jsonl --out runs/tuned
@@ -78,6 +79,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, ask, train, train_masks, evaluate):
+    for command in (demo, ask, look, train, train_masks, evaluate):
         command.add_to(commands)
     return parser

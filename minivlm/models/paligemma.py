@@ -8,6 +8,9 @@ The input ids hold N placeholders `<image>`, and `merge` replaces their embeddin
 Image and prompt together are the prefix: they see each other in both directions. The answer is the suffix:
 it is causal, and only it has a loss. Image features are *not* multiplied by sqrt(D): the linear layer has
 learned to deliver the right size, and in bf16 a detour by the factor would change the values.
+
+PaliGemma 2 (https://arxiv.org/abs/2412.03555) has Gemma 2 in the place of Gemma, and nothing else changes
+here: the config says which of the two `build_decoder` builds.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from minivlm import masks, weights
 from minivlm.cache import KVCache
 from minivlm.configs import PaliGemmaConfig
 from minivlm.generate import generate, stream
-from minivlm.text.decoder import GemmaDecoder
+from minivlm.text.gemma2 import build_decoder
 from minivlm.vision.vit import SiglipVisionModel
 
 
@@ -45,7 +48,7 @@ class PaliGemma(nn.Module):
         self.config = config
         self.vision_tower = SiglipVisionModel(config.vision)
         self.multi_modal_projector = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
-        self.language_model = GemmaDecoder(config.text)
+        self.language_model = build_decoder(config.text)  # a GemmaDecoder; in PaliGemma 2, Gemma 2
 
     @property
     def device(self) -> torch.device:

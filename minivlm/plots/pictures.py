@@ -1,4 +1,4 @@
-"""What the command line and the notebooks draw: boxes and masks on pictures."""
+"""Boxes and masks drawn on pictures."""
 
 from __future__ import annotations
 

@@ -1,0 +1,145 @@
+"""`minivlm look`: what goes on inside the model while it answers, as pictures in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from minivlm.cli import options as shared
+from minivlm.errors import InputError
+from minivlm.files import write_aside
+from minivlm.processing import load_picture, to_rgb
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from minivlm.cli.options import Commands
+
+MOST_MAPS = 23  # words of an answer that get a map of their own
+
+
+def add_to(commands: Commands) -> None:
+    """Describe the command."""
+    look = commands.add_parser(
+        "look",
+        help="look inside the model while it answers",
+        description="Draw filters, positions, attention, occlusion and nearest words into a folder.",
+    )
+    look.add_argument("picture", metavar="PICTURE", help="a picture file, of any format that Pillow reads")
+    look.add_argument("--prompt", default="caption en", help='what to ask (default: "caption en")')
+    look.add_argument(
+        "--out", type=Path, default=Path("look"), metavar="FOLDER", help="where to write (default: look)"
+    )
+    shared.add_model(look)
+    look.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="length of an answer (default: 64)"
+    )
+    look.add_argument(
+        "--no-occlusion",
+        action="store_true",
+        help="leave out occlusion, which reads the picture again for each of its patches",
+    )
+    look.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answer, draw, and print what each file shows."""
+    # Drawing takes half a second to import, which no other command should pay.
+    from minivlm import looking
+    from minivlm.inspection import inspect_answer
+    from minivlm.plots import looking as plots
+    from minivlm.plots.hover import hover_page
+
+    if not options.prompt.strip():
+        raise InputError('--prompt is empty: ask something, such as "caption en"')
+    picture = to_rgb(load_picture(options.picture))
+    _make_folder(options.out)
+    model, processor = shared.open_model(options)
+    seen = inspect_answer(model, processor, picture, options.prompt, options.max_new_tokens)
+    print(f"{options.picture} | {options.prompt}\n{seen.answer}")
+
+    embeddings = model.vision_tower.embeddings
+    filters = embeddings.patch_embedding.weight.detach().float()
+    components, shares = looking.filter_components(filters)
+    _save(
+        plots.draw_filters({"filters": filters, "components": components}),
+        options.out / "filters.png",
+        f"12 components explain {float(shares[:12].sum()):.0%} of the filters' variance",
+    )
+
+    similarity = looking.position_similarity(embeddings.position_embedding.weight.detach())
+    _save(
+        plots.draw_positions({"positions": similarity}),
+        options.out / "positions.png",
+        "similarity of each position with all others",
+    )
+
+    count = seen.tower.shape[-1]
+    distances = torch.stack([looking.attention_distance(layer[None]) for layer in seen.tower])
+    entropies = torch.stack([looking.attention_entropy(layer[None]) for layer in seen.tower])
+    evenly = float(looking.patch_distances(count).mean())
+    _save(
+        plots.draw_heads(distances.cpu(), entropies.cpu(), evenly, math.log(count)),
+        options.out / "heads.png",
+        f"heads look {float(distances.min()):.1f} to {float(distances.max()):.1f} patches away",
+    )
+
+    by_word = seen.attention.mean(dim=(1, 2))  # [A, N]
+    maps = {f"{i + 1} {word}": by_word[i] for i, word in enumerate(seen.words[:MOST_MAPS])}
+    _save(
+        plots.draw_patch_scores(seen.pixel_values, maps),
+        options.out / "attention.png",
+        f"where the writer of each word looks; {float(by_word.sum(dim=1).mean()):.0%} of it on patches",
+    )
+
+    whole = {"attention": by_word.mean(dim=0), "rollout": seen.rollout.mean(dim=0)}
+    if not options.no_occlusion:
+        patch = model.config.vision.patch_size
+        whole["occlusion"] = looking.occlusion(seen.sureness, seen.pixel_values, patch)
+        whole["occlusion, 3 x 3"] = looking.occlusion(seen.sureness, seen.pixel_values, patch, reach=1)
+    where = {name: divmod(int(scores.argmax()), math.isqrt(count)) for name, scores in whole.items()}
+    listed = ", ".join(f"{name} {row + 1}/{column + 1}" for name, (row, column) in where.items())
+    _save(
+        plots.draw_patch_scores(seen.pixel_values, whole),
+        options.out / "importance.png",
+        f"the most important patch, row/column: {listed}",
+    )
+
+    table = model.language_model.embed_tokens.weight.detach()
+    cosines, ids = (best.cpu() for best in looking.nearest_words(seen.image_tokens, table, k=3))
+    decode = processor.tokenizer.decode
+    words = [[decode([i], skip_special_tokens=False).strip() for i in row] for row in ids.tolist()]
+    _save(
+        plots.draw_words(seen.pixel_values, [row[0] for row in words], cosines[:, 0]),
+        options.out / "words.png",
+        f"nearest word of each image token, cosines {cosines[:, 0].min():.2f} to {cosines[:, 0].max():.2f}",
+    )
+
+    page = hover_page(seen.pixel_values, whole, words, f"{options.prompt}: {seen.answer}")
+    with write_aside(options.out / "hover.html") as temporary:
+        temporary.write_text(f'<!doctype html><meta charset="utf-8">\n{page}\n', encoding="utf-8")
+    print("  hover.html      the same to explore: open it in a browser")
+    print(f"drawn: {options.out}")
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises InputError: there can be no such folder, or nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".minivlm-look"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write into {folder}: {error.strerror}. Choose another folder with --out"
+        ) from error
+
+
+def _save(figure: Figure, path: Path, fact: str) -> None:
+    with write_aside(path) as temporary:
+        figure.savefig(temporary, format="png")
+    print(f"  {path.name:15} {fact}")

@@ -1,0 +1,103 @@
+"""A picture to explore with the mouse: one piece of HTML that needs nothing from outside.
+
+Inline SVG with a few lines of script. Buttons choose what the patches are colored by; the patch under the
+mouse says what is known of it. Where no script runs, each patch still has its text as a tooltip (`title`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from minivlm.plots.looking import to_image
+
+SIDE = 360  # pixels of the drawing; the picture inside is stored as small as the model sees it
+LARGEST = 224  # pixels of the stored picture
+
+_PAGE = """<div id="{id}" style="font:14px sans-serif;max-width:{width}px;background:#fff;color:#222">
+<div>{buttons}</div>
+<svg viewBox="0 0 {side} {side}" width="{size}" height="{size}" role="img" aria-label="{label}">
+<image href="{picture}" width="{side}" height="{side}" preserveAspectRatio="none"
+ style="image-rendering:pixelated"/>
+{patches}
+</svg>
+<div class="about" style="min-height:3em">Move the mouse over the picture.</div>
+<script>
+(() => {{
+  const root = document.getElementById("{id}"), about = root.querySelector(".about");
+  const patches = [...root.querySelectorAll("rect")], maps = {maps};
+  root.querySelectorAll("button").forEach((button, which) => button.onclick = () => patches.forEach(
+    (patch, i) => patch.setAttribute("fill-opacity", maps[which][i] / 100 * 0.8)));
+  patches.forEach(patch => {{
+    patch.onmouseenter = () => {{
+      patch.setAttribute("stroke", "#000");
+      about.textContent = patch.querySelector("title").textContent;
+    }};
+    patch.onmouseleave = () => patch.setAttribute("stroke", "#fff");
+  }});
+}})();
+</script>
+</div>"""
+
+
+def hover_page(
+    pixel_values: Tensor, scores: Mapping[str, Tensor], words: Sequence[Sequence[str]], label: str
+) -> str:
+    """HTML of a picture [C, height, width] whose patches tell about themselves.
+
+    Args:
+        scores: by name, one number a patch [N]. They are shown as shares of the largest, in whole percent,
+            and numbers below 0 as 0: rounded so, the page is the same on every machine.
+        words: for each patch its nearest words.
+        label: what the picture is, for those who cannot see it, such as the prompt and the answer.
+    """
+    side = math.isqrt(len(words))
+    shares = {name: _percent(values) for name, values in scores.items()}
+    patches = []
+    for number, near in enumerate(words):
+        row, column = divmod(number, side)
+        lines = [f"row {row + 1}, column {column + 1}", *(f"{n}: {v[number]} %" for n, v in shares.items())]
+        if near:
+            lines.append("nearest words: " + ", ".join(near))
+        patches.append(
+            f'<rect x="{column}" y="{row}" width="1" height="1" fill="#d62728" fill-opacity="0" '
+            f'stroke="#fff" stroke-width="0.02"><title>{html.escape("; ".join(lines))}</title></rect>'
+        )
+    buttons = "".join(f'<button type="button">{html.escape(name)}</button> ' for name in shares)
+    parts = {
+        "buttons": buttons,
+        "picture": _picture(pixel_values),
+        "patches": "\n".join(patches),
+        # A script ends at the first "</", whatever stands around it: only numbers are inside.
+        "maps": json.dumps(list(shares.values()), separators=(",", ":")),
+        "label": html.escape(label),
+    }
+    # Two pages in one notebook must not share an id, and the same page must have the same id every time.
+    digest = hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:12]
+    return _PAGE.format(id=f"look-{digest}", side=side, size=SIDE, width=SIDE + 40, **parts)
+
+
+def _percent(values: Tensor) -> list[int]:
+    """Shares of the largest value, 0 to 100; all 0 where nothing is positive."""
+    values = values.float().cpu().clamp(min=0)
+    largest = float(values.max())
+    return [round(100 * value / largest) if largest > 0 else 0 for value in values.tolist()]
+
+
+def _picture(pixel_values: Tensor) -> str:
+    """The picture as a data address. A BMP, since compressed bytes differ between versions of a library."""
+    pixels = (to_image(pixel_values).numpy() * 255).round().astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((LARGEST, LARGEST))
+    content = io.BytesIO()
+    picture.save(content, format="BMP")
+    return "data:image/bmp;base64," + base64.b64encode(content.getvalue()).decode()

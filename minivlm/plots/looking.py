@@ -1,0 +1,166 @@
+"""Figures of what goes on inside a model. Numbers come in as tensors, a matplotlib Figure comes out.
+
+The numbers are made by looking.py and inspection.py. Figures are matplotlib's own and not pyplot's: they need
+no display. A notebook shows them with `display`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+DPI = 100
+
+
+def to_image(pixel_values: Tensor) -> Tensor:
+    """pixel_values [C, height, width] from -1 to 1 -> [height, width, C] from 0 to 1, to be shown."""
+    return (pixel_values.float().cpu() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+
+
+def draw_filters(rows: Mapping[str, Tensor], columns: int = 12) -> Figure:
+    """The first filters [n, C, P, P] of each row, each scaled to its own largest value, gray for 0."""
+    figure = Figure(figsize=(8.4, 0.3 + 0.62 * len(rows)), dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis_row, (name, filters) in zip(axes, rows.items(), strict=True):
+        for number, axis in enumerate(axis_row):
+            axis.axis("off")
+            if number < len(filters):
+                axis.imshow(to_image(filters[number] / filters[number].abs().max()).numpy())
+        axis_row[0].text(
+            -0.2, 0.5, name, transform=axis_row[0].transAxes, ha="right", va="center", fontsize=9
+        )
+    return figure
+
+
+def draw_positions(similarities: Mapping[str, Tensor]) -> Figure:
+    """For each table of positions [N, N]: each place of the grid holds a small map of the grid, which shows
+    the similarity of the position there with all others."""
+    figure = Figure(figsize=(3.3 * len(similarities) + 0.6, 3.4), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, len(similarities), squeeze=False)[0].tolist()
+    for axis, (name, similarity) in zip(axes, similarities.items(), strict=True):
+        side = math.isqrt(len(similarity))
+        maps = similarity.float().cpu().view(side, side, side, side)
+        gap = max(1, side // 8)
+        maps = torch.nn.functional.pad(maps, (0, gap, 0, gap), value=math.nan)  # a gap after each small map
+        shown = axis.imshow(
+            maps.permute(0, 2, 1, 3).reshape(side * (side + gap), -1).numpy(),
+            vmin=-1,
+            vmax=1,
+            interpolation="nearest",
+        )
+        axis.set(title=name, xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axes, label="cosine similarity", shrink=0.8)
+    return figure
+
+
+def draw_heads(distances: Tensor, entropies: Tensor, evenly: float, most: float) -> Figure:
+    """Mean attention distance and entropy of every head, [layers, H] each, by layer.
+
+    `evenly` and `most` are the distance and the entropy of a head that looks everywhere alike.
+    """
+    figure = Figure(figsize=(8.4, 3.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, 2).tolist()
+    for axis, values, limit, label in (
+        (axes[0], distances, evenly, "mean distance in patches"),
+        (axes[1], entropies, most, "entropy in nats"),
+    ):
+        for layer, heads in enumerate(values.tolist(), start=1):
+            axis.plot([layer] * len(heads), heads, "o", color="tab:blue", alpha=0.7)
+        axis.plot(
+            range(1, len(values) + 1), values.mean(dim=1).tolist(), color="tab:blue", lw=1, label="mean"
+        )
+        axis.axhline(limit, color="gray", linestyle=":", label="looking everywhere alike")
+        axis.set(xlabel="layer of the image tower", ylabel=label, ylim=(0, 1.1 * limit))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def draw_patch_scores(
+    pixel_values: Tensor, scores: Mapping[str, Tensor], marked: Tensor | None = None, columns: int = 6
+) -> Figure:
+    """The picture, and beside it a map for each kind of score [N], bright where it is large.
+
+    Each map has its own scale, from 0 (or, where everything is negative, from the smallest value). `marked`
+    [N] says which patches to outline in the maps.
+    """
+    total = len(scores) + 1
+    columns = min(columns, total)
+    rows = math.ceil(total / columns)
+    figure = Figure(figsize=(1.55 * columns, 1.8 * rows), dpi=DPI, layout="constrained")
+    axes: list[Any] = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis in axes:
+        axis.axis("off")
+    axes[0].imshow(to_image(pixel_values).numpy())
+    axes[0].set_title("picture", fontsize=9)
+    for axis, (name, values) in zip(axes[1:], scores.items(), strict=False):
+        side = math.isqrt(len(values))
+        grid = values.float().cpu().view(side, side).numpy()
+        axis.imshow(grid, cmap="magma", vmin=min(0.0, float(grid.max())), vmax=float(grid.max()))
+        axis.set_title(name, fontsize=9)
+        for patch in [] if marked is None else marked.nonzero()[:, 0].tolist():
+            _outline(axis, patch, side, marked)
+    return figure
+
+
+def _outline(axis: Any, patch: int, side: int, marked: Tensor | None) -> None:
+    """Lines where a marked patch borders on an unmarked one."""
+    assert marked is not None
+    grid = torch.nn.functional.pad(marked.view(side, side).cpu(), (1, 1, 1, 1))
+    row, column = divmod(patch, side)
+    left, right, top, bottom = column - 0.5, column + 0.5, row - 0.5, row + 0.5
+    for down, across, xs, ys in (
+        (-1, 0, (left, right), (top, top)),
+        (1, 0, (left, right), (bottom, bottom)),
+        (0, -1, (left, left), (top, bottom)),
+        (0, 1, (right, right), (top, bottom)),
+    ):
+        if not grid[row + 1 + down, column + 1 + across]:
+            axis.plot(xs, ys, color="#35d0ba", linewidth=1.6)
+
+
+def draw_words(pixel_values: Tensor, words: Sequence[str], cosines: Tensor) -> Figure:
+    """The nearest word of each image token, written on its patch, with its cosine [N]."""
+    side = math.isqrt(len(words))
+    figure = Figure(figsize=(6.4, 6.4), dpi=DPI)
+    axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    axis.imshow(to_image(pixel_values).numpy(), extent=(0, side, side, 0), alpha=0.45)
+    size = min(7.5, 60 / side)
+    for number, word in enumerate(words):
+        row, column = divmod(number, side)
+        axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=0.8))
+        shown = word if len(word) <= 9 else word[:8] + "…"
+        # A dollar sign would begin a formula.
+        axis.text(column + 0.5, row + 0.42, shown, ha="center", va="center", fontsize=size, parse_math=False)
+        axis.text(
+            column + 0.5, row + 0.75, f"{cosines[number]:.2f}", ha="center", va="center", fontsize=0.75 * size
+        )
+    axis.set(xlim=(0, side), ylim=(side, 0))
+    axis.axis("off")
+    return figure
+
+
+def draw_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], label: str) -> Figure:
+    """Shares from 0 to 1 [rows, columns] as a colored table with the numbers in it."""
+    figure = Figure(
+        figsize=(1.6 + 0.72 * len(columns), 0.9 + 0.42 * len(rows)), dpi=DPI, layout="constrained"
+    )
+    axis = figure.subplots()
+    axis.imshow(values.cpu().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in zip(
+        ((r, c) for r in range(len(rows)) for c in range(len(columns))),
+        values.flatten().tolist(),
+        strict=True,
+    ):
+        color = "white" if value > 0.6 else "black"
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_title(label, fontsize=9)
+    return figure

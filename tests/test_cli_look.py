@@ -1,0 +1,228 @@
+"""`minivlm look`, and the figures and the page that it draws."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from minivlm.cli import main
+from minivlm.plots import looking as plots
+from minivlm.plots.hover import hover_page
+from minivlm.recipe import TrainingConfig, build
+
+FILES = {
+    "filters.png",
+    "positions.png",
+    "heads.png",
+    "attention.png",
+    "importance.png",
+    "words.png",
+    "hover.html",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model with a tower of four layers with two heads, and 5 x 5 patches."""
+    folder = tmp_path_factory.mktemp("untrained")
+    model, processor = build(TrainingConfig(image_size=40, tower_layers=4, tower_heads=2))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (90, 50), (200, 30, 30)).save(tmp_path / "wide.png")
+    return tmp_path / "wide.png"
+
+
+def look(*arguments: str | Path, code: int = 0) -> None:
+    assert main(["look", *map(str, arguments)]) == code
+
+
+def test_everything_is_drawn_for_another_model(
+    folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "look"
+    look(picture, "--prompt", "what $1 is <b>it?", "--model", folder, "--out", out, "--max-new-tokens", 3)
+    assert {path.name for path in out.iterdir()} == FILES
+    for path in out.glob("*.png"):
+        assert min(Image.open(path).size) > 60
+    printed, err = capsys.readouterr()
+    assert err == ""
+    lines = printed.splitlines()
+    assert lines[0] == f"{picture} | what $1 is <b>it?"
+    assert all(any(name in line for line in lines) for name in FILES)
+    assert re.search(r"occlusion \d/\d", printed)
+    assert (out / "hover.html").read_text(encoding="utf-8").count("<rect") == 25
+
+
+def test_occlusion_can_be_left_out(
+    folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look(picture, "--model", folder, "--out", tmp_path / "out", "--max-new-tokens", 1, "--no-occlusion")
+    facts = capsys.readouterr().out.splitlines()[2:-1]
+    assert not any("occlusion" in fact for fact in facts)
+    assert "occlusion" not in (tmp_path / "out" / "hover.html").read_text(encoding="utf-8")
+
+
+def test_the_shipped_model_looks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look("figures/samples/scene_6.png", "--prompt", "detect cyan triangle", "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert "cyan triangle" in printed.splitlines()[1]
+    row, column = map(int, re.search(r"occlusion (\d)/(\d)", printed).groups())  # type: ignore[union-attr]
+    assert row in (6, 7, 8)  # where the triangle is drawn
+    assert column in (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.png"], "no.png: no such file"),
+        (["."], r"\. .*"),
+        (["PICTURE", "--prompt", "  "], "--prompt is empty: ask something"),
+        (["PICTURE", "--model", "PICTURE"], "wide.png"),
+        (["PICTURE", "--out", "PICTURE"], "cannot write into .*wide.png: .*Choose another folder with --out"),
+        (["PICTURE", "--out", "PICTURE/in"], "cannot write into .*Choose another folder with --out"),
+        (["PICTURE", "--prompt", "a " * 600], "shorten the prompt"),
+        (["PICTURE", "--max-new-tokens", "0"], "ask for at least 1 new token"),
+        (["PICTURE", "--device", "nonsense"], "device 'nonsense' cannot be used"),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str],
+    message: str,
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    look(*(argument.replace("PICTURE", str(picture)) for argument in arguments), code=2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.search(message, err)
+    assert "Traceback" not in err
+
+
+def test_a_folder_that_may_not_be_written(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)  # the tests may run as root, who may write anywhere
+    look(picture, "--out", tmp_path / "locked", code=2)
+    assert "Permission denied. Choose another folder with --out" in capsys.readouterr().err
+
+
+# The page
+
+
+class Tags(HTMLParser):
+    """Which tags and attributes occur, and whether every tag that opens is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.titles: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.opened.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.opened.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        if self.opened and self.opened[-1] == "title":
+            self.titles.append(data)
+
+
+def a_page(label: str = "label") -> str:
+    scores = {"attention": torch.tensor([0.1, 0.2, 0.0, 0.4]), "a < b & c": torch.tensor([-1.0, -2, 0, -1])}
+    words = [["red", "</script><b>"], ['"&'], [], ["x"]]
+    return hover_page(torch.zeros(3, 4, 4), scores, words, label)
+
+
+def test_the_page_is_whole_and_asks_nobody() -> None:
+    page, tags = a_page('what? "it"</div>'), Tags()
+    tags.feed(page)
+    assert tags.opened == []
+    addresses = [value for name, value in tags.attributes if name in ("src", "href")]
+    assert len(addresses) == 1
+    assert str(addresses[0]).startswith("data:image/bmp;base64,")
+    assert "http" not in page.replace("http-equiv", "")
+    assert ("aria-label", 'what? "it"</div>') in tags.attributes
+
+
+def test_each_patch_tells_what_is_known_of_it() -> None:
+    tags = Tags()
+    tags.feed(a_page())
+    assert tags.titles == [
+        "row 1, column 1; attention: 25 %; a < b & c: 0 %; nearest words: red, </script><b>",
+        'row 1, column 2; attention: 50 %; a < b & c: 0 %; nearest words: "&',
+        "row 2, column 1; attention: 0 %; a < b & c: 0 %",
+        "row 2, column 2; attention: 100 %; a < b & c: 0 %; nearest words: x",
+    ]
+    assert "maps = [[25,50,0,100],[0,0,0,0]]" in a_page()
+
+
+def test_the_same_page_has_the_same_name() -> None:
+    first, again, other = (re.search(r'id="(look-\w+)"', a_page(label)) for label in ("a", "a", "b"))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert first[1] == again[1] != other[1]
+
+
+def test_a_large_picture_is_stored_small() -> None:
+    page = hover_page(torch.zeros(3, 896, 896), {}, [["x"]] * 4, "large")
+    assert len(page) < 220_000
+
+
+# Figures
+
+
+def test_marked_patches_are_outlined_where_they_end() -> None:
+    """Two patches side by side have six outer edges, and none between them."""
+    marked = torch.tensor([True, True, False, False])
+    figure = plots.draw_patch_scores(torch.zeros(3, 4, 4), {"s": torch.rand(4)}, marked)
+    axis = figure.axes[1]
+    lines = {tuple(map(tuple, line.get_xydata().tolist())) for line in axis.lines}
+    assert len(lines) == 6
+    assert ((0.5, -0.5), (0.5, 0.5)) not in lines
+
+
+def test_figures_hold_what_they_are_given() -> None:
+    values = torch.tensor([[0.25, 1.0]])
+    figure = plots.draw_table(values, ["row"], ["a", "b"], "title")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.25", "1.00"]
+    figure = plots.draw_heads(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.ones(2, 2), 4.0, 2.0)
+    heads = [line.get_ydata() for line in figure.axes[0].lines]
+    assert [list(values) for values in heads[:3]] == [[1, 2], [3, 5], [1.5, 4]]
+    figure = plots.draw_words(torch.zeros(3, 4, 4), ["a", "$b$", "c", "d" * 12], torch.tensor([0.5] * 4))
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    assert shown == ["a", "0.50", "$b$", "0.50", "c", "0.50", "dddddddd…", "0.50"]
+    assert isinstance(plots.draw_positions({"a": torch.eye(4), "b": torch.eye(4)}), Figure)
+
+
+def test_pictures_are_shown_as_they_were() -> None:
+    assert plots.to_image(torch.tensor([-1.0, 0.0, 1.0, 1.2]).view(1, 1, 4)).flatten().tolist() == [
+        0,
+        0.5,
+        1,
+        1,
+    ]
