@@ -1,4 +1,5 @@
 """One picture, one prompt, one answer, and what went on inside: the tensors that looking.py measures.
+For two towers: one picture, one text, and how well they fit.
 
 The model answers as always. Then it reads picture, prompt and its own answer once more in one pass, with
 every attention map kept. A word is written by the position before it, so the row of attention that belongs
@@ -17,8 +18,11 @@ from torch import Tensor
 from minivlm import masks
 from minivlm.layers import record_attention
 from minivlm.looking import attention_rollout, log_odds
+from minivlm.losses import similarity
+from minivlm.models.clip import CLIP
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
+from minivlm.models.siglip import SigLIP
+from minivlm.processing import PairProcessor, Processor
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,48 @@ def inspect_answer(
         rollout=rollout,
         image_tokens=image_tokens[0].float(),
         sureness=sureness,
+    )
+
+
+@dataclass(frozen=True)
+class Match:
+    """How well a text fits a picture of N patches, by two towers. fp32, on the model's device."""
+
+    cosine: float
+    pixel_values: Tensor  # [C, height, width], as the tower gets them
+    tower: Tensor  # [layers, H, N, N], where patches look; rows sum to less than 1 beside a class token
+    pooling: Tensor  # [H, N], what the picture's vector is made from, in the last step
+    rollout: Tensor  # [N], the same through all layers of the tower
+    match: Callable[[Tensor], Tensor]  # pictures [B, C, height, width] -> [B], the logit of this text
+
+
+@torch.no_grad()
+def inspect_match(model: CLIP | SigLIP, processor: PairProcessor, picture: Image.Image, text: str) -> Match:
+    """Compare a picture with a text, and keep what went on inside the image tower.
+
+    Raises InputError: as the processor.
+    """
+    inputs = processor(images=[picture], texts=[text])
+    pixel_values, input_ids = (inputs[name].to(model.device) for name in ("pixel_values", "input_ids"))
+    text_embeds = model.encode_text(input_ids)
+    with record_attention() as maps:
+        image_embeds = model.encode_image(pixel_values)
+    layers = model.config.vision.num_hidden_layers
+    if isinstance(model, CLIP):  # the class token is the first, and reads patches in every layer
+        pooling = maps[layers - 1][0, :, 0, 1:]
+        rollout = attention_rollout(maps)[0, 0, 1:]
+        tower = torch.stack([layer[0, :, 1:, 1:] for layer in maps])
+    else:  # the pooling head comes after the last layer, with one query
+        pooling = maps[layers][0, :, 0]
+        rollout = pooling.mean(dim=0) @ attention_rollout(maps[:layers])[0]
+        tower = torch.stack([layer[0] for layer in maps[:layers]])
+    return Match(
+        cosine=float(similarity(image_embeds, text_embeds)),
+        pixel_values=pixel_values[0],
+        tower=tower.float(),
+        pooling=pooling.float(),
+        rollout=rollout.float(),
+        match=lambda pictures: model.logits(model.encode_image(pictures), text_embeds)[:, 0],
     )
 
 

@@ -11,9 +11,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from minivlm import contrastive_recipe
 from minivlm.cli import main
+from minivlm.encoder_configs import ViTConfig
+from minivlm.inspection import inspect_match
+from minivlm.models.vit import ViT
 from minivlm.plots import looking as plots
 from minivlm.plots.hover import hover_page
+from minivlm.processing import ViTImageProcessor
 from minivlm.recipe import TrainingConfig, build
 
 FILES = {
@@ -226,3 +231,60 @@ def test_pictures_are_shown_as_they_were() -> None:
         1,
         1,
     ]
+
+
+# Two towers
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip"])
+def test_two_towers_are_drawn(
+    objective: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    towers, its_processor = contrastive_recipe.build(
+        contrastive_recipe.ContrastiveConfig(objective=objective)
+    )
+    towers.save_pretrained(tmp_path / "model")
+    its_processor.save_pretrained(tmp_path / "model")
+    look(picture, "--prompt", "a large red circle", "--model", tmp_path / "model", "--out", tmp_path / "look")
+    names = {path.name for path in (tmp_path / "look").iterdir()}
+    assert names == FILES - {"words.png", "hover.html"}
+    printed = capsys.readouterr().out
+    assert re.search(r"\| a large red circle\ncosine -?0\.\d{3}\n", printed)
+
+    inputs = its_processor(images=[Image.open(picture)], texts=["a large red circle"])
+    seen = inspect_match(towers, its_processor, Image.open(picture), "a large red circle")
+    out = towers(**inputs)
+    cosine = (out.image_embeds * out.text_embeds).sum().item()
+    assert seen.cosine == pytest.approx(cosine, abs=1e-5)
+    assert f"cosine {cosine:.3f}" in printed
+    torch.testing.assert_close(seen.match(inputs["pixel_values"]), out.logits_per_image[0])
+    patches = towers.config.vision.num_patches
+    layers, heads = towers.config.vision.num_hidden_layers, towers.config.vision.num_attention_heads
+    assert seen.tower.shape == (layers, heads, patches, patches)
+    assert seen.rollout.shape == (patches,)
+    assert seen.pooling.shape == (heads, patches)
+    # What is missing to 1 is what a class token reads from itself.
+    whole = torch.ones(heads)
+    if objective == "siglip":
+        torch.testing.assert_close(seen.pooling.sum(dim=1), whole)
+        assert seen.rollout.sum() == pytest.approx(1, abs=1e-5)
+    else:
+        assert bool((seen.pooling.sum(dim=1) < whole).all())
+        assert 0 < float(seen.rollout.sum()) < 1
+
+
+def test_a_model_that_reads_no_text_is_refused(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ViTConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=16,
+        patch_size=8,
+    )
+    ViT(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(image_size=16).save_pretrained(tmp_path / "vit")
+    look(picture, "--model", tmp_path / "vit", "--out", tmp_path / "look", code=2)
+    assert "holds a model that reads no text" in capsys.readouterr().err

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
 from minivlm.files import write_aside
-from minivlm.processing import load_picture, to_rgb
+from minivlm.models.clip import CLIP
+from minivlm.models.load import SHIPPED, load
+from minivlm.models.paligemma import PaliGemma
+from minivlm.models.siglip import SigLIP
+from minivlm.processing import PairProcessor, load_picture, to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +36,7 @@ def add_to(commands: Commands) -> None:
         description="Draw filters, positions, attention, occlusion and nearest words into a folder.",
     )
     look.add_argument("picture", metavar="PICTURE", help="a picture file, of any format that Pillow reads")
-    look.add_argument("--prompt", default="caption en", help='what to ask (default: "caption en")')
+    look.add_argument("--prompt", default="caption en", help='what to ask; a text, for two towers (default: "caption en")')
     look.add_argument(
         "--out", type=Path, default=Path("look"), metavar="FOLDER", help="where to write (default: look)"
     )
@@ -58,36 +64,22 @@ def run(options: argparse.Namespace) -> None:
         raise InputError('--prompt is empty: ask something, such as "caption en"')
     picture = to_rgb(load_picture(options.picture))
     _make_folder(options.out)
-    model, processor = shared.open_model(options)
+    dtype = getattr(torch, options.dtype)
+    model, processor = load(options.model or SHIPPED, dtype=dtype, device=shared.check_device(options.device))
+    if isinstance(model, CLIP | SigLIP):
+        _look_at_towers(model, processor, picture, options)
+        return
+    if not isinstance(model, PaliGemma):
+        raise InputError(
+            f"{options.model} holds a model that reads no text: choose a folder of PaliGemma, CLIP or SigLIP"
+        )
     seen = inspect_answer(model, processor, picture, options.prompt, options.max_new_tokens)
     print(f"{options.picture} | {options.prompt}\n{seen.answer}")
 
     embeddings = model.vision_tower.embeddings
-    filters = embeddings.patch_embedding.weight.detach().float()
-    components, shares = looking.filter_components(filters)
-    _save(
-        plots.draw_filters({"filters": filters, "components": components}),
-        options.out / "filters.png",
-        f"12 components explain {float(shares[:12].sum()):.0%} of the filters' variance",
+    _draw_tower(
+        embeddings.patch_embedding.weight, embeddings.position_embedding.weight, seen.tower, options.out
     )
-
-    similarity = looking.position_similarity(embeddings.position_embedding.weight.detach())
-    _save(
-        plots.draw_positions({"positions": similarity}),
-        options.out / "positions.png",
-        "similarity of each position with all others",
-    )
-
-    count = seen.tower.shape[-1]
-    distances = torch.stack([looking.attention_distance(layer[None]) for layer in seen.tower])
-    entropies = torch.stack([looking.attention_entropy(layer[None]) for layer in seen.tower])
-    evenly = float(looking.patch_distances(count).mean())
-    _save(
-        plots.draw_heads(distances.cpu(), entropies.cpu(), evenly, math.log(count)),
-        options.out / "heads.png",
-        f"heads look {float(distances.min()):.1f} to {float(distances.max()):.1f} patches away",
-    )
-
     by_word = seen.attention.mean(dim=(1, 2))  # [A, N]
     maps = {f"{i + 1} {word}": by_word[i] for i, word in enumerate(seen.words[:MOST_MAPS])}
     _save(
@@ -101,13 +93,7 @@ def run(options: argparse.Namespace) -> None:
         patch = model.config.vision.patch_size
         whole["occlusion"] = looking.occlusion(seen.sureness, seen.pixel_values, patch)
         whole["occlusion, 3 x 3"] = looking.occlusion(seen.sureness, seen.pixel_values, patch, reach=1)
-    where = {name: divmod(int(scores.argmax()), math.isqrt(count)) for name, scores in whole.items()}
-    listed = ", ".join(f"{name} {row + 1}/{column + 1}" for name, (row, column) in where.items())
-    _save(
-        plots.draw_patch_scores(seen.pixel_values, whole),
-        options.out / "importance.png",
-        f"the most important patch, row/column: {listed}",
-    )
+    _draw_importance(seen.pixel_values, whole, options.out)
 
     table = model.language_model.embed_tokens.weight.detach()
     cosines, ids = (best.cpu() for best in looking.nearest_words(seen.image_tokens, table, k=3))
@@ -124,6 +110,76 @@ def run(options: argparse.Namespace) -> None:
         temporary.write_text(f'<!doctype html><meta charset="utf-8">\n{page}\n', encoding="utf-8")
     print("  hover.html      the same to explore: open it in a browser")
     print(f"drawn: {options.out}")
+
+
+def _look_at_towers(
+    model: CLIP | SigLIP, processor: PairProcessor, picture: Image.Image, options: argparse.Namespace
+) -> None:
+    """The same for two towers, whose answer is how well the prompt fits the picture."""
+    from minivlm import looking
+    from minivlm.inspection import inspect_match
+    from minivlm.plots import looking as plots
+
+    seen = inspect_match(model, processor, picture, options.prompt)
+    print(f"{options.picture} | {options.prompt}\ncosine {seen.cosine:.3f}")
+    embeddings = model.vision_model.embeddings
+    positions = embeddings.position_embedding.weight[-seen.tower.shape[-1] :]  # without a class token's
+    _draw_tower(embeddings.patch_embedding.weight, positions, seen.tower, options.out)
+    _save(
+        plots.draw_patch_scores(
+            seen.pixel_values, {f"head {i + 1}": one for i, one in enumerate(seen.pooling)}
+        ),
+        options.out / "attention.png",
+        "from which patches the picture's vector is made, by head",
+    )
+    whole = {"attention": seen.pooling.mean(dim=0), "rollout": seen.rollout}
+    if not options.no_occlusion:
+        patch = model.config.vision.patch_size
+        whole["occlusion"] = looking.occlusion(seen.match, seen.pixel_values, patch)
+        whole["occlusion, 3 x 3"] = looking.occlusion(seen.match, seen.pixel_values, patch, reach=1)
+    _draw_importance(seen.pixel_values, whole, options.out)
+    print(f"drawn: {options.out}")
+
+
+def _draw_tower(filters: Tensor, positions: Tensor, maps: Tensor, out: Path) -> None:
+    """Filters [D, C, P, P], positions [N, D], attention maps [layers, H, N, N]."""
+    from minivlm import looking
+    from minivlm.plots import looking as plots
+
+    filters = filters.detach().float()
+    components, shares = looking.filter_components(filters)
+    _save(
+        plots.draw_filters({"filters": filters, "components": components}),
+        out / "filters.png",
+        f"12 components explain {float(shares[:12].sum()):.0%} of the filters' variance",
+    )
+    _save(
+        plots.draw_positions({"positions": looking.position_similarity(positions.detach())}),
+        out / "positions.png",
+        "similarity of each position with all others",
+    )
+    count = maps.shape[-1]
+    distances = torch.stack([looking.attention_distance(layer[None]) for layer in maps])
+    entropies = torch.stack([looking.attention_entropy(layer[None]) for layer in maps])
+    evenly = float(looking.patch_distances(count).mean())
+    _save(
+        plots.draw_heads(distances.cpu(), entropies.cpu(), evenly, math.log(count)),
+        out / "heads.png",
+        f"heads look {float(distances.min()):.1f} to {float(distances.max()):.1f} patches away",
+    )
+
+
+def _draw_importance(pixel_values: Tensor, scores: dict[str, Tensor], out: Path) -> None:
+    """Maps [N] of one picture side by side."""
+    from minivlm.plots import looking as plots
+
+    where = {name: divmod(int(one.argmax()), math.isqrt(len(one))) for name, one in scores.items()}
+    listed = ", ".join(f"{name} {row + 1}/{column + 1}" for name, (row, column) in where.items())
+    _save(
+        plots.draw_patch_scores(pixel_values, scores),
+        out / "importance.png",
+        f"the most important patch, row/column: {listed}",
+    )
 
 
 def _make_folder(folder: Path) -> None:
