@@ -36,9 +36,7 @@ def add_to(commands: Commands) -> None:
         description="Draw filters, positions, attention, occlusion and nearest words into a folder.",
     )
     look.add_argument("picture", metavar="PICTURE", help="a picture file, of any format that Pillow reads")
-    look.add_argument(
-        "--prompt", default="caption en", help='what to ask; a text, for two towers (default: "caption en")'
-    )
+    look.add_argument("--prompt", default="caption en", help='question, or text (default: "caption en")')
     look.add_argument(
         "--out", type=Path, default=Path("look"), metavar="FOLDER", help="where to write (default: look)"
     )
