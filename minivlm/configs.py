@@ -29,16 +29,8 @@ class SiglipVisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads: "
-                "choose a multiple of num_attention_heads"
-            )
-        if not 0 < self.patch_size <= self.image_size:
-            raise InputError(
-                f"patch_size {self.patch_size} does not fit into image_size {self.image_size}: "
-                "choose a patch between 1 pixel and the whole image"
-            )
+        check_width(self.hidden_size, self.num_attention_heads)
+        check_grid(self.image_size, self.patch_size)
 
     @property
     def num_patches(self) -> int:
@@ -233,6 +225,24 @@ class PaliGemmaConfig:
             "eos_token_id": self.eos_token_id,
             "tie_word_embeddings": self.text.tie_word_embeddings,
         }
+
+
+def check_width(hidden_size: int, num_attention_heads: int) -> None:
+    """Raises InputError: the width of an encoder does not divide into its heads."""
+    if hidden_size % num_attention_heads:
+        raise InputError(
+            f"hidden_size {hidden_size} does not divide into {num_attention_heads} heads: "
+            "choose a multiple of num_attention_heads"
+        )
+
+
+def check_grid(image_size: int, patch_size: int) -> None:
+    """Raises InputError: no patch fits into the picture."""
+    if not 0 < patch_size <= image_size:
+        raise InputError(
+            f"patch_size {patch_size} does not fit into image_size {image_size}: "
+            "choose a patch between 1 pixel and the whole image"
+        )
 
 
 def _check_heads(config: GemmaConfig | Gemma2Config) -> None:

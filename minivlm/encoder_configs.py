@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from minivlm.configs import SiglipVisionConfig, _expect, _known
+from minivlm.configs import SiglipVisionConfig, _expect, _known, check_grid, check_width
 from minivlm.encoder_blocks import ACTIVATIONS
 from minivlm.errors import InputError
 
@@ -39,7 +39,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         _check_blocks(self.hidden_size, self.num_attention_heads, self.hidden_act)
-        _check_grid(self.image_size, self.patch_size)
+        check_grid(self.image_size, self.patch_size)
         if self.pooler and self.labels:
             raise InputError("a ViT has a pooler or a classifier: set pooler=False where there are labels")
 
@@ -95,7 +95,7 @@ class CLIPVisionConfig:
 
     def __post_init__(self) -> None:
         _check_blocks(self.hidden_size, self.num_attention_heads, self.hidden_act)
-        _check_grid(self.image_size, self.patch_size)
+        check_grid(self.image_size, self.patch_size)
 
     @property
     def num_patches(self) -> int:
@@ -267,21 +267,9 @@ class SiglipConfig:
 
 
 def _check_blocks(hidden_size: int, num_attention_heads: int, hidden_act: str) -> None:
-    if hidden_size % num_attention_heads:
-        raise InputError(
-            f"hidden_size {hidden_size} does not divide into {num_attention_heads} heads: "
-            "choose a multiple of num_attention_heads"
-        )
+    check_width(hidden_size, num_attention_heads)
     if hidden_act not in ACTIVATIONS:
         raise InputError(f"hidden_act is {hidden_act!r}: only {', '.join(ACTIVATIONS)} are supported here")
-
-
-def _check_grid(image_size: int, patch_size: int) -> None:
-    if not 0 < patch_size <= image_size:
-        raise InputError(
-            f"patch_size {patch_size} does not fit into image_size {image_size}: "
-            "choose a patch between 1 pixel and the whole image"
-        )
 
 
 def _require_system(values: Mapping[str, Any], model_type: str) -> None:

@@ -10,14 +10,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from minivlm import pair_evaluation
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
 from minivlm.evaluation import COLUMNS, as_json, as_text, evaluate
 from minivlm.models.clip import CLIP
-from minivlm.models.load import SHIPPED, load
 from minivlm.models.paligemma import PaliGemma
 from minivlm.models.siglip import SigLIP
 from minivlm.pair_evaluation import PAIR_COLUMNS, evaluate_own_pairs, evaluate_pairs
@@ -61,8 +58,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--scenes is {scenes}: ask for at least 1")
     if seed < 0:
         raise InputError(f"--seed is {seed}: it must not be negative")
-    device = shared.check_device(options.device)
-    model, processor = load(options.model or SHIPPED, dtype=getattr(torch, options.dtype), device=device)
+    model, processor = shared.open_any(options)
     if isinstance(model, CLIP | SigLIP):
         columns = tuple(dict.fromkeys(options.columns or PAIR_COLUMNS))
         _print_pairs(options, model, processor, scenes, seed, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from minivlm.cli import options as shared
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 from minivlm.models.clip import CLIP
-from minivlm.models.load import SHIPPED, load
 from minivlm.models.paligemma import PaliGemma
 from minivlm.models.siglip import SigLIP
 from minivlm.processing import PairProcessor, load_picture, to_rgb
@@ -64,8 +64,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError('--prompt is empty: ask something, such as "caption en"')
     picture = to_rgb(load_picture(options.picture))
     _make_folder(options.out)
-    dtype = getattr(torch, options.dtype)
-    model, processor = load(options.model or SHIPPED, dtype=dtype, device=shared.check_device(options.device))
+    model, processor = shared.open_any(options)
     if isinstance(model, CLIP | SigLIP):
         _look_at_towers(model, processor, picture, options)
         return
@@ -90,9 +89,7 @@ def run(options: argparse.Namespace) -> None:
 
     whole = {"attention": by_word.mean(dim=0), "rollout": seen.rollout.mean(dim=0)}
     if not options.no_occlusion:
-        patch = model.config.vision.patch_size
-        whole["occlusion"] = looking.occlusion(seen.sureness, seen.pixel_values, patch)
-        whole["occlusion, 3 x 3"] = looking.occlusion(seen.sureness, seen.pixel_values, patch, reach=1)
+        whole |= _occlusions(seen.sureness, seen.pixel_values, model.config.vision.patch_size)
     _draw_importance(seen.pixel_values, whole, options.out)
 
     table = model.language_model.embed_tokens.weight.detach()
@@ -116,7 +113,6 @@ def _look_at_towers(
     model: CLIP | SigLIP, processor: PairProcessor, picture: Image.Image, options: argparse.Namespace
 ) -> None:
     """The same for two towers, whose answer is how well the prompt fits the picture."""
-    from minivlm import looking
     from minivlm.inspection import inspect_match
     from minivlm.plots import looking as plots
 
@@ -134,9 +130,7 @@ def _look_at_towers(
     )
     whole = {"attention": seen.pooling.mean(dim=0), "rollout": seen.rollout}
     if not options.no_occlusion:
-        patch = model.config.vision.patch_size
-        whole["occlusion"] = looking.occlusion(seen.match, seen.pixel_values, patch)
-        whole["occlusion, 3 x 3"] = looking.occlusion(seen.match, seen.pixel_values, patch, reach=1)
+        whole |= _occlusions(seen.match, seen.pixel_values, model.config.vision.patch_size)
     _draw_importance(seen.pixel_values, whole, options.out)
     print(f"drawn: {options.out}")
 
@@ -167,6 +161,18 @@ def _draw_tower(filters: Tensor, positions: Tensor, maps: Tensor, out: Path) -> 
         out / "heads.png",
         f"heads look {float(distances.min()):.1f} to {float(distances.max()):.1f} patches away",
     )
+
+
+def _occlusions(
+    score: Callable[[Tensor], Tensor], pixel_values: Tensor, patch_size: int
+) -> dict[str, Tensor]:
+    """How much the score of a picture falls where one patch, or three by three, are hidden: [N] each."""
+    from minivlm.looking import occlusion
+
+    return {
+        "occlusion": occlusion(score, pixel_values, patch_size),
+        "occlusion, 3 x 3": occlusion(score, pixel_values, patch_size, reach=1),
+    }
 
 
 def _draw_importance(pixel_values: Tensor, scores: dict[str, Tensor], out: Path) -> None:

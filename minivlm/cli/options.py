@@ -11,7 +11,7 @@ import torch
 
 from minivlm.errors import InputError
 from minivlm.jsonl import BadLines
-from minivlm.models.load import SHIPPED, load_paligemma
+from minivlm.models.load import SHIPPED, load, load_paligemma
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 
@@ -31,6 +31,12 @@ def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoi
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+
+
+def open_any(options: argparse.Namespace) -> tuple[Any, Any]:
+    """As `open_model`, of whatever kind the folder is: see `minivlm.load`."""
+    device = check_device(options.device)
+    return load(options.model or SHIPPED, dtype=getattr(torch, options.dtype), device=device)
 
 
 def open_model(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
