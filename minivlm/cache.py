@@ -20,7 +20,8 @@ class KVCache:
     Args:
         num_layers, batch_size, num_key_value_heads, head_dim: the shape of what is kept.
         dtype, device: as the model computes.
-        step: slots are allocated in multiples of this number.
+        step: slots are allocated in multiples of this number; each time at least twice as many as before, so
+            that all the copying together stays linear in the number of tokens.
 
     Use: `position_ids = cache.reserve(attention_mask)` once per forward pass, then
     `keys, values = cache.write(layer, keys, values)` in every layer.
@@ -68,7 +69,8 @@ class KVCache:
         self.lengths = self.lengths + counts[:, -1]
         self._used = int(self.lengths.max())
         if self._used > self.capacity:
-            self._grow(-(-self._used // self.step) * self.step)
+            slots = max(self._used, 2 * self.capacity)
+            self._grow(-(-slots // self.step) * self.step)
         return position_ids
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The parts that every model here is made of: attention, norms, MLPs, the pre-norm encoder block.
 
-`attend` is the one place where queries meet keys. It has a plain form that can be read, and a fused form
-(`scaled_dot_product_attention`) that is faster where no gradient is needed; a test proves them equal. The
-mask is always explicit: a boolean tensor, True = may look, or None when everything may.
+`attend` is the one place where queries meet keys. It has a plain form that can be read, the same in blocks
+for long rows, and a fused form (`scaled_dot_product_attention`); tests prove them equal. The mask is always
+explicit: a boolean tensor, True = may look, or None when everything may.
 
 Shape comments in the whole package use one legend: B batch, N image tokens, T text tokens (or queries),
 S all tokens (or keys), D width, H heads, K key/value heads, Dh head width, P patch side, C channels,
@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+BLOCK = 2**21  # scores held at a time by `attend_in_blocks`: 8 MiB in fp32
 
 _recorded: ContextVar[list[Tensor] | None] = ContextVar("recorded", default=None)
 
@@ -54,17 +57,19 @@ def attend(
     Returns:
         [B, H, T, Dh].
     """
-    # Which form runs is decided here and nowhere else, by measurement (bench/attention.py): on a CPU the
-    # plain form is the faster one with gradients and in bf16, the fused one in fp32 without gradients.
-    needs_gradient = torch.is_grad_enabled() and q.requires_grad
-    plain_is_faster = q.device.type == "cpu" and (needs_gradient or q.dtype == torch.bfloat16)
     maps = _recorded.get()
-    if maps is None and softcap is None and not plain_is_faster:
-        return attend_fused(q, k, v, mask, scale)
-    weights = attention_weights(q, k, mask, scale, softcap)
     if maps is not None:
+        weights = attention_weights(q, k, mask, scale, softcap)
         maps.append(weights.detach())
-    return weighted_sum(weights, v)
+        return weighted_sum(weights, v)
+    # Which form runs is decided here and nowhere else, by measurement (bench/attention.py): on a CPU the
+    # plain form is the faster one with gradients, and in bf16 where there are many queries.
+    on_cpu, needs_gradient = q.device.type == "cpu", torch.is_grad_enabled() and q.requires_grad
+    if on_cpu and needs_gradient:
+        return attend_plain(q, k, v, mask, scale, softcap)
+    if softcap is not None or (on_cpu and q.dtype == torch.bfloat16 and q.shape[2] > 1):
+        return attend_in_blocks(q, k, v, mask, scale, softcap)
+    return attend_fused(q, k, v, mask, scale)
 
 
 def attention_weights(
@@ -102,11 +107,39 @@ def attend_plain(
     return weighted_sum(attention_weights(q, k, mask, scale, softcap), v)
 
 
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor:
+    """`attend_plain`, some heads or some queries at a time.
+
+    The scores of a long row would fill gigabytes (4,096 image tokens: 16 heads * 4096 * 4096). A block of
+    them fits into the processor's cache, and is gone before the next one comes.
+    """
+    B, H, T, Dh = q.shape
+    K, S = k.shape[1], k.shape[2]
+    if B * H * T * S <= BLOCK:
+        return attend_plain(q, k, v, mask, scale, softcap)
+    group = H // K  # queries that share a key
+    heads = min(K, max(1, BLOCK // (group * T * S)))
+    queries = max(1, BLOCK // (heads * group * S))
+    mask = None if mask is None else mask.expand(B, 1, T, S)
+    out = torch.empty_like(q)
+    for row, head, start in product(range(B), range(0, K, heads), range(0, T, queries)):
+        rows, keys = slice(row, row + 1), slice(head, head + heads)
+        some = (rows, slice(head * group, (head + heads) * group), slice(start, start + queries))
+        seen = None if mask is None else mask[rows, :, start : start + queries]
+        out[some] = attend_plain(q[some], k[rows, keys], v[rows, keys], seen, scale, softcap)
+    return out
+
+
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """`attend` through PyTorch's fused kernel, which never holds the whole [T, S] matrix of scores."""
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    B, H, T, Dh = q.shape
+    K = k.shape[1]
+    if T == 1:  # the queries of a group stand in the place of T, and no key is copied for them
+        q = q.view(B, K, H // K, Dh)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != K)
+    return out.reshape(B, H, T, Dh)
 
 
 class Attention(nn.Module):

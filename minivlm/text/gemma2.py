@@ -167,8 +167,11 @@ class Gemma2Decoder(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., D] -> scores of every word of the vocabulary [..., V], within the cap."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits, cap = F.linear(hidden_states, weight), self.config.final_logit_softcapping
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden_states)
+        else:
+            logits = F.linear(hidden_states, self.embed_tokens.weight)
+        cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -1,0 +1,263 @@
+"""One measurement of bench/inference.py, in a process of its own: prints its numbers as JSON.
+
+A process of its own, because the largest memory that a process ever held can be asked for but not reset.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEVER = -1  # an end-of-sequence id that no word has: every run writes the same number of tokens
+
+
+def main() -> None:
+    """`inference_worker.py JSON`: what to do, on which side; see `inference.py`."""
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
+    side: Any = (Ours if job["side"].startswith("minivlm") else Theirs)(job)
+    result = {"load": side.load_seconds, "copied": side.copied, **globals()[job["task"]](side, job)}
+    result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available() and job["device"] == "cuda":
+        result["peak"] = torch.cuda.max_memory_allocated()
+    print(json.dumps(result))
+
+
+def private_memory() -> int:
+    """Bytes of this process that are in no file (Linux; elsewhere 0)."""
+    status = Path("/proc/self/status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
+
+
+class Ours:
+    """minivlm: bf16, `int8`, and either of them compiled."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import minivlm
+        from minivlm.weights import find_folder
+
+        find_folder(job["folder"])
+        before, start = private_memory(), time.perf_counter()
+        quantize = "int8" if "int8" in job["side"] else None
+        self.model, self.processor = minivlm.load(
+            job["folder"], dtype=torch.bfloat16, device=job["device"]
+        )
+        if quantize:
+            from minivlm.quantization import quantize as q
+            q(self.model)
+        self.load_seconds = time.perf_counter() - start
+        self.copied = private_memory() - before
+        if "compiled" in job["side"]:
+            self.model.compile_decoder()
+
+    @property
+    def tower(self) -> Any:
+        return self.model.vision_tower
+
+    def first_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        with torch.inference_mode():
+            hidden, _ = self.model.prefill(
+                **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+            )
+            return self.model.logits(hidden).float()
+
+    def tokens(self, inputs: dict[str, Tensor], count: int) -> Iterator[float]:
+        """Seconds of each new token."""
+        from minivlm.generate import stream
+
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        start = time.perf_counter()
+        for token in stream(self.model, **inputs, max_new_tokens=count, eos_token_id=NEVER):
+            token.tolist()
+            now = time.perf_counter()
+            yield now - start
+            start = now
+
+    def step_after(self, context: int) -> Any:
+        """A function that reads one token with so many tokens before it."""
+        text = self.model.config.text
+        from minivlm.cache import KVCache
+
+        cache = KVCache(
+            text.num_hidden_layers, 1, text.num_key_value_heads, text.head_dim,
+            dtype=torch.bfloat16, device=self.model.device,
+        )  # fmt: skip
+        cache.reserve(torch.ones(1, context, device=self.model.device))
+        some = torch.randn(1, text.num_key_value_heads, context, text.head_dim, device=self.model.device)
+        for layer in range(text.num_hidden_layers):
+            cache.write(layer, some.bfloat16(), some.bfloat16())
+        from minivlm.one_row import at_the_speed_of_memory
+
+        token = torch.ones(1, dtype=torch.long, device=self.model.device)
+
+        @torch.inference_mode()
+        def step() -> None:
+            with at_the_speed_of_memory(token):
+                self.model.logits(self.model.decode(token, token > 0, cache)).argmax().item()
+
+        return step
+
+
+class Theirs:
+    """transformers."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import transformers
+
+        from minivlm.configs import PaliGemmaConfig
+        from minivlm.processing import Processor
+        from minivlm.weights import read_config
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        attention = "eager" if "eager" in job["side"] else None
+        before, start = private_memory(), time.perf_counter()
+        self.model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+            job["folder"], dtype=torch.bfloat16, attn_implementation=attention
+        )
+        self.load_seconds = time.perf_counter() - start
+        self.copied = private_memory() - before
+        self.model.to(job["device"]).eval()
+        self.model.generation_config.eos_token_id = None
+        self.model.generation_config.pad_token_id = 0
+        if "static" in job["side"]:
+            self.model.generation_config.cache_implementation = "static"
+        folder = Path(job["folder"])
+        config = PaliGemmaConfig.from_dict(read_config(folder))
+        self.processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
+
+    @property
+    def tower(self) -> Any:
+        tower = self.model.model.vision_tower
+        return lambda pixels: tower(pixel_values=pixels).last_hidden_state
+
+    def first_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        with torch.inference_mode():
+            return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+    def tokens(self, inputs: dict[str, Tensor], count: int) -> Iterator[float]:
+        """Seconds of each new token."""
+        times: list[float] = []
+        start = time.perf_counter()
+
+        def stop_at(input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            nonlocal start
+            input_ids[:, -1].tolist()
+            now = time.perf_counter()
+            times.append(now - start)
+            start = now
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        with torch.inference_mode():
+            self.model.generate(
+                **inputs, max_new_tokens=count, do_sample=False, stopping_criteria=[stop_at]
+            )
+        yield from times
+
+    def step_after(self, context: int) -> Any:
+        """A function that reads one token with so many tokens before it."""
+        from transformers import DynamicCache
+
+        text = self.model.config.text_config
+        some = torch.randn(1, text.num_key_value_heads, context, text.head_dim, device=self.model.device)
+        cache = DynamicCache(config=text)
+        for layer in range(text.num_hidden_layers):
+            cache.update(some.bfloat16(), some.bfloat16(), layer)
+        token = torch.ones(1, 1, dtype=torch.long, device=self.model.device)
+        position = context
+
+        @torch.inference_mode()
+        def step() -> None:
+            nonlocal position
+            position += 1
+            self.model(
+                input_ids=token,
+                attention_mask=token.new_ones(1, position),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits.argmax().item()
+
+        return step
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------
+
+
+def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
+    """Gray noise as pictures and prompts of the wished length; in a batch they differ in length."""
+    from PIL import Image
+
+    processor = side.processor
+    size = processor.image_processor.image_size
+    pictures, prompts = [], []
+    for row in range(job["batch"]):
+        noise = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8).numpy()
+        pictures.append(Image.fromarray(noise))
+        prompts.append("what is it " * (1 + 2 * row))
+    inputs: dict[str, Tensor] = processor(pictures, prompts)
+    if inputs["attention_mask"][:, -1].min() == 0:  # transformers generates from rows that are padded on the left
+        for row, mask in enumerate(inputs["attention_mask"]):
+            shift = int((mask == 0).sum())
+            for tensor in inputs.values():
+                if tensor.shape[:2] == inputs["input_ids"].shape:
+                    tensor[row] = tensor[row].roll(shift)
+    inputs = {name: tensor.to(job["device"]) for name, tensor in inputs.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    return inputs
+
+
+def answer(side: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds to the first token, and of each further one, warm; the first logits go into a file."""
+    inputs = inputs_for(side, job)
+    logits = side.first_logits(inputs)
+    torch.save(logits, job["logits"])
+    prefill, decode = [], []
+    for _ in range(job["repeats"]):
+        first, *others = side.tokens(inputs, 1 + job["tokens"])
+        prefill.append(first)
+        decode += others
+    real = int(inputs["attention_mask"].sum())
+    return {"prefill": prefill, "decode": decode, "prompt": real, "width": inputs["input_ids"].shape[1]}
+
+
+def context(side: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a token, by the number of tokens before it."""
+    seconds = {}
+    for length in job["lengths"]:
+        step = side.step_after(length)
+        step()
+        seconds[length] = []
+        for _ in range(job["tokens"]):
+            start = time.perf_counter()
+            step()
+            seconds[length].append(time.perf_counter() - start)
+    return {"seconds": seconds}
+
+
+def tower(side: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the image tower alone."""
+    size = side.processor.image_processor.image_size
+    pixels = torch.randn(job["batch"], 3, size, size).bfloat16().to(job["device"])
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(1 + job["repeats"]):
+            start = time.perf_counter()
+            side.tower(pixels).float().sum().item()
+            seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds[1:]}
+
+
+if __name__ == "__main__":
+    main()
