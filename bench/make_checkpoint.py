@@ -1,0 +1,245 @@
+"""Write a folder of the shapes of a published PaliGemma, with random weights.
+
+Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out FOLDER
+
+The published weights lie behind a license. What loading and answering cost does not depend on the numbers in
+the files, only on how many there are and how they are laid out; and that is as published: the names of the
+Hub, bfloat16 in shards of up to 5 GB with an index, no second copy of the tied head, an embedding table of
+257,216 rows, and a config.json that leaves out what the published one leaves out.
+
+The numbers are normal, of such a size that every layer gives out about what it got: nothing overflows. They
+are cut from one block of random numbers, from a place that depends on the tensor's name, so that pictures of
+448 pixels have the same weights as those of 224, position embeddings aside. The length of the block is prime,
+so that no two rows of a table are equal.
+
+The tokenizer has as many words as the published one and the same ids for <image>, <loc> and <seg>, but other
+words: every letter, and runs of two to four letters. A text has a few more tokens than in Gemma. What such a
+model answers means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from minivlm import PaliGemma, PaliGemmaConfig, Processor, SiglipVisionConfig
+from minivlm.errors import InputError
+from minivlm.layouts import PALIGEMMA_LAYOUTS, to_file
+from minivlm.paligemma2_configs import DECODERS, IMAGE_SIZES, paligemma2_config
+from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
+from minivlm.processing.tokens import IMAGE, LOC_TOKENS, SEG_TOKENS
+from minivlm.weights import INDEX
+
+SHARD = 5_000_000_000  # bytes, as the published folders are cut
+BLOCK = 2**24 + 43  # random numbers, a prime
+MIB = 2**20
+TOKENIZER_BYTES = 32 * MIB  # about
+# By frequency, so that the words which fit into the vocabulary are the likelier ones.
+LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
+
+
+def _published() -> dict[str, PaliGemmaConfig]:
+    first = PaliGemmaConfig()
+    configs: dict[str, PaliGemmaConfig] = {}
+    for kind, sizes in (("pt", IMAGE_SIZES), ("mix", IMAGE_SIZES[:2])):
+        for size in sizes:
+            vision = replace(first.vision, image_size=size)
+            configs[f"paligemma-3b-{kind}-{size}"] = replace(first, vision=vision)
+            for width in DECODERS:
+                configs[f"paligemma2-{width}-{kind}-{size}"] = paligemma2_config(width, size)
+    return dict(sorted(configs.items()))
+
+
+PUBLISHED = _published()
+
+
+def make_checkpoint(config: PaliGemmaConfig, folder: Path, seed: int = 0, shard: int = SHARD) -> int:
+    """Write a whole checkpoint of random bfloat16 weights and return the bytes of its weights.
+
+    Args:
+        folder: is made, and must not be there yet. It takes its name when it is complete.
+        shard: bytes of a file of weights at most, larger tensors aside.
+
+    Raises InputError: the folder exists, the disk has too little room, or the folder cannot be written.
+    """
+    with torch.device("meta"):
+        model = PaliGemma(config).to(torch.bfloat16)
+    layout = PALIGEMMA_LAYOUTS["hub"]
+    shapes = {to_file(name, layout): tensor for name, tensor in model.state_dict().items()}
+    total = sum(tensor.nbytes for tensor in shapes.values())
+
+    if folder.exists():
+        raise InputError(f"{folder} exists: choose another folder, or delete it first")
+    aside = folder.with_name(f".{folder.name}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        free = shutil.disk_usage(aside).free
+        if free < total + TOKENIZER_BYTES:
+            raise InputError(
+                f"{folder} needs {(total + TOKENIZER_BYTES) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+                "there: make room, or choose another disk"
+            )
+        _write_small_files(config, aside)
+        _write_weights(shapes, total, aside, seed, shard)
+        aside.rename(folder)
+    except FileExistsError as error:
+        raise InputError(f"{aside} is left of a run that was killed, or still runs: delete it") from error
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = error.strerror or error
+        raise InputError(f"cannot write {folder}: {reason}. Choose another folder") from error
+    except BaseException:  # also Ctrl-C: gigabytes that nobody asked for are not left lying
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return total
+
+
+def _write_small_files(config: PaliGemmaConfig, folder: Path) -> None:
+    pictures = ImageProcessor(image_size=config.vision.image_size, image_seq_length=config.vision.num_patches)
+    Processor(Tokenizer(make_tokenizer(config.image_token_id)), pictures).save_pretrained(folder)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    _write_json(folder / "config.json", published_config(config))
+
+
+def published_config(config: PaliGemmaConfig) -> dict[str, Any]:
+    """config.json with the gaps of the published ones: values that a reader has to know are left out."""
+    values = config.to_dict() | {"torch_dtype": "bfloat16"}
+    del values["tie_word_embeddings"]
+    known = SiglipVisionConfig().to_dict()
+    vision = ("image_size", "num_channels", "layer_norm_eps", "hidden_act")
+    values["vision_config"] = _without(values["vision_config"], known, vision)
+    if values["text_config"]["model_type"] == "gemma":  # the files of PaliGemma 2 say more
+        known = PaliGemmaConfig().text.to_dict()
+        text = ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters")
+        text += ("hidden_activation", "tie_word_embeddings")
+        values["text_config"] = _without(values["text_config"], known, text)
+    return values
+
+
+def _without(values: Mapping[str, Any], known: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names or value != known[key]}
+
+
+def make_tokenizer(image_token_id: int) -> tokenizers.Tokenizer:
+    """A tokenizer in Gemma's form: words, then <loc>, <seg>, and <image> as its last id.
+
+    Every word is a shorter one and a letter more, those with a space before them first: a word of a text is
+    cut where the longest known beginning ends.
+    """
+    state = json.loads(build_tokenizer([]).to_str())
+    count = image_token_id - len(LOC_TOKENS) - len(SEG_TOKENS)
+    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = {word: None for word in [*state["model"]["vocab"], "▁", "\n", *characters]}  # ordered, no doubles
+    if count < len(words):
+        raise ValueError(f"image_token_id {image_token_id} leaves {count} words, expected {len(words)}")
+    merges = []
+    for start, letters in itertools.islice(_longer_words(), count - len(words)):
+        merges.append([start, letters])
+        words[start + letters] = None
+    state["model"]["vocab"] = {word: index for index, word in enumerate(words)}
+    state["model"]["merges"] = merges
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 4]  # <pad> to <unk>
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    backend.add_tokens([*LOC_TOKENS, *SEG_TOKENS])
+    backend.add_special_tokens([tokenizers.AddedToken(IMAGE, special=True, normalized=False)])
+    return backend
+
+
+def _longer_words() -> Iterator[tuple[str, str]]:
+    """(known beginning, last letter) of words of 1 to 3 letters after a space, 2 and 3 without, 4 after one."""
+    for space, length in (("▁", 1), ("▁", 2), ("▁", 3), ("", 2), ("", 3), ("▁", 4)):
+        for letters in itertools.product(LETTERS, repeat=length):
+            *start, last = letters
+            yield space + "".join(start), last
+
+
+def _write_weights(shapes: dict[str, Tensor], total: int, folder: Path, seed: int, shard: int) -> None:
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=shard)
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))
+    for file, names in split.filename_to_tensors.items():
+        _write_shard(folder / file, {name: shapes[name] for name in names}, block)
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        _write_json(folder / INDEX, index)
+
+
+def _write_shard(path: Path, shapes: dict[str, Tensor], block: Tensor) -> None:
+    """One safetensors file (length of the header, header, numbers), piece by piece.
+
+    `save_file` would want all of its 5 GB in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    end = 0
+    for name, tensor in shapes.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in shapes.items():
+            for numbers in _random(name, tensor.shape, block):
+                file.write(numbers.view(torch.uint8).numpy())
+
+
+def _random(name: str, shape: torch.Size, block: Tensor) -> Iterator[Tensor]:
+    """The numbers of one tensor in order, bfloat16, in pieces of up to the block's length."""
+    mean = (
+        1.0 if name.endswith(("layer_norm1.weight", "layer_norm2.weight", "post_layernorm.weight")) else 0.0
+    )
+    # Sums of fan_in products keep the size of their inputs. RMSNorm multiplies by 1 + weight.
+    std = (shape.numel() / shape[0]) ** -0.5 if len(shape) > 1 else 0.02
+    if name.endswith("embed_tokens.weight"):
+        std *= 0.1  # the head is the same table: with large rows, the answer to a word would be that word
+    left, place = shape.numel(), zlib.crc32(name.encode()) % len(block)
+    while left:
+        piece = block[place : place + left]
+        yield (mean + std * piece).to(torch.bfloat16)
+        left, place = left - len(piece), 0
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _known_name(text: str) -> str:
+    name = text.removeprefix("google/")
+    if name not in PUBLISHED:
+        raise argparse.ArgumentTypeError(f"there is no {text!r}: choose from {', '.join(PUBLISHED)}")
+    return name
+
+
+def main() -> None:
+    """Write one folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", type=_known_name, help="such as paligemma-3b-pt-224, paligemma2-3b-pt-448")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must not exist yet")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    try:
+        total = make_checkpoint(PUBLISHED[options.name], options.out, options.seed)
+    except InputError as error:
+        sys.exit(f"make_checkpoint: error: {error}")
+    print(f"{options.out}: {total / 1e9:.2f} GB of weights in {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
