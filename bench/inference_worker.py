@@ -50,16 +50,17 @@ class Ours:
         find_folder(job["folder"])
         before, start = private_memory(), time.perf_counter()
         quantize = "int8" if "int8" in job["side"] else None
-        self.model, self.processor = minivlm.load(
-            job["folder"], dtype=torch.bfloat16, device=job["device"]
-        )
+        self.model, self.processor = minivlm.load(job["folder"], dtype=torch.bfloat16, device=job["device"])
         if quantize:
             from minivlm.quantization import quantize as q
+
             q(self.model)
         self.load_seconds = time.perf_counter() - start
         self.copied = private_memory() - before
         if "compiled" in job["side"]:
-            self.model.compile_decoder()
+            from minivlm.compiled import compile_parts
+
+            compile_parts(self.model)
 
     @property
     def tower(self) -> Any:
@@ -160,9 +161,7 @@ class Theirs:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         with torch.inference_mode():
-            self.model.generate(
-                **inputs, max_new_tokens=count, do_sample=False, stopping_criteria=[stop_at]
-            )
+            self.model.generate(**inputs, max_new_tokens=count, do_sample=False, stopping_criteria=[stop_at])
         yield from times
 
     def step_after(self, context: int) -> Any:
@@ -207,7 +206,9 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
         pictures.append(Image.fromarray(noise))
         prompts.append("what is it " * (1 + 2 * row))
     inputs: dict[str, Tensor] = processor(pictures, prompts)
-    if inputs["attention_mask"][:, -1].min() == 0:  # transformers generates from rows that are padded on the left
+    if (
+        inputs["attention_mask"][:, -1].min() == 0
+    ):  # transformers generates from rows that are padded on the left
         for row, mask in enumerate(inputs["attention_mask"]):
             shift = int((mask == 0).sum())
             for tensor in inputs.values():

@@ -9,23 +9,28 @@ kernel most of it (bench/inference.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import ContextManager
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def at_the_speed_of_memory(token_ids: Tensor) -> Iterator[None]:
-    """While one row is decoded, switch oneDNN off; with more rows, or on another device, nothing changes.
+def at_the_speed_of_memory(rows: Tensor) -> ContextManager[None]:
+    """Inside, products of one row do without oneDNN. With more rows, or on another device, nothing changes.
 
     Args:
-        token_ids: [B], the tokens that are read inside.
+        rows: [B, ...], what goes through the model: only its length and its device matter.
     """
-    was_enabled = torch.backends.mkldnn.enabled
-    if was_enabled and len(token_ids) == 1 and token_ids.device.type == "cpu":
-        torch.backends.mkldnn.enabled = False
+    return onednn(False) if len(rows) == 1 and rows.device.type == "cpu" else nullcontext()
+
+
+@contextmanager
+def onednn(enabled: bool) -> Iterator[None]:
+    """Inside, oneDNN is used or not; it is never switched on where PyTorch has none."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled and torch.backends.mkldnn.is_available()
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = was_enabled
+        torch.backends.mkldnn.enabled = before

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from minivlm.errors import InputError
 
-FEW_ROWS = 4  # up to here the product is faster with whole numbers than after turning them back
-BLOCK = 2**22  # numbers turned back at a time: 8 MiB in bf16, which stay in the processor's cache
+FEW_ROWS = 8  # up to here the product is faster with whole numbers than after turning them back
+BLOCK = 2**21  # numbers turned back at a time: 4 MiB in bf16, which stay in the processor's cache
+SHORT = 8192  # inputs
+PIECE = 256  # rows rounded at a time, for the same reason: rounding needs them in fp32
+TINY = 1e-30  # for a row of zeros
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,10 +35,16 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         values [out, in] in int8, and scale [out] in the dtype of weight: weight is about
         values * scale[:, None], at most half a step away.
     """
-    largest = weight.abs().amax(dim=1).float().clamp(min=torch.finfo(torch.float32).tiny)
-    scale = (largest / 127).to(weight.dtype)  # rounded first, so that the values fit the scale that is kept
-    values = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127)
-    return values.to(torch.int8), scale
+    pieces = [_round(piece) for piece in weight.split(PIECE)]
+    values, scales = zip(*pieces, strict=True)
+    return torch.cat(values), torch.cat(scales)
+
+
+def _round(rows: Tensor) -> tuple[Tensor, Tensor]:
+    weight = rows.float()
+    largest = weight.abs().amax(dim=1).clamp(min=TINY)
+    scale = (largest / 127).to(rows.dtype)  # rounded first, so that the values fit the scale that is kept
+    return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class Int8Linear(nn.Module):
@@ -53,12 +62,22 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         rows = x.flatten(0, -2)  # [B * T, in]
-        if x.device.type == "cpu" and len(rows) <= FEW_ROWS:
-            # Reads each whole number once and never writes the matrix out in a longer dtype.
-            return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
+        few = x.device.type == "cpu" and len(rows) <= FEW_ROWS
+        out = self._of_few(rows) if few else self._of_many(rows)
+        return out.unflatten(0, x.shape[:-1])
+
+    def _of_few(self, rows: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and len(rows) == 1 and rows.shape[1] <= SHORT:
+            # A compiler makes one loop of this, which is faster than the kernel below for short rows.
+            total = (self.weight.float() * rows.float()).sum(dim=-1)
+            return (total * self.scale.float()).to(rows.dtype)[None]
+        # Reads each whole number once and never writes the matrix out in a longer dtype.
+        return torch._weight_int8pack_mm(rows, self.weight, self.scale)
+
+    def _of_many(self, rows: Tensor) -> Tensor:
         # Whole numbers up to 127 are exact in bf16, and the scale of an output can wait until it is summed.
         blocks = self.weight.split(max(1, BLOCK // self.weight.shape[1]))
-        return torch.cat([F.linear(x, block.to(x.dtype)) for block in blocks], dim=-1) * self.scale
+        return torch.cat([F.linear(rows, block.to(rows.dtype)) for block in blocks], dim=-1) * self.scale
 
 
 class Int8Embedding(nn.Module):

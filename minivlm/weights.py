@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minivlm.configs import PaliGemmaConfig
 from minivlm.errors import InputError
@@ -167,7 +168,7 @@ def load_model(
     if isinstance(config, PaliGemmaConfig) and HEAD in [to_ours(name, layout) for name in found]:
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))
 
-    with torch.device("meta"):  # shapes without memory: nothing is initialized only to be thrown away
+    with torch.device("meta"), _Uninitialized():  # shapes without memory: the numbers come from the file
         model = cls(config)
     tensors, problems = _fit(found, layout, model.state_dict())
     if problems:
@@ -185,6 +186,20 @@ def load_model(
         if reset_buffers is not None:  # what no file holds is still on the meta device
             reset_buffers()
     return model.eval()
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Skips what `torch.nn.init` does. Drawing random numbers on the meta device would only cost time, and
+    the first draw imports PyTorch's compiler, which takes longer than all the rest of loading.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _fit(

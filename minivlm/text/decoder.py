@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minivlm.cache import KVCache
 from minivlm.configs import GemmaConfig
-from minivlm.layers import Attention, GatedMLP, RMSNorm, additive
+from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, in_pieces
 from minivlm.rope import apply_rotary, rotary_angles
 
 
@@ -44,7 +44,7 @@ class GemmaBlock(nn.Module):
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         x = x + self.self_attn(self.input_layernorm(x), mask, rotary, update_cache)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + in_pieces(self.mlp, self.post_attention_layernorm(x))
         return x
 
 

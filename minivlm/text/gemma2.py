@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.configs import Gemma2Config, GemmaConfig
-from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, attend
+from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, attend, in_pieces
 from minivlm.rope import apply_rotary, rotary_angles
 from minivlm.text.decoder import GemmaDecoder
 
@@ -114,7 +114,8 @@ class Gemma2Block(nn.Module):
         """x [B, T, D] -> [B, T, D]."""
         attended = self.self_attn(self.input_layernorm(x), mask, rotary, update_cache)
         x = x + self.post_attention_layernorm(attended)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        updated = in_pieces(self.mlp, self.pre_feedforward_layernorm(x))
+        x = x + self.post_feedforward_layernorm(updated)
         return x
 
 

@@ -1,0 +1,33 @@
+"""torch.compile, where it pays: the parts of a model that hold no state and are repeated in every layer.
+
+One norm, one MLP and one int8 product are compiled once and serve all layers, in seconds; compiling the
+whole decoder would take minutes, for every length of the cache anew. Attention stays as it is: its cache
+grows, and its fast forms are ready-made kernels. Nothing is computed differently, only in fewer passes over
+memory, so that results agree up to rounding.
+"""
+
+from __future__ import annotations
+
+from shutil import which
+
+from torch import nn
+
+from minivlm.errors import InputError
+from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm
+from minivlm.quantization import Int8Linear
+
+PARTS = (RMSNorm, LlamaRMSNorm, MLP, GatedMLP, Int8Linear)
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Compile these parts in place, when each is first used.
+
+    Raises:
+        InputError: on a CPU, when there is no C++ compiler.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if on_cpu and not any(which(name) for name in ("c++", "g++", "clang++", "cl")):
+        raise InputError("torch.compile needs a C++ compiler and finds none: install one, or do without")
+    for module in model.modules():
+        if isinstance(module, PARTS):
+            module.compile(dynamic=True)
