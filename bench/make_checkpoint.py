@@ -144,7 +144,7 @@ def make_tokenizer(image_token_id: int) -> tokenizers.Tokenizer:
     state = json.loads(build_tokenizer([]).to_str())
     count = image_token_id - len(LOC_TOKENS) - len(SEG_TOKENS)
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    words = {word: None for word in [*state["model"]["vocab"], "▁", "\n", *characters]}  # ordered, no doubles
+    words = dict.fromkeys([*state["model"]["vocab"], "▁", "\n", *characters])  # ordered, no doubles
     if count < len(words):
         raise ValueError(f"image_token_id {image_token_id} leaves {count} words, expected {len(words)}")
     merges = []
@@ -161,7 +161,7 @@ def make_tokenizer(image_token_id: int) -> tokenizers.Tokenizer:
 
 
 def _longer_words() -> Iterator[tuple[str, str]]:
-    """(known beginning, last letter) of words of 1 to 3 letters after a space, 2 and 3 without, 4 after one."""
+    """(known beginning, last letter) of words: after a space of 1 to 4 letters, without of 2 and 3."""
     for space, length in (("▁", 1), ("▁", 2), ("▁", 3), ("", 2), ("", 3), ("▁", 4)):
         for letters in itertools.product(LETTERS, repeat=length):
             *start, last = letters

@@ -137,10 +137,15 @@ def _check(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}: ask for at least 1 new token")
     prompt = int(attention_mask.sum(dim=1).max())
+    if max_length is not None and prompt >= max_length:
+        raise InputError(
+            f"the prompt has {prompt} tokens with its picture, and with one for the answer that is more than "
+            f"the model's context of {max_length}: shorten the prompt by {prompt - max_length + 1} or more"
+        )
     if max_length is not None and prompt + max_new_tokens > max_length:
         raise InputError(
             f"the prompt has {prompt} tokens and max_new_tokens is {max_new_tokens}, together more than the "
-            f"model's context of {max_length}: ask for at most {max(max_length - prompt, 0)} new tokens "
+            f"model's context of {max_length}: ask for at most {max_length - prompt} new tokens "
             "or shorten the prompt"
         )
     if temperature != 0 and not 0.001 <= temperature <= 1000:

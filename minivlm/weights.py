@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minivlm.configs import PaliGemmaConfig
+from minivlm.devices import bytes_needed, check_dtype, gigabytes, require_memory
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 from minivlm.layouts import PALIGEMMA_LAYOUTS, Layout, to_file, to_ours
@@ -34,6 +35,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "language_model.lm_head.weight"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Looking for NaN reads every byte. Up to this size (bytes) it costs nothing to speak of; above, `generate`
 # looks at its first logits instead.
 CHECKED_SIZE = 256 * 2**20
@@ -45,28 +47,58 @@ Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(
+    name: str | Path, revision: str | None = None, *, files: Sequence[str] = ("*.json", "*.safetensors")
+) -> Path:
     """The folder of a checkpoint: a local one, or a repo id of the Hub like "google/paligemma-3b-mix-224".
 
-    A repo is downloaded once, into the Hub's own cache, and found there without a network afterwards.
-    Raises InputError: there is no such folder or repo, it may not be read, or the Hub is out of reach.
+    A repo is downloaded once, into the Hub's own cache, and found there without a network afterwards. What is
+    cut in the middle is no part of the cache: the next call gets the files that are missing.
+
+    Args:
+        revision: a branch, tag or commit of the repo; without one, its main branch.
+        files: patterns of the files to download.
+
+    Raises InputError: there is no such folder, repo or revision, it may not be read, the Hub is out of reach,
+        or a local folder has a revision or was cloned without its large files.
     """
     folder = Path(name)
     if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"{folder} is a folder here, and revision {revision!r} belongs to a repo of the Hub: leave "
+                "the revision out, or give a repo id"
+            )
+        _check_pointers(folder)
         return folder
     if folder.exists():
         raise InputError(f"{folder} is a file: give the folder that holds config.json")
     if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise InputError(f"{name} is neither a folder nor a repo id (owner/name) of the Hub: check the name")
-    return _download(name)
+    return _download(name, revision, files)
 
 
-def _download(repo_id: str) -> Path:
+def _check_pointers(folder: Path) -> None:
+    """git clones large files as pointers of some 130 bytes, where git-lfs is not installed."""
+    pointers = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors") and path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    pointers.append(path.name)
+    if pointers:
+        raise InputError(
+            f"{folder} has only pointers of Git LFS in place of {_few(pointers)}: run `git lfs install` and "
+            "`git lfs pull` there, or give the repo id instead"
+        )
+
+
+def _download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
     # Imported where it is needed: most loads are local, and this import is slow.
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"])
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
     except errors.GatedRepoError as error:
         raise InputError(
             f"{repo_id} asks you to accept its license: do so on https://huggingface.co/{repo_id}, then log "
@@ -77,7 +109,17 @@ def _download(repo_id: str) -> Path:
             f"there is no folder {repo_id}, and the Hub has no public repo of that name: check the spelling; "
             "if the repo is private, log in with `hf auth login`"
         ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"{repo_id} has no revision {revision!r}: give a branch, a tag or a commit from "
+            f"https://huggingface.co/{repo_id}/tree/main"
+        ) from error
     except Exception as error:  # whatever its HTTP library raises, which changes from version to version
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise InputError(
+                f"the Hub refuses {repo_id} to you ({_first_line(error)}): log in anew with `hf auth login`, "
+                "with a token that may read it"
+            ) from error
         raise InputError(
             f"there is no folder {repo_id}, and it cannot be had from the Hub or its cache on this machine "
             f"({type(error).__name__}: {_first_line(error)}): check the connection, or copy the folder here"
@@ -115,8 +157,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118, it is not a dict
                     tensors[name] = file.get_tensor(name)
+        except MemoryError as error:
+            raise InputError(
+                f"{path} does not fit into the address space of this process: raise the limit (`ulimit -v`)"
+            ) from error
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged or incomplete ({error}): get it again") from error
+            # A file of the Hub's cache is a link. Without the link alone, the same file would be linked anew.
+            remedy = f"delete {path.resolve()} and get it again" if path.is_symlink() else "get it again"
+            raise InputError(f"{path} is damaged or incomplete ({error}): {remedy}") from error
     return tensors
 
 
@@ -130,7 +178,15 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
-            raise InputError(f"{folder} lacks {_few(missing)}, named in {INDEX}: get the folder again")
+            cut = any((folder / ".cache" / "huggingface").rglob("*.incomplete"))
+            raise InputError(
+                f"{folder} lacks {_few(missing)}, named in {INDEX}: "
+                + (
+                    "its download was cut, run the same `hf download` again"
+                    if cut
+                    else "get the folder again"
+                )
+            )
         return shards
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
@@ -158,7 +214,8 @@ def load_model(
         device: where the weights go; on "cpu" and in the file's dtype they stay in the mapped file.
 
     Raises:
-        InputError: the tensors do not fit the config, or hold NaN or infinity (folders up to 256 MB).
+        InputError: the tensors do not fit the config, or hold NaN or infinity (folders up to 256 MB); the
+            device cannot compute in the dtype, or has too little memory free for the copies.
     """
     found = read_tensors(folder)
     layout_name, layout = max(
@@ -177,6 +234,7 @@ def load_model(
             f"{', '.join(layouts)}: {layout_name}): {'; '.join(problems)}. All files must come from one "
             "checkpoint: get it again"
         )
+    _check_device(folder, found, dtype, device)
     converted = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     if sum(tensor.nbytes for tensor in found.values()) <= CHECKED_SIZE:
         _check_finite(folder, tensors, converted)
@@ -223,6 +281,21 @@ def _fit(
     missing = [to_file(name, layout) for name in wanted if name not in tensors]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape or type": misshapen}
     return tensors, [f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
+
+
+def _check_device(
+    folder: Path, found: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Refuse what would fail only after gigabytes are read."""
+    for kind in {dtype} if dtype is not None else {tensor.dtype for tensor in found.values()}:
+        check_dtype(kind, device)
+    needed = bytes_needed(found.values(), dtype, device)
+    smaller = bytes_needed(found.values(), torch.bfloat16, device)
+    advice = "use a smaller checkpoint, or a machine with more"
+    if smaller < needed:
+        takes = f"which takes {gigabytes(smaller)}" if smaller else "which stays in the file and takes none"
+        advice = f"load it as bfloat16 (dtype=torch.bfloat16, --dtype bfloat16), {takes}; or {advice}"
+    require_memory(needed, device, f"the weights of {folder}" + (f" as {dtype}" if dtype else ""), advice)
 
 
 def _check_finite(folder: Path, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:

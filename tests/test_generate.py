@@ -212,7 +212,11 @@ def test_sampling_leaves_the_global_random_numbers_alone():
             {"max_new_tokens": 6, "max_length": 8},
             "prompt has 3 tokens .* context of 8: ask for at most 5 new",
         ),
-        ({"max_new_tokens": 1, "max_length": 2}, "ask for at most 0 new tokens or shorten the prompt"),
+        (
+            {"max_new_tokens": 1, "max_length": 2},
+            "prompt has 3 tokens .* context of 2: shorten the prompt by 2 or more",
+        ),
+        ({"max_new_tokens": 1, "max_length": 3}, "context of 3: shorten the prompt by 1 or more"),
         ({"temperature": -0.1}, "temperature is -0.1: use 0"),
         ({"temperature": float("nan")}, "temperature is nan: use 0"),
         ({"temperature": 1e-40}, "temperature is 1e-40: use 0"),

@@ -1,160 +1,131 @@
-"""A repo id leads to a folder, or to a refusal that says what to do. The Hub here is a server of our own."""
+"""A repo id leads to a model, or to a refusal that says what to do. The Hub here is a server of our own."""
 
 import functools
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import huggingface_hub
 import pytest
+import torch
+from helpers import TINY, assert_differs, assert_equal, randomize
+from hub_server import Files, HubServer, Repo, commit, serve
+from safetensors.torch import load_file, save_file
 
+import minivlm
+from minivlm import PaliGemma, Processor
+from minivlm.cli import main
 from minivlm.errors import InputError
-from minivlm.weights import find_folder
+from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
+from minivlm.weights import INDEX, WEIGHTS, find_folder
 
-SHA = "0" * 39 + "1"
-FILES = {
+STUBS = {
     "config.json": b'{"model_type": "paligemma"}',
     "model.safetensors": b"weights",
     "pytorch_model.bin": b"a pickle",
     "README.md": b"text",
 }
+SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Two repos: owner/open, and owner/gated, whose files need a license to be accepted."""
+def sharded(folder: Path, seed: int) -> Files:
+    """A whole checkpoint in two shards, and what else a repo has."""
+    tokenizer = Tokenizer(build_tokenizer(["what is it"]))
+    Processor(tokenizer, ImageProcessor(image_size=28, image_seq_length=4)).save_pretrained(folder)
+    text = replace(TINY.text, vocab_size=tokenizer.vocab_size)
+    randomize(PaliGemma(replace(TINY, text=text, image_token_id=tokenizer.image_id)), seed).save_pretrained(
+        folder
+    )
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    weight_map = {name: (SHARD_1, SHARD_2)[number % 2] for number, name in enumerate(tensors)}
+    for shard in (SHARD_1, SHARD_2):
+        part = {name: tensors[name] for name in tensors if weight_map[name] == shard}
+        save_file(part, folder / shard, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return {path.name: path.read_bytes() for path in folder.iterdir()} | {"README.md": b"text"}
 
-    requests: ClassVar[list[str]] = []
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.requests.append(self.path)
-        path = self.path.partition("?")[0]
-        if "/owner/" not in path or "/unknown" in path:
-            self._refuse(404, "RepoNotFound")
-        elif path.endswith("/revision/main"):
-            files = [{"rfilename": name} for name in FILES]
-            self._send(json.dumps({"id": "owner/x", "sha": SHA, "siblings": files}).encode())
-        elif "/tree/" in path:
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": f"oid-{name}"}
-                for name, data in FILES.items()
-            ]
-            self._send(json.dumps(entries).encode())
-        elif "/gated/" in path:
-            self._refuse(403, "GatedRepo")
-        else:
-            self._send(FILES[path.rpartition("/")[2]])
-
-    def _send(self, data: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{len(data)}"')
-        self.send_header("X-Repo-Commit", SHA)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def _refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        pass
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Files]:
+    """Two trainings of one model."""
+    return [sharded(tmp_path_factory.mktemp(f"seed-{seed}"), seed) for seed in (0, 1)]
 
 
 @pytest.fixture
-def server() -> Iterator[ThreadingHTTPServer]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        Hub.requests.clear()
+def hub(checkpoints: list[Files]) -> Iterator[HubServer]:
+    """owner/open with stubs; owner/real, whose branch "other" and tag "v1" are the second training."""
+    with serve() as server:
+        server.repos["owner/open"] = Repo({commit(1): STUBS})
+        server.repos["owner/real"] = Repo(
+            {commit(1): checkpoints[0], commit(2): checkpoints[1]},
+            {"main": commit(1), "other": commit(2), "v1": commit(2)},
+        )
         yield server
-        server.shutdown()
-        thread.join()
+
+
+Use = Callable[[int], None]
+CLOSED = 9  # nobody listens at this port
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Sets where the Hub is; the cache is a fresh folder."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Use:
+    """Sets at which port the Hub is; the cache is a fresh folder."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     download = huggingface_hub.snapshot_download
 
     def at(port: int) -> None:
-        replacement = functools.partial(
-            download, endpoint=f"http://127.0.0.1:{port}", cache_dir=tmp_path / "cache"
-        )
+        replacement = functools.partial(download, endpoint=f"http://127.0.0.1:{port}", cache_dir=cache)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", replacement)
 
     return at
 
 
-CLOSED = 9  # nobody listens at this port
+@torch.no_grad()
+def logits(model: PaliGemma, processor: Processor) -> torch.Tensor:
+    return model(**processor(None, "what is it")).logits
 
 
-def test_a_local_folder_needs_no_hub(tmp_path: Path, use):
+def snapshot(cache: Path, number: int = 1) -> Path:
+    return cache / "models--owner--real" / "snapshots" / commit(number)
+
+
+# Folders and names
+
+
+def test_a_local_folder_needs_no_hub(tmp_path: Path, use: Use):
     use(CLOSED)
     assert find_folder(tmp_path) == tmp_path
     assert find_folder(str(tmp_path)) == tmp_path
 
 
-def test_a_repo_is_downloaded_once_and_then_found_offline(server: ThreadingHTTPServer, use):
-    use(server.server_port)
+def test_only_what_can_be_used_is_downloaded(hub: HubServer, use: Use):
+    """No pickles, no texts."""
+    use(hub.server_port)
     folder = find_folder("owner/open")
-    # No pickles, no texts: only what can be used.
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        name: FILES[name] for name in ("config.json", "model.safetensors")
+        name: STUBS[name] for name in ("config.json", "model.safetensors")
     }
-    assert not any("pytorch_model.bin" in path for path in Hub.requests)
-    use(CLOSED)
-    assert find_folder("owner/open") == folder
-
-
-def test_unknown_repo(server: ThreadingHTTPServer, use):
-    use(server.server_port)
-    with pytest.raises(
-        InputError, match="no folder owner/unknown, and the Hub has no public repo of that name"
-    ):
-        find_folder("owner/unknown")
-
-
-def test_gated_repo(server: ThreadingHTTPServer, use):
-    use(server.server_port)
-    with pytest.raises(InputError, match=r"accept its license.*huggingface.co/owner/gated, then log in"):
-        find_folder("owner/gated")
-
-
-def test_no_network_and_nothing_in_the_cache(use):
-    use(CLOSED)
-    with pytest.raises(InputError, match=r"no folder owner/open.*cannot be had.*check the connection"):
-        find_folder("owner/open")
-
-
-def test_offline_by_environment(use, monkeypatch: pytest.MonkeyPatch):
-    """What HF_HUB_OFFLINE=1 does."""
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        functools.partial(huggingface_hub.snapshot_download, local_files_only=True),
-    )
-    with pytest.raises(InputError, match=r"no folder owner/open.*cannot be had"):
-        find_folder("owner/open")
+    assert set(hub.bodies()) == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "a b/c", "owner/repo/more", "../up"])
-def test_neither_folder_nor_repo_id(name: str, use):
+def test_neither_folder_nor_repo_id(name: str, use: Use):
     use(CLOSED)
     with pytest.raises(InputError, match="neither a folder nor a repo id"):
         find_folder(name)
 
 
-def test_a_path_is_never_looked_up(tmp_path: Path, use):
+def test_a_path_is_never_looked_up(tmp_path: Path, use: Use):
     use(CLOSED)
     with pytest.raises(InputError, match="neither a folder nor a repo id"):
         find_folder(Path("owner/open"))
@@ -162,3 +133,227 @@ def test_a_path_is_never_looked_up(tmp_path: Path, use):
     file.touch()
     with pytest.raises(InputError, match="is a file: give the folder"):
         find_folder(file)
+
+
+# The whole way
+
+
+def test_a_repo_becomes_a_model_and_is_downloaded_once(
+    hub: HubServer, use: Use, checkpoints: list[Files], tmp_path: Path
+):
+    use(hub.server_port)
+    first = logits(*minivlm.load("owner/real"))
+    for name, data in checkpoints[0].items():
+        (tmp_path / name).write_bytes(data)
+    assert_equal(first, logits(*minivlm.load(tmp_path)))
+    bodies = hub.bodies()
+    assert set(bodies) == set(checkpoints[0]) - {"README.md"}
+    assert {name: sent for name, ((_, sent),) in bodies.items()} == {
+        name: len(checkpoints[0][name]) for name in bodies
+    }
+
+    hub.requests.clear()
+    assert_equal(logits(*minivlm.load("owner/real")), first)
+    assert hub.bodies() == {}  # asked whether it is still the same, and nothing more
+    use(CLOSED)
+    assert_equal(logits(*minivlm.load("owner/real")), first)
+
+
+def test_a_commit_in_the_cache_needs_no_question(hub: HubServer, use: Use):
+    use(hub.server_port)
+    minivlm.load("owner/real", revision=commit(2))
+    hub.requests.clear()
+    minivlm.load("owner/real", revision=commit(2))
+    assert hub.requests == []
+
+
+def test_a_new_version_is_downloaded_where_it_differs(hub: HubServer, use: Use, checkpoints: list[Files]):
+    use(hub.server_port)
+    old = logits(*minivlm.load("owner/real"))
+    hub.repos["owner/real"].refs["main"] = commit(2)
+    hub.requests.clear()
+    assert_differs(logits(*minivlm.load("owner/real")), old)
+    assert set(hub.bodies()) == {SHARD_1, SHARD_2}  # the small files are the same
+
+
+@pytest.mark.parametrize("revision", ["other", "v1", commit(2)], ids=["branch", "tag", "commit"])
+def test_revision(hub: HubServer, use: Use, revision: str):
+    use(hub.server_port)
+    main_branch = logits(*minivlm.load("owner/real"))
+    other = logits(*minivlm.load("owner/real", revision=revision))
+    assert_differs(other, main_branch)
+    assert_equal(logits(*minivlm.models.load.load_paligemma("owner/real", revision=revision)), other)
+    assert_equal(logits(*minivlm.load("owner/real", revision="main")), main_branch)
+
+
+def test_revision_on_the_command_line(
+    hub: HubServer, use: Use, capsys: pytest.CaptureFixture[str], cache: Path, tmp_path: Path
+):
+    use(hub.server_port)
+    picture = str(Path(__file__).parents[1] / "figures" / "samples" / "scene_1.png")
+    ask = ["ask", picture, "--prompt", "what is it", "--max-new-tokens", "1", "--json"]
+    assert main([*ask, "--model", "owner/real", "--revision", "v1"]) == 0
+    assert snapshot(cache, 2).is_dir()
+    assert not snapshot(cache, 1).exists()
+    capsys.readouterr()
+    assert main([*ask, "--model", "owner/real", "--revision", "v2"]) == 2
+    assert "owner/real has no revision 'v2'" in capsys.readouterr().err
+    assert main([*ask, "--revision", "v1"]) == 2
+    assert "--revision is of a repo of the Hub: add --model OWNER/NAME" in capsys.readouterr().err
+    assert main([*ask, "--model", str(tmp_path), "--revision", "v1"]) == 2
+    assert "is a folder here, and revision 'v1' belongs to a repo of the Hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("revision", ["no-such-branch", "f" * 40], ids=["branch", "commit"])
+def test_unknown_revision(hub: HubServer, use: Use, revision: str):
+    use(hub.server_port)
+    with pytest.raises(
+        InputError, match=rf"owner/real has no revision '{revision}': give a branch, a tag or a commit"
+    ):
+        minivlm.load("owner/real", revision=revision)
+
+
+def test_another_system_is_refused_before_its_weights_are_downloaded(hub: HubServer, use: Use):
+    hub.repos["owner/llava"] = Repo({commit(1): STUBS | {"config.json": b'{"model_type": "llava"}'}})
+    use(hub.server_port)
+    with pytest.raises(
+        InputError,
+        match="owner/llava holds a model of type 'llava', and only paligemma, clip, siglip, vit can",
+    ):
+        minivlm.load("owner/llava")
+    assert set(hub.bodies()) == {"config.json"}
+
+
+def test_a_dtype_is_refused_before_anything_is_downloaded(hub: HubServer, use: Use):
+    use(hub.server_port)
+    with pytest.raises(InputError, match=r"dtype is torch\.int8"):
+        minivlm.load("owner/real", dtype=torch.int8)
+    assert hub.requests == []
+
+
+# Downloads that are cut
+
+
+def test_a_broken_connection_goes_on_where_it_broke(hub: HubServer, use: Use, checkpoints: list[Files]):
+    hub.cuts[SHARD_1] = 1
+    use(hub.server_port)
+    model, processor = minivlm.load("owner/real")
+    size = len(checkpoints[0][SHARD_1])
+    assert hub.bodies()[SHARD_1] == [(None, size // 2), (f"bytes={size // 2}-", size - size // 2)]
+    use(CLOSED)
+    assert_equal(logits(*minivlm.load("owner/real")), logits(model, processor))
+
+
+def test_a_store_that_ignores_ranges_begins_again(hub: HubServer, use: Use, checkpoints: list[Files]):
+    hub.cuts[SHARD_1], hub.ignores_ranges = 1, True
+    use(hub.server_port)
+    minivlm.load("owner/real")
+    size = len(checkpoints[0][SHARD_1])
+    assert hub.bodies()[SHARD_1] == [(None, size // 2), (f"bytes={size // 2}-", size)]
+
+
+def test_a_load_that_failed_is_finished_by_the_next(
+    hub: HubServer, use: Use, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The Hub goes away in the middle of the second shard, for good; the next day it is there again."""
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub.cuts[SHARD_2] = 1000
+    use(hub.server_port)
+    with pytest.raises(InputError, match=r"owner/real.* cannot be had from the Hub .*: check the connection"):
+        minivlm.load("owner/real")
+    assert not (snapshot(cache) / SHARD_2).exists()  # never half a file under the name of the whole
+    use(CLOSED)
+    with pytest.raises(InputError, match=r"owner/real.* cannot be had"):
+        minivlm.load("owner/real")
+
+    hub.cuts.clear()
+    hub.requests.clear()
+    use(hub.server_port)
+    assert torch.isfinite(logits(*minivlm.load("owner/real"))).all()
+    assert SHARD_2 in hub.bodies()
+    assert "config.json" not in hub.bodies()  # what was complete is not asked for again
+
+
+def test_what_a_killed_download_left_is_never_read(hub: HubServer, use: Use, cache: Path):
+    """Half a shard under the names that versions of the Hub's library give it."""
+    use(hub.server_port)
+    expected = logits(*minivlm.load("owner/real"))
+    blob = (snapshot(cache) / SHARD_1).resolve()
+    for name in (f"{blob.name}.incomplete", f"{blob.name}.0a1b2c3d.incomplete"):
+        blob.with_name(name).write_bytes(b"\0" * 100)
+    blob.unlink()
+    (snapshot(cache) / SHARD_1).unlink()
+    assert_equal(logits(*minivlm.load("owner/real")), expected)
+
+
+def test_a_damaged_file_of_the_cache_is_named_where_it_lies(hub: HubServer, use: Use, cache: Path):
+    use(hub.server_port)
+    expected = logits(*minivlm.load("owner/real"))
+    blob = (snapshot(cache) / SHARD_1).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{SHARD_1} is damaged or incomplete .*: delete {blob} and get it"):
+        minivlm.load("owner/real")
+    blob.unlink()  # as it says
+    assert_equal(logits(*minivlm.load("owner/real")), expected)
+
+
+# Refusals
+
+
+def test_unknown_repo(hub: HubServer, use: Use):
+    use(hub.server_port)
+    with pytest.raises(
+        InputError, match="no folder owner/unknown, and the Hub has no public repo of that name"
+    ):
+        minivlm.load("owner/unknown")
+
+
+@pytest.mark.parametrize("status", [401, 403], ids=["logged-out", "not-accepted"])
+def test_gated_repo(hub: HubServer, use: Use, status: int):
+    hub.repos["owner/gated"] = replace(
+        hub.repos["owner/real"], files_refused=(status, {"X-Error-Code": "GatedRepo"})
+    )
+    use(hub.server_port)
+    with pytest.raises(InputError, match=r"accept its license.*huggingface.co/owner/gated, then log in"):
+        minivlm.load("owner/gated")
+
+
+def test_a_token_that_is_no_longer_good(hub: HubServer, use: Use):
+    message = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    hub.repos["owner/private"] = Repo({commit(1): STUBS}, refused=(401, message))
+    use(hub.server_port)
+    with pytest.raises(
+        InputError, match=r"the Hub refuses owner/private .*: log in anew with `hf auth login`"
+    ):
+        minivlm.load("owner/private")
+
+
+def test_no_network_and_nothing_in_the_cache(use: Use):
+    use(CLOSED)
+    with pytest.raises(InputError, match=r"no folder owner/open.*cannot be had.*check the connection"):
+        find_folder("owner/open")
+
+
+def test_offline_by_environment(hub: HubServer, use: Use, cache: Path):
+    """HF_HUB_OFFLINE=1 is read when the Hub's library is imported: a process of its own."""
+    use(hub.server_port)
+    minivlm.load("owner/real")
+    minivlm.load("owner/real", revision="v1")
+    hub.requests.clear()
+    variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "HF_ENDPOINT": hub.url}
+
+    def load(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            "import sys, minivlm\n"
+            "try: model, _ = minivlm.load(sys.argv[1], revision=sys.argv[2])\n"
+            "except minivlm.InputError as error: sys.exit(str(error))\n"
+            "print(sum(p.numel() for p in model.parameters()))"
+        )
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+
+    for revision in ("main", "v1", commit(2)):
+        assert load("owner/real", revision).stdout.strip().isdecimal()
+    assert "owner/real, and it cannot be had from the Hub or its cache" in load("owner/real", "other").stderr
+    assert "owner/open, and it cannot be had from the Hub or its cache" in load("owner/open", "main").stderr
+    assert hub.requests == []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import TINY, randomize
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import minivlm
 from minivlm import InputError, PaliGemma, Processor, weights
@@ -82,6 +83,57 @@ def test_another_system(folder: Path, model_type: str | None):
         InputError, match=rf"model of type {model_type!r}, and only paligemma, clip, siglip, vit can"
     ):
         minivlm.load(folder)
+
+
+def test_another_system_for_answers(folder: Path):
+    edit(folder / "config.json", model_type="llava")
+    with pytest.raises(InputError, match=r"model of type 'llava', and only paligemma writes answers: choose"):
+        minivlm.models.load.load_paligemma(folder)
+
+
+def test_another_decoder(folder: Path):
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit(folder / "config.json", text_config=text | {"model_type": "gemma3_text"})
+    with pytest.raises(InputError, match=r"text_config has model_type = 'gemma3_text'; only 'gemma' is"):
+        minivlm.load(folder)
+
+
+def test_a_revision_of_a_folder(folder: Path):
+    with pytest.raises(InputError, match=r"is a folder here, and revision 'v1' belongs to a repo of the Hub"):
+        minivlm.load(folder, revision="v1")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
+def test_a_dtype_that_nothing_computes_in(folder: Path, dtype: torch.dtype):
+    """Before the large files are looked at: here there are none."""
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=rf"{dtype}.*: (models compute in|use) torch.float32"):
+        minivlm.load(folder, dtype=dtype)
+
+
+def test_a_file_in_a_dtype_that_nothing_computes_in(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"cpu cannot compute in torch\.float8_e4m3fn"):
+        minivlm.load(folder, dtype=None)
+
+
+def test_a_device_that_is_not_here(folder: Path):
+    for dtype in (torch.float32, None):
+        with pytest.raises(InputError, match="device 'nowhere' cannot be used here"):
+            minivlm.load(folder, dtype=dtype, device="nowhere")
+
+
+def test_a_prompt_longer_than_the_context(folder: Path):
+    model, processor = minivlm.load(folder)
+    inputs = processor(Image.new("RGB", (50, 40), "red"), "red " * 70)
+    tokens = inputs["input_ids"].shape[1]
+    message = (
+        f"has {tokens} tokens with its picture, .* context of 64: shorten the prompt by {tokens - 63} or"
+    )
+    with pytest.raises(InputError, match=message):
+        model.generate(**inputs, max_new_tokens=5)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json", "config.json"])

@@ -79,7 +79,7 @@ def test_both_libraries_load_it_and_agree(made: tuple[PaliGemmaConfig, Path]):
 
 
 def test_the_layout_is_that_of_the_hub(made: tuple[PaliGemmaConfig, Path]):
-    config, folder = made
+    _, folder = made
     index = json.loads((folder / INDEX).read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert [path.name for path in files] == [

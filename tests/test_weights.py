@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
+import minivlm
 from minivlm import PaliGemma, weights
 from minivlm.errors import InputError
 from minivlm.layouts import PALIGEMMA_LAYOUTS, to_file, to_ours
@@ -333,6 +334,39 @@ def test_missing_shard(folder: Path):
     (folder / WEIGHTS).unlink()
     (folder / "model-00002-of-00003.safetensors").unlink()
     refuse(folder, "lacks model-00002-of-00003.safetensors, named in model.safetensors.index.json")
+
+
+def test_a_shard_whose_download_was_cut(folder: Path):
+    """As `hf download --local-dir` leaves it."""
+    shard(folder, load_file(folder / WEIGHTS))
+    (folder / WEIGHTS).unlink()
+    partial = folder / ".cache" / "huggingface" / "download" / "x.0a1b2c.incomplete"
+    partial.parent.mkdir(parents=True)
+    (folder / "model-00002-of-00003.safetensors").rename(partial)
+    refuse(folder, r"lacks model-00002-of-00003.safetensors, .*: its download was cut, run the same")
+
+
+def test_one_truncated_shard_is_named(folder: Path):
+    shard(folder, load_file(folder / WEIGHTS))
+    (folder / WEIGHTS).unlink()
+    path = folder / "model-00003-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refuse(folder, r"model-00003-of-00003.safetensors is damaged or incomplete \(.*\): get it again")
+
+
+def test_pointers_of_git_lfs(folder: Path):
+    """What `git clone` leaves of large files without git-lfs. All are named at once."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4985051832\n"
+    shard(folder, load_file(folder / WEIGHTS))
+    (folder / WEIGHTS).unlink()
+    for name in ("model-00002-of-00003.safetensors", "tokenizer.json"):
+        (folder / name).write_text(pointer)
+    message = (
+        "only pointers of Git LFS in place of model-00002-of-00003.safetensors, tokenizer.json: run `git"
+    )
+    refuse(folder, message)
+    with pytest.raises(InputError, match=message):
+        minivlm.load(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}'])

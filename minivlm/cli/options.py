@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,11 @@ if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
 
 
 def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoint") -> None:
-    """--model, --dtype, --device."""
+    """--model, --revision, --dtype, --device."""
     parser.add_argument(
         "--model", metavar="FOLDER_OR_REPO_ID", help=f"{what} (default: the shipped tiny one)"
     )
+    parser.add_argument("--revision", help="branch, tag or commit of the repo (default: its main branch)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add_device(parser)
 
@@ -35,14 +37,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def open_any(options: argparse.Namespace) -> tuple[Any, Any]:
     """As `open_model`, of whatever kind the folder is: see `minivlm.load`."""
-    device = check_device(options.device)
-    return load(options.model or SHIPPED, dtype=getattr(torch, options.dtype), device=device)
+    return load(*_named(options), revision=options.revision)
 
 
 def open_model(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
     """The model that the options of `add_model` name. Raises InputError: as `check_device` and `load`."""
-    device = check_device(options.device)
-    return load_paligemma(options.model or SHIPPED, dtype=getattr(torch, options.dtype), device=device)
+    return load_paligemma(*_named(options), revision=options.revision)
+
+
+def _named(options: argparse.Namespace) -> tuple[str | Path, torch.dtype, torch.device]:
+    """Folder or repo id, dtype, device."""
+    if options.model is None:
+        refuse(options, ("revision",), "is of a repo of the Hub: add --model OWNER/NAME, or leave it out")
+    return options.model or SHIPPED, getattr(torch, options.dtype), check_device(options.device)
 
 
 def check_device(name: str) -> torch.device:

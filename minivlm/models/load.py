@@ -9,6 +9,7 @@ import torch
 
 from minivlm import weights
 from minivlm.configs import PaliGemmaConfig
+from minivlm.devices import check_dtype
 from minivlm.encoder_configs import CLIPConfig, SiglipConfig, ViTConfig
 from minivlm.errors import InputError
 from minivlm.models.clip import CLIP
@@ -24,7 +25,11 @@ MODELS = ("paligemma", "clip", "siglip", "vit")  # the values of model_type in c
 
 
 def load(
-    name: str | Path = SHIPPED, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    name: str | Path = SHIPPED,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    revision: str | None = None,
 ) -> tuple[Any, Any]:
     """Open a checkpoint: a local folder, or a repo id of the Hub such as "google/paligemma-3b-mix-224".
 
@@ -34,6 +39,7 @@ def load(
         name: folder or repo id; without one, the small model that comes with the package.
         dtype: what the weights are converted to; None keeps what the files have.
         device: where the model computes, such as "cpu" or "cuda".
+        revision: of a repo id, a branch, tag or commit; without one, the main branch.
 
     Returns:
         Which types, the folder's config.json decides: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
@@ -41,10 +47,10 @@ def load(
 
     Raises:
         InputError: the folder cannot be found or read, holds another system than those of `MODELS`, or its
-            files do not fit together.
+            files do not fit together; the device does not exist, cannot compute in the dtype, or has too
+            little memory free.
     """
-    folder = weights.find_folder(name)
-    values = weights.read_config(folder)
+    folder, values = _find(name, revision, MODELS, dtype, device)
     # The processor first: a mistake in its small files shows before the large ones are read.
     match values.get("model_type"):
         case "paligemma":
@@ -65,31 +71,47 @@ def load(
             _require_equal(folder, {"the picture's side": (vit.image_size, pictures.image_size, PICTURES)})
             return ViT.from_pretrained(folder, dtype=dtype, device=device), pictures
         case other:
-            raise InputError(
-                f"{folder} holds a model of type {other!r}, and only {', '.join(MODELS)} can be loaded: "
-                "choose another checkpoint"
-            )
+            raise ValueError(f"{other!r} is in MODELS, and nothing here loads it")
 
 
 def load_paligemma(
-    name: str | Path = SHIPPED, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    name: str | Path = SHIPPED,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    revision: str | None = None,
 ) -> tuple[PaliGemma, Processor]:
     """`load` for what needs a model that writes: answering, evaluation, fine-tuning.
 
     Raises:
         InputError: as `load`, and where the folder holds a model that writes no text.
     """
-    folder = weights.find_folder(name)
-    values = weights.read_config(folder)
-    if values.get("model_type") != "paligemma":
-        raise InputError(
-            f"{folder} holds a model of type {values.get('model_type')!r}, and only paligemma writes "
-            "answers: choose another checkpoint"
-        )
+    folder, values = _find(name, revision, ("paligemma",), dtype, device)
     config = PaliGemmaConfig.from_dict(values)
     processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
     _check_pair(folder, config, processor)
     return PaliGemma.from_pretrained(folder, dtype=dtype, device=device), processor
+
+
+def _find(
+    name: str | Path,
+    revision: str | None,
+    supported: tuple[str, ...],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and its config.json. What can be refused is refused before gigabytes are downloaded."""
+    if dtype is not None:
+        check_dtype(dtype, device)
+    folder = weights.find_folder(name, revision, files=["config.json"])
+    values = weights.read_config(folder)
+    if values.get("model_type") not in supported:
+        purpose = "can be loaded" if supported == MODELS else "writes answers"
+        raise InputError(
+            f"{name} holds a model of type {values.get('model_type')!r}, and only {', '.join(supported)} "
+            f"{purpose}: choose another checkpoint"
+        )
+    return weights.find_folder(name, revision), values
 
 
 def _check_pair(folder: Path, config: PaliGemmaConfig, processor: Processor) -> None:
