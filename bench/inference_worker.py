@@ -50,11 +50,9 @@ class Ours:
         find_folder(job["folder"])
         before, start = private_memory(), time.perf_counter()
         quantize = "int8" if "int8" in job["side"] else None
-        self.model, self.processor = minivlm.load(job["folder"], dtype=torch.bfloat16, device=job["device"])
-        if quantize:
-            from minivlm.quantization import quantize as q
-
-            q(self.model)
+        self.model, self.processor = minivlm.load(
+            job["folder"], dtype=torch.bfloat16, device=job["device"], quantize=quantize
+        )
         self.load_seconds = time.perf_counter() - start
         self.copied = private_memory() - before
         if "compiled" in job["side"]:

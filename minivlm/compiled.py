@@ -16,6 +16,7 @@ from minivlm.errors import InputError
 from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm
 from minivlm.quantization import Int8Linear
 
+COMPILERS = ("c++", "g++", "clang++", "cl")  # one of which PyTorch looks for
 PARTS = (RMSNorm, LlamaRMSNorm, MLP, GatedMLP, Int8Linear)
 
 
@@ -26,7 +27,7 @@ def compile_parts(model: nn.Module) -> None:
         InputError: on a CPU, when there is no C++ compiler.
     """
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if on_cpu and not any(which(name) for name in ("c++", "g++", "clang++", "cl")):
+    if on_cpu and not any(which(name) for name in COMPILERS):
         raise InputError("torch.compile needs a C++ compiler and finds none: install one, or do without")
     for module in model.modules():
         if isinstance(module, PARTS):

@@ -119,7 +119,7 @@ def attend_in_blocks(
     The scores of a long row would fill gigabytes (4,096 image tokens: 16 heads * 4096 * 4096). A block of
     them fits into the processor's cache, and is gone before the next one comes.
     """
-    B, H, T, Dh = q.shape
+    B, H, T, _ = q.shape
     K, S = k.shape[1], k.shape[2]
     if B * H * T * S <= BLOCK:
         return attend_plain(q, k, v, mask, scale, softcap)

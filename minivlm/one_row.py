@@ -9,14 +9,13 @@ kernel most of it (bench/inference.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import ContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 
-def at_the_speed_of_memory(rows: Tensor) -> ContextManager[None]:
+def at_the_speed_of_memory(rows: Tensor) -> AbstractContextManager[None]:
     """Inside, products of one row do without oneDNN. With more rows, or on another device, nothing changes.
 
     Args:
@@ -28,9 +27,9 @@ def at_the_speed_of_memory(rows: Tensor) -> ContextManager[None]:
 @contextmanager
 def onednn(enabled: bool) -> Iterator[None]:
     """Inside, oneDNN is used or not; it is never switched on where PyTorch has none."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = enabled and torch.backends.mkldnn.is_available()
+    before = bool(torch.backends.mkldnn.enabled)
+    torch.backends.mkldnn.enabled = enabled and torch.backends.mkldnn.is_available()  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        torch.backends.mkldnn.enabled = before  # type: ignore[assignment]

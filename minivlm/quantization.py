@@ -12,6 +12,8 @@ steps. The image tower is left as it is: it runs once an answer, and its time is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from minivlm.errors import InputError
 
 FEW_ROWS = 8  # up to here the product is faster with whole numbers than after turning them back
 BLOCK = 2**21  # numbers turned back at a time: 4 MiB in bf16, which stay in the processor's cache
+STEP = 64  # the kernel for few rows reads so many inputs at a time, and does not look where a row ends
 SHORT = 8192  # inputs
 PIECE = 256  # rows rounded at a time, for the same reason: rounding needs them in fp32
 TINY = 1e-30  # for a row of zeros
@@ -62,7 +65,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         rows = x.flatten(0, -2)  # [B * T, in]
-        few = x.device.type == "cpu" and len(rows) <= FEW_ROWS
+        few = x.device.type == "cpu" and len(rows) <= FEW_ROWS and rows.shape[1] % STEP == 0
         out = self._of_few(rows) if few else self._of_many(rows)
         return out.unflatten(0, x.shape[:-1])
 
@@ -97,24 +100,22 @@ class Int8Embedding(nn.Module):
         return self.weight[input_ids].to(self.scale.dtype) * self.scale[input_ids][..., None]
 
 
-def quantize(model: nn.Module) -> None:
+def quantize_decoder(model: nn.Module) -> None:
     """Turn the matrices of `model.language_model` into int8, in place and one after the other.
 
     The result is for answering: it cannot be trained or saved.
 
     Raises:
-        InputError: the model has no decoder, or was quantized before.
+        InputError: the decoder is quantized already.
     """
-    decoder = getattr(model, "language_model", None)
-    if decoder is None:
-        raise InputError(f"{type(model).__name__} has no decoder to quantize: load it without quantize")
+    decoder: Any = model.get_submodule("language_model")
     if any(isinstance(module, Int8Linear) for module in decoder.modules()):
-        raise InputError("the model is in int8 already: quantize it once, or load the folder again")
+        raise InputError("the decoder is in int8 already: quantize it once, or load the folder again")
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Int8Linear(*quantize_rows(child.weight.detach())))
     table = quantize_rows(decoder.embed_tokens.weight.detach())
     decoder.embed_tokens = Int8Embedding(*table)
-    if decoder.lm_head is None:
+    if decoder.lm_head is None:  # tied: the head is the table
         decoder.lm_head = Int8Linear(*table)

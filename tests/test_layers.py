@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from torch import Tensor
 
 from minivlm import layers, masks
 from minivlm.layers import (
+    MLP,
     Attention,
     EncoderBlock,
     additive,
     attend,
     attend_fused,
+    attend_in_blocks,
     attend_plain,
     attention_weights,
+    in_pieces,
     record_attention,
 )
 
@@ -81,6 +85,85 @@ def test_one_query_with_many_keys():
     out = attend_plain(q, k, v, None, SCALE)
     assert out.shape == (2, 4, 1, 8)
     torch.testing.assert_close(out, attend_fused(q, k, v, None, SCALE))
+
+
+@pytest.mark.parametrize("block", [1, 7, 6 * 6, 2 * 6 * 6 + 1, 10**6])
+@pytest.mark.parametrize("mask", ["none", "causal", "padded"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@torch.no_grad()
+def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monkeypatch: pytest.MonkeyPatch):
+    """However few scores are held at a time: one query, some of them, one head, some, everything."""
+    q, k, v = qkv(kv_heads=kv_heads)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as it comes from the projection
+    seen = mask_of(mask)
+    held = []
+
+    def plain(*args: Any) -> Tensor:
+        held.append(args[0].shape[0] * args[0].shape[1] * args[0].shape[2] * args[1].shape[2])
+        return attend_plain(*args)
+
+    monkeypatch.setattr(layers, "BLOCK", block)
+    monkeypatch.setattr(layers, "attend_plain", plain)
+    for cap in (None, 0.5):
+        expected = attend_plain(q, k, v, seen, SCALE, cap)
+        torch.testing.assert_close(attend_in_blocks(q, k, v, seen, SCALE, cap), expected)
+    if mask == "causal":  # one mask for all rows
+        torch.testing.assert_close(
+            attend_in_blocks(q, k, v, seen[:1], SCALE), attend_plain(q, k, v, seen[:1], SCALE)
+        )
+    group = 4 // kv_heads
+    assert max(held) <= max(block, 6 * group)  # the queries of a group stay together
+
+
+@torch.no_grad()
+def test_no_matrix_of_scores_of_a_long_row(monkeypatch: pytest.MonkeyPatch):
+    """In bf16 on a CPU, 2,000 tokens never hold 4 heads * 2,000 * 2,000 scores."""
+    q, k, v = (torch.randn(1, heads, 2000, 8, dtype=torch.bfloat16) for heads in (4, 1, 1))
+    sizes = []
+    weights_of = layers.attention_weights
+
+    def watched(*args: Any) -> Tensor:
+        weights = weights_of(*args)
+        sizes.append(weights.numel())
+        return weights
+
+    monkeypatch.setattr(layers, "attention_weights", watched)
+    out = attend(q, k, v, None, SCALE)
+    assert sum(sizes) == 4 * 2000 * 2000
+    assert max(sizes) <= layers.BLOCK
+    torch.testing.assert_close(out, attend_fused(q, k, v, None, SCALE), rtol=0.02, atol=0.005)
+
+
+@torch.no_grad()
+def test_one_query_is_answered_without_copies_of_keys(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **kwargs: (seen.append((q.shape, kwargs["enable_gqa"])), fused(q, k, v, **kwargs))[1],
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.to(dtype) for x in qkv(heads=4, kv_heads=2, queries=1))
+        mask = mask_of("padded")[:, :, -1:]
+        out = attend(q, k, v, mask, SCALE)
+        torch.testing.assert_close(out, attend_plain(q, k, v, mask, SCALE), rtol=0.02, atol=0.02)
+    assert seen == [((2, 2, 2, 8), False)] * 2
+
+
+@pytest.mark.parametrize("length", [1, 300, 600, 1000])
+def test_pieces_agree_with_the_whole(length: int):
+    torch.manual_seed(0)
+    layer, sizes = MLP(8, 16), []
+    layer.register_forward_hook(lambda module, args, out: sizes.append(len(args[0].flatten(0, -2))))
+    x = torch.randn(2, length, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(in_pieces(layer, x), layer(x))
+    assert max(sizes[:-1]) <= 1.5 * layers.PIECE
+    assert min(sizes[:-1]) >= min(2 * length, layers.PIECE // 2)  # no small piece is left over
+    sizes.clear()
+    in_pieces(layer, x)
+    assert sizes == [2 * length]  # with gradients, everything is kept anyway
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from minivlm.compiled import compile_parts
 from minivlm.errors import InputError
 from minivlm.jsonl import BadLines
 from minivlm.models.load import SHIPPED, load, load_paligemma
@@ -21,13 +22,17 @@ if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
 
 
 def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoint") -> None:
-    """--model, --revision, --dtype, --device."""
+    """--model, --revision, --dtype, --device, --quantize, --compile."""
     parser.add_argument(
         "--model", metavar="FOLDER_OR_REPO_ID", help=f"{what} (default: the shipped tiny one)"
     )
     parser.add_argument("--revision", help="branch, tag or commit of the repo (default: its main branch)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add_device(parser)
+    parser.add_argument("--quantize", choices=("int8",), help="round the decoder's matrices (default: no)")
+    parser.add_argument(
+        "--compile", action="store_true", help="use torch.compile, which pays for many answers"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +42,24 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def open_any(options: argparse.Namespace) -> tuple[Any, Any]:
     """As `open_model`, of whatever kind the folder is: see `minivlm.load`."""
-    return load(*_named(options), revision=options.revision)
+    model, processor = load(*_named(options), revision=options.revision, quantize=options.quantize)
+    return _compiled(model, options), processor
 
 
 def open_model(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
     """The model that the options of `add_model` name. Raises InputError: as `check_device` and `load`."""
-    return load_paligemma(*_named(options), revision=options.revision)
+    named = _named(options)
+    model, processor = load_paligemma(*named, revision=options.revision, quantize=options.quantize)
+    return _compiled(model, options), processor
+
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def _compiled(model: Model, options: argparse.Namespace) -> Model:
+    if options.compile:
+        compile_parts(model)
+    return model
 
 
 def _named(options: argparse.Namespace) -> tuple[str | Path, torch.dtype, torch.device]:

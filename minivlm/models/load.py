@@ -9,7 +9,7 @@ import torch
 
 from minivlm import weights
 from minivlm.configs import PaliGemmaConfig
-from minivlm.devices import check_dtype
+from minivlm.devices import bytes_needed, check_dtype, require_memory
 from minivlm.encoder_configs import CLIPConfig, SiglipConfig, ViTConfig
 from minivlm.errors import InputError
 from minivlm.models.clip import CLIP
@@ -17,6 +17,7 @@ from minivlm.models.paligemma import PaliGemma
 from minivlm.models.siglip import SigLIP
 from minivlm.models.vit import ViT
 from minivlm.processing import PairProcessor, Processor, ViTImageProcessor
+from minivlm.quantization import quantize_decoder
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that comes with the package
 PICTURES = "preprocessor_config.json"
@@ -30,6 +31,7 @@ def load(
     device: torch.device | str = "cpu",
     *,
     revision: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[Any, Any]:
     """Open a checkpoint: a local folder, or a repo id of the Hub such as "google/paligemma-3b-mix-224".
 
@@ -40,6 +42,7 @@ def load(
         dtype: what the weights are converted to; None keeps what the files have.
         device: where the model computes, such as "cpu" or "cuda".
         revision: of a repo id, a branch, tag or commit; without one, the main branch.
+        quantize: "int8" halves the bytes of a decoder in bf16, see `minivlm.quantization`.
 
     Returns:
         Which types, the folder's config.json decides: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
@@ -48,13 +51,13 @@ def load(
     Raises:
         InputError: the folder cannot be found or read, holds another system than those of `MODELS`, or its
             files do not fit together; the device does not exist, cannot compute in the dtype, or has too
-            little memory free.
+            little memory free; there is no such way to quantize, or no decoder.
     """
-    folder, values = _find(name, revision, MODELS, dtype, device)
+    folder, values = _find(name, revision, MODELS, dtype, device, quantize)
     # The processor first: a mistake in its small files shows before the large ones are read.
     match values.get("model_type"):
         case "paligemma":
-            return load_paligemma(folder, dtype, device)
+            return load_paligemma(folder, dtype, device, quantize=quantize)
         case "clip":
             clip = CLIPConfig.from_dict(values)
             pairs = PairProcessor.from_pretrained(folder, "clip", clip.text.max_position_embeddings)
@@ -80,17 +83,23 @@ def load_paligemma(
     device: torch.device | str = "cpu",
     *,
     revision: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[PaliGemma, Processor]:
     """`load` for what needs a model that writes: answering, evaluation, fine-tuning.
 
     Raises:
         InputError: as `load`, and where the folder holds a model that writes no text.
     """
-    folder, values = _find(name, revision, ("paligemma",), dtype, device)
+    folder, values = _find(name, revision, ("paligemma",), dtype, device, quantize)
     config = PaliGemmaConfig.from_dict(values)
     processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
     _check_pair(folder, config, processor)
-    return PaliGemma.from_pretrained(folder, dtype=dtype, device=device), processor
+    if quantize is None:
+        return PaliGemma.from_pretrained(folder, dtype=dtype, device=device), processor
+    model = PaliGemma.from_pretrained(folder, dtype=None)  # rounded once, from what the file has
+    _require_memory(model, dtype, device)
+    quantize_decoder(model)
+    return model.to(device, dtype), processor
 
 
 def _find(
@@ -99,8 +108,11 @@ def _find(
     supported: tuple[str, ...],
     dtype: torch.dtype | None,
     device: torch.device | str,
+    quantize: str | None,
 ) -> tuple[Path, dict[str, Any]]:
     """The folder and its config.json. What can be refused is refused before gigabytes are downloaded."""
+    if quantize not in (None, "int8"):
+        raise InputError(f'quantize is {quantize!r}, and only "int8" is known: choose it, or leave it out')
     if dtype is not None:
         check_dtype(dtype, device)
     folder = weights.find_folder(name, revision, files=["config.json"])
@@ -111,7 +123,18 @@ def _find(
             f"{name} holds a model of type {values.get('model_type')!r}, and only {', '.join(supported)} "
             f"{purpose}: choose another checkpoint"
         )
+    if quantize is not None and values["model_type"] != "paligemma":
+        raise InputError(
+            f"{name} holds a {values['model_type']}, which has no decoder to quantize: leave quantize out"
+        )
     return weights.find_folder(name, revision), values
+
+
+def _require_memory(model: PaliGemma, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    decoder = list(model.language_model.parameters())
+    rest = [*model.vision_tower.parameters(), *model.multi_modal_projector.parameters()]
+    needed = bytes_needed(decoder, None, "cpu", bytes_per_weight=1) + bytes_needed(rest, dtype, device)
+    require_memory(needed, device, "the weights in int8", "use a smaller checkpoint, or a machine with more")
 
 
 def _check_pair(folder: Path, config: PaliGemmaConfig, processor: Processor) -> None:

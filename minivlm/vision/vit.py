@@ -40,7 +40,7 @@ class SiglipVisionEmbeddings(nn.Module):
 
     def reset_buffers(self) -> None:
         """Make `position_ids` [1, N]. Not persistent: it is counted, not learned, and no file holds it."""
-        # Counted on the CPU: on the meta device, counting would first import PyTorch's compiler, half a second.
+        # Counted on the CPU: on the meta device, counting would import PyTorch's compiler first.
         ids = torch.arange(self.num_positions, device="cpu")[None].to(self.position_embedding.weight.device)
         self.register_buffer("position_ids", ids, persistent=False)
 

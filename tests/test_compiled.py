@@ -1,0 +1,52 @@
+"""torch.compile changes the time of an answer and not the answer."""
+
+from shutil import which
+
+import pytest
+import torch
+from PIL import Image
+
+from minivlm import InputError, compiled
+from minivlm.compiled import PARTS, compile_parts
+from minivlm.models.load import load_paligemma
+
+needs_compiler = pytest.mark.skipif(
+    not any(which(name) for name in compiled.COMPILERS), reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("quantize", "dtype"), [(None, torch.float32), ("int8", torch.bfloat16)])
+@torch.inference_mode()
+def test_the_same_answers(quantize: str | None, dtype: torch.dtype):
+    model, processor = load_paligemma(quantize=quantize, dtype=dtype)
+    pictures = [Image.open(f"figures/samples/scene_{n}.png") for n in (1, 2)]
+    batches = [
+        processor(pictures, ["caption en", "how many circles are there?"]),
+        processor(pictures[:1], ["caption en"]),
+    ]
+    expected = [model.generate(**batch, max_new_tokens=8) for batch in batches]
+    logits = [model.logits(model.prefill(**batch)[0]) for batch in batches]
+    compile_parts(model)
+    assert any(module._compiled_call_impl is not None for module in model.modules())
+    torch._dynamo.reset()
+    for batch, tokens, scores in zip(batches, expected, logits, strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(
+            model.logits(model.prefill(**batch)[0]), scores, rtol=tolerance, atol=20 * tolerance
+        )
+        assert model.generate(**batch, max_new_tokens=8).tolist() == tokens.tolist()
+
+
+def test_only_parts_without_state():
+    model, _ = load_paligemma()
+    compile_parts(model)
+    compiled_ones = {type(m) for m in model.modules() if m._compiled_call_impl is not None}
+    assert compiled_ones <= set(PARTS)
+    assert len(compiled_ones) == 3  # RMSNorm, MLP, GatedMLP
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "which", lambda name: None)
+    with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
+        compile_parts(load_paligemma()[0])

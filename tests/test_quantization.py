@@ -1,0 +1,148 @@
+"""int8 weights: how far they are from the weights, and what they may and may not be used for."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, randomize, tiny_paligemma
+from torch import Tensor, nn
+
+import minivlm
+from minivlm import InputError, PaliGemma, quantization
+from minivlm.models.load import SHIPPED, load_paligemma
+from minivlm.quantization import Int8Embedding, Int8Linear, quantize_decoder, quantize_rows
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def matrix(outputs: int = 300, inputs: int = 40, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of very different sizes; one is zero."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    weight *= torch.logspace(-3, 1, outputs)[:, None]
+    weight[7] = 0
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_a_step_away_in_every_row(dtype: torch.dtype):
+    weight = matrix(dtype=dtype)
+    values, scale = quantize_rows(weight)
+    assert (values.dtype, scale.dtype) == (torch.int8, dtype)
+    assert values.min() >= -127
+    error = (values.double() * scale.double()[:, None] - weight.double()).abs()
+    # Where the scale is rounded down, the largest number of a row may be cut a little.
+    cut = {torch.float32: 0.0, torch.float16: 127 * 2**-11, torch.bfloat16: 127 * 2**-8}[dtype]
+    assert (error <= max(0.501, cut) * scale.double()[:, None]).all()
+    rest = values.abs() < 127
+    assert (error <= 0.501 * scale.double()[:, None])[rest].all()
+    assert (values[7] == 0).all()
+    assert (values.abs().amax(dim=1)[torch.arange(300) != 7] >= 126).all()  # each row uses its whole range
+
+
+@pytest.mark.parametrize("inputs", [40, 64, 192])
+@pytest.mark.parametrize("rows", [1, 2, quantization.FEW_ROWS, quantization.FEW_ROWS + 1, 50])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_is_the_product_with_the_rounded_weight(
+    rows: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(quantization, "BLOCK", 1000)  # 301 outputs in many blocks
+    values, scale = quantize_rows(matrix(301, inputs, dtype))
+    layer = Int8Linear(values, scale)
+    x = torch.randn(rows, inputs).to(dtype)
+    expected = x.double() @ (values.double() * scale.double()[:, None]).T
+    for shaped in (x, x[None], x[:, None]):
+        out = layer(shaped)
+        assert out.dtype == dtype
+        assert out.shape == (*shaped.shape[:-1], 301)
+        tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+        torch.testing.assert_close(out.view(rows, 301).double(), expected, rtol=tolerance, atol=tolerance * 2)
+
+
+def test_embedding():
+    weight = matrix()
+    values, scale = quantize_rows(weight)
+    ids = torch.tensor([[0, 7], [299, 5]])
+    table = Int8Embedding(values, scale)
+    torch.testing.assert_close(table(ids), values[ids].float() * scale[ids][..., None])
+    assert (table(ids) - weight[ids]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_model(tied: bool):
+    """All matrices of the decoder and nothing else; the head is the table where it was."""
+    from dataclasses import replace
+
+    config = replace(TINY, text=replace(TINY.text, tie_word_embeddings=tied))
+    model = randomize(PaliGemma(config)).eval()
+    tower = {name: tensor.clone() for name, tensor in model.vision_tower.state_dict().items()}
+    before = sum(p.numel() for p in model.language_model.parameters())
+    quantize_decoder(model)
+    assert not any(isinstance(module, nn.Linear) for module in model.language_model.modules())
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 7 * TINY.text.num_hidden_layers + 1
+    assert all(torch.equal(tensor, tower[name]) for name, tensor in model.vision_tower.state_dict().items())
+    table, head = model.language_model.embed_tokens, model.language_model.lm_head
+    assert (head.weight is table.weight) is tied
+    stored = {
+        t.data_ptr(): t.numel() for t in model.language_model.state_dict().values() if t.dtype == torch.int8
+    }
+    norms = sum(p.numel() for p in model.language_model.parameters())
+    assert sum(stored.values()) + norms == before
+    with pytest.raises(InputError, match="in int8 already"):
+        quantize_decoder(model)
+    with pytest.raises(InputError, match="cannot be saved"):
+        model.save_pretrained("nowhere")
+    assert not Path("nowhere").exists()
+
+
+@torch.no_grad()
+def test_logits_are_near_and_not_equal():
+    """Random weights: an error of half a step in 254, many times over."""
+    model = tiny_paligemma()
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    before = model(ids).logits
+    quantize_decoder(model)
+    after = model(ids).logits
+    error = ((after - before).std() / before.std()).item()
+    assert 1e-4 < error < 0.1
+
+
+def test_the_shipped_model_answers_alike():
+    from PIL import Image
+
+    model, processor = load_paligemma()
+    rounded, _ = load_paligemma(quantize="int8")
+    pictures = [Image.open(f"figures/samples/scene_{n}.png") for n in (1, 2, 3)]
+    inputs = processor(pictures, ["caption en"] * 3)
+    assert rounded.generate(**inputs).tolist() == model.generate(**inputs).tolist()
+    one = processor(pictures[:1], ["caption en"])
+    assert rounded.generate(**one).tolist() == model.generate(**one).tolist()
+
+
+def test_rounded_from_what_the_file_has(tmp_path: Path):
+    """Whatever dtype the model computes in, the whole numbers are the same."""
+    whole = [load_paligemma(quantize="int8", dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
+    first, second = (model.language_model.layers[0].mlp.up_proj for model in whole)
+    assert torch.equal(first.weight, second.weight)
+    assert [first.scale.dtype, second.scale.dtype] == [torch.float32, torch.bfloat16]
+    assert whole[1].vision_tower.post_layernorm.weight.dtype == torch.bfloat16
+
+
+def test_refusals(tmp_path: Path):
+    with pytest.raises(InputError, match=r"quantize is 'int4', and only \"int8\" is known"):
+        minivlm.load(quantize="int4")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(SHIPPED / name, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"model_type": "paligemma"', '"model_type": "clip"'))
+    with pytest.raises(InputError, match="clip, which has no decoder to quantize"):
+        minivlm.load(tmp_path, quantize="int8")
+
+
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
+    """A byte a weight, and the room to work in."""
+    from minivlm import devices
+
+    monkeypatch.setattr(devices, "free_memory", lambda device: 10_000)
+    with pytest.raises(InputError, match=r"the weights in int8 take 0\.0 GB of memory on cpu"):
+        load_paligemma(quantize="int8")
