@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,19 +36,20 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def open_any(options: argparse.Namespace) -> tuple[Any, Any]:
     """As `open_model`, of whatever kind the folder is: see `minivlm.load`."""
-    return load(*_named(options), revision=options.revision)
+    return load(options.model or SHIPPED, **_choices(options))
 
 
 def open_model(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
     """The model that the options of `add_model` name. Raises InputError: as `check_device` and `load`."""
-    return load_paligemma(*_named(options), revision=options.revision)
+    return load_paligemma(options.model or SHIPPED, **_choices(options))
 
 
-def _named(options: argparse.Namespace) -> tuple[str | Path, torch.dtype, torch.device]:
-    """Folder or repo id, dtype, device."""
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_model` say about loading."""
     if options.model is None:
         refuse(options, ("revision",), "is of a repo of the Hub: add --model OWNER/NAME, or leave it out")
-    return options.model or SHIPPED, getattr(torch, options.dtype), check_device(options.device)
+    device = check_device(options.device)
+    return {"dtype": getattr(torch, options.dtype), "device": device, "revision": options.revision}
 
 
 def check_device(name: str) -> torch.device:
