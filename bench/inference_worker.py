@@ -25,7 +25,8 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    side: Any = (Ours if job["side"].startswith("minivlm") else Theirs)(job)
+    kinds: dict[str, Any] = {"minivlm": Ours, "transformers": Theirs, "timm": Timm}
+    side = kinds[job["side"].split()[0]](job)
     result = {"load": side.load_seconds, "copied": side.copied, **globals()[job["task"]](side, job)}
     result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available() and job["device"] == "cuda":
@@ -55,6 +56,7 @@ class Ours:
         )
         self.load_seconds = time.perf_counter() - start
         self.copied = private_memory() - before
+        self.size = self.model.config.vision.image_size
         if "compiled" in job["side"]:
             from minivlm.compiled import compile_parts
 
@@ -85,9 +87,10 @@ class Ours:
 
     def step_after(self, context: int) -> Any:
         """A function that reads one token with so many tokens before it."""
-        text = self.model.config.text
         from minivlm.cache import KVCache
+        from minivlm.one_row import at_the_speed_of_memory
 
+        text = self.model.config.text
         cache = KVCache(
             text.num_hidden_layers, 1, text.num_key_value_heads, text.head_dim,
             dtype=torch.bfloat16, device=self.model.device,
@@ -96,8 +99,6 @@ class Ours:
         some = torch.randn(1, text.num_key_value_heads, context, text.head_dim, device=self.model.device)
         for layer in range(text.num_hidden_layers):
             cache.write(layer, some.bfloat16(), some.bfloat16())
-        from minivlm.one_row import at_the_speed_of_memory
-
         token = torch.ones(1, dtype=torch.long, device=self.model.device)
 
         @torch.inference_mode()
@@ -135,6 +136,7 @@ class Theirs:
         folder = Path(job["folder"])
         config = PaliGemmaConfig.from_dict(read_config(folder))
         self.processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
+        self.size = config.vision.image_size
 
     @property
     def tower(self) -> Any:
@@ -187,6 +189,22 @@ class Theirs:
             ).logits.argmax().item()
 
         return step
+
+
+class Timm:
+    """timm's image tower of the same shape, with random weights; it reads no folder."""
+
+    load_seconds, copied = 0.0, 0
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import timm
+
+        from minivlm.weights import read_config
+
+        size = read_config(Path(job["folder"]))["vision_config"]["image_size"]
+        model = timm.create_model("vit_so400m_patch14_siglip_224", img_size=size, num_classes=0)
+        self.tower = model.to(job["device"], torch.bfloat16).eval().forward_features
+        self.size = size
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------
@@ -247,8 +265,7 @@ def context(side: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 def tower(side: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the image tower alone."""
-    size = side.processor.image_processor.image_size
-    pixels = torch.randn(job["batch"], 3, size, size).bfloat16().to(job["device"])
+    pixels = torch.randn(job["batch"], 3, side.size, side.size).bfloat16().to(job["device"])
     seconds = []
     with torch.inference_mode():
         for _ in range(1 + job["repeats"]):

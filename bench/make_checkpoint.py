@@ -14,7 +14,8 @@ so that no two rows of a table are equal.
 
 The tokenizer has as many words as the published one and the same ids for <image>, <loc> and <seg>, but other
 words: every letter, and runs of two to four letters. A text has a few more tokens than in Gemma. What such a
-model answers means nothing.
+model answers means nothing: under random attention the states of a long prompt grow alike, and one word is
+repeated. To compare two programs on such a folder, compare logits.
 """
 
 from __future__ import annotations

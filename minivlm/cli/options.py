@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,6 +15,8 @@ from minivlm.jsonl import BadLines
 from minivlm.models.load import SHIPPED, load, load_paligemma
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -42,18 +43,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def open_any(options: argparse.Namespace) -> tuple[Any, Any]:
     """As `open_model`, of whatever kind the folder is: see `minivlm.load`."""
-    model, processor = load(*_named(options), revision=options.revision, quantize=options.quantize)
+    model, processor = load(options.model or SHIPPED, **_choices(options))
     return _compiled(model, options), processor
 
 
 def open_model(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
     """The model that the options of `add_model` name. Raises InputError: as `check_device` and `load`."""
-    named = _named(options)
-    model, processor = load_paligemma(*named, revision=options.revision, quantize=options.quantize)
+    model, processor = load_paligemma(options.model or SHIPPED, **_choices(options))
     return _compiled(model, options), processor
-
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def _compiled(model: Model, options: argparse.Namespace) -> Model:
@@ -62,11 +59,17 @@ def _compiled(model: Model, options: argparse.Namespace) -> Model:
     return model
 
 
-def _named(options: argparse.Namespace) -> tuple[str | Path, torch.dtype, torch.device]:
-    """Folder or repo id, dtype, device."""
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_model` say about loading."""
     if options.model is None:
         refuse(options, ("revision",), "is of a repo of the Hub: add --model OWNER/NAME, or leave it out")
-    return options.model or SHIPPED, getattr(torch, options.dtype), check_device(options.device)
+    device = check_device(options.device)
+    return {
+        "dtype": getattr(torch, options.dtype),
+        "device": device,
+        "revision": options.revision,
+        "quantize": options.quantize,
+    }
 
 
 def check_device(name: str) -> torch.device:

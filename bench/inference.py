@@ -1,0 +1,283 @@
+"""How fast a full-size PaliGemma answers, and in how much memory, beside transformers.
+
+Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out /tmp/paligemma-3b-pt-224
+     python bench/make_checkpoint.py paligemma-3b-pt-896 --out /tmp/paligemma-3b-pt-896
+     python bench/inference.py /tmp/paligemma-3b-pt-224 --large /tmp/paligemma-3b-pt-896 --out bench/results/inference.txt
+
+Both sides open the same folder in bf16, with the same number of threads, and read the same picture and
+prompt. They take turns, each time in a process of its own (inference_worker.py), so that what else the
+machine does meets both. A ratio is transformers' number divided by ours in the same round: above 1, ours is
+the faster or the smaller one. Memory is the most that a process ever held, the mapped weights included.
+
+Two ceilings are measured in the same run: how many bytes a second can be read from memory, and how many
+operations a second a large bf16 product reaches. The time of a token is compared with the bytes that must be
+read for it, the time of the prompt with the operations of its matrix products (minivlm/footprint.py).
+
+With --device cuda the same runs on a GPU, and transformers' compiled static cache is one more peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from attention import processor as name_of_cpu
+from matplotlib.figure import Figure
+from minivlm.footprint import decode_bytes, image_operations, prefill_operations
+
+from minivlm.configs import PaliGemmaConfig
+from minivlm.one_row import onednn
+from minivlm.weights import read_config
+
+WORKER = Path(__file__).with_name("inference_worker.py")
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+OURS, PEER = "minivlm", "transformers"
+Rounds = dict[str, list[dict[str, Any]]]  # by side, one result per round
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median (least to most)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def in_turns(sides: Sequence[str], rounds: int, job: dict[str, Any]) -> Rounds:
+    """Every side once a round, each first in some rounds."""
+    results: Rounds = {side: [] for side in sides}
+    for number in range(rounds):
+        for place in range(len(sides)):
+            side = sides[(number + place) % len(sides)]
+            asked = json.dumps({**job, "side": side, "logits": f"{job['logits']}-{side}.pt"})
+            done = subprocess.run(
+                [sys.executable, str(WORKER), asked], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                sys.exit(f"{side}, {job['task']}: {done.stderr[-2000:]}")
+            results[side].append(json.loads(done.stdout.splitlines()[-1]))
+    return results
+
+
+def ratios(results: Rounds, side: str, number: Any, peer: str = PEER) -> str:
+    """transformers divided by this side, round by round."""
+    return spread([number(b) / number(a) for a, b in zip(results[side], results[peer], strict=True)])
+
+
+def ceilings(threads: int, device: str) -> tuple[float, float]:
+    """Bytes read and operations of a bf16 product per second: the best of some tries."""
+    torch.set_num_threads(threads)
+    numbers = torch.ones(2**28, dtype=torch.float32, device=device)  # 1 GiB
+    a = torch.randn(4096, 4096, device=device).bfloat16()
+
+    def seconds(work: Any) -> float:
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    # A product of one row reads at least as fast as a sum does, on the machines tried.
+    table = numbers.view(torch.bfloat16).view(-1, 2048)
+    with onednn(False):
+        row = torch.ones(1, 2048, dtype=torch.bfloat16, device=device)
+        best = min(seconds(numbers.sum), seconds(lambda: torch.nn.functional.linear(row, table)))
+    return numbers.nbytes / best, 2 * 4096**3 / seconds(lambda: a @ a)
+
+
+def logit_difference(job: dict[str, Any], side: str, peer: str = PEER) -> str:
+    """Largest and mean difference of the first logits, as a share of their spread."""
+    ours, theirs = (torch.load(f"{job['logits']}-{name}.pt") for name in (side, peer))
+    difference = (ours - theirs) / theirs.std()
+    return f"{difference.abs().max():.3f} at most, {difference.std():.3f} in the mean"
+
+
+def first(result: dict[str, Any]) -> float:
+    """Seconds to the first token: the best of the repeats of a process."""
+    return min(result["prefill"])
+
+
+def token(result: dict[str, Any]) -> float:
+    """Seconds of a further token."""
+    return statistics.median(result["decode"])
+
+
+def peak(result: dict[str, Any]) -> float:
+    """Bytes."""
+    return result["peak"]
+
+
+def answers(name: str, sides: Sequence[str], rounds: int, job: dict[str, Any]) -> tuple[list[str], Rounds]:
+    """The table of one kind of answer."""
+    results = in_turns(sides, rounds, job)
+    some = results[OURS][0]
+    lines = [
+        f"## {name}: {job['batch']} x {some['width']} places, {some['prompt']} tokens in all\n",
+        "| | load s | copied GB | prompt s | ratio | token s | ratio | peak GB | ratio | first logits beside transformers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for side in sides:
+        found = results[side]
+        cells = [
+            side,
+            spread([result["load"] for result in found]),
+            f"{statistics.median(result['copied'] for result in found) / 1e9:.2f}",
+            spread([first(result) for result in found]),
+            ratios(results, side, first) if side != PEER else "1",
+            spread([token(result) for result in found], 3),
+            ratios(results, side, token) if side != PEER else "1",
+            f"{statistics.median(peak(result) for result in found) / 1e9:.2f}",
+            ratios(results, side, peak) if side != PEER else "1",
+            logit_difference(job, side) if side != PEER else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines, results
+
+
+def limits(folder: Path, results: Rounds, bandwidth: float, operations: float) -> Iterator[str]:
+    """How near the two ceilings an answer of one row comes."""
+    config = PaliGemmaConfig.from_dict(read_config(folder))
+    prompt = results[OURS][0]["prompt"]
+    needed = decode_bytes(config, prompt, torch.bfloat16)
+    work = image_operations(config) + prefill_operations(config, prompt)
+    yield f"A token must read {needed / 1e9:.2f} GB; the prompt takes {work / 1e12:.2f} * 10^12 operations.\n"
+    yield "| | GB/s while a token is written | of the bandwidth | 10^12 operations/s in the prompt | of the product |"
+    yield "|---|---|---|---|---|"
+    for side in (OURS, PEER):
+        rates = [needed / token(result) for result in results[side]]
+        speeds = [work / first(result) for result in results[side]]
+        yield (
+            f"| {side} | {spread([rate / 1e9 for rate in rates], 1)} | {max(rates) / bandwidth:.0%} at best "
+            f"| {spread([speed / 1e12 for speed in speeds])} | {max(speeds) / operations:.0%} at best |"
+        )
+
+
+def by_context(sides: Sequence[str], rounds: int, job: dict[str, Any], picture: Path | None) -> Iterator[str]:
+    """The time of a token with more and more tokens before it."""
+    results = in_turns(sides, rounds, {**job, "task": "context", "lengths": LENGTHS})
+    medians = {
+        side: [
+            statistics.median(s for result in results[side] for s in result["seconds"][str(length)])
+            for length in LENGTHS
+        ]
+        for side in sides
+    }
+    yield "\n## Seconds of a token, by the number of tokens before it\n"
+    yield "| | " + " | ".join(f"{length:,}" for length in LENGTHS) + " |"
+    yield "|---|" + "---|" * len(LENGTHS)
+    for side in sides:
+        yield f"| {side} | " + " | ".join(f"{value:.3f}" for value in medians[side]) + " |"
+    if picture:
+        figure = Figure(figsize=(7, 3.6), dpi=100, layout="constrained")
+        axes = figure.subplots()
+        for side in sides:
+            axes.plot(LENGTHS, [1000 * value for value in medians[side]], marker="o", label=side)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+        axes.set(
+            xlabel="tokens before it", ylabel="milliseconds for a token", title="Cost of a token (3B, bf16)"
+        )
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        figure.savefig(picture)
+
+
+def towers(sides: Sequence[str], rounds: int, job: dict[str, Any]) -> Iterator[str]:
+    """The image tower alone."""
+    yield "\n## The image tower alone\n"
+    yield "| pictures | side | s | ratio to transformers | ratio to timm |"
+    yield "|---|---|---|---|---|"
+    for batch in (1, job["many"]):
+        results = in_turns(
+            sides, rounds, {**job, "task": "tower", "batch": batch, "repeats": 3 if batch == 1 else 1}
+        )
+
+        def best(result: dict[str, Any]) -> float:
+            return min(result["seconds"])
+
+        for side in sides:
+            both = [ratios(results, side, best, peer) if peer in sides else "" for peer in (PEER, "timm")]
+            yield f"| {batch} | {side} | {spread([best(r) for r in results[side]])} | {' | '.join(both)} |"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a PaliGemma folder, for instance by make_checkpoint.py")
+    parser.add_argument("--large", type=Path, help="the same for pictures of 896 pixels")
+    parser.add_argument("--second", type=Path, help="a PaliGemma 2 folder")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=3, help="of all sides in turns (default: 3)")
+    parser.add_argument("--tokens", type=int, default=16, help="written after the first one (default: 16)")
+    parser.add_argument("--out", type=Path, help="write the tables there as well, and the figure beside it")
+    options = parser.parse_args()
+    lines: list[str] = []
+
+    def say(*more: str) -> None:
+        for line in more:
+            print(line, flush=True)
+            lines.append(line)
+
+    device = torch.cuda.get_device_name() if options.device == "cuda" else name_of_cpu()
+    say(f"{device}; {os.cpu_count()} cores, {options.threads} threads used")
+    say(
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {platform.system()}"
+    )
+    say("Numbers: median (least to most) over rounds; ratio = transformers / this side in the same round\n")
+    ours = [OURS, "minivlm compiled", "minivlm int8", "minivlm int8 compiled"]
+    peers = [PEER] + (["transformers static"] if options.device == "cuda" else [])
+    with tempfile.TemporaryDirectory() as scratch:
+        job = {
+            "task": "answer",
+            "folder": str(options.folder),
+            "threads": options.threads,
+            "device": options.device,
+            "batch": 1,
+            "repeats": 3,
+            "tokens": options.tokens,
+            "logits": f"{scratch}/logits",
+            "many": 32,
+        }
+        before = ceilings(options.threads, options.device)
+        table, results = answers("One picture, one prompt", [*ours, *peers], options.rounds, job)
+        after = ceilings(options.threads, options.device)
+        bandwidth, operations = (max(pair) for pair in zip(before, after, strict=True))
+        say(
+            f"Ceilings: {bandwidth / 1e9:.1f} GB/s read, {operations / 1e12:.2f} * 10^12 operations/s in bf16\n"
+        )
+        say(*table, "", *limits(options.folder, results, bandwidth, operations), "")
+        few = {**job, "repeats": 1}
+        say(*answers("Eight at once, padded", [OURS, *peers], min(2, options.rounds), {**few, "batch": 8})[0])
+        if options.second:
+            second = {**job, "folder": str(options.second)}
+            say("", *answers("PaliGemma 2", [OURS, PEER], min(2, options.rounds), second)[0])
+        picture = options.out.with_suffix(".png") if options.out else None
+        say(*by_context([OURS, PEER], 1, job, picture))
+        timm = ["timm"] if importlib.util.find_spec("timm") else []
+        say(*towers([OURS, PEER, *timm], min(2, options.rounds), job))
+        if options.large:
+            large = {**few, "folder": str(options.large), "tokens": 4}
+            say("", *answers("896 pixels", [OURS, PEER], 1, large)[0])
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
