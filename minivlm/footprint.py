@@ -48,7 +48,7 @@ def cache_bytes(
 ) -> int:
     """Bytes of the keys and values of `tokens` tokens in each of `batch_size` rows.
 
-    `minivlm.cache.KVCache` allocates in steps of 256 tokens: round up for what it holds.
+    `minivlm.cache.KVCache` allocates ahead: in steps of 256 tokens, and at most twice what is needed.
     """
     text = config.text
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
