@@ -55,6 +55,7 @@ PARTS = {
     "08": ("Boxes and masks", ("tokenizer", "answer")),
     "09": ("Looking inside", ("patches", "blocks", "decoder", "answer")),
     "10": ("Contrastive training", ("patches", "blocks", "loss")),
+    "11": ("Real checkpoints", ("patches", "blocks", "projector", "embedding", "decoder")),
 }
 
 

@@ -1,0 +1,128 @@
+"""What a model needs, computed from its config alone: parameters, bytes, operations.
+
+No model is built here, so that a laptop can ask about a checkpoint that does not fit on it. The functions
+hold for PaliGemma and PaliGemma 2.
+
+Two numbers bound the time of every step. The weights and the cache that it reads have to come from memory
+once, and its multiplications have to be done. The larger of the two times is a floor under the real one
+(the roofline model, https://doi.org/10.1145/1498765.1498785).
+
+An operation is one multiplication or one addition, so that a multiply-add counts as two. Counted are the
+products of matrices, which is nearly all there is: norms, activations and the softmax are left out, and
+every pair of positions counts, also those that a mask hides, because they are computed as well.
+`torch.utils.flop_counter` counts in the same way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from minivlm.configs import Gemma2Config, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+
+
+def parameter_counts(config: PaliGemmaConfig) -> dict[str, int]:
+    """Numbers in each part: vision, projector, embedding, decoder (its blocks and last norm), head.
+
+    The head is 0 where it is the embedding table, as in all published checkpoints.
+    """
+    vision, text = config.vision, config.text
+    norms_per_block = 4 if isinstance(text, Gemma2Config) else 2
+    table = text.vocab_size * text.hidden_size
+    return {
+        "vision": _vision_parameters(vision),
+        "projector": vision.hidden_size * text.hidden_size + text.hidden_size,
+        "embedding": table,
+        "decoder": _decoder_matrices(text)
+        + (text.num_hidden_layers * norms_per_block + 1) * text.hidden_size,
+        "head": 0 if text.tie_word_embeddings else table,
+    }
+
+
+def weight_bytes(config: PaliGemmaConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of all weights in one dtype."""
+    return sum(parameter_counts(config).values()) * dtype.itemsize
+
+
+def cache_bytes(
+    config: PaliGemmaConfig, tokens: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes of the keys and values of `tokens` tokens in each of `batch_size` rows.
+
+    `minivlm.cache.KVCache` allocates ahead: in steps of 256 tokens, and at most twice what is needed.
+    """
+    text = config.text
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return per_token * tokens * batch_size * dtype.itemsize
+
+
+def decode_bytes(
+    config: PaliGemmaConfig,
+    context: int,
+    dtype: torch.dtype = torch.bfloat16,
+    batch_size: int = 1,
+    cache_dtype: torch.dtype | None = None,
+) -> int:
+    """Bytes that one step of decoding has to read: every weight of decoder and head, and the cache.
+
+    The image tower is not read, and of the embedding table, where it is not the head, one row. Activations
+    are left out: they are small and stay near the processor.
+
+    Args:
+        context: tokens in each row's cache. Layers with a sliding window read all of them as well.
+        dtype: of the weights.
+        batch_size: rows that are decoded together; they share the weights, and each has its own cache.
+        cache_dtype: None is the dtype of the weights. With weights in int8, give the dtype of the rest.
+    """
+    cache = cache_bytes(config, context, batch_size, cache_dtype or dtype)
+    head = config.text.vocab_size * config.text.hidden_size
+    return (parameter_counts(config)["decoder"] + head) * dtype.itemsize + cache
+
+
+def image_operations(config: PaliGemmaConfig) -> int:
+    """Operations from the pixels of one picture to its image tokens: the tower and the projector."""
+    vision = config.vision
+    N, D = vision.num_patches, vision.hidden_size
+    patches = vision.num_channels * vision.patch_size**2 * D
+    blocks = vision.num_hidden_layers * (4 * D * D + 2 * D * vision.intermediate_size)
+    attention = vision.num_hidden_layers * 2 * N * D  # multiply-adds of one query: scores, weighted sum
+    return 2 * N * (patches + blocks + attention + D * config.text.hidden_size)
+
+
+def prefill_operations(config: PaliGemmaConfig, tokens: int) -> int:
+    """Operations that read one row of `tokens` tokens, image tokens included, and score its next word.
+
+    What makes image tokens of a picture, `image_operations`, comes before.
+    """
+    return tokens * 2 * (_decoder_matrices(config.text) + _attention(config.text, tokens)) + _head(config)
+
+
+def decode_operations(config: PaliGemmaConfig, context: int) -> int:
+    """Operations that read one more token, which sees `context` tokens with itself, and score the next."""
+    return 2 * (_decoder_matrices(config.text) + _attention(config.text, context)) + _head(config)
+
+
+def _vision_parameters(config: SiglipVisionConfig) -> int:
+    D, inner = config.hidden_size, config.intermediate_size
+    patch_embedding = config.num_channels * config.patch_size**2 * D + D
+    attention = 4 * (D * D + D)
+    mlp = (D * inner + inner) + (inner * D + D)
+    norms = 2 * 2 * D  # two norms, each with a weight and a bias
+    blocks = config.num_hidden_layers * (attention + mlp + norms)
+    return patch_embedding + config.num_patches * D + blocks + 2 * D
+
+
+def _decoder_matrices(config: GemmaConfig | Gemma2Config) -> int:
+    # Each number of a matrix is multiplied once for each token, so that this is also the number of
+    # multiply-adds per token.
+    D, Dh = config.hidden_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # q and o, k and v
+    return config.num_hidden_layers * (D * heads * Dh + 3 * D * config.intermediate_size)
+
+
+def _attention(config: GemmaConfig | Gemma2Config, context: int) -> int:
+    """Multiply-adds of one query in all layers: its scores, and the weighted sum of the values."""
+    return config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * context
+
+
+def _head(config: PaliGemmaConfig) -> int:
+    return 2 * config.text.vocab_size * config.text.hidden_size
