@@ -2,7 +2,8 @@
 
 Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out /tmp/paligemma-3b-pt-224
      python bench/make_checkpoint.py paligemma-3b-pt-896 --out /tmp/paligemma-3b-pt-896
-     python bench/inference.py /tmp/paligemma-3b-pt-224 --large /tmp/paligemma-3b-pt-896 --out bench/results/inference.txt
+     python bench/inference.py /tmp/paligemma-3b-pt-224 --large /tmp/paligemma-3b-pt-896 \
+         --out bench/results/inference.txt
 
 Both sides open the same folder in bf16, with the same number of threads, and read the same picture and
 prompt. They take turns, each time in a process of its own (inference_worker.py), so that what else the
@@ -36,9 +37,9 @@ import torch
 import transformers
 from attention import processor as name_of_cpu
 from matplotlib.figure import Figure
-from minivlm.footprint import decode_bytes, image_operations, prefill_operations
 
 from minivlm.configs import PaliGemmaConfig
+from minivlm.footprint import decode_bytes, image_operations, prefill_operations
 from minivlm.one_row import onednn
 from minivlm.weights import read_config
 
@@ -60,9 +61,8 @@ def in_turns(sides: Sequence[str], rounds: int, job: dict[str, Any]) -> Rounds:
         for place in range(len(sides)):
             side = sides[(number + place) % len(sides)]
             asked = json.dumps({**job, "side": side, "logits": f"{job['logits']}-{side}.pt"})
-            done = subprocess.run(
-                [sys.executable, str(WORKER), asked], capture_output=True, text=True, check=False
-            )
+            command = [sys.executable, str(WORKER), asked]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{side}, {job['task']}: {done.stderr[-2000:]}")
             results[side].append(json.loads(done.stdout.splitlines()[-1]))
@@ -126,7 +126,8 @@ def answers(name: str, sides: Sequence[str], rounds: int, job: dict[str, Any]) -
     some = results[OURS][0]
     lines = [
         f"## {name}: {job['batch']} x {some['width']} places, {some['prompt']} tokens in all\n",
-        "| | load s | copied GB | prompt s | ratio | token s | ratio | peak GB | ratio | first logits beside transformers |",
+        "| | load s | copied GB | prompt s | ratio | token s | ratio | peak GB | ratio "
+        "| first logits beside transformers' |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for side in sides:
@@ -154,7 +155,7 @@ def limits(folder: Path, results: Rounds, bandwidth: float, operations: float) -
     needed = decode_bytes(config, prompt, torch.bfloat16)
     work = image_operations(config) + prefill_operations(config, prompt)
     yield f"A token must read {needed / 1e9:.2f} GB; the prompt takes {work / 1e12:.2f} * 10^12 operations.\n"
-    yield "| | GB/s while a token is written | of the bandwidth | 10^12 operations/s in the prompt | of the product |"
+    yield "| | GB/s for a token | of the bandwidth | 10^12 operations/s for the prompt | of the product |"
     yield "|---|---|---|---|---|"
     for side in (OURS, PEER):
         rates = [needed / token(result) for result in results[side]]
@@ -260,7 +261,8 @@ def main() -> None:
         after = ceilings(options.threads, options.device)
         bandwidth, operations = (max(pair) for pair in zip(before, after, strict=True))
         say(
-            f"Ceilings: {bandwidth / 1e9:.1f} GB/s read, {operations / 1e12:.2f} * 10^12 operations/s in bf16\n"
+            f"Ceilings: {bandwidth / 1e9:.1f} GB/s read, "
+            f"{operations / 1e12:.2f} * 10^12 operations/s of a bf16 product\n"
         )
         say(*table, "", *limits(options.folder, results, bandwidth, operations), "")
         few = {**job, "repeats": 1}

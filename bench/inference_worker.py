@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -28,16 +27,19 @@ def main() -> None:
     kinds: dict[str, Any] = {"minivlm": Ours, "transformers": Theirs, "timm": Timm}
     side = kinds[job["side"].split()[0]](job)
     result = {"load": side.load_seconds, "copied": side.copied, **globals()[job["task"]](side, job)}
-    result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak"] = memory("VmHWM")
     if torch.cuda.is_available() and job["device"] == "cuda":
         result["peak"] = torch.cuda.max_memory_allocated()
     print(json.dumps(result))
 
 
-def private_memory() -> int:
-    """Bytes of this process that are in no file (Linux; elsewhere 0)."""
+def memory(name: str) -> int:
+    """Bytes, from the process's status: VmHWM is the most it ever held, RssAnon what is in no file now.
+
+    Linux only; elsewhere 0. (getrusage would hand down the peak of the process that started this one.)
+    """
     status = Path("/proc/self/status")
-    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
 
 
@@ -49,13 +51,13 @@ class Ours:
         from minivlm.weights import find_folder
 
         find_folder(job["folder"])
-        before, start = private_memory(), time.perf_counter()
+        before, start = memory("RssAnon"), time.perf_counter()
         quantize = "int8" if "int8" in job["side"] else None
         self.model, self.processor = minivlm.load(
             job["folder"], dtype=torch.bfloat16, device=job["device"], quantize=quantize
         )
         self.load_seconds = time.perf_counter() - start
-        self.copied = private_memory() - before
+        self.copied = memory("RssAnon") - before
         self.size = self.model.config.vision.image_size
         if "compiled" in job["side"]:
             from minivlm.compiled import compile_parts
@@ -122,12 +124,12 @@ class Theirs:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         attention = "eager" if "eager" in job["side"] else None
-        before, start = private_memory(), time.perf_counter()
+        before, start = memory("RssAnon"), time.perf_counter()
         self.model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
             job["folder"], dtype=torch.bfloat16, attn_implementation=attention
         )
         self.load_seconds = time.perf_counter() - start
-        self.copied = private_memory() - before
+        self.copied = memory("RssAnon") - before
         self.model.to(job["device"]).eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
