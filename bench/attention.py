@@ -1,9 +1,9 @@
-"""Times the two forms of attention in minivlm/layers.py, `attend_plain` and `attend_fused`, in turns.
+"""Times the three forms of attention in minivlm/layers.py, plain, in blocks and fused, in turns.
 
 Run: OMP_NUM_THREADS=1 python bench/attention.py | tee bench/results/attention.txt
 
-Whatever else the machine does then meets both of them. A ratio is the time of the fused form divided by the
-time of the plain one in the same round: above 1, the plain form is faster.
+Whatever else the machine does then meets all of them. A ratio is the time of a form divided by the time of
+the plain one in the same round: above 1, the plain form is faster.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from minivlm import layers, masks
-from minivlm.layers import additive, attend_fused, attend_plain
+from minivlm.layers import additive, attend_fused, attend_in_blocks, attend_plain
+
+FORMS = {"plain": attend_plain, "blocks": attend_in_blocks, "fused": attend_fused}
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ CASES = (
     Case("8 heads, 256 tokens", 1, 8, 1, 256, 256, 256, 256),
     Case("8 heads, 512 tokens", 1, 8, 1, 512, 512, 256, 512),
     Case("8 heads, 1024 tokens", 1, 8, 1, 1024, 1024, 256, 1024),
+    Case("8 heads, 4103 tokens", 1, 8, 1, 4103, 4103, 256, 4103),
     Case("8 heads, next token of 1024", 1, 8, 1, 1, 1024, 256, 512),
+    Case("8 heads, next token of 8192", 1, 8, 1, 1, 8192, 256, 512),
+    Case("So400m tower, 8 pictures", 8, 16, 16, 256, 256, 72, None),
+    Case("So400m tower, 4096 tokens", 1, 16, 16, 4096, 4096, 72, None),
 )
 
 
-def work(case: Case, dtype: torch.dtype, backward: bool) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The same computation in the plain and in the fused form."""
+def work(case: Case, dtype: torch.dtype, backward: bool) -> list[Callable[[], None]]:
+    """The same computation in each of the forms."""
     (q, k, v), mask = case.make(dtype, grad=backward)
     scale = case.Dh**-0.5
     upstream = torch.randn(case.B, case.H, case.T, case.Dh, dtype=dtype)
@@ -79,20 +86,30 @@ def work(case: Case, dtype: torch.dtype, backward: bool) -> tuple[Callable[[], N
         return once
 
     with torch.no_grad():
-        difference = (attend_plain(q, k, v, mask, scale) - attend_fused(q, k, v, mask, scale)).abs().max()
+        outputs = [attend(q, k, v, mask, scale) for attend in FORMS.values()]
+    difference = max((out - outputs[0]).abs().max() for out in outputs)
     assert difference < (0.05 if dtype == torch.bfloat16 else 1e-4), (
         f"{case.name}: they differ by {difference}"
     )
-    return form(attend_plain), form(attend_fused)
+    return [form(attend) for attend in FORMS.values()]
 
 
 def taken(case: Case, dtype: torch.dtype, backward: bool) -> str:
-    """Which of the two `attend` chooses here."""
+    """Which of them `attend` chooses here."""
     (q, k, v), mask = case.make(dtype, grad=backward)
-    fused_form = mock.patch.object(layers, "attend_fused", wraps=attend_fused)
-    with fused_form as fused, torch.set_grad_enabled(backward):
+    calls: list[str] = []
+
+    def noted(name: str, form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            calls.append(name)
+            return form(*args)
+
+        return call
+
+    patched = {f.__name__: noted(name, f) for name, f in FORMS.items()}
+    with mock.patch.multiple(layers, **patched), torch.set_grad_enabled(backward):
         layers.attend(q, k, v, mask, case.Dh**-0.5)
-    return "fused" if fused.called else "plain"
+    return calls[0]
 
 
 def seconds(function: Callable[[], None], calls: int) -> float:
@@ -103,17 +120,16 @@ def seconds(function: Callable[[], None], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def measure(
-    plain: Callable[[], None], fused: Callable[[], None], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of both in each round, in turns, and each first in half of the rounds."""
-    calls = max(1, round(0.01 / seconds(plain, 2)))  # about 10 ms
-    seconds(fused, 2)
-    times: tuple[list[float], list[float]] = ([], [])
+def measure(forms: list[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Seconds of each form in each round, in turns; which one comes first changes from round to round."""
+    calls = max(1, round(0.01 / seconds(forms[0], 2)))  # about 10 ms
+    for form in forms[1:]:
+        seconds(form, 1)
+    times: list[list[float]] = [[] for _ in forms]
     for number in range(rounds):
-        order = ((0, plain), (1, fused)) if number % 2 else ((1, fused), (0, plain))
-        for place, function in order:
-            times[place].append(seconds(function, calls))
+        for place in range(len(forms)):
+            chosen = (number + place) % len(forms)
+            times[chosen].append(seconds(forms[chosen], calls))
     return times
 
 
@@ -131,30 +147,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=31, help="of both forms in turns (default: 31)")
+    parser.add_argument("--rounds", type=int, default=31, help="of all forms in turns (default: 31)")
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
     print(f"{processor()}; {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used")
     print(f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}")
-    print(f"{rounds} rounds; ratio = fused / plain: median (quartiles); above 1 the plain form is faster\n")
-    print("| shape | dtype | pass | plain ms | fused ms | ratio | `attend` takes |")
+    print(f"{rounds} rounds; ratio = form / plain: median (quartiles); above 1 the plain form is faster\n")
+    print("| shape | dtype | pass | plain ms | blocks / plain | fused / plain | `attend` takes |")
     print("|---|---|---|---|---|---|---|")
     for case in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             for backward in (False, True):
-                if backward and case.T == 1:
-                    continue  # nobody trains on one token
-                times = measure(*work(case, dtype, backward), rounds)
-                ratios = [fused / plain for plain, fused in zip(*times, strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4)
-                plain, fused = (1000 * statistics.median(some) for some in times)
+                if backward and (case.T == 1 or case.T > 2000):
+                    continue  # nobody trains on one token, or here on so many
+                times = measure(work(case, dtype, backward), max(3, rounds // (1 + case.T // 500)))
+                medians = [statistics.median(some) for some in times]
+                cells = []
+                for some in times[1:]:
+                    ratios = [form / plain for form, plain in zip(some, times[0], strict=True)]
+                    low, middle, high = statistics.quantiles(ratios, n=4)
+                    cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
                 choice = taken(case, dtype, backward)
-                gain = middle if choice == "plain" else 1 / middle  # time of the other / time of the choice
-                verdict = "the slower" if gain < 0.95 else "the faster" if gain > 1.05 else "equal"
+                slower = medians[list(FORMS).index(choice)] / min(medians)
+                verdict = "the fastest" if slower < 1.05 else f"{slower:.2f} times the fastest"
                 print(
                     f"| {case.name} | {str(dtype).removeprefix('torch.')} "
-                    f"| {'forward + backward' if backward else 'forward'} | {plain:.3f} | {fused:.3f} "
-                    f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {choice}, {verdict} |",
+                    f"| {'forward + backward' if backward else 'forward'} | {1000 * medians[0]:.3f} "
+                    f"| {' | '.join(cells)} | {choice}, {verdict} |",
                     flush=True,
                 )
 

@@ -1,0 +1,61 @@
+"""bench/inference.py on the shipped model: both sides do the same work, and say what they measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minivlm.models.load import SHIPPED
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def work(tmp_path: Path, side: str, **changes: object) -> dict:
+    job = {
+        "side": side,
+        "task": "answer",
+        "folder": str(SHIPPED),
+        "threads": 1,
+        "device": "cpu",
+        "batch": 2,
+        "repeats": 2,
+        "tokens": 3,
+        "logits": str(tmp_path / f"{side}.pt"),
+    }
+    worker = [sys.executable, str(BENCH / "inference_worker.py"), json.dumps(job | changes)]
+    done = subprocess.run(worker, capture_output=True, text=True, timeout=200, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_both_sides_read_the_same_and_agree(tmp_path: Path, batch: int):
+    sides = ("minivlm", "minivlm int8", "transformers") if batch == 1 else ("minivlm", "transformers")
+    results = {side: work(tmp_path, side, batch=batch) for side in sides}
+    for result in results.values():
+        assert (len(result["prefill"]), len(result["decode"])) == (2, 6)
+        assert result["prompt"] == results["minivlm"]["prompt"]
+        assert result["peak"] > 50e6 or sys.platform != "linux"
+    logits = {side: torch.load(tmp_path / f"{side}.pt") for side in sides}
+    spread = logits["transformers"].std()
+    assert logits["minivlm"].shape[0] == batch
+    assert (logits["minivlm"] - logits["transformers"]).abs().max() < 0.1 * spread
+    if "minivlm int8" in sides:
+        assert (logits["minivlm int8"] - logits["transformers"]).abs().max() < 0.3 * spread
+
+
+@pytest.mark.parametrize("side", ["minivlm", "transformers"])
+def test_context_and_tower(tmp_path: Path, side: str):
+    seconds = work(tmp_path, side, task="context", lengths=[8, 32], batch=1)["seconds"]
+    assert {length: len(times) for length, times in seconds.items()} == {"8": 3, "32": 3}
+    assert len(work(tmp_path, side, task="tower", batch=2)["seconds"]) == 2
+
+
+def test_ratios_pair_the_rounds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import inference
+
+    results = {"minivlm": [{"s": 1.0}, {"s": 2.0}], "transformers": [{"s": 2.0}, {"s": 8.0}]}
+    assert inference.ratios(results, "minivlm", lambda result: result["s"]) == "3.00 (2.00 to 4.00)"
