@@ -14,6 +14,7 @@ PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 FLAGS   := --quiet --retries 1 -c constraints.txt
 FROM    := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 READY   := $(VENV)/.ready-notebooks
+BOOK    := $(VENV)/.ready-book
 DEV     := $(VENV)/.ready-dev
 # Strict: every output that was stored has to come out again. One thread, so that sums are added in the same order.
 NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
@@ -21,7 +22,7 @@ NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbva
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lab notebooks workshop wheelhouse doctor clean
+.PHONY: help demo test lab notebooks workshop doctor wheelhouse book wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,11 +30,12 @@ help: ## show this list
 demo: $(READY) ## answer questions about pictures with the shipped model
 	$(BIN)/minivlm demo
 
-test: $(DEV) ## check style, types and spelling, then run every test
+test: $(DEV) ## check style, types and spelling, build the book, then run every test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m codespell_lib
+	$(BIN)/python docs/book/build.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(NBVAL) notebooks/
 
@@ -53,6 +55,14 @@ doctor: $(READY) ## check that this machine is ready for the course
 wheelhouse: $(READY) ## gather all wheels in wheelhouse/, for machines without a network like this one
 	$(PIP) wheel $(FLAGS) --no-deps $(FROM) --wheel-dir wheelhouse torch
 	$(PIP) wheel $(FLAGS) --find-links wheelhouse --wheel-dir wheelhouse ".[notebooks]"
+
+book: $(BOOK) ## build the book, a static site, in build/book
+	$(BIN)/python docs/book/build.py
+
+wheel: $(DEV) ## build the package in dist, install it into an empty environment and run its demonstration
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python tests/try_wheel.py dist
 
 clean: ## remove the environment, caches, wheelhouse/ and what `make demo` wrote (runs/ and workshop/ stay)
 	rm -rf $(VENV) demo dist build wheelhouse .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -77,6 +87,10 @@ $(READY): $(VENV)/.ready-torch pyproject.toml constraints.txt
 	$(PIP) install $(FLAGS) -e ".[notebooks]"
 	@touch $@
 
+$(BOOK): $(VENV)/.ready-torch pyproject.toml constraints.txt
+	$(PIP) install $(FLAGS) -e ".[book]"
+	@touch $@
+
 $(DEV): $(VENV)/.ready-torch pyproject.toml constraints.txt
 	$(PIP) install $(FLAGS) -e ".[dev]"
-	@touch $(READY) $@
+	@touch $(READY) $(BOOK) $@
