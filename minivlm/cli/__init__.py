@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minivlm.cli import ask, demo, evaluate, look, train, train_masks
+from minivlm.cli import ask, demo, evaluate, look, train, train_masks, workshop
 from minivlm.cli.options import one_line, show
 from minivlm.errors import InputError
 from minivlm.jsonl import BadLines
@@ -34,6 +34,7 @@ examples:
   minivlm train-masks --out runs/masks.npz
   minivlm eval --model runs/tiny --scenes 200
   minivlm eval --model runs/siglip
+  minivlm workshop workshop
 """
 
 
@@ -79,6 +80,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, ask, look, train, train_masks, evaluate):
+    for command in (demo, ask, look, train, train_masks, evaluate, workshop):
         command.add_to(commands)
     return parser

@@ -1,0 +1,36 @@
+"""`minivlm workshop`: the course's notebooks with blanks for the solutions of the exercises."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minivlm.workshop import find_notebooks, write_workshop
+
+if TYPE_CHECKING:
+    from minivlm.cli.options import Commands
+
+
+def add_to(commands: Commands) -> None:
+    """Describe the command."""
+    workshop = commands.add_parser(
+        "workshop",
+        help="write the notebooks for students, without solutions",
+        description="Write the course's notebooks with blanks for solutions, and the pictures they show.",
+    )
+    workshop.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    workshop.add_argument(
+        "--notebooks", type=Path, metavar="FOLDER", help="where they are (default: notebooks/ of the clone)"
+    )
+    workshop.add_argument(
+        "--overwrite", action="store_true", help="replace files in OUT, with the answers that they hold"
+    )
+    workshop.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write them, and say what to do with them."""
+    copies = write_workshop(options.notebooks or find_notebooks(), options.out, options.overwrite)
+    print(f"{len(copies)} notebooks, and the pictures that they show: {options.out}")
+    print("They need an installed minivlm and nothing else: hand out the folder as it is.")

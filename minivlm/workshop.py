@@ -1,0 +1,195 @@
+"""Notebooks for students: the course's own, with a blank where the solution of an exercise was.
+
+A solution stands between two comment lines, which are nbgrader's, so that a teacher may use nbgrader on the
+same files:
+
+    def patch_count(height, width, patch_size):
+        ### BEGIN SOLUTION
+        return (height // patch_size) * (width // patch_size)
+        ### END SOLUTION
+
+In the copy one line that raises takes their place, and the outputs of exercise and check cells are gone: a
+check that says "Right: two lines, and x is only ever added to" tells too much. Everything else stays as it
+is, the catch-up cells too, with which the rest of a notebook runs whatever was written above them. Exercise
+and check cells get the tag `raises-exception`, by which Jupyter goes on after an error: "Run All" reaches the
+end of a notebook that nobody has solved yet.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import minivlm
+from minivlm.errors import InputError
+from minivlm.extras import extra
+from minivlm.files import write_aside
+from minivlm.notebooks import read_notebook
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+BLANK = 'raise NotImplementedError("your turn: replace this line, then run the check below")'
+MAY_FAIL = "raises-exception"
+# Whatever looks like a marker: a misspelled one would hand the solution out.
+ALMOST = re.compile(r"#+\s*(begin|end)\s*solutions?\W*", re.IGNORECASE)
+README = """\
+# Workshop
+
+`minivlm doctor` says whether this machine is ready, and what to do if it is not. Then
+
+```
+jupyter-lab notebooks/00_tour.ipynb
+```
+
+Each exercise is a cell with a blank, a check that says what is wrong with your answer, and a line with which
+the rest of the notebook runs whether or not you have solved it.
+
+| notebook | minutes | exercises |
+|---|---|---|
+{table}
+"""
+# A file that a notebook shows or opens. Braces are those of an f-string.
+SHOWN = re.compile(r"\.\./((?:[\w./-]|{[^}]*})+\.(?:png|jpg|svg|json))")
+
+
+def student_copy(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with blanks for solutions. The one given is left as it is.
+
+    Raises InputError: a marker without its partner, misspelled, or outside of a code cell; an exercise
+    without a solution, which would be handed out solved.
+    """
+    student = copy.deepcopy(notebook)
+    for number, cell in enumerate(student.cells, start=1):
+        tags = cell.metadata.get("tags", [])
+        where = f"cell {number} ({cell.get('id', 'no id')})"
+        source = _blanked(cell.source, where)
+        solved = source != cell.source
+        if solved and cell.cell_type != "code":
+            raise InputError(f"{where} has a solution, but is not a code cell: move it into one")
+        if "exercise" in tags and not solved:
+            raise InputError(f"{where} is an exercise without a solution: put it between {BEGIN} and {END}")
+        cell.source = source
+        if solved or "check" in tags:
+            cell.outputs, cell.execution_count = [], None
+            cell.metadata["tags"] = [*tags, MAY_FAIL] if MAY_FAIL not in tags else tags
+    return student
+
+
+def _blanked(source: str, where: str) -> str:
+    """Raises InputError: as `student_copy`."""
+    lines: list[str] = []
+    begun = 0  # the line of the marker that is open
+    for number, line in enumerate(source.split("\n"), start=1):
+        text = line.strip()
+        at = f"{where}, line {number}"
+        if text == BEGIN:
+            if begun:
+                raise InputError(f"{at}: {BEGIN} again, after line {begun}: write {END} first")
+            begun = number
+            lines.append(line.replace(BEGIN, BLANK).rstrip())
+        elif text == END:
+            if not begun:
+                raise InputError(f"{at}: {END} without {BEGIN} above it")
+            begun = 0
+        elif ALMOST.fullmatch(text):
+            raise InputError(f"{at}: {text!r} is nearly a marker: write {BEGIN} or {END}")
+        elif not begun:
+            lines.append(line)
+    if begun:
+        raise InputError(f"{where}, line {begun}: {BEGIN} without {END} below it in the same cell")
+    return "\n".join(lines)
+
+
+def find_notebooks() -> Path:
+    """The folder of the course's notebooks: here, or beside the package in a clone.
+
+    Raises InputError: there is none.
+    """
+    for folder in (Path("notebooks"), Path(minivlm.__file__).parents[1] / "notebooks"):
+        if any(folder.glob("*.ipynb")):
+            return folder
+    raise InputError(
+        "there is no folder notebooks/ here. An installed minivlm brings none: run this in a clone of the "
+        "repository, or name the folder with --notebooks"
+    )
+
+
+def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Path]:
+    """Student copies of all notebooks of a folder, with the pictures that they show; returns the copies.
+
+    The folder is usable by itself next to the installed package:
+
+        out/README.md       what is in it, and how to begin
+        out/notebooks/      the student notebooks
+        out/figures/        what they show and open as ../figures/...
+
+    Nothing is written when anything is wrong with any notebook.
+
+    Raises InputError: no notebooks, one that cannot be read or copied (see `student_copy`), a picture that is
+    not there, or files in `out` that are there already, unless `overwrite`.
+    """
+    with extra("notebooks"):
+        import nbformat
+    if out.resolve() == source.resolve().parent or (out / "notebooks").resolve() == source.resolve():
+        raise InputError(f"{out} holds the notebooks that are to be copied: choose another folder")
+    copies: dict[Path, str] = {}
+    pictures: dict[Path, Path] = {}
+    table = []
+    for path in sorted(source.glob("*.ipynb")):
+        notebook = read_notebook(path)
+        try:
+            student = student_copy(notebook)
+            shown = _shown(student, source.parent)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        copies[out / "notebooks" / path.name] = nbformat.writes(student) + "\n"
+        pictures |= {out / name: source.parent / name for name in shown}
+        table.append(_row(path.name, student))
+    if not copies:
+        raise InputError(f"{source} holds no notebooks: name the folder that does with --notebooks")
+
+    texts = {out / "README.md": README.format(table="\n".join(table)), **copies}
+    there = [path for path in (*texts, *pictures) if path.exists()]
+    if there and not overwrite:
+        raise InputError(
+            f"{there[0]} is there already, and may hold somebody's answers: choose another folder, or "
+            "replace what is there with --overwrite"
+        )
+    for target, text in texts.items():
+        with write_aside(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    for target, picture in pictures.items():
+        with write_aside(target) as temporary:
+            shutil.copyfile(picture, temporary)
+    return list(copies)
+
+
+def _shown(notebook: NotebookNode, root: Path) -> set[str]:
+    """Files that a notebook names as ../figures/..., relative to the root.
+
+    Raises InputError: one is not there.
+    """
+    found: set[str] = set()
+    for cell in notebook.cells:
+        for name in SHOWN.findall(cell.source):
+            pattern = re.sub(r"{[^}]*}", "*", name)
+            files = [str(path.relative_to(root)) for path in root.glob(pattern)]
+            if not files:
+                raise InputError(f"it shows ../{name}, which is not there")
+            found.update(files)
+    return found
+
+
+def _row(name: str, notebook: NotebookNode) -> str:
+    """A line of the table of notebooks."""
+    opening = notebook.cells[0].source if notebook.cells else ""
+    title = re.match(r"# (.+)", opening)
+    minutes = re.search(r"\*\*Minutes:\*\* (\d+)", opening)
+    exercises = sum("exercise" in cell.metadata.get("tags", []) for cell in notebook.cells)
+    link = f"[{title[1] if title else name}](notebooks/{name})"
+    return f"| {link} | {minutes[1] if minutes else ''} | {exercises} |"
