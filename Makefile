@@ -11,16 +11,17 @@ BIN     := $(VENV)/bin
 PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --retries 1 -c constraints.txt
 READY   := $(VENV)/.ready-notebooks
 DEV     := $(VENV)/.ready-dev
+BROWSER := $(VENV)/.ready-browser
 # Strict: every output that was stored has to come out again. One thread, so that sums are added in the same order.
 NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
            --nbval-cell-timeout 600 --nbval-sanitize-with tests/sanitize.cfg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lab notebooks clean
+.PHONY: help demo test test-browser lab notebooks clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## answer questions about pictures with the shipped model
 	$(BIN)/minivlm demo
@@ -32,6 +33,10 @@ test: $(DEV) ## check style, types and spelling, then run every test
 	$(BIN)/python -m codespell_lib
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(NBVAL) notebooks/
+
+# BROWSER_ARGS="-m 'not slow'" leaves out the notebooks that train for minutes.
+test-browser: $(BROWSER) ## run notebooks, book and hover page in Chromium (skipped where there is none)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -r s $(BROWSER_ARGS) tests/browser
 
 notebooks: $(DEV) ## run every notebook from a clean kernel and store its outputs
 	$(BIN)/python notebooks/execute.py
@@ -65,3 +70,7 @@ $(READY): $(VENV)/.ready-torch pyproject.toml constraints.txt
 $(DEV): $(VENV)/.ready-torch pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
 	@touch $(READY) $@
+
+$(BROWSER): $(VENV)/.ready-torch pyproject.toml constraints.txt
+	$(PIP) -e ".[browser]"
+	@touch $(READY) $(DEV) $@

@@ -14,6 +14,7 @@ from notebooks_and_sources import ROOT
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from minivlm.renderers import BROWSERS, CHROMIUM, QUIET, find_browser
+from minivlm.workshop import write_workshop
 
 SEEN = ROOT / "build" / "browser"
 PATIENCE = 120_000.0  # milliseconds for one step; a machine may have other work
@@ -25,8 +26,9 @@ def chromium() -> Iterator[Browser]:
     """The system's browser. Where there is none, tests are skipped; under CI=true they fail."""
     path = find_browser()
     if path is None:
+        names = ", ".join(BROWSERS)
         message = (
-            f"no {', '.join(BROWSERS)} was found: install one (apt-get install chromium), "
+            f"there is no browser ({names}): install one, such as apt-get install chromium, "
             f"or set {CHROMIUM} to its path"
         )
         if os.environ.get("CI") == "true":
@@ -58,6 +60,13 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("notebooks", "figures"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".*"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def workshop(course: Path) -> str:
+    """Student copies of the notebooks; where they are in the folder of the course."""
+    write_workshop(course / "notebooks", course / "workshop")
+    return "workshop"
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 
 import nbformat
 from nbformat import NotebookNode
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 PORT = 8888  # Jupyter's own; a server that finds it in use takes another
 START_SECONDS = 180.0
@@ -158,6 +158,29 @@ def run_all(page: Page, lab: Lab, path: str, seconds: float = RUN_SECONDS) -> No
             return notebook
         page.wait_for_timeout(500)
     raise LabError(f"{path} had cells left to run after {seconds:g} s")
+
+
+def cell_with(page: Page, source: str) -> Locator:
+    """The code cell that holds a text."""
+    cell = page.locator(".jp-Notebook .jp-CodeCell").filter(
+        has=page.locator(".jp-InputArea").get_by_text(source)
+    )
+    expect(cell).to_have_count(1)
+    return cell
+
+
+def type_instead_of(page: Page, cell: Locator, line: str, lines: Sequence[str]) -> None:
+    """Put the cursor into a line of a cell, and replace it by lines of the same indentation, key by key.
+
+    The editor indents a new line as the one before and closes brackets; keys that close them again pass over.
+    """
+    cell.locator(".cm-line", has_text=line).click()
+    page.keyboard.press("Home")
+    page.keyboard.press("Shift+End")
+    for number, text in enumerate(lines):
+        if number:
+            page.keyboard.press("Enter")
+        page.keyboard.type(text)
 
 
 def _has_ended(notebook: NotebookNode) -> bool:

@@ -19,25 +19,23 @@ NOT_COMPARED = {"metadata", "traceback", "output_type", "execution_count", "imag
 PATTERNS = get_sanitize_patterns((ROOT / "tests" / "sanitize.cfg").read_text(encoding="utf-8"))
 
 
-def differences(stored: NotebookNode, saved: NotebookNode) -> list[str]:
-    """One line for each code cell whose outputs are not those that were stored."""
+def differences(stored: NotebookNode, saved: NotebookNode) -> dict[str, list[str]]:
+    """Id of each code cell whose outputs are not those that were stored -> what is different."""
     before, after = (
-        {cell["id"]: cell for cell in notebook["cells"] if cell["cell_type"] == "code"}
-        for notebook in (stored, saved)
+        {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"} for notebook in (stored, saved)
     )
-    found = []
-    if before.keys() != after.keys():
-        found.append(f"cells that only one of the two has: {before.keys() ^ after.keys()}")
+    found = {name: ["only one of the two notebooks has it"] for name in before.keys() ^ after.keys()}
     for name in [name for name in before if name in after]:
-        if after[name]["execution_count"] is None:
-            found.append(f"cell {name} was not run")
-        elif IGNORED not in before[name]["metadata"].get("tags", []):
-            expected, got = flat(before[name]["outputs"]), flat(after[name]["outputs"])
-            found += [
-                f"cell {name}, {key}: {expected.get(key)!r} is stored, {got.get(key)!r} came out"
-                for key in sorted(expected.keys() | got.keys())
-                if expected.get(key) != got.get(key)
-            ]
+        if after[name].execution_count is None:
+            found[name] = ["it was not run"]
+        elif IGNORED not in before[name].metadata.get("tags", []):
+            expected, got = flat(before[name].outputs), flat(after[name].outputs)
+            if expected != got:
+                found[name] = [
+                    f"{key}: {expected.get(key)!r} is stored, {got.get(key)!r} came out"
+                    for key in sorted(expected.keys() | got.keys())
+                    if expected.get(key) != got.get(key)
+                ]
     return found
 
 
