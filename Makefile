@@ -10,6 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN     := $(VENV)/bin
 PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --retries 1 -c constraints.txt
 READY   := $(VENV)/.ready-notebooks
+BOOK    := $(VENV)/.ready-book
 DEV     := $(VENV)/.ready-dev
 BROWSER := $(VENV)/.ready-browser
 # Strict: every output that was stored has to come out again. One thread, so that sums are added in the same order.
@@ -18,7 +19,7 @@ NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbva
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-browser lab notebooks clean
+.PHONY: help demo test test-browser lab notebooks book wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,16 +27,18 @@ help: ## show this list
 demo: $(READY) ## answer questions about pictures with the shipped model
 	$(BIN)/minivlm demo
 
-test: $(DEV) ## check style, types and spelling, then run every test
+test: $(DEV) ## check style, types and spelling, build the book, then run every test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m codespell_lib
+	$(BIN)/python docs/book/build.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(NBVAL) notebooks/
 
 # BROWSER_ARGS="-m 'not slow'" leaves out the notebooks that train for minutes.
 test-browser: $(BROWSER) ## run notebooks, book and hover page in Chromium (skipped where there is none)
+	$(BIN)/python docs/book/build.py --unless-current
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -r s $(BROWSER_ARGS) tests/browser
 
 notebooks: $(DEV) ## run every notebook from a clean kernel and store its outputs
@@ -43,6 +46,14 @@ notebooks: $(DEV) ## run every notebook from a clean kernel and store its output
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
+
+book: $(BOOK) ## build the book, a static site, in build/book
+	$(BIN)/python docs/book/build.py
+
+wheel: $(DEV) ## build the package in dist, install it into an empty environment and run its demonstration
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python tests/try_wheel.py dist
 
 clean: ## remove the environment, the caches and what `make demo` wrote (runs/ stays)
 	rm -rf $(VENV) demo dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -67,10 +78,14 @@ $(READY): $(VENV)/.ready-torch pyproject.toml constraints.txt
 	$(PIP) -e ".[notebooks]"
 	@touch $@
 
+$(BOOK): $(VENV)/.ready-torch pyproject.toml constraints.txt
+	$(PIP) -e ".[book]"
+	@touch $@
+
 $(DEV): $(VENV)/.ready-torch pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
-	@touch $(READY) $@
+	@touch $(READY) $(BOOK) $@
 
 $(BROWSER): $(VENV)/.ready-torch pyproject.toml constraints.txt
 	$(PIP) -e ".[browser]"
-	@touch $(READY) $(DEV) $@
+	@touch $(READY) $(BOOK) $(DEV) $@

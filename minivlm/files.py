@@ -54,7 +54,9 @@ def write_aside(path: Path) -> Iterator[Path]:
 
 def _flush(path: Path) -> None:
     """Wait until the disk has what was written to a file, or which names a folder holds."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -863,6 +863,7 @@ def test_demo(
     assert str(tmp_path / "shown") in out
     names = {path.name for path in Path("shown").glob("*.png")}
     assert names == ({"only.png"} if in_repository else {f"scene_{n}.png" for n in range(1, 7)})
+    assert ("make lab" in out) == in_repository  # notebooks come with the repository alone
     sample = re.search(r"minivlm ask (\S+) ", out)
     assert sample
     assert Path(sample[1]).exists() != in_repository  # the real repository has a scene_1.png

@@ -84,7 +84,7 @@ def test_conda_installs_what_pyproject_lists() -> None:
     assert pip_part == ["-c constraints.txt", f"--extra-index-url {index[1]}", f"-e .[{extras}]"]
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lab"])
+@pytest.mark.parametrize("target", ["demo", "test", "lab", "notebooks", "book", "wheel"])
 def test_readme_names_each_command(target: str) -> None:
     assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert f"make {target}" in (ROOT / "README.md").read_text()

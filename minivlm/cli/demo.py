@@ -43,11 +43,10 @@ def run(options: argparse.Namespace) -> None:
         print(f"{name:<{widths[0]}}  {prompt:<{widths[1]}}  {answer}")
         if number == 0:
             print(f"{'-' * widths[0]}  {'-' * widths[1]}  {'-' * 40}")
-    print(
-        f"\nThe pictures with the boxes that the model pointed at are in {options.out.resolve()}.\n\n"
-        "Next:\n"
-        f'  ask your own question      .venv/bin/minivlm ask {folder}/scene_1.png --prompt "caption en"\n'
-        "  measure the model          .venv/bin/minivlm eval\n"
-        "  train your own             .venv/bin/minivlm train --out runs/mine\n"
-        "  read how it works          make lab, from 00_tour on"
-    )
+    print(f"\nThe pictures with the boxes that the model pointed at are in {options.out.resolve()}.\n\nNext:")
+    program = ".venv/bin/minivlm" if folder == SAMPLES else "minivlm"
+    print(f'  ask your own question      {program} ask {folder}/scene_1.png --prompt "caption en"')
+    print(f"  measure the model          {program} eval")
+    print(f"  train your own             {program} train --out runs/mine")
+    if folder == SAMPLES:  # the course is in the repository alone
+        print("  read how it works          make lab, from 00_tour on")

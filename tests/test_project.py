@@ -1,0 +1,103 @@
+"""The files around the code: citation, changelog, the workflow, the hooks and the container.
+
+Nothing here is run. The files are read and compared with what they speak of, since a workflow that drifted
+away from the Makefile would be noticed only where it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import minivlm
+
+ROOT = Path(__file__).parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def recipe(target: str) -> list[str]:
+    """The commands of a target as make runs them with `python` in the place of the environment's."""
+    text = MAKEFILE.replace("\\\n", " ")
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", text, re.MULTILINE)
+    assert found, f"the Makefile has no target {target}"
+    variables = dict(re.findall(r"^(\w+)\s*:=\s*(.*)$", text, re.MULTILINE))
+    commands = found[1].replace("$(NBVAL)", variables["NBVAL"]).replace("$(BIN)/", "")
+    lines = [" ".join(shlex.split(line)) for line in commands.splitlines()]
+    return [line.removeprefix("OMP_NUM_THREADS=1 ") for line in lines if not line.startswith("rm ")]
+
+
+def test_citation() -> None:
+    citation = load("CITATION.cff")
+    assert set(citation) >= {"cff-version", "message", "title", "authors"}, "what the format requires"
+    assert citation["version"] == minivlm.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert all("name" in author or "family-names" in author for author in citation["authors"])
+
+
+def test_changelog_begins_with_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.MULTILINE)
+    assert versions[0] == minivlm.__version__
+    kinds = set(re.findall(r"^### (.*)$", changelog, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_workflow_runs_what_make_runs() -> None:
+    job = load(".github/workflows/test.yml")["jobs"]["test"]
+    assert {name.split("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"ubuntu", "macos", "windows"}
+    assert len(job["strategy"]["matrix"]["python"]) == 2
+    commands = {step["name"]: step["run"] for step in job["steps"] if "run" in step}
+    with_make = shlex.split(commands["Test with make"])
+    targets = [word for word in with_make[1:] if "=" not in word]
+    install, *rest = [" ".join(shlex.split(line)) for line in commands["Test without make"].splitlines()]
+    assert install == "python -m pip install -c constraints.txt -e .[dev]"
+    assert rest == [command for target in targets for command in recipe(target)]
+
+
+def test_hooks_call_tools_that_make_test_calls() -> None:
+    (repository,) = load(".pre-commit-config.yaml")["repos"]
+    for hook in repository["hooks"]:
+        program, option, module, *_ = shlex.split(hook["entry"])
+        assert (program, option) == (".venv/bin/python", "-m")
+        assert find_spec(module), f"{module} is not installed"
+        assert any(f"-m {module}" in command for command in recipe("test"))
+
+
+@pytest.mark.parametrize("name", ["bug.yml", "idea.yml"])
+def test_issue_forms(name: str) -> None:
+    form = load(f".github/ISSUE_TEMPLATE/{name}")
+    assert set(form) == {"name", "description", "body"}
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids)
+    assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_container_calls_targets_that_exist() -> None:
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    command, target = container["postCreateCommand"].split()
+    assert command == "make"
+    assert recipe(target)
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "README.md", ".github/pull_request_template.md"])
+def test_documents_name_what_exists(document: str) -> None:
+    """Every `make` target, and every file of the repository, that a document names in code."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"`make (\w+)", text):
+        assert recipe(target)
+    for path in re.findall(
+        r"`((?:minivlm|tests|notebooks|docs|figures|bench|\.github|\.devcontainer)/[\w./]+)`", text
+    ):
+        if not re.search(r"NN|NAME", path):  # stands for a name that the reader chooses
+            assert (ROOT / path).exists(), f"{document} speaks of {path}"
