@@ -16,16 +16,17 @@ FROM    := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 READY   := $(VENV)/.ready-notebooks
 BOOK    := $(VENV)/.ready-book
 DEV     := $(VENV)/.ready-dev
+BROWSER := $(VENV)/.ready-browser
 # Strict: every output that was stored has to come out again. One thread, so that sums are added in the same order.
 NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
            --nbval-cell-timeout 600 --nbval-sanitize-with tests/sanitize.cfg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lab notebooks workshop doctor wheelhouse book wheel clean
+.PHONY: help demo test test-browser lab notebooks workshop doctor wheelhouse book wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## answer questions about pictures with the shipped model
 	$(BIN)/minivlm demo
@@ -38,6 +39,11 @@ test: $(DEV) ## check style, types and spelling, build the book, then run every 
 	$(BIN)/python docs/book/build.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(NBVAL) notebooks/
+
+# BROWSER_ARGS="-m 'not slow'" leaves out the notebooks that train for minutes.
+test-browser: $(BROWSER) ## run notebooks, book and hover page in Chromium (skipped where there is none)
+	$(BIN)/python docs/book/build.py --unless-current
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -r s $(BROWSER_ARGS) tests/browser
 
 notebooks: $(DEV) ## run every notebook from a clean kernel and store its outputs
 	$(BIN)/python notebooks/execute.py
@@ -94,3 +100,7 @@ $(BOOK): $(VENV)/.ready-torch pyproject.toml constraints.txt
 $(DEV): $(VENV)/.ready-torch pyproject.toml constraints.txt
 	$(PIP) install $(FLAGS) -e ".[dev]"
 	@touch $(READY) $(BOOK) $@
+
+$(BROWSER): $(VENV)/.ready-torch pyproject.toml constraints.txt
+	$(PIP) install $(FLAGS) -e ".[browser]"
+	@touch $(READY) $(BOOK) $(DEV) $@

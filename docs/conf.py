@@ -61,7 +61,7 @@ html_show_sourcelink = False
 mathjax_path = "mathjax/tex-svg.js"
 templates_path: list[str] = []
 copybutton_prompt_text = ">>> "
-pygments_style = "friendly"
+pygments_style = "a11y-high-contrast-light"  # comments as well have a contrast of 4.5 and more
 pygments_dark_style = "monokai"
 
 

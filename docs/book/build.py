@@ -1,4 +1,4 @@
-"""Builds the book, a static site: python docs/book/build.py [OUTPUT], by default into build/book.
+"""Builds the book, a static site, by default into build/book: python docs/book/build.py [--unless-current] [OUTPUT].
 
 Notebooks and pages stay where they are in the repository. They are copied into a temporary folder in which
 their relative links hold as before; the pages of the reference, one for each module, and the answers on the
@@ -29,7 +29,10 @@ DOCUMENTS = {".md", ".ipynb"}
 
 def main(arguments: list[str]) -> int:
     """Build the book and return Sphinx's exit code."""
-    output = Path(arguments[0]) if arguments else ROOT / "build" / "book"
+    named = [argument for argument in arguments if argument != "--unless-current"]
+    output = Path(named[0]) if named else ROOT / "build" / "book"
+    if named != arguments and is_current(output):
+        return 0
     shutil.rmtree(output, ignore_errors=True)
     began_with = digest()
     with tempfile.TemporaryDirectory() as folder:
