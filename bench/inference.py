@@ -45,6 +45,7 @@ from minivlm.weights import read_config
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+PARTS = ("answers", "load", "eight", "second", "context", "towers", "large")
 OURS, PEER = "minivlm", "transformers"
 Rounds = dict[str, list[dict[str, Any]]]  # by side, one result per round
 
@@ -166,6 +167,21 @@ def limits(folder: Path, results: Rounds, bandwidth: float, operations: float) -
         )
 
 
+def loading(sides: Sequence[str], rounds: int, job: dict[str, Any]) -> Iterator[str]:
+    """From a folder to a model, without its tokenizer."""
+    results = in_turns(sides, rounds, {**job, "task": "load"})
+    yield "\n## Loading the model\n"
+    yield "| | s | ratio | GB that are not in the file | peak GB |"
+    yield "|---|---|---|---|---|"
+    for side in sides:
+        seconds = [result["load"] for result in results[side]]
+        ratio = ratios(results, side, lambda result: result["load"]) if side != PEER else "1"
+        copied, most = (
+            statistics.median(result[name] for result in results[side]) / 1e9 for name in ("copied", "peak")
+        )
+        yield f"| {side} | {spread(seconds)} | {ratio} | {copied:.2f} | {most:.2f} |"
+
+
 def by_context(sides: Sequence[str], rounds: int, job: dict[str, Any], picture: Path | None) -> Iterator[str]:
     """The time of a token with more and more tokens before it."""
     results = in_turns(sides, rounds, {**job, "task": "context", "lengths": LENGTHS})
@@ -224,6 +240,7 @@ def main() -> None:
     parser.add_argument("--second", type=Path, help="a PaliGemma 2 folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the tables (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="of all sides in turns (default: 3)")
     parser.add_argument("--tokens", type=int, default=16, help="written after the first one (default: 16)")
     parser.add_argument("--out", type=Path, help="write the tables there as well, and the figure beside it")
@@ -256,25 +273,33 @@ def main() -> None:
             "logits": f"{scratch}/logits",
             "many": 32,
         }
-        before = ceilings(options.threads, options.device)
-        table, results = answers("One picture, one prompt", [*ours, *peers], options.rounds, job)
-        after = ceilings(options.threads, options.device)
-        bandwidth, operations = (max(pair) for pair in zip(before, after, strict=True))
-        say(
-            f"Ceilings: {bandwidth / 1e9:.1f} GB/s read, "
-            f"{operations / 1e12:.2f} * 10^12 operations/s of a bf16 product\n"
-        )
-        say(*table, "", *limits(options.folder, results, bandwidth, operations), "")
         few = {**job, "repeats": 1}
-        say(*answers("Eight at once, padded", [OURS, *peers], min(2, options.rounds), {**few, "batch": 8})[0])
-        if options.second:
+        two = min(2, options.rounds)
+        parts = options.only or PARTS
+        if "answers" in parts:
+            before = ceilings(options.threads, options.device)
+            table, results = answers("One picture, one prompt", [*ours, *peers], options.rounds, job)
+            after = ceilings(options.threads, options.device)
+            bandwidth, operations = (max(pair) for pair in zip(before, after, strict=True))
+            say(
+                f"Ceilings: {bandwidth / 1e9:.1f} GB/s read, "
+                f"{operations / 1e12:.2f} * 10^12 operations/s of a bf16 product\n"
+            )
+            say(*table, "", *limits(options.folder, results, bandwidth, operations))
+        if "load" in parts:
+            say(*loading([OURS, "minivlm int8", PEER], options.rounds, job))
+        if "eight" in parts:
+            say("", *answers("Eight at once, padded", [OURS, *peers], two, {**few, "batch": 8})[0])
+        if "second" in parts and options.second:
             second = {**job, "folder": str(options.second)}
-            say("", *answers("PaliGemma 2", [OURS, PEER], min(2, options.rounds), second)[0])
-        picture = options.out.with_suffix(".png") if options.out else None
-        say(*by_context([OURS, PEER], 1, job, picture))
-        timm = ["timm"] if importlib.util.find_spec("timm") else []
-        say(*towers([OURS, PEER, *timm], min(2, options.rounds), job))
-        if options.large:
+            say("", *answers("PaliGemma 2", [OURS, PEER], two, second)[0])
+        if "context" in parts:
+            picture = options.out.with_suffix(".png") if options.out else None
+            say(*by_context([OURS, PEER], 1, job, picture))
+        if "towers" in parts:
+            timm = ["timm"] if importlib.util.find_spec("timm") else []
+            say(*towers([OURS, PEER, *timm], two, job))
+        if "large" in parts and options.large:
             large = {**few, "folder": str(options.large), "tokens": 4}
             say("", *answers("896 pixels", [OURS, PEER], 1, large)[0])
     if options.out:
