@@ -204,9 +204,10 @@ class Timm:
     def __init__(self, job: dict[str, Any]) -> None:
         import timm
 
+        from minivlm.configs import PaliGemmaConfig
         from minivlm.weights import read_config
 
-        size = read_config(Path(job["folder"]))["vision_config"]["image_size"]
+        size = PaliGemmaConfig.from_dict(read_config(Path(job["folder"]))).vision.image_size
         model = timm.create_model("vit_so400m_patch14_siglip_224", img_size=size, num_classes=0)
         self.tower = model.to(job["device"], torch.bfloat16).eval().forward_features
         self.size = size
