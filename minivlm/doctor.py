@@ -26,7 +26,7 @@ from minivlm.extras import extra
 from minivlm.models.load import load_paligemma
 
 OLDEST_PYTHON = (3, 11)
-MEMORY = 3 * 2**30  # bytes: a notebook that trains takes 2 GiB at most, JupyterLab and its browser the rest
+MEMORY = 3 * 2**30  # bytes: about one for a kernel, the rest for JupyterLab and a browser
 PIP = f"{sys.executable} -m pip install"
 SECONDS = 300  # for a kernel to import the package; the first time is slow
 KERNEL = "python3"  # the name in every notebook of the course
@@ -177,7 +177,7 @@ def memory() -> Finding:
     size = _memory()
     if size is None:
         return Finding("memory", "unknown on this system")
-    wanted = f"close other programs: the notebooks need {MEMORY / 2**30:.0f} GiB"
+    wanted = f"close other programs: a notebook and a browser want {MEMORY / 2**30:.0f} GiB"
     return Finding("memory", f"{size / 2**30:.1f} GiB", wanted if size < MEMORY else "")
 
 
