@@ -1,7 +1,7 @@
 """Is this machine ready for the course? One finding for each thing that goes wrong in a room of laptops.
 
-Versions are compared with constraints.txt, with which the numbers in the notebooks were printed. The file is
-part of the installed package; in a clone it lies at the top.
+Versions are compared with constraints.txt, with which the numbers in the notebooks were printed. In a clone
+it lies at the top; an installed package has it among its metadata.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from minivlm.extras import extra
 from minivlm.models.load import load_paligemma
 
 OLDEST_PYTHON = (3, 11)
-MEMORY = 3 * 2**30  # bytes: a notebook that trains takes 2 GiB at most, JupyterLab and its browser the rest
+MEMORY = 3 * 2**30  # bytes: about one for a kernel, the rest for JupyterLab and a browser
 PIP = f"{sys.executable} -m pip install"
-SECONDS = 60  # for a kernel to import the package
+SECONDS = 300  # for a kernel to import the package; the first time is slow
 KERNEL = "python3"  # the name in every notebook of the course
 
 
@@ -86,13 +86,16 @@ def packages() -> Finding:
 def read_pins() -> dict[str, str]:
     """Package -> version, of constraints.txt.
 
-    Raises FileNotFoundError: it is neither in the package nor in a clone around it.
+    Raises FileNotFoundError: it is neither in a clone around the package nor in its metadata.
     """
-    package = Path(minivlm.__file__).parent
-    places = (package / "constraints.txt", package.parent / "constraints.txt")
-    path = next((place for place in places if place.is_file()), places[0])
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = (re.fullmatch(r"([\w.-]+)==(\S+)", line) for line in lines)
+    path = Path(minivlm.__file__).parents[1] / "constraints.txt"
+    if path.is_file():
+        text: str | None = path.read_text(encoding="utf-8")
+    else:
+        text = importlib.metadata.distribution("minivlm").read_text("extra_metadata/constraints.txt")
+    if text is None:
+        raise FileNotFoundError("constraints.txt is not there")
+    found = (re.fullmatch(r"([\w.-]+)==(\S+)", line) for line in text.splitlines())
     return {_plain(match[1]): match[2] for match in found if match}
 
 
@@ -174,7 +177,7 @@ def memory() -> Finding:
     size = _memory()
     if size is None:
         return Finding("memory", "unknown on this system")
-    wanted = f"close other programs: the notebooks need {MEMORY / 2**30:.0f} GiB"
+    wanted = f"close other programs: a notebook and a browser want {MEMORY / 2**30:.0f} GiB"
     return Finding("memory", f"{size / 2**30:.1f} GiB", wanted if size < MEMORY else "")
 
 

@@ -905,7 +905,8 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
-    assert {line.split()[1] for line in examples} == {"demo", "ask", "look", "train", "train-masks", "eval"}
+    models = {"demo", "ask", "look", "train", "train-masks", "eval"}
+    assert {line.split()[1] for line in examples} == models | {"doctor", "workshop", "progress"}
     assert cli.EXAMPLES in out
 
 

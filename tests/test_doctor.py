@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,23 +79,27 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pins_travel_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed from a wheel, the file lies in the package; in a clone, above it."""
-    package = tmp_path / "site-packages" / "minivlm"
-    package.mkdir(parents=True)
+    """In a clone, the file lies above the package; installed from a wheel, among the metadata."""
+    package = tmp_path / "minivlm"
+    package.mkdir()
+    metadata = tmp_path / "minivlm-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: minivlm\n")
     monkeypatch.setattr(doctor.minivlm, "__file__", str(package / "__init__.py"))
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"constraints\.txt"):
         doctor.read_pins()
-    (package.parent / "constraints.txt").write_text("# comment\nPy_YAML==1.0\n")
-    assert doctor.read_pins() == {"py-yaml": "1.0"}
-    (package / "constraints.txt").write_text("torch==2.0\n")
+    (metadata / "extra_metadata").mkdir()
+    (metadata / "extra_metadata/constraints.txt").write_text("torch==2.0\n")
     assert doctor.read_pins() == {"torch": "2.0"}
+    (tmp_path / "constraints.txt").write_text("# comment\nPy_YAML==1.0\n")
+    assert doctor.read_pins() == {"py-yaml": "1.0"}
 
 
 def test_the_wheel_holds_the_pins() -> None:
-    import tomllib
-
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"] == {"constraints.txt": "minivlm/constraints.txt"}
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wheel = tomllib.loads(text)["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["extra-metadata"] == {"constraints.txt": "constraints.txt"}
 
 
 def write_kernel(folder: Path, command: list[str]) -> None:
