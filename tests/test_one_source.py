@@ -25,13 +25,13 @@ TAUGHT = [
     "generate",
     "vision/vit",
     "text/decoder",
+    "footprint",
     "models/paligemma",
     "processing/boxes",
 ]
 # Public names of these files that wait for a later notebook, and which one that is.
 LATER = {
     "LlamaRMSNorm": "13_four_ways, where the first Llama decoder appears",
-    "sliding": "11_real_checkpoints, with Gemma 2",
 }
 
 
