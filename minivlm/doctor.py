@@ -121,14 +121,14 @@ def kernel() -> Finding:
             import ipykernel  # noqa: F401
             from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
             from jupyter_client.manager import start_new_kernel
-    except InputError as error:
-        return Finding("kernel", "Jupyter is not installed", f"{PIP} 'minivlm[notebooks]' ({error})")
+    except InputError:
+        return Finding("kernel", "Jupyter is not installed", f"{PIP} 'minivlm[notebooks]'")
     try:
         spec = KernelSpecManager().get_kernel_spec(KERNEL)
     except NoSuchKernel:
         return Finding("kernel", f"Jupyter knows no kernel {KERNEL!r}", install)
     try:
-        manager, client = start_new_kernel(kernel_name=KERNEL, stderr=subprocess.DEVNULL)
+        manager, client = start_new_kernel(SECONDS, KERNEL, stderr=subprocess.DEVNULL)
         try:
             reply: Any = client.execute_interactive(
                 "import sys, minivlm",

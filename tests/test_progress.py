@@ -7,6 +7,7 @@ therefore do several things at once, in different exercises.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -268,6 +269,16 @@ def test_nothing_is_run_without_yes(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert main(["progress", str(tmp_path)]) == 2
     assert "ROOT" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["nbformat", "IPython"])
+def test_a_missing_extra_is_named(
+    tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_in(tmp_path / "ada.ipynb", COUNT)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["progress", str(tmp_path), "--yes"]) == 2
+    assert f"{missing} is not installed, which the extra [notebooks] brings" in capsys.readouterr().err
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
+from minivlm.extras import extra
 from minivlm.progress import Limits, find_handed_in, judge_handed_in
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def run(options: argparse.Namespace) -> None:
     """Print a line for each notebook when it is known."""
     if os.name != "posix":
         raise InputError("progress needs Linux or macOS: this system has no limits on processes")
+    with extra("notebooks"):
+        import IPython  # noqa: F401
+        import nbformat  # noqa: F401
     found = find_handed_in(options.folder)
     root = " YOU ARE ROOT: it could change everything on this machine." if os.geteuid() == 0 else ""
     if not options.yes:
