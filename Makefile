@@ -2,13 +2,17 @@
 #
 #   make test PYTHON=python3.12     another interpreter
 #   make test TORCH_INDEX=          PyTorch from the same place as all other packages (on Linux: the CUDA build)
+#   make workshop OUT=class         another folder than workshop/
 
 PYTHON      ?= python3
 VENV        ?= .venv
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+OUT         ?= workshop
 
 BIN     := $(VENV)/bin
-PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --retries 1 -c constraints.txt
+PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+FLAGS   := --quiet --retries 1 -c constraints.txt
+FROM    := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 READY   := $(VENV)/.ready-notebooks
 BOOK    := $(VENV)/.ready-book
 DEV     := $(VENV)/.ready-dev
@@ -19,7 +23,7 @@ NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbva
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-browser lab notebooks book wheel clean
+.PHONY: help demo test test-browser lab notebooks book wheel workshop wheelhouse doctor clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -55,8 +59,19 @@ wheel: $(DEV) ## build the package in dist, install it into an empty environment
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python tests/try_wheel.py dist
 
-clean: ## remove the environment, the caches and what `make demo` wrote (runs/ stays)
-	rm -rf $(VENV) demo dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+workshop: $(READY) ## write the notebooks for students into workshop/
+	$(BIN)/minivlm workshop $(OUT)
+
+doctor: $(READY) ## check that this machine is ready for the course
+	$(BIN)/minivlm doctor
+
+# As below, torch comes first and alone; the second step finds its wheel and takes no other build.
+wheelhouse: $(READY) ## gather all wheels in wheelhouse/, for machines without a network like this one
+	$(PIP) wheel $(FLAGS) --no-deps $(FROM) --wheel-dir wheelhouse torch
+	$(PIP) wheel $(FLAGS) --find-links wheelhouse --wheel-dir wheelhouse ".[notebooks]"
+
+clean: ## remove the environment, caches, wheelhouse/ and what `make demo` wrote (runs/ and workshop/ stay)
+	rm -rf $(VENV) demo dist build wheelhouse .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment. Each stamp says that one extra is installed as pyproject.toml and constraints.txt ask for.
@@ -71,21 +86,21 @@ $(BIN)/python:
 # reach pip says so once and goes on without it. The second step keeps the build that the first one chose.
 $(VENV)/.ready-torch: $(BIN)/python constraints.txt
 	@echo "Setting up $(VENV) (the first time: about a minute, 1.4 GB) ..."
-	$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) install $(FLAGS) --no-deps $(FROM) torch
 	@touch $@
 
 $(READY): $(VENV)/.ready-torch pyproject.toml constraints.txt
-	$(PIP) -e ".[notebooks]"
+	$(PIP) install $(FLAGS) -e ".[notebooks]"
 	@touch $@
 
 $(BOOK): $(VENV)/.ready-torch pyproject.toml constraints.txt
-	$(PIP) -e ".[book]"
+	$(PIP) install $(FLAGS) -e ".[book]"
 	@touch $@
 
 $(DEV): $(VENV)/.ready-torch pyproject.toml constraints.txt
-	$(PIP) -e ".[dev]"
+	$(PIP) install $(FLAGS) -e ".[dev]"
 	@touch $(READY) $(BOOK) $@
 
 $(BROWSER): $(VENV)/.ready-torch pyproject.toml constraints.txt
-	$(PIP) -e ".[browser]"
+	$(PIP) install $(FLAGS) -e ".[browser]"
 	@touch $(READY) $(BOOK) $(DEV) $@

@@ -1,4 +1,5 @@
-"""The command line: `minivlm demo | ask | look | train | train-masks | eval`, each in a file of its own.
+"""The command line: `minivlm demo | ask | look | train | train-masks | eval`, and for a classroom
+`doctor | workshop | progress`, each in a file of its own.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
 output as they are generated; progress bars go to standard error, and only to a terminal.
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minivlm.cli import ask, demo, evaluate, look, train, train_masks, workshop
+from minivlm.cli import ask, demo, doctor, evaluate, look, progress, train, train_masks, workshop
 from minivlm.cli.options import one_line, show
 from minivlm.errors import InputError
 from minivlm.jsonl import BadLines
@@ -34,7 +35,9 @@ examples:
   minivlm train-masks --out runs/masks.npz
   minivlm eval --model runs/tiny --scenes 200
   minivlm eval --model runs/siglip
+  minivlm doctor
   minivlm workshop workshop
+  minivlm progress handed_in --yes
 """
 
 
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        code = options.run(options) or 0
         sys.stdout.flush()
     except BadLines as error:
         show(error, "error")
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Without this, Python would try once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return int(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +83,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, ask, look, train, train_masks, evaluate, workshop):
+    for command in (demo, ask, look, train, train_masks, evaluate, doctor, workshop, progress):
         command.add_to(commands)
     return parser

@@ -1,0 +1,305 @@
+"""Counting what students have solved: correct tables, whatever one of the notebooks does.
+
+Every notebook is judged in a process of its own, which takes about four seconds to start. Most students here
+therefore do several things at once, in different exercises.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from notebooks_and_sources import ROOT
+
+from minivlm.cli import main, progress
+from minivlm.judging import exercises_of, module_of
+from minivlm.notebooks import read_notebook
+from minivlm.progress import HandedIn, Limits, Result, _understand, find_handed_in, judge_handed_in
+from minivlm.workshop import student_copy
+
+COUNT = (
+    "def patch_count(height, width, patch_size):\n    return (height // patch_size) * (width // patch_size)"
+)
+UNPATCH = """\
+def unpatchify(patches, rows, columns):
+    P = math.isqrt(patches.shape[2] // 3)
+    x = patches.reshape(-1, rows, columns, 3, P, P).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(-1, 3, rows * P, columns * P)"""
+CLASS_TOKEN = """\
+def add_class_token(patches, class_token, positions):
+    return torch.cat([class_token.expand(len(patches), -1, -1), patches], dim=1) + positions"""
+FIRST = "import math\nimport torch\nfrom minivlm import checks"
+CATCH_UP = "patch_count = checks.patches.solutions.patch_count"
+LIMITS = Limits(seconds=60)
+
+
+def hand_in(path: Path, *sources: str) -> Path:
+    """A notebook about patches with these cells."""
+    cells = [new_code_cell(source) for source in (FIRST, *sources, "checks.patches.patch_count(patch_count)")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def result_of(path: Path, limits: Limits = LIMITS) -> Result:
+    return judge_handed_in(HandedIn(path, "ada", "01"), limits)
+
+
+# The right numbers
+
+
+@pytest.mark.parametrize("name", ["02_clip_and_siglip", "10_contrastive_training"])
+def test_solved_notebooks_of_the_course_pass(name: str) -> None:
+    """Of two: one whose exercises use what it builds, and one that trains for minutes when run as a whole."""
+    result = result_of(ROOT / "notebooks" / f"{name}.ipynb")
+    assert len(result.exercises) == 4
+    assert result.passed == result.exercises
+    assert result.remark == ""
+
+
+def test_blank_exercises_do_not_pass(tmp_path: Path) -> None:
+    original = read_notebook(ROOT / "notebooks" / "00_tour.ipynb")
+    nbformat.write(student_copy(original), tmp_path / "blank.ipynb")
+    result = result_of(tmp_path / "blank.ipynb")
+    assert (result.passed, result.exercises) == ([], ["ask", "sequence_length", "to_pixels"])
+    assert result.remark.startswith("ask: the exercise is still blank")
+
+
+def test_what_counts_as_an_answer(tmp_path: Path) -> None:
+    path = hand_in(
+        tmp_path / "ada.ipynb",
+        "%matplotlib inline\nEPS = -1e-6\nraise RuntimeError",  # not run, but for the constant
+        "def product(a, b):\n    return int(a * b + EPS - EPS)",
+        "%time\ndef patch_count(h, w, p):\n    return product(h // p, w // p)",
+        CATCH_UP,
+        "from minivlm.checks.patches import solutions\nunpatchify = solutions.unpatchify",  # no answer
+        "this is no Python",
+        "add_class_token = lambda x, t, p: x\nraise SystemExit",  # wrong
+        "def resize_positions(table, new_side):\n    return undefined",
+        "checks.patches.resize_positions = print",  # a check of its own would pass
+    )
+    result = result_of(path)
+    assert result.passed == ["patch_count"]
+    assert result.remark.startswith("unpatchify: no cell defines it") or "add_class_token" in result.remark
+
+
+def test_the_answer_is_not_what_the_catch_up_cell_binds(tmp_path: Path) -> None:
+    wrong = "def patch_count(h, w, p):\n    return h // p"
+    result = result_of(hand_in(tmp_path / "ada.ipynb", wrong, CATCH_UP, UNPATCH))
+    assert result.passed == ["unpatchify"]
+    assert result.remark.startswith("patch_count: ")
+    assert "one row" in result.remark
+
+
+def test_whole_runs_what_is_no_definition(tmp_path: Path) -> None:
+    path = hand_in(tmp_path / "ada.ipynb", "two = len('ab')", COUNT.replace("return", "return two // 2 *"))
+    quick = result_of(path)
+    assert quick.passed == []
+    assert "name 'two' is not defined" in quick.remark
+    assert result_of(path, Limits(seconds=60, whole=True)).passed == ["patch_count"]
+
+
+# Whatever a notebook does
+
+
+def test_endless_loops_and_a_gigabyte_do_not_keep_the_others_from_counting(tmp_path: Path) -> None:
+    path = hand_in(
+        tmp_path / "ada.ipynb",
+        COUNT.replace("return", "while True: pass\n    return"),
+        UNPATCH + "\nfor i in range(100): print('x' * 10**7)",
+        CLASS_TOKEN + "\nwhile True: pass",
+        "def resize_positions(table, new_side):\n    return bytearray(40 * 2**30)",
+    )
+    result = result_of(path, Limits(seconds=40))  # 10 for each cell
+    assert result.passed == ["unpatchify", "add_class_token"]
+    assert "patch_count: your code stops with TimeoutError: more than 10 seconds" in result.remark
+
+
+def test_a_loop_that_cannot_be_interrupted_ends_at_the_limit(tmp_path: Path) -> None:
+    stubborn = "while True:\n    try:\n        time.sleep(1)\n    except BaseException:\n        pass"
+    path = hand_in(tmp_path / "ada.ipynb", "import time\n" + COUNT, CATCH_UP, UNPATCH + "\n" + stubborn)
+    started = time.monotonic()
+    result = result_of(path, Limits(seconds=20))
+    assert time.monotonic() - started > 20
+    assert result.passed == ["patch_count"]
+    assert result.remark == "stopped after 20 seconds, in cell 4: an endless loop?"
+
+
+def test_files_are_deleted_in_the_copy_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SECRET_TOKEN", "hunter2")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    harm = """
+import os, shutil, subprocess
+from pathlib import Path
+assert "MY_SECRET_TOKEN" not in os.environ
+loose = subprocess.Popen(["sleep", "4242"], start_new_session=True)
+for folder in (Path.home(), Path(".."), Path(os.environ["TMPDIR"])):
+    shutil.rmtree(folder.resolve())
+try:
+    Path(os.environ["TMPDIR"]).with_name("large").write_bytes(bytes(300 * 2**20))
+except OSError:
+    print("too large")
+else:
+    raise ValueError
+"""
+    path = hand_in(tmp_path / "class/ada/01_patches.ipynb", COUNT + harm, CATCH_UP, CLASS_TOKEN)
+    (tmp_path / "class/ada/notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    result = result_of(path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert result.passed == ["patch_count", "add_class_token"]
+    assert b"sleep\x004242\x00" not in running(), "a process is left"
+
+
+def running() -> list[bytes]:
+    """Command lines of all processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            found.append(path.read_bytes())
+    return found
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.abort()"])
+def test_a_process_that_ends_in_the_middle(tmp_path: Path, end: str) -> None:
+    path = hand_in(tmp_path / "ada.ipynb", "import os\n" + COUNT, CATCH_UP, UNPATCH + f"\n{end}")
+    result = result_of(path)
+    assert result.passed == ["patch_count"]
+    assert result.remark.startswith("Python ended in cell 4 (code ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        "null",
+        '{"name": 3, "passed": true, "remark": ""}',
+        '{"name": "x"}',
+        "[" * 99999,
+        '{"cell": {}}',
+    ],
+)
+def test_reports_are_not_trusted(text: str) -> None:
+    good = '{"name": "ask", "passed": true, "remark": ""}'
+    verdicts, end = _understand(f"{good}\n{text}\n", False, 5, 1)
+    assert [verdict.name for verdict in verdicts] == ["ask"]
+    assert end.startswith("Python ended")
+    assert _understand(f"{text}\n{good}\n{{}}\n", False, 5, 0) == (verdicts, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "remark"),
+    [
+        (b"", "is not JSON"),
+        (b"no", "is not JSON"),
+        (b"\xff\xfe\x00", "not a notebook"),
+        (b"[1]", "is JSON, but not a notebook"),
+        (b'{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}', "is JSON, but not a notebook"),
+        (b'{"cells": [], "nbformat": 4, "nbformat_minor": 5, "metadata": {}}', "it uses no checks"),
+        (b"[" * 100_000, "is JSON, but not a notebook"),
+    ],
+)
+def test_what_is_no_notebook_is_a_remark(tmp_path: Path, content: bytes, remark: str) -> None:
+    (tmp_path / "ada.ipynb").write_bytes(content)
+    result = result_of(tmp_path / "ada.ipynb")
+    assert (result.passed, result.exercises) == ([], [])
+    assert remark in result.remark
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "ada.ipynb").open("wb") as file:
+        file.truncate(10**9)
+    assert "larger than 50 MB" in result_of(tmp_path / "ada.ipynb").remark
+
+
+# Folders and the command
+
+
+def test_both_layouts(tmp_path: Path) -> None:
+    for name in (
+        "ben/notebooks/02_clip_and_siglip.ipynb",
+        "ada/00_tour.ipynb",
+        "ada/.ipynb_checkpoints/00_tour-checkpoint.ipynb",
+        "ada/week 1/01_patches.ipynb",
+        "cleo.ipynb",
+        "ada/notes.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [(one.student, one.notebook) for one in find_handed_in(tmp_path)]
+    assert found == [
+        ("ada", "00_tour"),
+        ("ada", "week 1/01_patches"),
+        ("ben", "02_clip_and_siglip"),
+        ("cleo", ""),
+    ]
+
+
+@pytest.mark.parametrize("name", ["empty", "missing", "file"])
+def test_folders_without_notebooks_are_refused(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty/.ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "empty/.ipynb_checkpoints/x.ipynb").touch()
+    (tmp_path / "file").touch()
+    assert main(["progress", str(tmp_path / name), "--yes"]) == 2
+    assert (
+        f"{name} {'holds no notebooks' if name == 'empty' else 'is not a folder'}" in capsys.readouterr().err
+    )
+
+
+def test_nothing_is_run_without_yes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_in(tmp_path / "ada.ipynb", COUNT)
+    monkeypatch.setattr(progress, "judge_handed_in", lambda *_: pytest.fail("it was run"))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert main(["progress", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "code that others wrote, in 1 notebooks, as you" in message
+    assert "--yes" in message
+    assert "YOU ARE ROOT" in message
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(["progress", str(tmp_path)]) == 2
+    assert "ROOT" not in capsys.readouterr().err
+
+
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ada").mkdir()
+    (tmp_path / "ada/01_patches.ipynb").write_text("not JSON")
+    hand_in(
+        tmp_path / "ben\x1b[31m.ipynb",
+        COUNT,
+        UNPATCH,
+        "def add_class_token(*a):\n    raise ValueError('\\x1b[2J')",
+    )
+    assert main(["progress", str(tmp_path), "--yes", "--seconds", "60", "--memory", "3"]) == 0
+    printed = capsys.readouterr()
+    assert "running the code of 2 notebooks" in printed.err
+    head, ada, ben = printed.out.splitlines()
+    assert head.split() == ["student", "notebook", "passed", "remark"]
+    assert ada.split()[:3] == ["ada", "01_patches", "-"]
+    assert "is not JSON" in ada
+    assert ben.split()[:5] == ["ben?[31m", "patches", "2", "of", "4"]
+    assert "add_class_token: your code stops with ValueError: ?[2J" in ben
+    assert "\x1b" not in printed.out
+    assert ada.index(" - ") + 1 == head.index("passed") == ben.index("2 of 4")
+
+
+def test_every_notebook_is_recognized_by_its_checks() -> None:
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = read_notebook(path)
+        module = module_of(notebook)
+        assert module is not None
+        checked = {
+            cell.source.partition("(")[0].split(".")[-1]
+            for cell in notebook.cells
+            if "check" in cell.metadata.get("tags", [])
+        }
+        assert set(exercises_of(module)) == checked, path.name
