@@ -23,7 +23,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "docs/training-log.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "bench/README.md",
+    "docs/teaching.md",
+    "docs/common-mistakes.md",
+    "docs/training-log.md",
+)
 LINK = re.compile(r"\]\(([^)#\s]+)")
 STAMP = ".sources"
 DOCUMENTS = {".md", ".ipynb"}
