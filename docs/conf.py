@@ -48,8 +48,8 @@ highlight_language = "text"  # a block that names no language is a drawing or a 
 python_maximum_signature_line_length = 88
 OTHERS = "abc|argparse|collections|matplotlib|numpy|np|pathlib|PIL|tokenizers|torch"
 nitpick_ignore_regex = [
-    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands")
-]  # the last two: only for type checkers
+    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path")
+]  # the last four: only for type checkers
 
 html_theme = "furo"
 html_title = f"minivlm {version}"

@@ -1,4 +1,6 @@
-"""Builds the book, a static site, by default into build/book: python docs/book/build.py [--unless-current] [OUTPUT].
+"""Builds the book, a static site: python docs/book/build.py [OUTPUT], by default into build/book.
+
+With --unless-current it builds nothing where the book holds already what its sources say.
 
 Notebooks and pages stay where they are in the repository. They are copied into a temporary folder in which
 their relative links hold as before; the pages of the reference, one for each module, and the answers on the
