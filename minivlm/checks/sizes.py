@@ -263,8 +263,8 @@ def capped_scores(answer: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     hidden = result[~mask]
     expect(
         bool((hidden < -1e4).all()),
-        f"where the mask is False the score is {hidden.max().item():.3g}: it should be minus infinity, or "
-        "the lowest number of the dtype, so that the softmax gives 0",
+        f"where the mask is False the score is {hidden.max().item():.3g}: it must be minus infinity, or the "
+        "lowest number of the dtype, so that the softmax gives 0",
     )
     seen = result[mask]
     expect(
