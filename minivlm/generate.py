@@ -76,10 +76,7 @@ def stream(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     _check(attention_mask, max_new_tokens, max_length, temperature, top_k, top_p)
-    generators = None
-    if temperature > 0:
-        first = int(torch.randint(2**62, ())) if seed is None else seed
-        generators = [torch.Generator().manual_seed(first + row) for row in range(len(input_ids))]
+    generators = _generators(len(input_ids), seed) if temperature > 0 else None
 
     hidden, cache = model.prefill(input_ids, attention_mask, **inputs)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -124,6 +121,11 @@ def sample(
         for row, generator in zip(probabilities.cpu(), generators, strict=True)
     ]
     return torch.cat(rows).to(logits.device)
+
+
+def _generators(rows: int, seed: int | None) -> list[torch.Generator]:
+    first = int(torch.randint(2**62, ())) if seed is None else seed
+    return [torch.Generator().manual_seed(first + row) for row in range(rows)]
 
 
 def _check(
