@@ -59,8 +59,9 @@ def find_folder(
         revision: a branch, tag or commit of the repo; without one, its main branch.
         files: patterns of the files to download.
 
-    Raises InputError: there is no such folder, repo or revision, it may not be read, the Hub is out of reach,
-        or a local folder has a revision or was cloned without its large files.
+    Raises:
+        InputError: there is no such folder, repo or revision, it may not be read, the Hub is out of reach, or
+            a local folder has a revision or was cloned without its large files.
     """
     folder = Path(name)
     if folder.is_dir():
