@@ -168,3 +168,13 @@ def test_what_the_package_offers():
     for name in minivlm.__all__:
         assert getattr(minivlm, name).__doc__
     assert (Path(minivlm.__file__).parent / "py.typed").is_file()
+
+
+def test_loading_imports_no_compiler():
+    """It takes seconds, and only random numbers on the meta device need it: here the file has the numbers."""
+    program = (
+        "import sys, minivlm; from minivlm.models.load import SHIPPED;"
+        "minivlm.PaliGemma.from_pretrained(SHIPPED); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
