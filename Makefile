@@ -40,7 +40,7 @@ test: $(DEV) ## check style, types and spelling, build the book, then run every 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(NBVAL) notebooks/
 
-# BROWSER_ARGS="-m 'not slow'" leaves out the notebooks that train for minutes.
+# BROWSER_ARGS="-m 'not slow'" leaves out the notebooks that take longest.
 test-browser: $(BROWSER) ## run notebooks, book and hover page in Chromium (skipped where there is none)
 	$(BIN)/python docs/book/build.py --unless-current
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -r s $(BROWSER_ARGS) tests/browser
