@@ -24,7 +24,7 @@ FEW_ROWS = 8  # up to here the product is faster with whole numbers than after t
 BLOCK = 2**21  # numbers turned back at a time: 4 MiB in bf16, which stay in the processor's cache
 STEP = 64  # the kernel for few rows reads so many inputs at a time, and does not look where a row ends
 SHORT = 8192  # inputs
-PIECE = 256  # rows rounded at a time, for the same reason: rounding needs them in fp32
+PIECE = 256  # rows rounded at a time: rounding needs them in fp32, and so they stay in the cache
 TINY = 1e-30  # for a row of zeros
 
 
