@@ -14,6 +14,7 @@ from torch import nn
 
 from minivlm.errors import InputError
 from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm
+from minivlm.packing import PackedLinear
 from minivlm.quantization import Int8Linear
 
 COMPILERS = ("c++", "g++", "clang++", "cl")  # one of which PyTorch looks for
@@ -24,8 +25,11 @@ def compile_parts(model: nn.Module) -> None:
     """Compile these parts in place, when each is first used.
 
     Raises:
-        InputError: on a CPU, when there is no C++ compiler.
+        InputError: on a CPU, when there is no C++ compiler; the model is packed, in a form that the compiler
+            cannot read.
     """
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise InputError("a packed model cannot be compiled: choose one of the two")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if on_cpu and not any(which(name) for name in COMPILERS):
         raise InputError("torch.compile needs a C++ compiler and finds none: install one, or do without")

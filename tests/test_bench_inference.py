@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minivlm.models.load import SHIPPED
+from minivlm.packing import can_pack
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -32,7 +33,8 @@ def work(tmp_path: Path, side: str, **changes: object) -> dict:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_both_sides_read_the_same_and_agree(tmp_path: Path, batch: int):
-    sides = ("minivlm", "minivlm int8", "transformers") if batch == 1 else ("minivlm", "transformers")
+    sides = ["minivlm", "transformers", *(["minivlm int8"] if batch == 1 else [])]
+    sides += ["minivlm packed"] if can_pack() else []
     results = {side: work(tmp_path, side, batch=batch) for side in sides}
     for result in results.values():
         assert (len(result["prefill"]), len(result["decode"])) == (2, 6)
@@ -42,6 +44,8 @@ def test_both_sides_read_the_same_and_agree(tmp_path: Path, batch: int):
     spread = logits["transformers"].std()
     assert logits["minivlm"].shape[0] == batch
     assert (logits["minivlm"] - logits["transformers"]).abs().max() < 0.1 * spread
+    if "minivlm packed" in sides:
+        assert (logits["minivlm packed"] - logits["minivlm"]).abs().max() < 0.1 * spread
     if "minivlm int8" in sides:
         assert (logits["minivlm int8"] - logits["transformers"]).abs().max() < 0.3 * spread
 

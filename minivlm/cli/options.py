@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
 
 
 def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoint") -> None:
-    """--model, --revision, --dtype, --device, --quantize, --compile."""
+    """--model, --revision, --dtype, --device, --quantize, --pack, --compile."""
     parser.add_argument(
         "--model", metavar="FOLDER_OR_REPO_ID", help=f"{what} (default: the shipped tiny one)"
     )
@@ -31,6 +31,9 @@ def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoi
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add_device(parser)
     parser.add_argument("--quantize", choices=("int8",), help="round the decoder's matrices (default: no)")
+    parser.add_argument(
+        "--pack", action="store_true", help="a copy of the weights that is faster for prompts and batches"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="use torch.compile, which pays for many answers"
     )
@@ -69,6 +72,7 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
         "device": device,
         "revision": options.revision,
         "quantize": options.quantize,
+        "pack": options.pack,
     }
 
 
