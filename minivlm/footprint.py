@@ -88,12 +88,17 @@ def image_operations(config: PaliGemmaConfig) -> int:
     return 2 * N * (patches + blocks + attention + D * config.text.hidden_size)
 
 
-def prefill_operations(config: PaliGemmaConfig, tokens: int) -> int:
+def prefill_operations(config: PaliGemmaConfig, tokens: int, wanted: int = 1) -> int:
     """Operations that read one row of `tokens` tokens, image tokens included, and score its next word.
 
     What makes image tokens of a picture, `image_operations`, comes before.
+
+    Args:
+        wanted: tokens that go through the last MLP. Here it is the last one alone; a program that does not
+            leave out the others has `tokens`.
     """
-    return tokens * 2 * (_decoder_matrices(config.text) + _attention(config.text, tokens)) + _head(config)
+    every_token = tokens * (_decoder_matrices(config.text) + _attention(config.text, tokens))
+    return 2 * (every_token - (tokens - wanted) * _mlp(config.text)) + _head(config)
 
 
 def decode_operations(config: PaliGemmaConfig, context: int) -> int:
@@ -116,7 +121,12 @@ def _decoder_matrices(config: GemmaConfig | Gemma2Config) -> int:
     # multiply-adds per token.
     D, Dh = config.hidden_size, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # q and o, k and v
-    return config.num_hidden_layers * (D * heads * Dh + 3 * D * config.intermediate_size)
+    return config.num_hidden_layers * (D * heads * Dh + _mlp(config))
+
+
+def _mlp(config: GemmaConfig | Gemma2Config) -> int:
+    """Multiply-adds of one token in one layer's MLP."""
+    return 3 * config.hidden_size * config.intermediate_size
 
 
 def _attention(config: GemmaConfig | Gemma2Config, context: int) -> int:

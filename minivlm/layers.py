@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.one_row import onednn
+from minivlm.one_row import as_many_rows
 
 PIECE = 256  # tokens that `in_pieces` hands to an MLP at a time, about
 BLOCK = 2**21  # scores held at a time by `attend_in_blocks`: 8 MiB in fp32
@@ -71,7 +71,7 @@ def attend(
     if on_cpu and needs_gradient:
         return attend_plain(q, k, v, mask, scale, softcap)
     if softcap is not None or (on_cpu and q.dtype == torch.bfloat16 and q.shape[2] > 1):
-        with onednn(True):  # also where the matrices do without it, see minivlm/one_row.py
+        with as_many_rows():  # a product with all keys, also where the matrices multiply one row
             return attend_in_blocks(q, k, v, mask, scale, softcap)
     return attend_fused(q, k, v, mask, scale)
 
@@ -114,7 +114,7 @@ def attend_plain(
 def attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """`attend_plain`, some heads or some queries at a time.
+    """`attend_plain`, some rows of the batch, some heads or some queries at a time.
 
     The scores of a long row would fill gigabytes (4,096 image tokens: 16 heads * 4096 * 4096). A block of
     them fits into the processor's cache, and is gone before the next one comes.
@@ -124,12 +124,13 @@ def attend_in_blocks(
     if B * H * T * S <= BLOCK:
         return attend_plain(q, k, v, mask, scale, softcap)
     group = H // K  # queries that share a key
+    rows_at_once = max(1, BLOCK // (H * T * S))
     heads = min(K, max(1, BLOCK // (group * T * S)))
     queries = max(1, BLOCK // (heads * group * S))
     mask = None if mask is None else mask.expand(B, 1, T, S)
     out = torch.empty_like(q)
-    for row, head, start in product(range(B), range(0, K, heads), range(0, T, queries)):
-        rows, keys = slice(row, row + 1), slice(head, head + heads)
+    for row, head, start in product(range(0, B, rows_at_once), range(0, K, heads), range(0, T, queries)):
+        rows, keys = slice(row, row + rows_at_once), slice(head, head + heads)
         some = (rows, slice(head * group, (head + heads) * group), slice(start, start + queries))
         seen = None if mask is None else mask[rows, :, start : start + queries]
         out[some] = attend_plain(q[some], k[rows, keys], v[rows, keys], seen, scale, softcap)
@@ -164,6 +165,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.scale = self.head_dim**-0.5
+        self.softcap: float | None = None
         num_key_value_heads = num_key_value_heads or num_attention_heads
         self.q_proj = nn.Linear(hidden_size, num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=bias)
@@ -183,7 +186,7 @@ class Attention(nn.Module):
             q, k = rotary(q), rotary(k)
         if update_cache is not None:
             k, v = update_cache(k, v)
-        out = attend(q, k, v, mask, scale=self.head_dim**-0.5)
+        out = attend(q, k, v, mask, self.scale, self.softcap)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, H, T, Dh] -> [B, T, D]
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -231,6 +234,11 @@ def in_pieces(layer: nn.Module, x: Tensor) -> Tensor:
     if pieces < 2 or x.device.type != "cpu" or torch.is_grad_enabled():
         return layer(x)
     return torch.cat([layer(piece) for piece in tokens.tensor_split(pieces)]).view_as(x)
+
+
+def pick(x: Tensor, places: Tensor) -> Tensor:
+    """One place of each row: x [B, T, D], places [B] -> [B, 1, D]."""
+    return x[torch.arange(len(x), device=x.device), places, None]
 
 
 class RMSNorm(nn.Module):

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+_switched_off: ContextVar[bool] = ContextVar("switched_off", default=False)
 
 
 def at_the_speed_of_memory(rows: Tensor) -> AbstractContextManager[None]:
@@ -21,15 +24,33 @@ def at_the_speed_of_memory(rows: Tensor) -> AbstractContextManager[None]:
     Args:
         rows: [B, ...], what goes through the model: only its length and its device matter.
     """
-    return onednn(False) if len(rows) == 1 and rows.device.type == "cpu" else nullcontext()
+    return _without_onednn() if len(rows) == 1 and rows.device.type == "cpu" else nullcontext()
 
 
 @contextmanager
-def onednn(enabled: bool) -> Iterator[None]:
-    """Inside, oneDNN is used or not; it is never switched on where PyTorch has none."""
-    before = bool(torch.backends.mkldnn.enabled)
-    torch.backends.mkldnn.enabled = enabled and torch.backends.mkldnn.is_available()  # type: ignore[assignment]
+def _without_onednn() -> Iterator[None]:
+    was_on = bool(torch.backends.mkldnn.enabled)
+    token = _switched_off.set(was_on)
+    _switch(False)
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
+        _switch(was_on)
+        _switched_off.reset(token)
+
+
+@contextmanager
+def as_many_rows() -> Iterator[None]:
+    """Inside, oneDNN is back where `at_the_speed_of_memory` took it away, and nowhere else."""
+    if not _switched_off.get():
+        yield
+        return
+    _switch(True)
+    try:
+        yield
+    finally:
+        _switch(False)
+
+
+def _switch(on: bool) -> None:
+    torch.backends.mkldnn.enabled = on  # type: ignore[assignment]

@@ -107,6 +107,17 @@ def test_operations_are_those_that_run(config: PaliGemmaConfig):
 
     assert counted(read_everything) == image_operations(config) + prefill_operations(config, tokens)
 
+    def every_token() -> None:
+        positions, all_see_all = (
+            torch.arange(tokens)[None],
+            torch.ones(1, 1, tokens, tokens, dtype=torch.bool),
+        )
+        hidden = model.language_model(model.merge(ids, model.encode_image(pixels)), positions, all_see_all)
+        model.logits(hidden[:, -1])
+
+    expected = image_operations(config) + prefill_operations(config, tokens, wanted=tokens)
+    assert counted(every_token) == expected
+
     _, cache = model.prefill(ids, mask, pixels)
     one, unfinished = torch.tensor([7]), torch.tensor([True])
     for context in (tokens + 1, tokens + 2):

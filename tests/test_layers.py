@@ -87,15 +87,17 @@ def test_one_query_with_many_keys():
     torch.testing.assert_close(out, attend_fused(q, k, v, None, SCALE))
 
 
-@pytest.mark.parametrize("block", [1, 7, 6 * 6, 2 * 6 * 6 + 1, 10**6])
+@pytest.mark.parametrize("block", [1, 7, 6 * 6, 2 * 6 * 6 + 1, 2 * 4 * 6 * 6, 10**6])
 @pytest.mark.parametrize("mask", ["none", "causal", "padded"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @torch.no_grad()
 def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monkeypatch: pytest.MonkeyPatch):
-    """However few scores are held at a time: one query, some of them, one head, some, everything."""
-    q, k, v = qkv(kv_heads=kv_heads)
+    """However few scores are held at a time: one query, some, one head, some, one row, some, everything."""
+    rows = [0, 1, 1, 0, 1]
+    q, k, v = (x[rows] for x in qkv(kv_heads=kv_heads))
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as it comes from the projection
     seen = mask_of(mask)
+    seen = None if seen is None else seen[rows]
     held = []
 
     def plain(*args: Any) -> Tensor:
@@ -113,6 +115,8 @@ def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monke
         )
     group = 4 // kv_heads
     assert max(held) <= max(block, 6 * group)  # the queries of a group stay together
+    if block == 2 * 4 * 6 * 6:
+        assert held[:3] == [2 * 4 * 6 * 6, 2 * 4 * 6 * 6, 1 * 4 * 6 * 6]
 
 
 @torch.no_grad()

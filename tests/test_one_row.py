@@ -9,7 +9,7 @@ from helpers import tiny_paligemma
 from torch import Tensor
 
 from minivlm.layers import attend
-from minivlm.one_row import at_the_speed_of_memory, onednn
+from minivlm.one_row import as_many_rows, at_the_speed_of_memory
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 
@@ -35,9 +35,16 @@ def test_put_back_after_an_error():
     assert enabled()
 
 
-def test_never_switched_on_where_there_is_none(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with onednn(True):
+@needs_onednn
+def test_only_our_own_switch_is_undone():
+    """Who switched oneDNN off for good, to look for an error for instance, finds it off everywhere."""
+    with as_many_rows():
+        assert enabled()
+    with at_the_speed_of_memory(torch.zeros(1)), as_many_rows():
+        assert enabled()
+    with torch.backends.mkldnn.flags(enabled=False):
+        with at_the_speed_of_memory(torch.zeros(1)), as_many_rows():
+            assert not enabled()
         assert not enabled()
 
 
@@ -73,7 +80,7 @@ def test_scores_with_a_cap_keep_it(monkeypatch: pytest.MonkeyPatch):
     bmm = torch.Tensor.tanh
     monkeypatch.setattr(torch, "tanh", lambda x: (states.append(enabled()), bmm(x))[1])
     q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
-    with onednn(False):
+    with at_the_speed_of_memory(q):
         attend(q, k, v, None, 1.0, softcap=5.0)
         assert not enabled()
     assert states == [True]

@@ -131,8 +131,8 @@ def test_keys_in_another_order_of_heads_are_noticed(monkeypatch: pytest.MonkeyPa
     ours, reference = pair()
     right = layers.attend
 
-    def wrong(q, k, v, mask, scale):
-        return right(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), mask, scale)
+    def wrong(q, k, v, *others):
+        return right(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), *others)
 
     monkeypatch.setattr(layers, "attend", wrong)
     assert_differs(run(ours), reference(INPUT_IDS).logits)

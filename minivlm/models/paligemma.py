@@ -169,10 +169,10 @@ class PaliGemma(nn.Module):
             prefix_lengths = (attention_mask.bool() & (token_type_ids == 0)).sum(dim=1)
         mask = masks.prefix_lm(position_ids, cache.key_positions, prefix_lengths)
         mask = mask & masks.padding(cache.key_is_real)
-        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
         # The last real token of a row is the one with the highest position, whichever side is padded.
         last = torch.where(attention_mask.bool(), position_ids, -1).argmax(dim=1)  # [B]
-        return hidden_states[torch.arange(len(last), device=last.device), last], cache
+        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache, wanted=last)
+        return hidden_states[:, 0], cache
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
         """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""

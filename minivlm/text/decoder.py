@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minivlm.cache import KVCache
 from minivlm.configs import GemmaConfig
-from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, in_pieces
+from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, in_pieces, pick
 from minivlm.rope import apply_rotary, rotary_angles
 
 
@@ -41,9 +41,11 @@ class GemmaBlock(nn.Module):
         mask: Tensor,
         rotary: Callable[[Tensor], Tensor],
         update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
+        """x [B, T, D] -> [B, T, D], or [B, 1, D] with one place `wanted` [B] in each row."""
         x = x + self.self_attn(self.input_layernorm(x), mask, rotary, update_cache)
+        x = x if wanted is None else pick(x, wanted)
         x = x + in_pieces(self.mlp, self.post_attention_layernorm(x))
         return x
 
@@ -69,7 +71,12 @@ class GemmaDecoder(nn.Module):
         return embeds * torch.tensor(self.config.hidden_size**0.5, dtype=embeds.dtype)
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: KVCache | None = None
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks and the final norm.
 
@@ -78,16 +85,19 @@ class GemmaDecoder(nn.Module):
             position_ids: [B, T].
             mask: boolean [B, 1, T, S], True where a query may look; S = T without a cache.
             cache: where keys and values are written and read; `cache.reserve` was called before.
+            wanted: the place of one token in each row, [B], if only its hidden state will be read. The MLP
+                of the last block, most of the block's work, then runs for these tokens alone.
 
         Returns:
-            [B, T, D]; `logits` turns them into scores of words.
+            [B, T, D], or [B, 1, D] of the wanted tokens; `logits` turns them into scores of words.
         """
         rotary = _rotary(position_ids, self.config, inputs_embeds.dtype)
         bias = additive(mask, inputs_embeds.dtype)
         x = inputs_embeds
         for number, layer in enumerate(self.layers):
             update_cache = partial(cache.write, number) if cache is not None else None
-            x = layer(x, bias, rotary, update_cache)
+            is_last = number == len(self.layers) - 1
+            x = layer(x, bias, rotary, update_cache, wanted if is_last else None)
         return self.norm(x)
 
     def logits(self, hidden_states: Tensor) -> Tensor:

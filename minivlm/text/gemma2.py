@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.configs import Gemma2Config, GemmaConfig
-from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, attend, in_pieces
+from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, in_pieces, pick
 from minivlm.rope import apply_rotary, rotary_angles
 from minivlm.text.decoder import GemmaDecoder
 
@@ -75,22 +75,6 @@ class Gemma2Attention(Attention):
         self.scale = config.query_pre_attn_scalar**-0.5
         self.softcap = config.attn_logit_softcapping
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        rotary: Callable[[Tensor], Tensor] | None = None,
-        update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if rotary is not None:
-            q, k = rotary(q), rotary(k)
-        if update_cache is not None:
-            k, v = update_cache(k, v)
-        out = attend(q, k, v, mask, self.scale, self.softcap)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, H, T, Dh] -> [B, T, D]
-
 
 class Gemma2Block(nn.Module):
     """A block with a norm before and a norm after each part; the sums themselves are never normalized."""
@@ -110,10 +94,12 @@ class Gemma2Block(nn.Module):
         mask: Tensor,
         rotary: Callable[[Tensor], Tensor],
         update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
+        """x [B, T, D] -> [B, T, D], or [B, 1, D] with one place `wanted` [B] in each row."""
         attended = self.self_attn(self.input_layernorm(x), mask, rotary, update_cache)
         x = x + self.post_attention_layernorm(attended)
+        x = x if wanted is None else pick(x, wanted)
         updated = in_pieces(self.mlp, self.pre_feedforward_layernorm(x))
         x = x + self.post_feedforward_layernorm(updated)
         return x
@@ -140,7 +126,12 @@ class Gemma2Decoder(nn.Module):
         return embeds * torch.tensor(self.config.hidden_size**0.5, dtype=embeds.dtype)
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: KVCache | None = None
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks and the final norm.
 
@@ -151,9 +142,10 @@ class Gemma2Decoder(nn.Module):
                 window; S = T without a cache.
             cache: where keys and values are written and read; `cache.reserve` was called before. It keeps
                 all positions in every layer, also those that a window hides.
+            wanted: the place of one token in each row, [B], if only its hidden state will be read.
 
         Returns:
-            [B, T, D]; `logits` turns them into scores of words.
+            [B, T, D], or [B, 1, D] of the wanted tokens; `logits` turns them into scores of words.
         """
         cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         rotary = partial(apply_rotary, cos=cos.to(inputs_embeds.dtype), sin=sin.to(inputs_embeds.dtype))
@@ -163,7 +155,9 @@ class Gemma2Decoder(nn.Module):
         x = inputs_embeds
         for number, layer in enumerate(self.layers):
             update_cache = partial(cache.write, number) if cache is not None else None
-            x = layer(x, biases[number % 2], rotary, update_cache)  # window, no window, window, ...
+            is_last = number == len(self.layers) - 1
+            bias = biases[number % 2]  # window, no window, window, ...
+            x = layer(x, bias, rotary, update_cache, wanted if is_last else None)
         return self.norm(x)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
