@@ -39,6 +39,11 @@ def _without_onednn() -> Iterator[None]:
         _switched_off.reset(token)
 
 
+def is_one_row() -> bool:
+    """Whether products of one row are meant to read at the speed of memory now."""
+    return _switched_off.get()
+
+
 @contextmanager
 def as_many_rows() -> Iterator[None]:
     """Inside, oneDNN is back where `at_the_speed_of_memory` took it away, and nowhere else."""

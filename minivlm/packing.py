@@ -6,18 +6,22 @@ every product. With the hundreds of rows of a prompt that is about a tenth of th
 batch that writes its answers, it is half. Packed once, when the model is loaded, it costs nothing any more.
 
 The price is a copy: seconds of loading, and memory for weights that otherwise are pages of the mapped file.
-The numbers and the results stay the same. The embedding table stays as it is, since words are looked up in
-it, and where it is the head as well, so does the head.
+The numbers stay the same, and so do results up to rounding. A single row, one answer being written, goes on
+reading the file's own order where that is faster. The embedding table stays as it is, since words are looked
+up in it, and where it is the head as well, so does the head.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
+from minivlm.one_row import is_one_row
 
 ROWS = 256  # that the tiles are chosen for: a prompt's. They serve fewer rows as well
+SHORT = 8192  # inputs up to which PyTorch's own kernel reads a matrix faster for one row than tiles are read
 
 
 class PackedLinear(nn.Module):
@@ -31,9 +35,13 @@ class PackedLinear(nn.Module):
         weight = linear.weight.detach()
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, ROWS))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        # No copy: these are pages of the mapped file, if the model computes in the file's dtype.
+        self.in_rows = weight if linear.in_features <= SHORT else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        if self.in_rows is not None and is_one_row():
+            return F.linear(x, self.in_rows, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 

@@ -16,6 +16,7 @@ from minivlm.cli import main
 from minivlm.compiled import compile_parts
 from minivlm.models import load
 from minivlm.models.load import load_paligemma
+from minivlm.one_row import at_the_speed_of_memory
 from minivlm.packing import PackedLinear, can_pack, matrices, pack_matrices
 
 needs_kernels = pytest.mark.skipif(not can_pack(), reason="needs bf16 instructions and oneDNN")
@@ -34,6 +35,24 @@ def test_the_same_product(shape: tuple[int, ...], bias: bool):
     assert (out.dtype, out.shape) == (BF16, (*shape, 120))
     exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_one_row_reads_short_rows_in_the_files_order(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packing, "SHORT", 200)
+    short, long = (nn.Linear(inputs, 120).to(BF16) for inputs in (200, 201))
+    assert PackedLinear(short).in_rows.data_ptr() == short.weight.data_ptr()  # no second copy
+    assert PackedLinear(long).in_rows is None
+    calls = []
+    right = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: (calls.append(len(args[0])), right(*args))[1])
+    for linear in (short, long):
+        packed, x = PackedLinear(linear), torch.randn(1, linear.in_features).to(BF16)
+        with at_the_speed_of_memory(x):
+            torch.testing.assert_close(packed(x), right(x, linear.weight, linear.bias), rtol=0.01, atol=0.01)
+        packed(x)
+    assert calls == [1]  # the short one, while a token is written
 
 
 @needs_kernels
