@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import minivlm
+from minivlm.checks import STILL_BLANK
 from minivlm.errors import InputError
 from minivlm.judging import exercises_of, module_of
 from minivlm.notebooks import read_notebook
@@ -51,7 +52,9 @@ class Result:
     notebook: str
     passed: list[str]
     exercises: list[str]
-    remark: str  # about the first exercise that is not solved, or about what stopped the run
+    remark: (
+        str  # what stopped the run, or what is wrong with the first exercise that was tried and not solved
+    )
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,11 @@ def judge_handed_in(handed_in: HandedIn, limits: Limits) -> Result:
         report, ended_early = _run(handed_in.path, Path(scratch), limits)
     said = {line.name: line for line in report}
     passed = [name for name in exercises if name in said and said[name].passed]
-    remarks = [f"{name}: {said[name].remark}" for name in exercises if name in said and name not in passed]
-    remarks += [f"{name}: no cell defines it" for name in exercises if name not in said]
-    remark = ended_early or (remarks[0] if remarks else "")
+    found = {name: said[name].remark if name in said else "no cell defines it" for name in exercises}
+    left = [name for name in exercises if name not in passed]
+    # A mistake tells a teacher more than a blank, which many will have.
+    left.sort(key=lambda name: (found[name] == STILL_BLANK, name not in said))
+    remark = ended_early or (f"{left[0]}: {found[left[0]]}" if left else "")
     return Result(handed_in.student, handed_in.notebook or module, passed, exercises, remark)
 
 

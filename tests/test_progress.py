@@ -17,10 +17,12 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from notebooks_and_sources import ROOT
 
+import minivlm.progress
+from minivlm.checks import STILL_BLANK
 from minivlm.cli import main, progress
 from minivlm.judging import exercises_of, module_of
 from minivlm.notebooks import read_notebook
-from minivlm.progress import HandedIn, Limits, Result, _understand, find_handed_in, judge_handed_in
+from minivlm.progress import HandedIn, Limits, Result, _understand, _Verdict, find_handed_in, judge_handed_in
 from minivlm.workshop import student_copy
 
 COUNT = (
@@ -71,6 +73,19 @@ def test_blank_exercises_do_not_pass(tmp_path: Path) -> None:
     assert result.remark.startswith("ask: the exercise is still blank")
 
 
+def test_a_mistake_is_named_before_a_blank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = hand_in(tmp_path / "ada.ipynb")
+    wrong = {"unpatchify": STILL_BLANK, "add_class_token": "its shape is wrong"}
+    verdicts = [_Verdict(name, False, remark) for name, remark in wrong.items()]
+    for said, ended, remark in (
+        (verdicts, "", "add_class_token: its shape is wrong"),
+        (verdicts[:1], "", "patch_count: no cell defines it"),
+        (verdicts, "stopped after 5 seconds", "stopped after 5 seconds"),
+    ):
+        monkeypatch.setattr(minivlm.progress, "_run", lambda *_, answer=(said, ended): answer)
+        assert result_of(path).remark == remark
+
+
 def test_what_counts_as_an_answer(tmp_path: Path) -> None:
     path = hand_in(
         tmp_path / "ada.ipynb",
@@ -86,7 +101,7 @@ def test_what_counts_as_an_answer(tmp_path: Path) -> None:
     )
     result = result_of(path)
     assert result.passed == ["patch_count"]
-    assert result.remark.startswith("unpatchify: no cell defines it") or "add_class_token" in result.remark
+    assert result.remark.startswith("add_class_token: "), "a wrong answer is named before one that is missing"
 
 
 def test_the_answer_is_not_what_the_catch_up_cell_binds(tmp_path: Path) -> None:
