@@ -2,9 +2,10 @@
 
 Running a notebook is running code that others wrote. Each gets a process of its own (judging.py) with a time
 limit, a memory limit, a home and a working folder that are copies, and an environment without the secrets of
-this one. That limits accidents: endless loops, a full memory, a deleted folder. It is no sandbox. Code that
-means harm can open any file and any connection that the user who runs it can, start a process that outlives
-its group, fill a disk with many files, and write the report itself, so the table is no exam.
+this one; on Linux it can change no file outside of its folder (landlock.py). That limits accidents: endless
+loops, a full memory, a deleted folder. It is no sandbox. Code that means harm can read any file and use any
+connection that the user who runs it can, start a process that outlives its group, fill a disk with many
+files, and write the report itself, so the table is no exam.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def _run(path: Path, scratch: Path, limits: Limits) -> tuple[list[_Verdict], str
     mark = secrets.token_hex(8)
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "minivlm.judging", str(copied), "--report", str(writing)]
+    command += ["--folder", str(scratch)]
     command += ["--seconds", str(limits.seconds), "--memory", str(limits.memory)]
     command += ["--whole"] if limits.whole else []
     process = subprocess.Popen(

@@ -18,12 +18,15 @@ from nbformat.v4 import new_code_cell, new_notebook
 from notebooks_and_sources import ROOT
 
 import minivlm.progress
+from minivlm import landlock
 from minivlm.checks import STILL_BLANK
 from minivlm.cli import main, progress
 from minivlm.judging import exercises_of, module_of
 from minivlm.notebooks import read_notebook
 from minivlm.progress import HandedIn, Limits, Result, _understand, _Verdict, find_handed_in, judge_handed_in
 from minivlm.workshop import student_copy
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="minivlm progress needs limits on processes")
 
 COUNT = (
     "def patch_count(height, width, patch_size):\n    return (height // patch_size) * (width // patch_size)"
@@ -172,6 +175,26 @@ else:
     assert b"sleep\x004242\x00" not in running(), "a process is left"
 
 
+@pytest.mark.skipif(not landlock.version(), reason="needs Linux with Landlock")
+def test_files_elsewhere_stay(tmp_path: Path) -> None:
+    harm = f"""
+import shutil
+from pathlib import Path
+shutil.rmtree({str(tmp_path)!r}, ignore_errors=True)
+for path in Path({str(tmp_path)!r}).rglob("*"):
+    try:
+        path.write_text("gone")
+    except OSError:
+        pass
+print(open("/dev/null", "w"), Path("mine").write_text("in its own folder"))
+"""
+    path = hand_in(tmp_path / "class/ada/01_patches.ipynb", COUNT + harm, CATCH_UP)
+    (tmp_path / "class/ada/notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert result_of(path).passed == ["patch_count"]
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def running() -> list[bytes]:
     """Command lines of all processes."""
     found = []
@@ -276,14 +299,19 @@ def test_nothing_is_run_without_yes(
     hand_in(tmp_path / "ada.ipynb", COUNT)
     monkeypatch.setattr(progress, "judge_handed_in", lambda *_: pytest.fail("it was run"))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(landlock, "version", lambda: 0)
     assert main(["progress", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert "code that others wrote, in 1 notebooks, as you" in message
     assert "--yes" in message
     assert "YOU ARE ROOT" in message
+    assert "Nothing on this system keeps it from changing your files" in message
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(landlock, "version", lambda: 1)
     assert main(["progress", str(tmp_path)]) == 2
-    assert "ROOT" not in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "ROOT" not in message
+    assert "your files" not in message
 
 
 @pytest.mark.parametrize("missing", ["nbformat", "IPython"])
