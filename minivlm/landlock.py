@@ -47,9 +47,7 @@ def change_only(folders: Sequence[Path]) -> bool:
     rights = of_files | FOLDER_RIGHTS | (MOVE if known >= 2 else 0)
     library = _library()
     attributes = struct.pack("=Q", rights)
-    rules = _checked(
-        library.syscall(CREATE, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
-    )
+    rules = _checked(library.syscall(CREATE, attributes, ctypes.c_size_t(len(attributes)), 0))
     try:
         for folder in folders:
             place = os.open(folder, os.O_PATH | os.O_CLOEXEC)
