@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from book import docstrings, links
+from book import docstrings, links, tables
 
 from minivlm import __version__
 
@@ -82,9 +83,17 @@ def _converted(lines: list[str], name: str) -> list[str]:
     return docstrings.to_restructuredtext(lines, lambda code: links.full_name(module, code))
 
 
+def _dashes(app: Sphinx, doctree: nodes.document) -> None:
+    """Sphinx writes two hyphens between a parameter and what it is, for smart quotes to change."""
+    for text in [text for text in doctree.findall(nodes.Text) if text == " -- "]:
+        text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app: Sphinx) -> None:
     """What Sphinx calls first: connect our own steps."""
     app.connect("autodoc-process-docstring", _docstring, priority=400)  # napoleon, at 500, reads the result
     app.connect("autodoc-process-docstring", _property, priority=600)
+    app.connect("doctree-read", _dashes)
     app.connect("missing-reference", links.resolve)
     app.connect("doctree-resolved", links.link_marked_cells)
+    app.connect("doctree-resolved", tables.name_columns)

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 
 import minivlm
 from minivlm.demo import sample_scene
+from minivlm.devices import free_memory
 from minivlm.errors import InputError
 from minivlm.extras import extra
 from minivlm.models.load import load_paligemma
@@ -173,22 +173,12 @@ def _cores() -> int:
 
 
 def memory() -> Finding:
-    """Free memory; where the system does not tell, all that it has."""
-    size = _memory()
+    """Free memory, within the limits of a container; where the system does not tell, all that it has."""
+    size = free_memory("cpu")
     if size is None:
         return Finding("memory", "unknown on this system")
     wanted = f"close other programs: a notebook and a browser want {MEMORY / 2**30:.0f} GiB"
     return Finding("memory", f"{size / 2**30:.1f} GiB", wanted if size < MEMORY else "")
-
-
-def _memory() -> int | None:
-    """Bytes."""
-    with suppress(OSError, TypeError):
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        return int(available[1]) * 1024  # type: ignore[index]
-    with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def model() -> Finding:

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minivlm import checks
+from minivlm import checks, landlock
 from minivlm.extras import extra
 from minivlm.notebooks import read_notebook
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 LONGEST_REMARK = 300  # characters
 LARGEST_FILE = 200 * 2**20  # bytes
+DEVICES = (Path("/dev/null"), Path("/dev/shm"))  # what processes write to that work together
 # What an expression without names and calls is made of.
 CONSTANT = (
     ast.Constant,
@@ -182,6 +183,7 @@ def main() -> None:
     """Judge one notebook and end the process, whatever threads the notebook has left running."""
     parser = argparse.ArgumentParser()
     parser.add_argument("notebook", type=Path)
+    parser.add_argument("--folder", type=Path, required=True, help="where files may be changed")
     parser.add_argument("--report", type=int, required=True, help="the file descriptor to write to")
     parser.add_argument("--seconds", type=float, required=True, help="for everything")
     parser.add_argument("--memory", type=int, required=True, help="bytes")
@@ -190,6 +192,7 @@ def main() -> None:
     os.set_inheritable(options.report, False)
     limit(int(2 * options.seconds) + 1, options.memory)
     notebook = read_notebook(options.notebook)
+    landlock.change_only([options.folder, *filter(Path.exists, DEVICES)])
     for line in judge(notebook, options.whole, seconds=options.seconds / 4):
         os.write(options.report, f"{json.dumps(line)}\n".encode())
     os.write(options.report, b"{}\n")

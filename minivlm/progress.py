@@ -2,9 +2,10 @@
 
 Running a notebook is running code that others wrote. Each gets a process of its own (judging.py) with a time
 limit, a memory limit, a home and a working folder that are copies, and an environment without the secrets of
-this one. That limits accidents: endless loops, a full memory, a deleted folder. It is no sandbox. Code that
-means harm can open any file and any connection that the user who runs it can, start a process that outlives
-its group, fill a disk with many files, and write the report itself, so the table is no exam.
+this one; on Linux it can change no file outside of its folder (landlock.py). That limits accidents: endless
+loops, a full memory, a deleted folder. It is no sandbox. Code that means harm can read any file and use any
+connection that the user who runs it can, start a process that outlives its group, fill a disk with many
+files, and write the report itself, so the table is no exam.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import minivlm
+from minivlm.checks import STILL_BLANK
 from minivlm.errors import InputError
 from minivlm.judging import exercises_of, module_of
 from minivlm.notebooks import read_notebook
@@ -51,7 +53,9 @@ class Result:
     notebook: str
     passed: list[str]
     exercises: list[str]
-    remark: str  # about the first exercise that is not solved, or about what stopped the run
+    remark: (
+        str  # what stopped the run, or what is wrong with the first exercise that was tried and not solved
+    )
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,11 @@ def judge_handed_in(handed_in: HandedIn, limits: Limits) -> Result:
         report, ended_early = _run(handed_in.path, Path(scratch), limits)
     said = {line.name: line for line in report}
     passed = [name for name in exercises if name in said and said[name].passed]
-    remarks = [f"{name}: {said[name].remark}" for name in exercises if name in said and name not in passed]
-    remarks += [f"{name}: no cell defines it" for name in exercises if name not in said]
-    remark = ended_early or (remarks[0] if remarks else "")
+    found = {name: said[name].remark if name in said else "no cell defines it" for name in exercises}
+    left = [name for name in exercises if name not in passed]
+    # A mistake tells a teacher more than a blank, which many will have.
+    left.sort(key=lambda name: (found[name] == STILL_BLANK, name not in said))
+    remark = ended_early or (f"{left[0]}: {found[left[0]]}" if left else "")
     return Result(handed_in.student, handed_in.notebook or module, passed, exercises, remark)
 
 
@@ -127,6 +133,7 @@ def _run(path: Path, scratch: Path, limits: Limits) -> tuple[list[_Verdict], str
     mark = secrets.token_hex(8)
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "minivlm.judging", str(copied), "--report", str(writing)]
+    command += ["--folder", str(scratch)]
     command += ["--seconds", str(limits.seconds), "--memory", str(limits.memory)]
     command += ["--whole"] if limits.whole else []
     process = subprocess.Popen(

@@ -40,11 +40,15 @@ ALMOST = re.compile(r"#+\s*(begin|end)\s*solutions?\W*", re.IGNORECASE)
 README = """\
 # Workshop
 
-`minivlm doctor` says whether this machine is ready, and what to do if it is not. Then
+Switch on the environment in which minivlm is installed, here called course: `source course/bin/activate`, on
+Windows `course\\Scripts\\activate`. Then `minivlm doctor` says whether this machine is ready, and what to do
+if it is not, and
 
 ```
 jupyter-lab notebooks/00_tour.ipynb
 ```
+
+in this folder opens the first notebook.
 
 Each exercise is a cell with a blank, a check that says what is wrong with your answer, and a line with which
 the rest of the notebook runs whether or not you have solved it.

@@ -190,6 +190,13 @@ def test_names_of_the_package_become_links() -> None:
     assert line == "See :py:obj:`causal <minivlm.masks.causal>`."
 
 
+def test_what_is_returned_has_no_type_before_a_colon() -> None:
+    returns = ["Returns:", "    ids [B, T] of `f`: padded", "    on the left."]
+    result = docstrings.to_restructuredtext(["Reads.", "", *returns, "", "Raises:", "    E: no."])
+    assert result[2:5] == [":returns: ids [B, T] of ``f``: padded", "    on the left.", ""]
+    assert result[5:7] == ["Raises:", "    E: no."]
+
+
 def test_raises_in_a_sentence_becomes_a_section() -> None:
     result = docstrings.to_restructuredtext(["Reads.", "", "Raises InputError: the file is", "damaged."])
     assert result == ["Reads.", "", "Raises:", "    InputError: the file is", "        damaged.", ""]

@@ -63,6 +63,9 @@ def test_workflow_runs_what_make_runs() -> None:
     install, *rest = [" ".join(shlex.split(line)) for line in commands["Test without make"].splitlines()]
     assert install == "python -m pip install -c constraints.txt -e .[dev]"
     assert rest == [command for target in targets for command in recipe(target)]
+    make, target, *variables = shlex.split(commands["Test in a browser"])
+    assert (make, target) == ("make", "test-browser")
+    assert all(f"$({variable.partition('=')[0]})" in MAKEFILE for variable in variables)
 
 
 def test_hooks_call_tools_that_make_test_calls() -> None:

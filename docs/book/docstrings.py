@@ -31,6 +31,10 @@ def to_restructuredtext(lines: list[str], link: Callable[[str], str | None] = la
         indented = paragraph[0].startswith(" ")
         if in_section and indented:
             result += _inline(paragraph, link)
+        elif paragraph[0] == "Returns:":  # as a field, in which napoleon looks for no type before a colon
+            in_section = True
+            first, *others = _inline(paragraph[1:], link)
+            result += [f":returns: {first.strip()}", *others]
         elif SECTION.match(paragraph[0]):
             in_section = True
             result += [paragraph[0], *_inline(paragraph[1:], link)]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STILL_BLANK = "the exercise is still blank: replace the line that raises by your own"
+
 
 def __getattr__(name: str) -> Any:
     """Import the module of a notebook when it is first used: `checks.patches`."""
@@ -49,7 +51,7 @@ def call(answer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         result = answer(*args, **kwargs)
     except NotImplementedError:
-        raise NotYet("the exercise is still blank: replace the line that raises by your own") from None
+        raise NotYet(STILL_BLANK) from None
     except Exception as error:
         raise NotYet(f"your code stops with {type(error).__name__}: {error}") from error
     if result is None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minivlm import landlock
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
 from minivlm.extras import extra
@@ -23,8 +24,9 @@ FOLDER/STUDENT.ipynb: one notebook of each student.
 Imports, definitions and exercises of each notebook are run, and judged by the checks of the installed
 package. This is code of others, and it runs as you. Each notebook gets a process of its own, a copied
 folder, a home of its own, and limits of time, memory and the size of files, so that accidents stay
-harmless. It is no sandbox: code that means harm can read and delete whatever you can, use the network,
-and fake its result. Where that matters, use a container or a user without rights.
+harmless. Linux with Landlock (kernel 5.13 and later) also keeps it from changing files elsewhere. It is
+no sandbox: code that means harm can read whatever you can, use the network, and fake its result; without
+Landlock, also delete what you can. Where that matters, use a container or a user without rights.
 """
 LONGEST_REMARK = 100  # characters in a table
 
@@ -64,13 +66,14 @@ def run(options: argparse.Namespace) -> None:
         import IPython  # noqa: F401
         import nbformat  # noqa: F401
     found = find_handed_in(options.folder)
-    root = " YOU ARE ROOT: it could change everything on this machine." if os.geteuid() == 0 else ""
+    risk = "" if landlock.version() else " Nothing on this system keeps it from changing your files."
+    risk += " YOU ARE ROOT: it could change everything on this machine." if os.geteuid() == 0 else ""
     if not options.yes:
         raise InputError(
             f"this runs code that others wrote, in {len(found)} notebooks, as you. Limits make accidents "
-            f"harmless, but it is no sandbox (see minivlm progress --help).{root} If you want that, add --yes"
+            f"harmless, but it is no sandbox (see minivlm progress --help).{risk} If you want that, add --yes"
         )
-    print(f"minivlm: running the code of {len(found)} notebooks, as you.{root}", file=sys.stderr)
+    print(f"minivlm: running the code of {len(found)} notebooks, as you.{risk}", file=sys.stderr)
     limits = Limits(options.seconds, options.memory * 2**30, options.whole)
     rows = [(_plain(one.student), _plain(one.notebook)) for one in found]
     students = max(len("student"), *(len(student) for student, _ in rows))

@@ -12,7 +12,7 @@ import pytest
 from conftest import SEEN
 from hover import explore
 from notebooks_and_sources import NOTEBOOKS, ROOT
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 from watching import Watcher, faint_texts, mathematics, width
 
 BOOK = ROOT / "build" / "book"
@@ -71,6 +71,27 @@ def test_every_page(part: int, page: Page) -> None:
             watcher.complaints.append(f"{width(page)} pixels wide on a phone of {PHONE['width']}")
         faults += [f"{path.relative_to(BOOK)}: {complaint}" for complaint in watcher.take()]
     assert not faults, "\n".join(faults)
+
+
+def test_rows_of_sentences_are_cards_on_a_phone(page: Page) -> None:
+    page.goto((BOOK / "docs" / "common-mistakes.html").as_uri())
+    cell = page.locator("table td:nth-child(2)").first
+    label = cell.locator(".column")
+    expect(label).to_be_hidden()
+    assert width_of(cell) < 600
+    page.set_viewport_size(PHONE)
+    expect(label).to_have_text("what it is, and what to do")
+    expect(label).to_be_visible()
+    assert width_of(cell) > 300, "a column beside others, of one word a line"
+    page.goto((BOOK / "README.html").as_uri())
+    numbers = page.locator("table").filter(has_text="box mean IoU")
+    assert numbers.locator("thead").is_visible(), "numbers are compared by column"
+
+
+def width_of(part: Locator) -> float:
+    box = part.bounding_box()
+    assert box is not None
+    return box["width"]
 
 
 def test_formulas_are_drawn(page: Page) -> None:
