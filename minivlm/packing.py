@@ -2,8 +2,9 @@
 
 In a file, and in `nn.Linear`, a matrix lies row after row. The kernels of oneDNN, which multiply bf16 on x86
 processors, want it in tiles, with the numbers of two neighboring inputs side by side, and rearrange it before
-every product. With the hundreds of rows of a prompt that is about a tenth of the time. With eight rows, a
-batch that writes its answers, it is half. Packed once, when the model is loaded, it costs nothing any more.
+every product. With the hundreds of rows of a prompt that is about a tenth of the time, with the eight rows
+of a batch that writes its answers a third (bench/results/inference.txt). Packed once, when the model is
+loaded, it costs nothing any more.
 
 The price is a copy: seconds of loading, and memory for weights that otherwise are pages of the mapped file.
 The numbers stay the same, and so do results up to rounding. A single row, one answer being written, goes on

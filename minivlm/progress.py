@@ -53,9 +53,7 @@ class Result:
     notebook: str
     passed: list[str]
     exercises: list[str]
-    remark: (
-        str  # what stopped the run, or what is wrong with the first exercise that was tried and not solved
-    )
+    remark: str  # what stopped the run, or what is wrong with the first exercise tried and not solved
 
 
 @dataclass(frozen=True)

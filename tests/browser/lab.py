@@ -21,9 +21,7 @@ from playwright.sync_api import Locator, Page, expect
 
 PORT = 8888  # Jupyter's own; a server that finds it in use takes another
 START_SECONDS = 180.0
-RUN_SECONDS = (
-    2700.0  # 07_training takes six minutes on a core of its own, and four times that beside other work
-)
+RUN_SECONDS = 2700.0  # 07_training takes six minutes on a core of its own; beside other work, four times that
 # No question whether to fetch news, which would lie over the notebook.
 SETTINGS = {
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
