@@ -25,7 +25,7 @@ from playwright.sync_api import Page, expect
 from minivlm.workshop import BLANK
 
 TRAIN_FOR_MINUTES = {"07_training", "10_contrastive_training"}
-TAKE_LONG = {"03_attention", "05_gemma", "06_merging", "08_boxes_and_masks"}
+TAKE_LONG = {"03_attention", "05_gemma", "06_merging", "08_boxes_and_masks", "11_real_checkpoints"}
 SLOW = TRAIN_FOR_MINUTES | TAKE_LONG  # nbval spends minutes on them already
 WITH_HOVER = {"09_looking_inside"}
 
