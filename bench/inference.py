@@ -2,8 +2,9 @@
 
 Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out /tmp/paligemma-3b-pt-224
      python bench/make_checkpoint.py paligemma-3b-pt-896 --out /tmp/paligemma-3b-pt-896
+     python bench/make_checkpoint.py paligemma2-3b-pt-224 --out /tmp/paligemma2-3b-pt-224
      python bench/inference.py /tmp/paligemma-3b-pt-224 --large /tmp/paligemma-3b-pt-896 \
-         --out bench/results/inference.txt
+         --second /tmp/paligemma2-3b-pt-224 --out bench/results/inference.txt
 
 Both sides open the same folder in bf16, with the same number of threads, and read the same picture and
 prompt. They take turns, each time in a process of its own (inference_worker.py), so that what else the

@@ -322,11 +322,12 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout
         InputError: the folder cannot be written, for instance because the disk is full; the model is
             quantized or packed.
     """
-    if any(tensor.dtype == torch.int8 for tensor in model.state_dict().values()):
+    state = model.state_dict()
+    if any(tensor.dtype == torch.int8 for tensor in state.values()):
         raise InputError("a quantized model cannot be saved: save it before, and quantize when it is loaded")
-    if any(tensor.is_mkldnn for tensor in model.state_dict().values()):
+    if any(tensor.is_mkldnn for tensor in state.values()):
         raise InputError("a packed model cannot be saved: save it before, and pack when it is loaded")
-    tensors = {to_file(name, layout): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {to_file(name, layout): tensor.contiguous() for name, tensor in state.items()}
     with write_aside(folder / "config.json") as config_path, write_aside(folder / WEIGHTS) as weights_path:
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, weights_path, metadata={"format": "pt"})  # transformers refuses a file without it
