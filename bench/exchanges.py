@@ -31,10 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minivlm import distributed, losses
-from minivlm.chunked import chunked_siglip_loss
 from minivlm.distributed import EXCHANGES, costs
 from minivlm.distributed.exchanges import Exchange, bidirectional, gather, reduce
 from minivlm.distributed.siglip import BlockLoss
+from minivlm.speed.chunked_loss import chunked_siglip_loss
 
 BATCH, WIDTH = 512, 64
 CHUNK = 256  # the default of chunked_siglip_loss

@@ -13,7 +13,7 @@ the faster or the smaller one. Memory is the most that a process ever held, the 
 
 Two ceilings are measured in the same run: how many bytes a second can be read from memory, and how many
 operations a second a large bf16 product reaches. The time of a token is compared with the bytes that must be
-read for it, the time of the prompt with the operations of its matrix products (minivlm/footprint.py).
+read for it, the time of the prompt with the operations of its matrix products (minivlm/models/sizes.py).
 
 With --device cuda the same runs on a GPU, and transformers' compiled static cache is one more peer.
 """
@@ -39,11 +39,11 @@ import transformers
 from attention import processor as name_of_cpu
 from matplotlib.figure import Figure
 
+from minivlm.checkpoints.weights import read_config
 from minivlm.configs import PaliGemmaConfig
-from minivlm.footprint import decode_bytes, image_operations, prefill_operations
-from minivlm.one_row import at_the_speed_of_memory
-from minivlm.packing import can_pack
-from minivlm.weights import read_config
+from minivlm.models.sizes import decode_bytes, image_operations, prefill_operations
+from minivlm.speed.one_row import at_the_speed_of_memory
+from minivlm.speed.packing import can_pack
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)

@@ -66,7 +66,7 @@ class Ours:
         self.processor = Processor.from_pretrained(Path(folder), image_seq_length=patches)
         self.size = self.model.config.vision.image_size
         if "compiled" in job["side"]:
-            from minivlm.compiled import compile_parts
+            from minivlm.speed.compiled import compile_parts
 
             compile_parts(self.model)
 
@@ -96,7 +96,7 @@ class Ours:
     def step_after(self, context: int) -> Any:
         """A function that reads one token with so many tokens before it."""
         from minivlm.cache import KVCache
-        from minivlm.one_row import at_the_speed_of_memory
+        from minivlm.speed.one_row import at_the_speed_of_memory
 
         text = self.model.config.text
         cache = KVCache(
@@ -123,9 +123,9 @@ class Theirs:
     def __init__(self, job: dict[str, Any]) -> None:
         import transformers
 
+        from minivlm.checkpoints.weights import read_config
         from minivlm.configs import PaliGemmaConfig
         from minivlm.processing import Processor
-        from minivlm.weights import read_config
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -207,8 +207,8 @@ class Timm:
     def __init__(self, job: dict[str, Any]) -> None:
         import timm
 
+        from minivlm.checkpoints.weights import read_config
         from minivlm.configs import PaliGemmaConfig
-        from minivlm.weights import read_config
 
         size = PaliGemmaConfig.from_dict(read_config(Path(job["folder"]))).vision.image_size
         model = timm.create_model("vit_so400m_patch14_siglip_224", img_size=size, num_classes=0)

@@ -29,8 +29,8 @@ from attention import processor as name_of_cpu
 from torch import Tensor
 
 from minivlm import distributed
-from minivlm.chunked import chunked_siglip_loss
 from minivlm.losses import clip_loss, siglip_loss
+from minivlm.speed.chunked_loss import chunked_siglip_loss
 
 WIDTH = 64
 BATCHES = (64, 256, 1024, 4096, 8192, 16384, 32768)

@@ -38,12 +38,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from minivlm import PaliGemma, PaliGemmaConfig, Processor, SiglipVisionConfig
+from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_file
+from minivlm.checkpoints.weights import INDEX
 from minivlm.errors import InputError
-from minivlm.layouts import PALIGEMMA_LAYOUTS, to_file
 from minivlm.paligemma2_configs import DECODERS, IMAGE_SIZES, paligemma2_config
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
 from minivlm.processing.tokens import IMAGE, LOC_TOKENS, SEG_TOKENS
-from minivlm.weights import INDEX
 
 SHARD = 5_000_000_000  # bytes, as the published folders are cut
 BLOCK = 2**24 + 43  # random numbers, a prime

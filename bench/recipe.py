@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from minivlm.batches import Batch, SceneBatches
 from minivlm.diagnostics import within_picture_share
-from minivlm.evaluation import evaluate
+from minivlm.evaluation.answers import evaluate
 from minivlm.losses import clip_loss
-from minivlm.questions import Example, ask
-from minivlm.recipe import TrainingConfig
-from minivlm.scenes import Scene, make_scene
-from minivlm.training import Run
+from minivlm.training.recipe import TrainingConfig
+from minivlm.training.scratch import Run
+from minivlm.world.batches import Batch, SceneBatches
+from minivlm.world.questions import Example, ask
+from minivlm.world.scenes import Scene, make_scene
 
 LOG = Path(__file__).parents[1] / "docs" / "training-log.jsonl"
 SHORT = TrainingConfig(

@@ -42,10 +42,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PaliGemmaForConditionalGeneration
 
-from minivlm.batches import PADDING, Batch, SceneBatches
-from minivlm.precision import bf16_pays
-from minivlm.recipe import TrainingConfig
-from minivlm.training import Run
+from minivlm.training.precision import bf16_pays
+from minivlm.training.recipe import TrainingConfig
+from minivlm.training.scratch import Run
+from minivlm.world.batches import PADDING, Batch, SceneBatches
 
 ENDLESS = 10**6  # steps of a stage; the learning rate warms up as long, so that the weights hardly move
 PIECE = 48  # rows

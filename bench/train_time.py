@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from minivlm.recipe import TrainingConfig
-from minivlm.training import Run
+from minivlm.training.recipe import TrainingConfig
+from minivlm.training.scratch import Run
 
 
 def main() -> None:

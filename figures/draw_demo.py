@@ -16,9 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from minivlm import load
-from minivlm.demo import read_samples
-from minivlm.plots import draw_boxes
+from minivlm.looking import draw_boxes
 from minivlm.processing import load_picture, text_to_boxes, to_rgb
+from minivlm.world.demo import read_samples
 
 FIGURES = Path(__file__).parent
 

@@ -5,7 +5,7 @@ Run: python figures/draw_samples.py
 
 from pathlib import Path
 
-from minivlm.demo import write_samples
+from minivlm.world.demo import write_samples
 
 if __name__ == "__main__":
     write_samples(Path(__file__).parent / "samples")

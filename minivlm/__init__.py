@@ -13,7 +13,7 @@ from minivlm.models.paligemma import PaliGemma
 from minivlm.models.siglip import SigLIP
 from minivlm.models.vit import ViT
 from minivlm.processing import PairProcessor, Processor
-from minivlm.vision.vit import SiglipVisionModel
+from minivlm.vision.siglip import SiglipVisionModel
 
 __version__ = "0.1.0"
 

@@ -118,7 +118,7 @@ class CLIPTextConfig:
     """CLIP's text tower. The defaults are clip-vit-base-patch32.
 
     `eos_token_id` 2 stands in the files of OpenAI by mistake. It means that the file does not say which id
-    ends a text, and that the end is where the highest id is (see `minivlm.text.encoder`).
+    ends a text, and that the end is where the highest id is (see `minivlm.text.clip`).
     """
 
     hidden_size: int = 512

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minivlm.cache import KVCache
 from minivlm.errors import InputError
-from minivlm.one_row import at_the_speed_of_memory
+from minivlm.speed.one_row import at_the_speed_of_memory
 
 
 class Decodable(Protocol):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.one_row import as_many_rows
+from minivlm.speed.one_row import as_many_rows
 
 PIECE = 256  # tokens that `in_pieces` hands to an MLP at a time, about
 BLOCK = 2**21  # scores held at a time by `attend_in_blocks`: 8 MiB in fp32

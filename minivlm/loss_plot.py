@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.files import write_aside
-from minivlm.training_log import Line
+from minivlm.training.log import Line
 
 NOT_DRAWN = ("step", "stage", "epoch", "temperature", "bias")
 

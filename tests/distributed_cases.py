@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minivlm import distributed
-from minivlm.chunked import chunked_siglip_loss
 from minivlm.distributed import EXCHANGES
+from minivlm.speed.chunked_loss import chunked_siglip_loss
 
 N, D = 12, 8  # pairs in all: 2, 3 and 4 processes get as many
 Found = dict[str, Tensor]  # loss and gradients by name

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minivlm.loop import read_log
-from minivlm.recipe import TrainingConfig
+from minivlm.training.loop import read_log
+from minivlm.training.recipe import TrainingConfig
 
 CONFIG = TrainingConfig(
     image_size=32,

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from minivlm.contrastive_recipe import ContrastiveConfig, build
+from minivlm.training.contrastive_recipe import ContrastiveConfig, build
 
 SIZES: dict[str, Any] = {
     "image_size": 16, "tower_width": 16, "tower_layers": 1, "tower_heads": 2,

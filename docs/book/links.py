@@ -21,7 +21,7 @@ MARKER = re.compile(r"# (minivlm/[\w/]+)\.py\s*$", re.MULTILINE)
 
 
 def module_of(path: str) -> str:
-    """minivlm/text/decoder.py -> minivlm.text.decoder; a folder, and its __init__.py, is the package."""
+    """minivlm/text/gemma.py -> minivlm.text.gemma; a folder, and its __init__.py, is the package."""
     return path.removesuffix(".py").removesuffix("/__init__").strip("/").replace("/", ".")
 
 

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minivlm.checkpoints.devices import bytes_needed, check_dtype, gigabytes, require_memory
+from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, Layout, to_file, to_ours
 from minivlm.configs import PaliGemmaConfig
-from minivlm.devices import bytes_needed, check_dtype, gigabytes, require_memory
 from minivlm.errors import InputError
 from minivlm.files import write_aside
-from minivlm.layouts import PALIGEMMA_LAYOUTS, Layout, to_file, to_ours
 
 __all__ = ["PALIGEMMA_LAYOUTS", "find_folder", "load_model", "read_config", "read_tensors", "save_model"]
 

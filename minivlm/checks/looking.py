@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlm import looking
 from minivlm.checks import call, expect, expect_tensor, right, same
+from minivlm.looking import measures
 
 
 class solutions:
     """The answers that the notebook goes on with: the package's."""
 
-    attention_distance = staticmethod(looking.attention_distance)
-    attention_entropy = staticmethod(looking.attention_entropy)
-    attention_rollout = staticmethod(looking.attention_rollout)
-    nearest_words = staticmethod(looking.nearest_words)
+    attention_distance = staticmethod(measures.attention_distance)
+    attention_entropy = staticmethod(measures.attention_entropy)
+    attention_rollout = staticmethod(measures.attention_rollout)
+    nearest_words = staticmethod(measures.nearest_words)
 
 
 def _maps(*shape: int, seed: int = 0) -> Tensor:
@@ -29,9 +29,9 @@ def _maps(*shape: int, seed: int = 0) -> Tensor:
 def attention_distance(answer: Callable[[Tensor], Tensor]) -> None:
     """Exercise 1."""
     weights = _maps(2, 3, 9, 9)
-    reference = looking.attention_distance(weights)
+    reference = measures.attention_distance(weights)
     result = call(answer, weights.clone())
-    distances = looking.patch_distances(9)
+    distances = measures.patch_distances(9)
     numbers = torch.arange(9.0)
     along_the_line = (numbers[:, None] - numbers).abs()
     expect(
@@ -62,7 +62,7 @@ def attention_distance(answer: Callable[[Tensor], Tensor]) -> None:
     )
     expect_tensor(result, reference, "the distance of the heads")
     larger = call(answer, _maps(1, 2, 16, 16))
-    expect_tensor(larger, looking.attention_distance(_maps(1, 2, 16, 16)), "the distance on a grid of 4 x 4")
+    expect_tensor(larger, measures.attention_distance(_maps(1, 2, 16, 16)), "the distance on a grid of 4 x 4")
     right("one number a head, in patches, on any square grid.")
 
 
@@ -74,7 +74,7 @@ def _city_blocks(side: int) -> Tensor:
 def attention_entropy(answer: Callable[[Tensor], Tensor]) -> None:
     """Exercise 2."""
     weights = _maps(2, 3, 4, 7)
-    reference = looking.attention_entropy(weights)
+    reference = measures.attention_entropy(weights)
     result = call(answer, weights.clone())
     expect(
         not same(result, -reference),
@@ -109,10 +109,10 @@ def attention_entropy(answer: Callable[[Tensor], Tensor]) -> None:
 def attention_rollout(answer: Callable[[Sequence[Tensor]], Tensor]) -> None:
     """Exercise 3."""
     maps = [_maps(2, 3, 4, 4, seed=layer) for layer in range(3)]
-    reference = looking.attention_rollout(maps)
+    reference = measures.attention_rollout(maps)
     result = call(answer, [layer.clone() for layer in maps])
     expect(
-        not same(result, looking.attention_rollout(maps[::-1])),
+        not same(result, measures.attention_rollout(maps[::-1])),
         "the layers are multiplied in the wrong order: the later layer reads what the earlier one wrote, so "
         "it stands on the left, later @ earlier",
     )
@@ -145,7 +145,7 @@ def nearest_words(answer: Callable[..., tuple[Tensor, Tensor]]) -> None:
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(12, 6, generator=generator) * torch.linspace(0.2, 3, 12)[:, None]
     tokens = torch.randn(5, 6, generator=generator) * torch.linspace(0.5, 4, 5)[:, None]
-    cosines, ids = looking.nearest_words(tokens, table, k=3)
+    cosines, ids = measures.nearest_words(tokens, table, k=3)
     result = call(answer, tokens.clone(), table.clone(), k=3)
     expect(
         isinstance(result, tuple) and len(result) == 2,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
 from minivlm.configs import PaliGemmaConfig
-from minivlm.footprint import cache_bytes, weight_bytes
+from minivlm.models.sizes import cache_bytes, weight_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 Names = tuple[list[str], list[str], list[str]]

@@ -11,7 +11,7 @@ from minivlm.checks import NotYet, call, expect, right
 from minivlm.models.load import load_paligemma
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
-from minivlm.scenes import Scene, Thing
+from minivlm.world.scenes import Scene, Thing
 
 
 class solutions:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 import minivlm
-from minivlm.demo import sample_scene
-from minivlm.devices import free_memory
+from minivlm.checkpoints.devices import free_memory
 from minivlm.errors import InputError
 from minivlm.extras import extra
 from minivlm.models.load import load_paligemma
+from minivlm.world.demo import sample_scene
 
 OLDEST_PYTHON = (3, 11)
 MEMORY = 3 * 2**30  # bytes: about one for a kernel, the rest for JupyterLab and a browser

@@ -2,7 +2,7 @@
 
 `minivlm progress` (see progress.py) starts
 
-    python -m minivlm.judging NOTEBOOK --report DESCRIPTOR
+    python -m minivlm.classroom.grading NOTEBOOK --report DESCRIPTOR
 
 once for each notebook, and reads what it reports as lines of JSON, the last of them empty. The answers are
 judged by the checks of the installed package, and neither by the notebook's check cells nor by its stored
@@ -26,9 +26,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minivlm import checks, landlock
+from minivlm import checks
+from minivlm.classroom import landlock
+from minivlm.classroom.notebooks import read_notebook
 from minivlm.extras import extra
-from minivlm.notebooks import read_notebook
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

@@ -1,6 +1,6 @@
 """How far the students are: runs the notebooks that they hand in, and counts the exercises that pass.
 
-Running a notebook is running code that others wrote. Each gets a process of its own (judging.py) with a time
+Running a notebook is running code that others wrote. Each gets a process of its own (grading.py) with a time
 limit, a memory limit, a home and a working folder that are copies, and an environment without the secrets of
 this one; on Linux it can change no file outside of its folder (landlock.py). That limits accidents: endless
 loops, a full memory, a deleted folder. It is no sandbox. Code that means harm can read any file and use any
@@ -26,9 +26,9 @@ from pathlib import Path
 
 import minivlm
 from minivlm.checks import STILL_BLANK
+from minivlm.classroom.grading import exercises_of, module_of
+from minivlm.classroom.notebooks import read_notebook
 from minivlm.errors import InputError
-from minivlm.judging import exercises_of, module_of
-from minivlm.notebooks import read_notebook
 
 KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of this environment
 MARK = "MINIVLM_PROGRESS"  # an environment variable by which leftover processes are known
@@ -130,7 +130,7 @@ def _run(path: Path, scratch: Path, limits: Limits) -> tuple[list[_Verdict], str
     _copy_surroundings(path, scratch, limits.whole)
     mark = secrets.token_hex(8)
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", "minivlm.judging", str(copied), "--report", str(writing)]
+    command = [sys.executable, "-m", "minivlm.classroom.grading", str(copied), "--report", str(writing)]
     command += ["--folder", str(scratch)]
     command += ["--seconds", str(limits.seconds), "--memory", str(limits.memory)]
     command += ["--whole"] if limits.whole else []

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import minivlm
+from minivlm.classroom.notebooks import read_notebook
 from minivlm.errors import InputError
 from minivlm.extras import extra
 from minivlm.files import write_aside
-from minivlm.notebooks import read_notebook
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

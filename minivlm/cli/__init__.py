@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minivlm.cli import ask, demo, doctor, evaluate, look, progress, train, train_masks, workshop
+from minivlm.cli import ask, demo, doctor, evaluate, look, progress, train, train_codebook, workshop
 from minivlm.cli.options import one_line, show
+from minivlm.data.lines import BadLines
 from minivlm.errors import InputError
-from minivlm.jsonl import BadLines
 
 EXAMPLES = """\
 examples:
@@ -83,6 +83,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, ask, look, train, train_masks, evaluate, doctor, workshop, progress):
+    for command in (demo, ask, look, train, train_codebook, evaluate, doctor, workshop, progress):
         command.add_to(commands)
     return parser

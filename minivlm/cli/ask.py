@@ -14,8 +14,8 @@ from PIL import Image
 from minivlm.cli import options as shared
 from minivlm.cli.pictures import check_picture_name, draw_answers, run_lengths, save_picture
 from minivlm.errors import InputError
+from minivlm.looking import side_by_side
 from minivlm.models.paligemma import PaliGemma
-from minivlm.plots import side_by_side
 from minivlm.processing import Processor, load_picture, text_to_boxes, text_to_masks, to_rgb
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.cli.pictures import draw_answers, save_picture
-from minivlm.demo import SAMPLES, read_samples, write_samples
 from minivlm.models.load import load_paligemma
 from minivlm.processing import load_picture, to_rgb
+from minivlm.world.demo import SAMPLES, read_samples, write_samples
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands

@@ -22,7 +22,7 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """A line for each finding, and what to do about those that are wrong."""
-    from minivlm.doctor import examine
+    from minivlm.classroom.doctor import examine
 
     wrong = 0
     for finding in examine():

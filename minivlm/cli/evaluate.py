@@ -10,15 +10,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivlm import pair_evaluation
 from minivlm.cli import options as shared
+from minivlm.data.pairs import read_pairs
 from minivlm.errors import InputError
-from minivlm.evaluation import COLUMNS, as_json, as_text, evaluate
+from minivlm.evaluation import contrastive
+from minivlm.evaluation.answers import COLUMNS, as_json, as_text, evaluate
+from minivlm.evaluation.contrastive import PAIR_COLUMNS, evaluate_own_pairs, evaluate_pairs
 from minivlm.models.clip import CLIP
 from minivlm.models.paligemma import PaliGemma
 from minivlm.models.siglip import SigLIP
-from minivlm.pair_evaluation import PAIR_COLUMNS, evaluate_own_pairs, evaluate_pairs
-from minivlm.pair_jsonl import read_pairs
 from minivlm.processing import PairProcessor
 
 if TYPE_CHECKING:
@@ -87,5 +87,5 @@ def _print_pairs(
     else:
         pairs = read_pairs(options.data, [processor.tokenizer])
         table = {"own pairs": evaluate_own_pairs(model, processor, pairs)}
-    as_one = pair_evaluation.as_json(table) if options.json else pair_evaluation.as_text(table)
+    as_one = contrastive.as_json(table) if options.json else contrastive.as_text(table)
     print(json.dumps(as_one) if options.json else as_one)

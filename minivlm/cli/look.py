@@ -55,10 +55,9 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Answer, draw, and print what each file shows."""
     # Drawing takes half a second to import, which no other command should pay.
-    from minivlm import looking
-    from minivlm.inspection import inspect_answer
-    from minivlm.plots import looking as plots
-    from minivlm.plots.hover import hover_page
+    from minivlm.looking import measures, plots
+    from minivlm.looking.hover import hover_page
+    from minivlm.looking.inspection import inspect_answer
 
     if not options.prompt.strip():
         raise InputError('--prompt is empty: ask something, such as "caption en"')
@@ -93,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     _draw_importance(seen.pixel_values, whole, options.out)
 
     table = model.language_model.embed_tokens.weight.detach()
-    cosines, ids = (best.cpu() for best in looking.nearest_words(seen.image_tokens, table, k=3))
+    cosines, ids = (best.cpu() for best in measures.nearest_words(seen.image_tokens, table, k=3))
     decode = processor.tokenizer.decode
     words = [[decode([i], skip_special_tokens=False).strip() for i in row] for row in ids.tolist()]
     _save(
@@ -113,8 +112,8 @@ def _look_at_towers(
     model: CLIP | SigLIP, processor: PairProcessor, picture: Image.Image, options: argparse.Namespace
 ) -> None:
     """The same for two towers, whose answer is how well the prompt fits the picture."""
-    from minivlm.inspection import inspect_match
-    from minivlm.plots import looking as plots
+    from minivlm.looking import plots
+    from minivlm.looking.inspection import inspect_match
 
     seen = inspect_match(model, processor, picture, options.prompt)
     print(f"{options.picture} | {options.prompt}\ncosine {seen.cosine:.3f}")
@@ -137,25 +136,24 @@ def _look_at_towers(
 
 def _draw_tower(filters: Tensor, positions: Tensor, maps: Tensor, out: Path) -> None:
     """Filters [D, C, P, P], positions [N, D], attention maps [layers, H, N, N]."""
-    from minivlm import looking
-    from minivlm.plots import looking as plots
+    from minivlm.looking import measures, plots
 
     filters = filters.detach().float()
-    components, shares = looking.filter_components(filters)
+    components, shares = measures.filter_components(filters)
     _save(
         plots.draw_filters({"filters": filters, "components": components}),
         out / "filters.png",
         f"12 components explain {float(shares[:12].sum()):.0%} of the filters' variance",
     )
     _save(
-        plots.draw_positions({"positions": looking.position_similarity(positions.detach())}),
+        plots.draw_positions({"positions": measures.position_similarity(positions.detach())}),
         out / "positions.png",
         "similarity of each position with all others",
     )
     count = maps.shape[-1]
-    distances = torch.stack([looking.attention_distance(layer[None]) for layer in maps])
-    entropies = torch.stack([looking.attention_entropy(layer[None]) for layer in maps])
-    evenly = float(looking.patch_distances(count).mean())
+    distances = torch.stack([measures.attention_distance(layer[None]) for layer in maps])
+    entropies = torch.stack([measures.attention_entropy(layer[None]) for layer in maps])
+    evenly = float(measures.patch_distances(count).mean())
     _save(
         plots.draw_heads(distances.cpu(), entropies.cpu(), evenly, math.log(count)),
         out / "heads.png",
@@ -167,7 +165,7 @@ def _occlusions(
     score: Callable[[Tensor], Tensor], pixel_values: Tensor, patch_size: int
 ) -> dict[str, Tensor]:
     """How much the score of a picture falls where one patch, or three by three, are hidden: [N] each."""
-    from minivlm.looking import occlusion
+    from minivlm.looking.measures import occlusion
 
     return {
         "occlusion": occlusion(score, pixel_values, patch_size),
@@ -177,7 +175,7 @@ def _occlusions(
 
 def _draw_importance(pixel_values: Tensor, scores: dict[str, Tensor], out: Path) -> None:
     """Maps [N] of one picture side by side."""
-    from minivlm.plots import looking as plots
+    from minivlm.looking import plots
 
     where = {name: divmod(int(one.argmax()), math.isqrt(len(one))) for name, one in scores.items()}
     listed = ", ".join(f"{name} {row + 1}/{column + 1}" for name, (row, column) in where.items())

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from minivlm.compiled import compile_parts
+from minivlm.data.lines import BadLines
 from minivlm.errors import InputError
-from minivlm.jsonl import BadLines
 from minivlm.models.load import SHIPPED, load, load_paligemma
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
+from minivlm.speed.compiled import compile_parts
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

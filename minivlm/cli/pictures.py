@@ -12,7 +12,7 @@ from PIL import Image
 
 from minivlm.errors import InputError
 from minivlm.files import write_aside
-from minivlm.plots import draw_masks
+from minivlm.looking import draw_masks
 from minivlm.processing import Mask, text_to_boxes, text_to_masks
 
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivlm import landlock
+from minivlm.classroom import landlock
+from minivlm.classroom.progress import Limits, find_handed_in, judge_handed_in
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
 from minivlm.extras import extra
-from minivlm.progress import Limits, find_handed_in, judge_handed_in
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands

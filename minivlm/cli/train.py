@@ -1,6 +1,6 @@
 """`minivlm train`: the drawn world's model from nothing, or any model on pictures of one's own.
 
-With --objective, two towers are trained instead, see train_towers.py.
+With --objective, two towers are trained instead, see train_contrastive.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minivlm.cli import options as shared
-from minivlm.cli import train_towers
-from minivlm.contrastive_recipe import ContrastiveConfig
+from minivlm.cli import train_contrastive
 from minivlm.errors import InputError
-from minivlm.finetuning import PARTS, FinetuningConfig, finetune
-from minivlm.loop import LOG, read_log
-from minivlm.recipe import TrainingConfig
-from minivlm.training import train
+from minivlm.training.contrastive_recipe import ContrastiveConfig
+from minivlm.training.finetuning import PARTS, FinetuningConfig, finetune
+from minivlm.training.loop import LOG, read_log
+from minivlm.training.recipe import TrainingConfig
+from minivlm.training.scratch import train
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
@@ -34,7 +34,7 @@ Your own pictures are lines of JSON, each with the path of a picture, a prompt a
 Paths are relative to the file. The four numbers of a box are y0 x0 y1 x1 in 1024ths of the picture's sides;
 minivlm.processing.box_to_tokens makes them of pixels.
 
-{train_towers.HELP}
+{train_contrastive.HELP}
 Ctrl-C finishes the step and saves; the same command with --resume goes on.
 """
 SHARED = ("seed", "warmup_steps", "bf16")  # fields of both configs
@@ -56,7 +56,7 @@ def add_to(commands: Commands) -> None:
         type=Path,
         help="folder for the model (default: runs/tiny; with --data, runs/tuned; or runs/OBJECTIVE)",
     )
-    train_towers.add_to(parser)
+    train_contrastive.add_to(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     number = partial(parser.add_argument, metavar="N")
     number("--save-every", type=shared.at_least_1, default=250, help="steps (default: 250)")
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
     own = (*OWN, "on_bad_line")
     towers = options.objective != "answers"
     if towers:
-        train_towers.check(options, (*recipe, *own))
+        train_contrastive.check(options, (*recipe, *own))
     elif options.data is not None:
         shared.refuse(
             options, recipe, "is part of the drawn world's recipe: leave it out, or leave out --data"
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
         common["measure_every"] = options.measure_every
     started = time.monotonic()
     if towers:
-        next_command = train_towers.train(options, out, common)
+        next_command = train_contrastive.train(options, out, common)
     elif options.data is None:
         train(out, TrainingConfig(**shared.given(options, (*recipe, *SHARED))), **common)
         next_command = f"Measure it:\n  minivlm eval --model {shlex.quote(str(out))}"

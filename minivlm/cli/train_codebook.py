@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
-from minivlm.mask_training import train_masks
+from minivlm.training.codebook import train_masks
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands

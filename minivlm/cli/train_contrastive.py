@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.cli import options as shared
-from minivlm.contrastive_recipe import SIZES_OF_TOWERS, ContrastiveConfig
-from minivlm.contrastive_training import train_contrastive
 from minivlm.errors import InputError
-from minivlm.loop import LOG, read_log
+from minivlm.training.contrastive import train_contrastive
+from minivlm.training.contrastive_recipe import SIZES_OF_TOWERS, ContrastiveConfig
+from minivlm.training.loop import LOG, read_log
 
 FIELDS = tuple(field.name for field in fields(ContrastiveConfig))
 OF_DATA = ("validation", "on_bad_line")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivlm.workshop import find_notebooks, write_workshop
+from minivlm.classroom.workshop import find_notebooks, write_workshop
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands

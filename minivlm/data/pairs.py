@@ -3,7 +3,7 @@
     {"image": "photos/1.jpg", "text": "a cup of tea on a red table"}
 
 A picture's path is relative to the file's folder. A picture may have several lines with a caption each. As in
-`minivlm.jsonl`, whose lines have a prompt and an answer, all lines are looked at before training begins.
+`minivlm.data.lines`, whose lines have a prompt and an answer, all lines are looked at before training begins.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minivlm.data.lines import BadLines, check_picture, read_lines, read_texts
 from minivlm.errors import InputError
-from minivlm.jsonl import BadLines, check_picture, read_lines, read_texts
 from minivlm.processing import CaptionTokenizer
 
 KEYS = ("image", "text")

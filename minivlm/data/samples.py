@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from minivlm.data.lines import Sample
 from minivlm.errors import InputError
-from minivlm.jsonl import Sample
 from minivlm.processing import Processor, load_picture, to_rgb
 
 Inputs = dict[str, Tensor]  # what the processor gives and the model takes

@@ -73,8 +73,8 @@ def peak_bytes(
 
     Args:
         exchange, batch, width, processes, itemsize: as in `bytes_sent`.
-        chunk: of `minivlm.chunked.chunked_siglip_loss` as the loss of a block (at least as large as `width`);
-            None: `minivlm.losses.siglip_loss`.
+        chunk: of the chunked loss in `minivlm.speed.chunked_loss`, if that is the loss of a block (at least
+            as large as `width`); None: `minivlm.losses.siglip_loss`.
     """
     texts = batch * width * itemsize
     arrived = (

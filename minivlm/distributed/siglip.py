@@ -23,7 +23,7 @@ from minivlm.distributed.places import check_agreement, here
 
 
 class BlockLoss(Protocol):
-    """The loss of one block: `minivlm.losses.siglip_loss`, or `minivlm.chunked.chunked_siglip_loss`."""
+    """The loss of one block: `siglip_loss` of `minivlm.losses`, or its chunked form in `minivlm.speed`."""
 
     def __call__(
         self,

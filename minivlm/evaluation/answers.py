@@ -17,16 +17,16 @@ import numpy as np
 from PIL import Image
 
 from minivlm.answering import answer_all, box_scores
-from minivlm.baselines import text_only_answers
-from minivlm.detection import match_boxes
 from minivlm.errors import InputError
-from minivlm.looks import as_jpeg, on_gray, turned
+from minivlm.evaluation.baselines import text_only_answers
+from minivlm.evaluation.detection import match_boxes
+from minivlm.evaluation.scoring import Metric, Question, score
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
-from minivlm.questions import TASKS, Example, ask
-from minivlm.renderers import BROWSERS, CHROMIUM, draw_with_browser, draw_with_matplotlib, find_browser
-from minivlm.scenes import Scene, Split, make_scene
-from minivlm.scoring import Metric, Question, score
+from minivlm.world.augmentations import as_jpeg, on_gray, turned
+from minivlm.world.questions import TASKS, Example, ask
+from minivlm.world.renderers import BROWSERS, CHROMIUM, draw_with_browser, draw_with_matplotlib, find_browser
+from minivlm.world.scenes import Scene, Split, make_scene
 
 __all__ = [
     "COLUMNS",

@@ -16,8 +16,8 @@ import torch
 
 from minivlm.processing import box_to_tokens, codes_to_text, load_codebook
 from minivlm.processing.codebook import SIDE
-from minivlm.questions import TASKS, Example, ask
-from minivlm.scenes import WORLD, make_scene
+from minivlm.world.questions import TASKS, Example, ask
+from minivlm.world.scenes import WORLD, make_scene
 
 TRAINING_SCENES = 4000  # that the text-only answerer has read the questions and answers of
 WITH_BOXES = ("detect", "segment")

@@ -1,9 +1,9 @@
 """How well two towers find each other: the table that `minivlm eval` prints for a CLIP or SigLIP folder.
 
-The scenes are those of `minivlm.evaluation`, in the same columns, but each caption comes once: two scenes
-that one sentence describes could not be told apart by it. In retrieval every picture looks for its caption
+The scenes are those of answers.py, in the same columns, but each caption comes once: two scenes that one
+sentence describes could not be told apart by it. In retrieval every picture looks for its caption
 among all of them, and the other way round. Zero-shot classification shows one thing alone and asks for its
-color and its shape, with sentences for classes (zero_shot.py).
+color and its shape, with sentences for classes (models/zero_shot.py).
 
 The same numbers of retrieval come out of a user's own pairs, where a picture may have several captions.
 """
@@ -20,16 +20,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from minivlm.data.pairs import Pair
 from minivlm.errors import InputError
-from minivlm.evaluation import CHANGES, COLUMNS, EVALUATION_STREAM, Column
-from minivlm.losses import similarity
-from minivlm.models.clip import CLIP
-from minivlm.models.siglip import SigLIP
-from minivlm.pair_jsonl import Pair
-from minivlm.processing import PairProcessor
-from minivlm.processing.processor import Picture
-from minivlm.renderers import BROWSERS, CHROMIUM, find_browser
-from minivlm.retrieval import (
+from minivlm.evaluation.answers import CHANGES, COLUMNS, EVALUATION_STREAM, Column
+from minivlm.evaluation.retrieval import (
     RECALL_AT,
     accuracy,
     chance_of_median_rank,
@@ -38,8 +32,14 @@ from minivlm.retrieval import (
     ranks,
     recall,
 )
-from minivlm.scenes import COLORS, SHAPES, SIZES, Scene, Split, make_scene
-from minivlm.zero_shot import class_embeddings
+from minivlm.losses import similarity
+from minivlm.models.clip import CLIP
+from minivlm.models.siglip import SigLIP
+from minivlm.models.zero_shot import class_embeddings
+from minivlm.processing import PairProcessor
+from minivlm.processing.paligemma import Picture
+from minivlm.world.renderers import BROWSERS, CHROMIUM, find_browser
+from minivlm.world.scenes import COLORS, SHAPES, SIZES, Scene, Split, make_scene
 
 PAIR_COLUMNS = tuple(name for name in COLUMNS if name != "text_only")  # without a picture nothing is found
 BATCH = 100  # pictures encoded at once

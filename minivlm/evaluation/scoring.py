@@ -12,11 +12,11 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from minivlm.baselines import WITH_BOXES, majority_answers
-from minivlm.detection import Detection, average_precision, match, match_boxes
+from minivlm.evaluation.baselines import WITH_BOXES, majority_answers
+from minivlm.evaluation.detection import Detection, average_precision, match, match_boxes
 from minivlm.processing import mask_iou, text_to_boxes, text_to_masks
-from minivlm.questions import QUESTION_TASKS, TASKS, Example
-from minivlm.scenes import WORLD, Scene
+from minivlm.world.questions import QUESTION_TASKS, TASKS, Example
+from minivlm.world.scenes import WORLD, Scene
 
 # Masks are compared in pixels of a picture larger than the model's: the edge of a small mask is not a matter
 # of rounding then. Even so, the true answers themselves overlap by .94 with the things: 16 words say no more.

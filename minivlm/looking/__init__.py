@@ -1,10 +1,10 @@
 """What the command line and the notebooks draw.
 
-pictures.py draws boxes and masks on pictures, looking.py makes figures of what goes on inside a model,
+drawing.py draws boxes and masks on pictures, plots.py makes figures of what goes on inside a model,
 hover.py a page to explore it. Only the first is imported here: figures need matplotlib, which takes half a
 second.
 """
 
-from minivlm.plots.pictures import BOX_COLORS, draw_boxes, draw_masks, side_by_side
+from minivlm.looking.drawing import BOX_COLORS, draw_boxes, draw_masks, side_by_side
 
 __all__ = ["BOX_COLORS", "draw_boxes", "draw_masks", "side_by_side"]

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from minivlm.plots.looking import to_image
+from minivlm.looking.plots import to_image
 
 SIDE = 360  # pixels of the drawing; the picture inside is stored as small as the model sees it
 LARGEST = 224  # pixels of the stored picture

@@ -1,4 +1,4 @@
-"""One picture, one prompt, one answer, and what went on inside: the tensors that looking.py measures.
+"""One picture, one prompt, one answer, and what went on inside: the tensors that measures.py measures.
 For two towers: one picture, one text, and how well they fit.
 
 The model answers as always. Then it reads picture, prompt and its own answer once more in one pass, with
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minivlm import masks
 from minivlm.layers import record_attention
-from minivlm.looking import attention_rollout, log_odds
+from minivlm.looking.measures import attention_rollout, log_odds
 from minivlm.losses import similarity
 from minivlm.models.clip import CLIP
 from minivlm.models.paligemma import PaliGemma

@@ -1,7 +1,7 @@
 """Numbers about the inside of a model: filters, positions, attention maps, image tokens, hidden patches.
 
 Pure functions of tensors, for any model whose image tokens form a square grid. What they are taken from
-stands in inspection.py, how they are drawn in plots/looking.py. `occlusion` is the odd one out: it needs
+stands in inspection.py, how they are drawn in plots.py. `occlusion` is the odd one out: it needs
 pictures and a score instead of weights, and is the only one that asks what the answer *depends* on.
 
 Sources: filters, positions and attention distance, section 4.5 of ViT (https://arxiv.org/abs/2010.11929);

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minivlm import weights
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.layouts import CLIP_LAYOUTS
 from minivlm.encoder_configs import CLIPConfig
-from minivlm.layouts import CLIP_LAYOUTS
 from minivlm.losses import clip_loss, l2_normalize, pair_logits
 from minivlm.models.contrastive import ContrastiveOutput, check_widths
-from minivlm.text.encoder import CLIPTextModel
+from minivlm.text.clip import CLIPTextModel
 from minivlm.vision.clip import CLIPVisionModel
 
 
@@ -88,7 +88,7 @@ class CLIP(nn.Module):
     ) -> CLIP:
         """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
 
-        Raises InputError: see `minivlm.weights`.
+        Raises InputError: see `minivlm.checkpoints.weights`.
         """
         folder = weights.find_folder(name)
         config = CLIPConfig.from_dict(weights.read_config(folder))

@@ -7,18 +7,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from minivlm import weights
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
 from minivlm.configs import PaliGemmaConfig
-from minivlm.devices import bytes_needed, check_dtype, require_memory
 from minivlm.encoder_configs import CLIPConfig, SiglipConfig, ViTConfig
 from minivlm.errors import InputError
 from minivlm.models.clip import CLIP
 from minivlm.models.paligemma import PaliGemma
 from minivlm.models.siglip import SigLIP
 from minivlm.models.vit import ViT
-from minivlm.packing import check_packing, matrices, pack_matrices
 from minivlm.processing import PairProcessor, Processor, ViTImageProcessor
-from minivlm.quantization import quantize_decoder
+from minivlm.speed.int8 import quantize_decoder
+from minivlm.speed.packing import check_packing, matrices, pack_matrices
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that comes with the package
 PICTURES = "preprocessor_config.json"
@@ -46,8 +46,8 @@ def load(
         dtype: what the weights are converted to; None keeps what the files have.
         device: where the model computes, such as "cpu" or "cuda".
         revision: of a repo id, a branch, tag or commit; without one, the main branch.
-        quantize: "int8" halves the bytes of a decoder in bf16, see `minivlm.quantization`.
-        pack: on a CPU and in bf16, spend memory on faster prompts and batches, see `minivlm.packing`.
+        quantize: "int8" halves the bytes of a decoder in bf16, see `minivlm.speed.int8`.
+        pack: on a CPU and in bf16, spend memory on faster prompts and batches, see `minivlm.speed.packing`.
 
     Returns:
         Which types, the folder's config.json decides: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and

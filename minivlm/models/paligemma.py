@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm import masks, weights
+from minivlm import masks
 from minivlm.cache import KVCache
+from minivlm.checkpoints import weights
 from minivlm.configs import PaliGemmaConfig
 from minivlm.generate import generate, stream
 from minivlm.text.gemma2 import build_decoder
-from minivlm.vision.vit import SiglipVisionModel
+from minivlm.vision.siglip import SiglipVisionModel
 
 
 @dataclass
@@ -202,7 +203,7 @@ class PaliGemma(nn.Module):
     ) -> PaliGemma:
         """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
 
-        Raises InputError: see `minivlm.weights`.
+        Raises InputError: see `minivlm.checkpoints.weights`.
         """
         folder = weights.find_folder(name)
         config = PaliGemmaConfig.from_dict(weights.read_config(folder))

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minivlm import weights
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.layouts import SIGLIP_LAYOUTS
 from minivlm.encoder_configs import SiglipConfig
-from minivlm.layouts import SIGLIP_LAYOUTS
 from minivlm.losses import l2_normalize, pair_logits, siglip_loss
 from minivlm.models.contrastive import ContrastiveOutput, check_widths
-from minivlm.text.encoder import SiglipTextModel
+from minivlm.text.clip import SiglipTextModel
 from minivlm.vision.pooling import AttentionPoolingHead
-from minivlm.vision.vit import SiglipVisionModel
+from minivlm.vision.siglip import SiglipVisionModel
 
 
 class SigLIP(nn.Module):
@@ -99,7 +99,7 @@ class SigLIP(nn.Module):
     ) -> SigLIP:
         """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
 
-        Raises InputError: see `minivlm.weights`.
+        Raises InputError: see `minivlm.checkpoints.weights`.
         """
         folder = weights.find_folder(name)
         config = SiglipConfig.from_dict(weights.read_config(folder))

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm import weights
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.layouts import VIT_LAYOUTS
 from minivlm.encoder_configs import ViTConfig
-from minivlm.layouts import VIT_LAYOUTS
-from minivlm.vision.original import VisionTransformer
+from minivlm.vision.vit import VisionTransformer
 
 
 @dataclass
@@ -80,7 +80,7 @@ class ViT(nn.Module):
     ) -> ViT:
         """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
 
-        Raises InputError: see `minivlm.weights`.
+        Raises InputError: see `minivlm.checkpoints.weights`.
         """
         folder = weights.find_folder(name)
         config = ViTConfig.from_dict(weights.read_config(folder))

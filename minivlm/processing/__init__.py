@@ -17,7 +17,7 @@ from minivlm.processing.masks import (
     text_to_masks,
 )
 from minivlm.processing.pairs import PairProcessor
-from minivlm.processing.processor import Processor
+from minivlm.processing.paligemma import Processor
 from minivlm.processing.tokens import Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 
 __all__ = [

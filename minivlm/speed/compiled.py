@@ -14,8 +14,8 @@ from torch import nn
 
 from minivlm.errors import InputError
 from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm
-from minivlm.packing import PackedLinear
-from minivlm.quantization import Int8Linear
+from minivlm.speed.int8 import Int8Linear
+from minivlm.speed.packing import PackedLinear
 
 COMPILERS = ("c++", "g++", "clang++", "cl")  # one of which PyTorch looks for
 PARTS = (RMSNorm, LlamaRMSNorm, MLP, GatedMLP, Int8Linear)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
-from minivlm.one_row import is_one_row
+from minivlm.speed.one_row import is_one_row
 
 ROWS = 256  # that the tiles are chosen for: a prompt's. They serve fewer rows as well
 SHORT = 8192  # inputs up to which PyTorch's own kernel reads a matrix faster for one row than tiles are read

@@ -1,6 +1,6 @@
 """Gemma 2 (https://arxiv.org/abs/2408.00118): the decoder of PaliGemma 2.
 
-What differs from Gemma, in `minivlm.text.decoder`:
+What differs from Gemma, in `minivlm.text.gemma`:
 
 - attention scores and the final logits are *soft-capped*: cap * tanh(score / cap) stays within +-cap, and
   is close to the score itself as long as that is small;
@@ -29,7 +29,7 @@ from minivlm.cache import KVCache
 from minivlm.configs import Gemma2Config, GemmaConfig
 from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, in_pieces, pick
 from minivlm.rope import apply_rotary, rotary_angles
-from minivlm.text.decoder import GemmaDecoder
+from minivlm.text.gemma import GemmaDecoder
 
 
 def narrow(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Training the small codebook of masks from nothing, on drawn figures, in minutes on one core.
 
-More than half of the figures are the shapes of scenes.py at any angle. The others are ellipses, polygons,
+More than half of the figures are the shapes of the drawn world at any angle. The others are ellipses, polygons,
 blobs, rings and unions of them, so that the codebook serves for other things too. Every mask fills its box.
 
 Three things keep the codes useful:
@@ -32,7 +32,7 @@ from minivlm.processing.codebook import NUM_CODES, SIDE, MaskCodebook
 CORNERS = {"circle": 64, "square": 4, "triangle": 3, "star": 10}
 OTHERS = ("ellipse", "polygon", "blob", "ring", "union")
 
-SHAPES = 0.6  # share of figures that are shapes of scenes.py
+SHAPES = 0.6  # share of figures that are shapes of the drawn world
 PIXELS = (12, 160)  # least and greatest length of a figure before it is resized
 PAIRS = 32  # figures a step, each drawn twice
 TURN = 10.0  # degrees; the two drawings differ by at most this angle
@@ -67,7 +67,7 @@ class Figure:
 
 
 def shape_outline(shape: str, angle: float = 0.0) -> np.ndarray:
-    """Corners [corners, 2] of a shape of scenes.py of radius 1 around 0, turned clockwise by radians."""
+    """Corners [corners, 2] of a shape of the drawn world of radius 1 around 0, turned clockwise by radians."""
     numbers = np.arange(CORNERS[shape])
     start = math.pi / 4 if shape == "square" else -math.pi / 2
     radii = np.where(numbers % 2, 0.45 if shape == "star" else 1.0, 1.0)
@@ -75,7 +75,7 @@ def shape_outline(shape: str, angle: float = 0.0) -> np.ndarray:
 
 
 def random_figure(rng: np.random.Generator, shapes: float = SHAPES) -> Figure:
-    """One of the shapes of scenes.py as often as `shapes`, often nearly upright, or another figure."""
+    """One of the shapes of the drawn world as often as `shapes`, often nearly upright, or another figure."""
     if rng.random() < shapes:
         shape = tuple(CORNERS)[rng.integers(len(CORNERS))]
         widest = math.pi / 6 if rng.random() < 0.6 else math.pi

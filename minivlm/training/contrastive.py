@@ -1,7 +1,7 @@
 """Training two towers, on drawn scenes with their captions or on a user's own pairs.
 
-What is trained, and with which loss, stands in `minivlm.contrastive_recipe`. A step is short: vectors of n
-pictures, vectors of their n captions, one loss of the [n, n] matrix. The towers may compute in bf16; the
+What is trained, and with which loss, stands in contrastive_recipe.py. A step is short: vectors of n pictures,
+ vectors of their n captions, one loss of the [n, n] matrix. The towers may compute in bf16; the
 matrix, the temperature and the bias stay in fp32, where a small difference of two cosines is not lost.
 """
 
@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm.contrastive_batches import DrawnPairs, FilePairs, Inputs
-from minivlm.contrastive_recipe import ContrastiveConfig, build
+from minivlm.data.lines import BadLines
+from minivlm.data.pairs import Pair, read_captions, read_pairs
 from minivlm.errors import InputError
-from minivlm.evaluation import COLUMNS
-from minivlm.jsonl import BadLines
-from minivlm.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.evaluation.answers import COLUMNS
+from minivlm.evaluation.contrastive import distinct_scenes, encode, evaluate_own_pairs, retrieval_scores
 from minivlm.losses import clip_loss, distillation_loss, siglip_loss, similarity
 from minivlm.models.clip import CLIP
 from minivlm.models.load import load
 from minivlm.models.siglip import SigLIP
-from minivlm.pair_evaluation import distinct_scenes, encode, evaluate_own_pairs, retrieval_scores
-from minivlm.pair_jsonl import Pair, read_captions, read_pairs
-from minivlm.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.processing import CaptionTokenizer, PairProcessor
-from minivlm.scenes import COLORS, SHAPES, SIZES
+from minivlm.training.contrastive_recipe import ContrastiveConfig, build
+from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.world.captions import DrawnPairs, FilePairs, Inputs
+from minivlm.world.scenes import COLORS, SHAPES, SIZES
 
 MEASURED_SCENES = 200
 MOST_SCALE = math.log(100)  # CLIP's limit: a temperature under 1/100 makes training unstable
@@ -206,7 +206,7 @@ def train_contrastive(
     """Train two towers, or go on where a run in `out` was stopped, and leave a checkpoint folder in `out`.
 
     Args:
-        data: a file of pairs, see `minivlm.pair_jsonl`; None draws scenes.
+        data: a file of pairs, see `minivlm.data.pairs`; None draws scenes.
         validation: a file like `data`, to measure on every `measure_every` steps; 0 never does.
         warn: told about bad lines, which are then left out; without it they are refused.
         workers: processes that prepare batches; 0 prepares them in this one. The weights are the same.
@@ -214,7 +214,7 @@ def train_contrastive(
 
     Raises InputError: bad lines, or fewer good ones than a batch has; a model or teacher that cannot be
     loaded or is of another kind; `out` holds a run and `resume` is not set, or the other way round, or the
-    run has other settings; training diverges. See `minivlm.loop`.
+    run has other settings; training diverges. See `minivlm.training.loop`.
     """
     # The same folder by whatever path.
     config = replace(config, model=_resolved(config.model), teacher=_resolved(config.teacher))

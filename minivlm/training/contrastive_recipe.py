@@ -47,8 +47,8 @@ from minivlm.processing import (
     build_tokenizer,
 )
 from minivlm.processing.tokens import BOS, EOS, PAD, UNK
-from minivlm.recipe import patch_positions
-from minivlm.scenes import COLORS, SHAPES, SIZES
+from minivlm.training.recipe import patch_positions
+from minivlm.world.scenes import COLORS, SHAPES, SIZES
 
 Objective = Literal["clip", "siglip", "lit", "distill"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from minivlm.data.lines import BadLines, Sample, read_samples
+from minivlm.data.samples import Inputs, SampleBatches, make_inputs
 from minivlm.errors import InputError
-from minivlm.jsonl import BadLines, Sample, read_samples
-from minivlm.loop import Trainable, check_folder, in_order, run_to_end
 from minivlm.models.load import SHIPPED, load_paligemma
 from minivlm.models.paligemma import PaliGemma
-from minivlm.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.processing import Processor
-from minivlm.processing.processor import IGNORE
-from minivlm.sample_batches import Inputs, SampleBatches, make_inputs
+from minivlm.processing.paligemma import IGNORE
+from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 
 CLIP = 1.0  # norm of a gradient
 PARTS = {"tower": "vision_tower", "decoder": "language_model"}  # what can be frozen
@@ -206,14 +206,14 @@ def finetune(
     """Train a model on the pictures of a JSONL file, and leave a checkpoint folder in `out`.
 
     Args:
-        data: see `minivlm.jsonl`.
+        data: see `minivlm.data.lines`.
         validation: a file like `data`, to measure on every `measure_every` steps; 0 never does.
         warn: told about bad lines, which are then left out; without it they are refused.
         workers: processes that read pictures ahead; 0 reads them in this one. The weights are the same.
         progress: True shows a bar, False none, None only on a terminal.
 
     Raises InputError: bad lines; a model that cannot be loaded; `out` holds a run and `resume` is not set, or
-    the other way round, or the run has other settings; training diverges. See `minivlm.loop`.
+    the other way round, or the run has other settings; training diverges. See `minivlm.training.loop`.
     """
     if Path(config.model).is_dir():  # the same folder by whatever path
         config = replace(config, model=str(Path(config.model).resolve()))

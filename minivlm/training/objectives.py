@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.batches import Batch, question_mask
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Tokenizer
 from minivlm.processing.boxes import NUM_BINS
-from minivlm.scenes import COLORS, SHAPES, SIZES, WORLD
+from minivlm.world.batches import Batch, question_mask
+from minivlm.world.scenes import COLORS, SHAPES, SIZES, WORLD
 
 
 class PatchHead(nn.Linear):

@@ -18,7 +18,7 @@ from minivlm.errors import InputError
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer
 from minivlm.processing.boxes import NUM_BINS
-from minivlm.questions import vocabulary
+from minivlm.world.questions import vocabulary
 
 CONTEXT = 512  # tokens
 

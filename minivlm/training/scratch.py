@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from minivlm.batches import Batch, SceneBatches
-from minivlm.evaluation import evaluate
-from minivlm.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.evaluation.answers import evaluate
 from minivlm.models.paligemma import PaliGemma
-from minivlm.objectives import PatchHead, SoftTargets, answer_loss
-from minivlm.precision import bf16_pays, collect_gradients, follow_masters
-from minivlm.recipe import TrainingConfig, build
+from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
+from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.training.recipe import TrainingConfig, build
+from minivlm.world.batches import Batch, SceneBatches
 
 MEASURED_SCENES = 100
 
@@ -232,7 +232,7 @@ def train(
         progress: True shows a bar, False none, None only on a terminal.
 
     Raises InputError: `out` holds a run and `resume` is not set, or the other way round, or the run has
-    another config; training diverges. See `minivlm.loop` for what is left in `out`.
+    another config; training diverges. See `minivlm.training.loop` for what is left in `out`.
     """
     check_folder(out, resume)
     run = Run(config, device, workers)

@@ -1,6 +1,6 @@
 """CLIP's image tower (https://arxiv.org/abs/2103.00020, section 2.4).
 
-What differs from SigLIP's tower in `vit.py`: a learned class token in front of the patches, no bias in the
+What differs from SigLIP's tower in `siglip.py`: a learned class token in front of the patches, no bias in the
 patch projection, one more LayerNorm before the first block (`pre_layrnorm`, spelled so in all checkpoints),
 QuickGELU, eps 1e-5. The last LayerNorm is applied to the class token alone: it is the picture's vector, and
 the patches are returned as they leave the last block. Models that read the patches, such as LLaVA, take

@@ -2,7 +2,7 @@
 
 What differs from CLIP's tower in `clip.py`: the patch projection has a bias, there is no norm before the
 first block, the exact GELU, eps 1e-12, and the last LayerNorm is applied to every token. What differs from
-SigLIP's tower in `vit.py`: the class token, which has a place of its own in the table of positions. The
+SigLIP's tower in `siglip.py`: the class token, which has a place of its own in the table of positions. The
 head above the class token (pooler or classifier) is in `minivlm.models.vit`.
 """
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from minivlm.scenes import Scene
+from minivlm.world.scenes import Scene
 
 PLAIN_SHARE = 0.5  # of training pictures that stay as they are
 MOST_DEGREES = 20  # by which a thing is turned in training

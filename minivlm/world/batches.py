@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from minivlm import masks
-from minivlm.looks import PLAIN_SHARE, as_photographed, varied
 from minivlm.processing import Processor, Tokenizer
-from minivlm.questions import QUESTION_TASKS, Example, examples
-from minivlm.scenes import Scene, make_scene
+from minivlm.world.augmentations import PLAIN_SHARE, as_photographed, varied
+from minivlm.world.questions import QUESTION_TASKS, Example, examples
+from minivlm.world.scenes import Scene, make_scene
 
 PADDING = -1  # block number of padding; 0 is the image, questions count from 1
 _PARTS = re.compile("(<loc[0-9]{4}>|<seg[0-9]{3}>)|(?=,)")

@@ -1,7 +1,7 @@
 """Pictures with captions for two towers: drawn ones without end, or those of a file.
 
-A batch is a function of (seed, step) alone, as in `minivlm.batches`. What is special to these objectives: the
-wrong pairs come from the batch itself, so two equal captions in it would each be a right answer that counts
+A batch is a function of (seed, step) alone, as in batches.py. What is special to these objectives: the wrong
+ pairs come from the batch itself, so two equal captions in it would each be a right answer that counts
 as wrong. Drawn batches therefore have no caption twice, which makes pictures of one thing a little rarer
 than they are elsewhere. A batch of a file has no line twice; lines with equal captions are the user's choice.
 """
@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from minivlm.data.pairs import Pair
 from minivlm.errors import InputError
-from minivlm.looks import PLAIN_SHARE, as_photographed, varied
-from minivlm.pair_jsonl import Pair
 from minivlm.processing import PairProcessor, load_picture, to_rgb
-from minivlm.scenes import make_scene
+from minivlm.world.augmentations import PLAIN_SHARE, as_photographed, varied
+from minivlm.world.scenes import make_scene
 
 Inputs = dict[str, Tensor]  # pixel_values [n, C, H, W] and input_ids [n, T]; row i of both belongs together
 

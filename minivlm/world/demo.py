@@ -13,8 +13,8 @@ import numpy as np
 
 from minivlm.errors import InputError
 from minivlm.files import write_aside
-from minivlm.questions import Example, ask
-from minivlm.scenes import Scene, make_scene
+from minivlm.world.questions import Example, ask
+from minivlm.world.scenes import Scene, make_scene
 
 SAMPLES = Path("figures") / "samples"  # in the repository; elsewhere they are drawn when needed
 PROMPTS_FILE = "prompts.json"

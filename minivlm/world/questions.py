@@ -16,7 +16,7 @@ import torch
 
 from minivlm.processing.boxes import Box, boxes_to_text
 from minivlm.processing.masks import codes_to_text, crop_mask, load_codebook
-from minivlm.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES, WORLD, Scene, Thing
+from minivlm.world.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES, WORLD, Scene, Thing
 
 TASKS = ("color", "shape", "size", "count", "existence", "relation", "caption", "detect", "segment")
 QUESTION_TASKS = TASKS[:6]  # answered by a word

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from minivlm.errors import InputError
-from minivlm.scenes import WORLD, Scene, Thing
+from minivlm.world.scenes import WORLD, Scene, Thing
 
 if TYPE_CHECKING:
     from matplotlib.patches import Patch

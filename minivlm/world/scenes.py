@@ -3,7 +3,7 @@
 A scene is one to five things on a gray, slightly noisy ground. Because we drew it, we know all of it: an
 exact caption, the boxes and outlines of its things, and what lies under each patch. Scenes are made on the
 fly from a random generator, so that a seed is a data set, and nothing has to be stored. What can be asked
-about them stands in questions.py, other ways to draw them in looks.py.
+about them stands in questions.py, other ways to draw them in augmentations.py.
 
 Some pairs of color and shape (`HELD_OUT_PAIRS`) never occur in training scenes or training questions. A
 model that knows red circles and blue squares should recognize a red square: the split "unseen" asks.

@@ -13,8 +13,8 @@ from lab import Lab, running_lab, shut_down_kernels
 from notebooks_and_sources import ROOT
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from minivlm.renderers import BROWSERS, CHROMIUM, QUIET, find_browser
-from minivlm.workshop import write_workshop
+from minivlm.classroom.workshop import write_workshop
+from minivlm.world.renderers import BROWSERS, CHROMIUM, QUIET, find_browser
 
 SEEN = ROOT / "build" / "browser"
 PATIENCE = 120_000.0  # milliseconds for one step; a machine may have other work

@@ -1,4 +1,4 @@
-"""Driving the picture of minivlm/plots/hover.py as a hand would."""
+"""Driving the picture of minivlm/looking/hover.py as a hand would."""
 
 from __future__ import annotations
 

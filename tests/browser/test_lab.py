@@ -22,7 +22,7 @@ from notebooks_and_sources import NOTEBOOKS, ROOT
 from outputs import differences
 from playwright.sync_api import Page, expect
 
-from minivlm.workshop import BLANK
+from minivlm.classroom.workshop import BLANK
 
 TRAIN_FOR_MINUTES = {"07_training", "10_contrastive_training"}
 TAKE_LONG = {"03_attention", "05_gemma", "06_merging", "08_boxes_and_masks", "11_real_checkpoints"}

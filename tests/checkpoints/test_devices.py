@@ -10,9 +10,10 @@ import torch
 from helpers import tiny_paligemma
 from safetensors.torch import load_file
 
-from minivlm import InputError, PaliGemma, devices
-from minivlm.devices import bytes_needed, check_dtype, free_memory, require_memory
-from minivlm.weights import WEIGHTS
+from minivlm import InputError, PaliGemma
+from minivlm.checkpoints import devices
+from minivlm.checkpoints.devices import bytes_needed, check_dtype, free_memory, require_memory
+from minivlm.checkpoints.weights import WEIGHTS
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    600 kB\n"
 
@@ -103,7 +104,7 @@ def test_a_group_of_version_1(system: Callable[[str, str], None]):
 def test_the_limit_of_a_process():
     pytest.importorskip("resource")
     code = (
-        "import resource, torch; from minivlm.devices import free_memory\n"
+        "import resource, torch; from minivlm.checkpoints.devices import free_memory\n"
         "size = 4096 * int(open('/proc/self/statm').read().split()[0])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 10**8, size + 10**8))\n"
         "print(free_memory('cpu'))"

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import minivlm
 from minivlm import PaliGemma, Processor
+from minivlm.checkpoints.weights import INDEX, WEIGHTS, find_folder
 from minivlm.cli import main
 from minivlm.errors import InputError
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
-from minivlm.weights import INDEX, WEIGHTS, find_folder
 
 STUBS = {
     "config.json": b'{"model_type": "paligemma"}',
@@ -190,7 +190,7 @@ def test_revision_on_the_command_line(
     hub: HubServer, use: Use, capsys: pytest.CaptureFixture[str], cache: Path, tmp_path: Path
 ):
     use(hub.server_port)
-    picture = str(Path(__file__).parents[1] / "figures" / "samples" / "scene_1.png")
+    picture = str(Path(__file__).parents[2] / "figures" / "samples" / "scene_1.png")
     ask = ["ask", picture, "--prompt", "what is it", "--max-new-tokens", "1", "--json"]
     assert main([*ask, "--model", "owner/real", "--revision", "v1"]) == 0
     assert snapshot(cache, 2).is_dir()

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
 import minivlm
-from minivlm import PaliGemma, weights
+from minivlm import PaliGemma
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_file, to_ours
+from minivlm.checkpoints.weights import INDEX, WEIGHTS
 from minivlm.errors import InputError
-from minivlm.layouts import PALIGEMMA_LAYOUTS, to_file, to_ours
-from minivlm.weights import INDEX, WEIGHTS
 
 BATCH = make_batch([3, 5], [4, 2], [True, True])
 del BATCH["labels"]

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlm import checks, looking
+from minivlm import checks
 from minivlm.checks import NotYet
+from minivlm.looking import measures
 
 
 def distance_with(distances: Callable[[int], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -30,7 +31,7 @@ def city_blocks(count: int) -> Tensor:
 
 
 def weighted(weights: Tensor) -> Tensor:
-    return weights * looking.patch_distances(weights.shape[-1])
+    return weights * measures.patch_distances(weights.shape[-1])
 
 
 @pytest.mark.parametrize(
@@ -38,12 +39,12 @@ def weighted(weights: Tensor) -> Tensor:
     [
         (distance_with(on_a_line), "a new row begins between them"),
         (distance_with(city_blocks), "Pythagoras"),
-        (distance_with(lambda n: looking.patch_distances(n).square()), "squared"),
+        (distance_with(lambda n: measures.patch_distances(n).square()), "squared"),
         (lambda w: weighted(w).sum(dim=(0, 2, 3)), "mean over them"),
         (lambda w: weighted(w).mean(dim=(0, 2, 3)), "shares already"),
         (lambda w: weighted(w).sum(dim=-1).mean(), "each head"),
         (lambda w: weighted(w).sum(dim=-1).mean(dim=0), "has shape"),
-        (distance_with(lambda n: looking.patch_distances(9)), "stops with RuntimeError"),
+        (distance_with(lambda n: measures.patch_distances(9)), "stops with RuntimeError"),
     ],
 )
 def test_attention_distance(answer: Callable[[Tensor], Tensor], hint: str) -> None:

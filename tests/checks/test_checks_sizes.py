@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minivlm import checks
 from minivlm.checks import NotYet
-from minivlm.footprint import cache_bytes, weight_bytes
+from minivlm.models.sizes import cache_bytes, weight_bytes
 
 NOTEBOOK = ROOT / "notebooks" / "11_real_checkpoints.ipynb"
 EXERCISES = (

@@ -15,10 +15,10 @@ import pytest
 import torch
 from notebooks_and_sources import ROOT
 
-from minivlm import doctor
+from minivlm.checkpoints.devices import free_memory
+from minivlm.classroom import doctor
+from minivlm.classroom.doctor import Finding
 from minivlm.cli import main
-from minivlm.devices import free_memory
-from minivlm.doctor import Finding
 
 
 def test_this_machine_has_a_kernel_and_a_model() -> None:

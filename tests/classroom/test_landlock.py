@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minivlm import landlock
+from minivlm.classroom import landlock
 
 needs_landlock = pytest.mark.skipif(not landlock.version(), reason="needs Linux with Landlock")
 
@@ -38,7 +38,8 @@ def run(code: str, allowed: Path, tmp_path: Path) -> str:
     allowed.mkdir(exist_ok=True)
     (allowed / "own").touch()
     program = (
-        "import os, subprocess; from pathlib import Path; from minivlm.landlock import change_only\n"
+        "import os, subprocess; from pathlib import Path\n"
+        "from minivlm.classroom.landlock import change_only\n"
         f"PLACE = {str(tmp_path / 'elsewhere')!r}\n"
         "change_only([Path('.')])\n" + code
     )

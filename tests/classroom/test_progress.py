@@ -17,14 +17,22 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from notebooks_and_sources import ROOT
 
-import minivlm.progress
-from minivlm import landlock
+import minivlm.classroom.progress
 from minivlm.checks import STILL_BLANK
+from minivlm.classroom import landlock
+from minivlm.classroom.grading import exercises_of, module_of
+from minivlm.classroom.notebooks import read_notebook
+from minivlm.classroom.progress import (
+    HandedIn,
+    Limits,
+    Result,
+    _understand,
+    _Verdict,
+    find_handed_in,
+    judge_handed_in,
+)
+from minivlm.classroom.workshop import student_copy
 from minivlm.cli import main, progress
-from minivlm.judging import exercises_of, module_of
-from minivlm.notebooks import read_notebook
-from minivlm.progress import HandedIn, Limits, Result, _understand, _Verdict, find_handed_in, judge_handed_in
-from minivlm.workshop import student_copy
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="minivlm progress needs limits on processes")
 
@@ -85,7 +93,7 @@ def test_a_mistake_is_named_before_a_blank(tmp_path: Path, monkeypatch: pytest.M
         (verdicts[:1], "", "patch_count: no cell defines it"),
         (verdicts, "stopped after 5 seconds", "stopped after 5 seconds"),
     ):
-        monkeypatch.setattr(minivlm.progress, "_run", lambda *_, answer=(said, ended): answer)
+        monkeypatch.setattr(minivlm.classroom.progress, "_run", lambda *_, answer=(said, ended): answer)
         assert result_of(path).remark == remark
 
 

@@ -27,9 +27,9 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from notebooks_and_sources import NOTEBOOKS, ROOT, Cell, definitions, read_cells
 
+from minivlm.classroom.workshop import BEGIN, BLANK, END, MAY_FAIL, student_copy, write_workshop
 from minivlm.cli import main
 from minivlm.errors import InputError
-from minivlm.workshop import BEGIN, BLANK, END, MAY_FAIL, student_copy, write_workshop
 
 SHORT = {"00_tour", "01_patches", "02_clip_and_siglip", "04_processor"}
 RUN = [path for path in NOTEBOOKS if path.stem in SHORT or os.environ.get("EVERY_NOTEBOOK") == "1"]

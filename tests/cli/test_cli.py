@@ -30,10 +30,10 @@ import minivlm
 from minivlm import cli
 from minivlm.cli import main
 from minivlm.cli.pictures import run_lengths
-from minivlm.evaluation import COLUMNS
+from minivlm.evaluation.answers import COLUMNS
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, text_to_masks
-from minivlm.recipe import TrainingConfig, build
+from minivlm.training.recipe import TrainingConfig, build
 
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023

@@ -11,15 +11,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from minivlm import contrastive_recipe
 from minivlm.cli import main
 from minivlm.encoder_configs import ViTConfig
-from minivlm.inspection import inspect_match
+from minivlm.looking import looking as plots
+from minivlm.looking.hover import hover_page
+from minivlm.looking.inspection import inspect_match
 from minivlm.models.vit import ViT
-from minivlm.plots import looking as plots
-from minivlm.plots.hover import hover_page
 from minivlm.processing import ViTImageProcessor
-from minivlm.recipe import TrainingConfig, build
+from minivlm.training import contrastive_recipe
+from minivlm.training.recipe import TrainingConfig, build
 
 FILES = {
     "filters.png",

@@ -18,12 +18,13 @@ from PIL import Image
 from small_run import CONFIG, files, step_of
 
 import minivlm
-from minivlm import cli, training
+from minivlm import cli
 from minivlm.cli import main
-from minivlm.evaluation import Metric
-from minivlm.finetuning import FinetuningConfig
-from minivlm.loop import read_log
-from minivlm.recipe import TrainingConfig, build
+from minivlm.evaluation.answers import Metric
+from minivlm.training import scratch
+from minivlm.training.finetuning import FinetuningConfig
+from minivlm.training.loop import read_log
+from minivlm.training.recipe import TrainingConfig, build
 
 SMALL = {
     "image_size": 32, "tower_width": 24, "tower_layers": 1, "tower_heads": 2, "text_width": 32,
@@ -56,7 +57,7 @@ def test_train_resume_and_evaluate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = {"held_out": {"count": Metric(0.5, 0.5, 1)}}
-    monkeypatch.setattr(training, "evaluate", lambda *args, **options: metrics)
+    monkeypatch.setattr(scratch, "evaluate", lambda *args, **options: metrics)
     out = tmp_path / "run"
     train = ["train", "--out", str(out), "--no-bf16", "--measure-every", "3", *recipe()]
     assert main(train) == 0

@@ -14,8 +14,8 @@ from small_towers import RUN, SIZES, make_pairs, make_towers
 
 from minivlm import cli
 from minivlm.cli import main
-from minivlm.contrastive_recipe import ContrastiveConfig
-from minivlm.loop import read_log
+from minivlm.training.contrastive_recipe import ContrastiveConfig
+from minivlm.training.loop import read_log
 
 CPU = torch.device("cpu")
 
@@ -42,9 +42,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_train_resume_and_distill(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minivlm import contrastive_training
+    from minivlm.training import contrastive
 
-    monkeypatch.setattr(contrastive_training, "MEASURED_SCENES", 5)
+    monkeypatch.setattr(contrastive, "MEASURED_SCENES", 5)
     out = tmp_path / "first"
     train = ["--objective", "siglip", "--out", str(out), *options()]
     assert main(["train", *train]) == 0

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from minivlm import jsonl
+from minivlm.data import lines
+from minivlm.data.lines import BadLines, Sample, read_samples
 from minivlm.errors import InputError
-from minivlm.jsonl import BadLines, Sample, read_samples
 from minivlm.models.load import SHIPPED
 from minivlm.processing import Processor
 
@@ -214,8 +214,8 @@ def test_good_pictures_are_not_decoded(
 ) -> None:
     """Which would take minutes for thousands of photographs; and each is looked at once."""
     looked_at: list[Path] = []
-    is_whole = jsonl._is_whole
-    monkeypatch.setattr(jsonl, "_is_whole", lambda path: looked_at.append(path) or is_whole(path))
-    monkeypatch.setattr(jsonl, "load_picture", lambda path: pytest.fail("decoded"))
+    is_whole = lines._is_whole
+    monkeypatch.setattr(lines, "_is_whole", lambda path: looked_at.append(path) or is_whole(path))
+    monkeypatch.setattr(lines, "load_picture", lambda path: pytest.fail("decoded"))
     assert len(read(GOOD, changed(image="b.jpg"), GOOD)) == 3
     assert [path.name for path in looked_at] == ["a.png", "b.jpg"]

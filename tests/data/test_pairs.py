@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from small_towers import config, make_pairs
 
-from minivlm.contrastive_recipe import build
+from minivlm.data.lines import BadLines
+from minivlm.data.pairs import Pair, read_captions, read_pairs
 from minivlm.errors import InputError
-from minivlm.jsonl import BadLines
-from minivlm.pair_jsonl import Pair, read_captions, read_pairs
+from minivlm.training.contrastive_recipe import build
 
 GOOD: dict[str, Any] = {"image": "0.png", "text": "a small red circle"}
 

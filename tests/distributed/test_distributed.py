@@ -20,7 +20,7 @@ from minivlm.distributed import EXCHANGES, ExchangeError, ProcessError, costs
 from minivlm.distributed.example import siglip_step
 from minivlm.distributed.exchanges import Exchange
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 SIZES = (2, 3, 4)
 NAMES = [exchange.__name__ for exchange in EXCHANGES]
 

@@ -12,12 +12,12 @@ from helpers import randomize
 from PIL import Image
 
 from minivlm.answering import LONGEST_ANSWER, answer_all, box_scores
-from minivlm.evaluation import make_questions
+from minivlm.evaluation.answers import make_questions
 from minivlm.models.paligemma import PaliGemma, PaliGemmaOutput
 from minivlm.processing import Processor, text_to_boxes
-from minivlm.questions import segmentation_text
-from minivlm.recipe import TrainingConfig, build
-from minivlm.scenes import COLORS, Thing
+from minivlm.training.recipe import TrainingConfig, build
+from minivlm.world.questions import segmentation_text
+from minivlm.world.scenes import COLORS, Thing
 
 # Answers
 

@@ -7,12 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minivlm import baselines
-from minivlm.baselines import TRAINING_SCENES, majority_answers, text_only_answers
-from minivlm.evaluation import EVALUATION_STREAM, make_questions
+from minivlm.evaluation import baselines
+from minivlm.evaluation.answers import EVALUATION_STREAM, make_questions
+from minivlm.evaluation.baselines import TRAINING_SCENES, majority_answers, text_only_answers
 from minivlm.processing import mask_iou, text_to_boxes, text_to_masks
-from minivlm.questions import QUESTION_TASKS, TASKS, Example, ask
-from minivlm.scenes import COLORS, WORLD, Thing, make_scene
+from minivlm.world.questions import QUESTION_TASKS, TASKS, Example, ask
+from minivlm.world.scenes import COLORS, WORLD, Thing, make_scene
 
 
 def thing(x: float, y: float = 20.0, radius: float = 7.0) -> Thing:

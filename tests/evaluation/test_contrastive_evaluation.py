@@ -15,13 +15,12 @@ from small_towers import config, make_pairs, make_towers
 from torch import Tensor
 
 import minivlm
-from minivlm import pair_evaluation
 from minivlm.cli import main
-from minivlm.contrastive_recipe import build
+from minivlm.data.pairs import read_pairs
 from minivlm.errors import InputError
-from minivlm.evaluation import COLUMNS, questions_of
-from minivlm.losses import similarity
-from minivlm.pair_evaluation import (
+from minivlm.evaluation import contrastive
+from minivlm.evaluation.answers import COLUMNS, questions_of
+from minivlm.evaluation.contrastive import (
     PAIR_COLUMNS,
     distinct_scenes,
     encode,
@@ -31,8 +30,9 @@ from minivlm.pair_evaluation import (
     single_things,
     zero_shot_scores,
 )
-from minivlm.pair_jsonl import read_pairs
-from minivlm.scenes import HELD_OUT_PAIRS
+from minivlm.losses import similarity
+from minivlm.training.contrastive_recipe import build
+from minivlm.world.scenes import HELD_OUT_PAIRS
 
 
 def one_line(err: str) -> str:
@@ -71,7 +71,7 @@ def test_an_oracle_is_always_right(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = SimpleNamespace(encode_text=count_words, device=torch.device("cpu"))
     scenes = single_things(COLUMNS["unseen_pairs"], 30, seed=1)
     true = count_words(processor.tokenizer([scene.caption() for scene in scenes]))
-    monkeypatch.setattr(pair_evaluation, "encode", lambda *args: (true, None))
+    monkeypatch.setattr(contrastive, "encode", lambda *args: (true, None))
     scores = zero_shot_scores(model, processor, scenes, [])
     assert {name: (score.value, score.chance, score.cases) for name, score in scores.items()} == {
         "zero-shot color": (1.0, 1 / 8, 30),
@@ -102,7 +102,7 @@ def test_encoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     shown = distinct_scenes(COLUMNS["held_out"], 7, seed=1)
     captions = [scene.caption() for scene in shown]
     pictures = [scene.draw(16) for scene in shown]
-    monkeypatch.setattr(pair_evaluation, "BATCH", 3)
+    monkeypatch.setattr(contrastive, "BATCH", 3)
     images, texts = encode(model, processor, pictures, captions)
     with torch.no_grad():
         whole = model(**processor(pictures, captions))

@@ -15,10 +15,17 @@ from pycocotools.cocoeval import COCOeval
 
 import minivlm
 from minivlm.answering import answer_all, box_scores
-from minivlm.detection import COCO_THRESHOLDS, Detection, average_precision, box_iou, match, match_boxes
-from minivlm.evaluation import make_questions
+from minivlm.evaluation.answers import make_questions
+from minivlm.evaluation.detection import (
+    COCO_THRESHOLDS,
+    Detection,
+    average_precision,
+    box_iou,
+    match,
+    match_boxes,
+)
 from minivlm.processing import Box, text_to_boxes
-from minivlm.scenes import WORLD
+from minivlm.world.scenes import WORLD
 
 # Overlap
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from minivlm.retrieval import accuracy, chance_of_median_rank, chance_of_recall, median_rank, ranks, recall
+from minivlm.evaluation.retrieval import (
+    accuracy,
+    chance_of_median_rank,
+    chance_of_recall,
+    median_rank,
+    ranks,
+    recall,
+)
 
 
 def draw(n: int, m: int, seed: int, levels: int = 6) -> tuple[Tensor, Tensor]:

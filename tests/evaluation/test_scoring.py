@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.detection import box_iou
-from minivlm.evaluation import make_questions
+from minivlm.evaluation.answers import make_questions
+from minivlm.evaluation.detection import box_iou
+from minivlm.evaluation.scoring import MASK_SIDE, Metric, Question, score
 from minivlm.processing import Box, boxes_to_text, mask_iou, text_to_boxes, text_to_masks
-from minivlm.questions import QUESTION_TASKS, Example, segmentation_text
-from minivlm.scenes import COLORS, WORLD, Scene, Thing
-from minivlm.scoring import MASK_SIDE, Metric, Question, score
+from minivlm.world.questions import QUESTION_TASKS, Example, segmentation_text
+from minivlm.world.scenes import COLORS, WORLD, Scene, Thing
 
 ROWS = [
     *QUESTION_TASKS,

@@ -12,10 +12,9 @@ import pytest
 from helpers import randomize
 from PIL import Image
 
-from minivlm import evaluation
-from minivlm.baselines import text_only_answers
 from minivlm.errors import InputError
-from minivlm.evaluation import (
+from minivlm.evaluation import answers
+from minivlm.evaluation.answers import (
     CHANGES,
     COLUMNS,
     EVALUATION_STREAM,
@@ -28,12 +27,13 @@ from minivlm.evaluation import (
     questions_of,
     score,
 )
+from minivlm.evaluation.baselines import text_only_answers
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
-from minivlm.questions import TASKS, detection_text, segmentation_text
-from minivlm.recipe import TrainingConfig, build
-from minivlm.renderers import draw_with_matplotlib, find_browser
-from minivlm.scenes import HELD_OUT_PAIRS, Scene
+from minivlm.training.recipe import TrainingConfig, build
+from minivlm.world.questions import TASKS, detection_text, segmentation_text
+from minivlm.world.renderers import draw_with_matplotlib, find_browser
+from minivlm.world.scenes import HELD_OUT_PAIRS, Scene
 
 SAME_SCENES = [name for name in COLUMNS if name != "unseen_pairs"]
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
@@ -88,7 +88,7 @@ def test_evaluation_never_draws_from_a_stream_of_training(seed: int) -> None:
 
 
 def test_evaluation_scenes_are_no_training_scenes() -> None:
-    from minivlm.batches import SceneBatches
+    from minivlm.world.batches import SceneBatches
 
     drawn: list[Scene] = []
 
@@ -196,14 +196,14 @@ def right(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         assert len(options["expected"]) == len(prompts)
         return options["expected"] if len(prompts_of) == 1 else ["?"] * len(prompts)
 
-    monkeypatch.setattr(evaluation, "answer_all", answer)
+    monkeypatch.setattr(answers, "answer_all", answer)
     return prompts_of
 
 
 def test_the_whole_table(
     untrained: tuple[PaliGemma, Processor], right: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "find_browser", lambda: None)  # test_renderers starts a real one
+    monkeypatch.setattr(answers, "find_browser", lambda: None)  # test_renderers starts a real one
     table = evaluate(*untrained, scenes=6, seed=3, progress=False)
     assert list(table) == list(COLUMNS)
     shown = [name for name in table if table[name]]
@@ -250,7 +250,7 @@ def test_some_columns_as_text() -> None:
 def test_a_column_without_a_browser_is_left_out(
     untrained: tuple[PaliGemma, Processor], right: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "find_browser", lambda: None)
+    monkeypatch.setattr(answers, "find_browser", lambda: None)
     table = evaluate(*untrained, scenes=2, columns=("held_out", "browser"), progress=False)
     assert table["browser"] == {}
     assert as_json(table)["browser"] == {}
@@ -294,7 +294,7 @@ def test_one_column_costs_nothing_more(
         raise AssertionError
 
     for name in ("find_browser", "text_only_answers"):
-        monkeypatch.setattr(evaluation, name, refuse)
+        monkeypatch.setattr(answers, name, refuse)
     table = evaluate(*untrained, scenes=3, columns=("held_out",), progress=False)
     assert list(table) == ["held_out"]
     assert len(right) == 1
@@ -315,8 +315,8 @@ def test_boxes_are_scored_by_the_model(
         passed.extend(zip(questions, sureness, strict=True))
         return score(questions, answers)
 
-    monkeypatch.setattr(evaluation, "box_scores", scores)
-    monkeypatch.setattr(evaluation, "score", spy)
+    monkeypatch.setattr(answers, "box_scores", scores)
+    monkeypatch.setattr(answers, "score", spy)
     evaluate(*untrained, scenes=4, columns=("held_out",), progress=False)
     assert len(passed) > 20
     for q, sureness in passed:

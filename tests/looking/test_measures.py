@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minivlm import looking
-from minivlm.inspection import Inspection, inspect_answer
+from minivlm.looking import measures
+from minivlm.looking.inspection import Inspection, inspect_answer
 from minivlm.models.load import load
 from minivlm.processing import load_picture
 
@@ -22,7 +22,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def test_components_rebuild_the_filters() -> None:
     filters = random(20, 3, 2, 2)
-    components, shares = looking.filter_components(filters)
+    components, shares = measures.filter_components(filters)
     assert components.shape == (12, 3, 2, 2)
     flat = components.flatten(1)
     torch.testing.assert_close(flat @ flat.T, torch.eye(12), atol=1e-5, rtol=0)
@@ -37,7 +37,7 @@ def test_components_rebuild_the_filters() -> None:
 def test_filters_of_one_kind_have_one_component() -> None:
     """The mean of all filters is not a component: what differs is."""
     pattern, offset = random(1, 3, 4, 4), 5 * random(1, 3, 4, 4, seed=1)
-    components, shares = looking.filter_components(offset + random(10, 1, 1, 1, seed=2) * pattern)
+    components, shares = measures.filter_components(offset + random(10, 1, 1, 1, seed=2) * pattern)
     assert shares[0].item() == pytest.approx(1)
     alike = (components[0].flatten() @ pattern.flatten()) / pattern.norm()
     assert abs(alike.item()) == pytest.approx(1, abs=1e-5)
@@ -47,7 +47,7 @@ def test_position_similarity() -> None:
     table = torch.tensor([[2.0, 0.0], [0.0, 0.5], [-3.0, 0.0], [1.0, 1.0]])
     half = math.sqrt(0.5)
     expected = [[1, 0, -1, half], [0, 1, 0, half], [-1, 0, 1, -half], [half, half, -half, 1]]
-    torch.testing.assert_close(looking.position_similarity(table), torch.tensor(expected))
+    torch.testing.assert_close(measures.position_similarity(table), torch.tensor(expected))
 
 
 # Attention maps
@@ -73,23 +73,25 @@ def naive_distance(weights: Tensor, side: int) -> list[float]:
 
 def test_attention_distance_equals_loops() -> None:
     weights = random_maps(2, 3, 9, 9)
-    assert looking.attention_distance(weights).tolist() == pytest.approx(naive_distance(weights, 3), rel=1e-5)
+    assert measures.attention_distance(weights).tolist() == pytest.approx(
+        naive_distance(weights, 3), rel=1e-5
+    )
 
 
 def test_attention_distance_of_known_heads() -> None:
     itself = torch.eye(16)
     to_the_right = torch.eye(16).roll(1, dims=1)  # the last of a row looks at the first of the next
     weights = torch.stack([itself, to_the_right, torch.full((16, 16), 1 / 16)])[None]
-    own, right, evenly = looking.attention_distance(weights).tolist()
+    own, right, evenly = measures.attention_distance(weights).tolist()
     assert own == 0
     turns = [math.dist((0, 3), (1, 0))] * 3 + [math.dist((3, 3), (0, 0))]
     assert right == pytest.approx((12 * 1 + sum(turns)) / 16)
-    assert evenly == pytest.approx(looking.patch_distances(16).mean().item())
+    assert evenly == pytest.approx(measures.patch_distances(16).mean().item())
 
 
 def test_distances_need_a_square_grid() -> None:
     with pytest.raises(ValueError, match="65 patches do not form a square grid"):
-        looking.patch_distances(65)
+        measures.patch_distances(65)
 
 
 def test_attention_entropy() -> None:
@@ -97,9 +99,9 @@ def test_attention_entropy() -> None:
     naive = [
         -sum(float(p) * math.log(float(p)) for p in weights[:, head].flatten()) / (2 * 4) for head in range(3)
     ]
-    assert looking.attention_entropy(weights).tolist() == pytest.approx(naive, rel=1e-5)
+    assert measures.attention_entropy(weights).tolist() == pytest.approx(naive, rel=1e-5)
     known = torch.stack([torch.eye(8), torch.full((8, 8), 1 / 8)])[None]  # zeros are no NaN
-    assert looking.attention_entropy(known).tolist() == pytest.approx([0, math.log(8)], abs=1e-6)
+    assert measures.attention_entropy(known).tolist() == pytest.approx([0, math.log(8)], abs=1e-6)
 
 
 def naive_rollout(maps: list[Tensor]) -> Tensor:
@@ -124,7 +126,7 @@ def naive_rollout(maps: list[Tensor]) -> Tensor:
 
 def test_rollout_equals_loops() -> None:
     maps = [random_maps(2, 3, 4, 4, seed=layer) for layer in range(3)]
-    rolled = looking.attention_rollout(maps)
+    rolled = measures.attention_rollout(maps)
     torch.testing.assert_close(rolled, naive_rollout(maps), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(rolled.sum(dim=-1), torch.ones(2, 4))
 
@@ -133,9 +135,9 @@ def test_rollout_goes_from_the_first_layer_to_the_last() -> None:
     """Token 1 reads token 0 in the first layer, token 2 reads token 1 in the second: a way from 0 to 2."""
     first, second = torch.eye(3), torch.eye(3)
     first[1], second[2] = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
-    there = looking.attention_rollout([first[None, None], second[None, None]])[0]
+    there = measures.attention_rollout([first[None, None], second[None, None]])[0]
     assert there[2].tolist() == [0.25, 0.25, 0.5]
-    other_way = looking.attention_rollout([second[None, None], first[None, None]])[0]
+    other_way = measures.attention_rollout([second[None, None], first[None, None]])[0]
     assert other_way[2].tolist() == [0, 0.5, 0.5]
 
 
@@ -144,7 +146,7 @@ def test_rollout_goes_from_the_first_layer_to_the_last() -> None:
 
 def test_nearest_words() -> None:
     table = torch.tensor([[1.0, 0.0], [0.0, 9.0], [1.0, 1.0], [0.0, 0.0]])  # a row of zeros is no NaN
-    cosines, ids = looking.nearest_words(torch.tensor([[5.0, 1.0], [-0.1, 3.0]]), table, k=2)
+    cosines, ids = measures.nearest_words(torch.tensor([[5.0, 1.0], [-0.1, 3.0]]), table, k=2)
     assert ids.tolist() == [[0, 2], [1, 2]]
     expected = [[5 / math.sqrt(26), 6 / math.sqrt(52)], [3 / math.sqrt(9.01), 2.9 / math.sqrt(18.02)]]
     torch.testing.assert_close(cosines, torch.tensor(expected))
@@ -152,7 +154,7 @@ def test_nearest_words() -> None:
 
 def test_a_word_is_nearest_to_itself_however_long_it_is() -> None:
     table = random(30, 8) * torch.linspace(0.1, 10, 30)[:, None]
-    cosines, ids = looking.nearest_words(3 * table, table)
+    cosines, ids = measures.nearest_words(3 * table, table)
     assert ids[:, 0].tolist() == list(range(30))
     torch.testing.assert_close(cosines[:, 0], torch.ones(30))
 
@@ -164,11 +166,11 @@ def test_hidden_patches_get_the_color_of_the_ground() -> None:
     picture = torch.full((2, 6, 6), 0.25)
     picture[1] = -0.5
     picture[:, 2:4, 4:6] = 1.0  # patch 5 of a grid of 3 x 3
-    hidden = looking.hide_patches(picture, [5], patch_size=2)
+    hidden = measures.hide_patches(picture, [5], patch_size=2)
     assert picture[0, 2, 4] == 1  # a copy
     assert (hidden[0] == 0.25).all()
     assert (hidden[1] == -0.5).all()
-    assert torch.equal(looking.hide_patches(picture, torch.tensor([0, 4]), 2), picture)
+    assert torch.equal(measures.hide_patches(picture, torch.tensor([0, 4]), 2), picture)
 
 
 @pytest.mark.parametrize(("reach", "expected"), [(0, {5}), (1, {1, 2, 4, 5, 7, 8})])
@@ -181,7 +183,7 @@ def test_occlusion_finds_what_the_score_reads(reach: int, expected: set[int]) ->
         sizes.append(len(pictures))
         return pictures.sum(dim=(1, 2, 3))
 
-    drops = looking.occlusion(score, picture, patch_size=2, reach=reach, batch=4)
+    drops = measures.occlusion(score, picture, patch_size=2, reach=reach, batch=4)
     assert {i for i, drop in enumerate(drops.tolist()) if drop > 0} == expected
     assert set(drops.tolist()) == {0.0, 12.0}
     assert max(sizes) == 4
@@ -191,16 +193,18 @@ def test_occlusion_finds_what_the_score_reads(reach: int, expected: set[int]) ->
 def test_occlusion_is_negative_where_hiding_helps() -> None:
     picture = torch.zeros(1, 4, 4)
     picture[:, :2, :2] = 1.0
-    assert looking.occlusion(lambda p: -p.sum(dim=(1, 2, 3)), picture, 2).tolist() == [-4, 0, 0, 0]
+    assert measures.occlusion(lambda p: -p.sum(dim=(1, 2, 3)), picture, 2).tolist() == [-4, 0, 0, 0]
 
 
 def test_log_odds() -> None:
     logits = random(2, 3, 11)
     ids = torch.tensor([[0, 5, 10], [3, 3, 1]])
     p = logits.double().softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
-    torch.testing.assert_close(looking.log_odds(logits, ids).double(), (p / (1 - p)).log(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        measures.log_odds(logits, ids).double(), (p / (1 - p)).log(), atol=1e-5, rtol=0
+    )
     sure = torch.tensor([[60.0, 0.0]])  # the probability is 1 in fp32, the log-odds are not infinite
-    assert looking.log_odds(sure, torch.tensor([0])).tolist() == [60]
+    assert measures.log_odds(sure, torch.tensor([0])).tolist() == [60]
 
 
 # What is kept while a model answers
@@ -244,7 +248,7 @@ def test_sureness_is_that_of_the_full_forward_pass(seen: Inspection) -> None:
         logits = model(**inputs).logits[0, :-1]
     writers = (inputs["labels"][0, 1:] != -100).nonzero()[:-1, 0]  # without that of <eos>
     written = inputs["labels"][0, 1:][writers]
-    expected = looking.log_odds(logits[writers], written).sum()
+    expected = measures.log_odds(logits[writers], written).sum()
     torch.testing.assert_close(
         seen.sureness(inputs["pixel_values"])[0], expected, atol=1e-3, rtol=1e-4, check_stride=False
     )
@@ -252,7 +256,7 @@ def test_sureness_is_that_of_the_full_forward_pass(seen: Inspection) -> None:
         torch.testing.assert_close(
             seen.attention[:, layer].transpose(0, 1), maps[3 + layer][0, :, writers, :64], atol=1e-5, rtol=0
         )
-    through = looking.attention_rollout(maps[3:])[0, writers, :64] @ looking.attention_rollout(maps[:3])[0]
+    through = measures.attention_rollout(maps[3:])[0, writers, :64] @ measures.attention_rollout(maps[:3])[0]
     torch.testing.assert_close(seen.rollout, through, atol=1e-5, rtol=0)
 
 

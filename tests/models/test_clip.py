@@ -17,7 +17,7 @@ from transformers import CLIPModel
 
 from minivlm import CLIP, CLIPConfig, InputError, encoder_blocks
 from minivlm.encoder_configs import CLIPTextConfig, CLIPVisionConfig
-from minivlm.text import encoder
+from minivlm.text import clip
 
 # bos, words, eos, padding; in the last row a second eos, as where padding is eos.
 IDS = torch.tensor(
@@ -168,8 +168,8 @@ def class_token_last(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_causal_mask(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = encoder.masks.causal
-    monkeypatch.setattr(encoder.masks, "causal", lambda q, k: torch.ones_like(right(q, k)))
+    right = clip.masks.causal
+    monkeypatch.setattr(clip.masks, "causal", lambda q, k: torch.ones_like(right(q, k)))
 
 
 def read_off_the_last_place(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from transformers import Gemma2ForCausalLM
 from minivlm import Gemma2Config, InputError, layers, masks
 from minivlm.cache import KVCache
 from minivlm.text import gemma2
-from minivlm.text.decoder import GemmaDecoder
+from minivlm.text.gemma import GemmaDecoder
 from minivlm.text.gemma2 import Gemma2Block, Gemma2Decoder, build_decoder, narrow
 
 LENGTH = 40  # five windows

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import minivlm
-from minivlm import InputError, PaliGemma, Processor, weights
+from minivlm import InputError, PaliGemma, Processor
+from minivlm.checkpoints import weights
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
 
 QUESTION = "what color is the circle"

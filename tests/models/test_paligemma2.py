@@ -15,8 +15,8 @@ from transformers import PaliGemmaForConditionalGeneration
 
 import minivlm
 from minivlm import Gemma2Config, InputError, PaliGemma, PaliGemmaConfig, Processor
+from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_file
 from minivlm.generate import generate
-from minivlm.layouts import PALIGEMMA_LAYOUTS, to_file
 from minivlm.models.paligemma import PaliGemmaOutput
 from minivlm.paligemma2_configs import DECODERS, IMAGE_SIZES, paligemma2_config
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer

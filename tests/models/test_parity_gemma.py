@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm as ReferenceLl
 
 from minivlm import GemmaConfig, layers, masks
 from minivlm.layers import LlamaRMSNorm, RMSNorm
-from minivlm.text import decoder
-from minivlm.text.decoder import GemmaDecoder
+from minivlm.text import gemma
+from minivlm.text.gemma import GemmaDecoder
 
 INPUT_IDS = torch.randint(0, 120, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -86,7 +86,7 @@ def test_missing_mask_is_noticed():
 @torch.no_grad()
 def test_missing_rope_is_noticed(monkeypatch: pytest.MonkeyPatch):
     ours, reference = pair()
-    monkeypatch.setattr(decoder, "apply_rotary", lambda x, cos, sin: x)
+    monkeypatch.setattr(gemma, "apply_rotary", lambda x, cos, sin: x)
     assert_differs(run(ours), reference(INPUT_IDS).logits)
 
 
@@ -99,7 +99,7 @@ def test_interleaved_rope_is_noticed(monkeypatch: pytest.MonkeyPatch):
         return x * cos + quarter_turn * sin
 
     ours, reference = pair()
-    monkeypatch.setattr(decoder, "apply_rotary", interleaved)
+    monkeypatch.setattr(gemma, "apply_rotary", interleaved)
     assert_differs(run(ours), reference(INPUT_IDS).logits)
 
 

@@ -10,7 +10,7 @@ from transformers import SiglipVisionConfig as ReferenceConfig
 from transformers import SiglipVisionModel as Reference
 
 from minivlm import SiglipVisionConfig, SiglipVisionModel, layers
-from minivlm.layouts import PALIGEMMA_LAYOUTS, to_ours
+from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_ours
 
 
 @pytest.fixture(scope="module")

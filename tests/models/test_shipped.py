@@ -15,18 +15,18 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 import minivlm
 from minivlm.cli import main
-from minivlm.demo import SAMPLE_TASKS, read_samples, sample_scene
-from minivlm.evaluation import answer_all, make_questions, score
+from minivlm.evaluation.answers import answer_all, make_questions, score
 from minivlm.models.load import SHIPPED
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, text_to_boxes
-from minivlm.questions import TASKS
-from minivlm.recipe import TrainingConfig, build
+from minivlm.training.recipe import TrainingConfig, build
+from minivlm.world.demo import SAMPLE_TASKS, read_samples, sample_scene
+from minivlm.world.questions import TASKS
 
 # transformers converts a tensor to an array in a way that NumPy 2 warns of
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-SAMPLES = Path(__file__).parents[1] / "figures" / "samples"
+SAMPLES = Path(__file__).parents[2] / "figures" / "samples"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
 # What a model is published with, less what 60 scenes may miss by chance.
 BARS = {"all questions": 0.90, "exact caption": 0.70, "box mean IoU": 0.70}

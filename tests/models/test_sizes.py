@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minivlm import PaliGemma, PaliGemmaConfig
 from minivlm.cache import KVCache
-from minivlm.footprint import (
+from minivlm.layers import record_attention
+from minivlm.models.sizes import (
     cache_bytes,
     decode_bytes,
     decode_operations,
@@ -19,7 +20,6 @@ from minivlm.footprint import (
     prefill_operations,
     weight_bytes,
 )
-from minivlm.layers import record_attention
 from minivlm.paligemma2_configs import paligemma2_config
 
 UNTIED = replace(TINY, text=replace(TINY.text, tie_word_embeddings=False))

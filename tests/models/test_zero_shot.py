@@ -27,6 +27,7 @@ from minivlm import (
     ViTConfig,
 )
 from minivlm.encoder_configs import CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig
+from minivlm.models.zero_shot import class_embeddings, classify
 from minivlm.processing import (
     CLIP_CAPTIONS,
     SIGLIP_CAPTIONS,
@@ -35,7 +36,6 @@ from minivlm.processing import (
     ImageProcessor,
     ViTImageProcessor,
 )
-from minivlm.zero_shot import class_embeddings, classify
 
 NAMES = ["cat", "dog", "red star"]
 TEMPLATES = ["a photo of a {}.", "a drawing of a {}", "the {}"]

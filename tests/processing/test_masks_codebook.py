@@ -15,10 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minivlm import mask_training
 from minivlm.errors import InputError
-from minivlm.mask_training import Figure, random_figure, shape_outline, train_masks
-from minivlm.plots import BOX_COLORS, draw_boxes, draw_masks
+from minivlm.looking import BOX_COLORS, draw_boxes, draw_masks
 from minivlm.processing.boxes import Box, box_to_tokens, text_to_boxes
 from minivlm.processing.codebook import SHIPPED_MASKS, MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.masks import (
@@ -29,7 +27,9 @@ from minivlm.processing.masks import (
     mask_to_tokens,
     text_to_masks,
 )
-from minivlm.scenes import SHAPES, Thing
+from minivlm.training import codebook as mask_training
+from minivlm.training.codebook import Figure, random_figure, shape_outline, train_masks
+from minivlm.world.scenes import SHAPES, Thing
 
 PUBLISHED = MaskCodebookConfig((16, 32, 64, 128), (128, 128, 64, 32, 16), 512)  # the encoder's are a guess
 SEGS = "".join(f"<seg{number:03}>" for number in range(16))

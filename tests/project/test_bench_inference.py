@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from minivlm.models.load import SHIPPED
-from minivlm.packing import can_pack
+from minivlm.speed.packing import can_pack
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def work(tmp_path: Path, side: str, **changes: object) -> dict:

@@ -11,7 +11,7 @@ import pytest
 
 from minivlm import distributed
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ import pytest
 import torch
 from small_run import CONFIG
 
-from minivlm.batches import Batch
 from minivlm.models.paligemma import PaliGemma
-from minivlm.objectives import SoftTargets, answer_loss
-from minivlm.recipe import TrainingConfig, build
-from minivlm.training import Run
+from minivlm.training.objectives import SoftTargets, answer_loss
+from minivlm.training.recipe import TrainingConfig, build
+from minivlm.training.scratch import Run
+from minivlm.world.batches import Batch
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 SMALL = replace(CONFIG, text_layers=2)  # with one, what the picture sees would not reach the answers
 
 

@@ -141,8 +141,8 @@ def test_solutions_are_folded(book: Path) -> None:
 def test_first_page_shows_answers_of_the_model(book: Path) -> None:
     import torch
 
-    from minivlm.demo import read_samples
     from minivlm.models.load import load_paligemma
+    from minivlm.world.demo import read_samples
 
     page = unescape(text_of(book / "index.html"))
     samples = read_samples(ROOT / "figures" / "samples")

@@ -20,10 +20,11 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 from transformers import PaliGemmaConfig as ReferenceConfig
 
 import minivlm
-from minivlm import InputError, PaliGemma, PaliGemmaConfig, weights
-from minivlm.weights import INDEX
+from minivlm import InputError, PaliGemma, PaliGemmaConfig
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.weights import INDEX
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 SMALL = {  # with room for a tokenizer: bytes, letters, 200 longer words, <loc>, <seg>
     "gemma": replace(TINY, text=replace(TINY.text, vocab_size=1728), image_token_id=1712),
     "gemma2": replace(TINY2, text=replace(TINY2.text, vocab_size=1728), image_token_id=1712),
@@ -164,7 +165,10 @@ def test_transformers_builds_the_same_shapes(bench: ModuleType, name: str):
         reference = PaliGemmaForConditionalGeneration(ReferenceConfig(**values))
         ours = PaliGemma(config)
     layout = weights.PALIGEMMA_LAYOUTS["runtime"]
-    shapes = {minivlm.layouts.to_file(key, layout): tensor.shape for key, tensor in ours.state_dict().items()}
+    shapes = {
+        minivlm.checkpoints.layouts.to_file(key, layout): tensor.shape
+        for key, tensor in ours.state_dict().items()
+    }
     expected = {
         key: tensor.shape for key, tensor in reference.state_dict().items() if key != "lm_head.weight"
     }

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minivlm.chunked import chunked_siglip_loss
 from minivlm.losses import siglip_loss
+from minivlm.speed.chunked_loss import chunked_siglip_loss
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def inputs(n: int = 10, m: int | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from minivlm import InputError, compiled
-from minivlm.compiled import PARTS, compile_parts
+from minivlm import InputError
 from minivlm.models.load import load_paligemma
+from minivlm.speed import compiled
+from minivlm.speed.compiled import PARTS, compile_parts
 
 needs_compiler = pytest.mark.skipif(
     not any(which(name) for name in compiled.COMPILERS), reason="needs a C++ compiler"

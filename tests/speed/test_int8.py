@@ -9,9 +9,10 @@ from helpers import TINY, randomize, tiny_paligemma
 from torch import Tensor, nn
 
 import minivlm
-from minivlm import InputError, PaliGemma, quantization
+from minivlm import InputError, PaliGemma
 from minivlm.models.load import SHIPPED, load_paligemma
-from minivlm.quantization import Int8Embedding, Int8Linear, quantize_decoder, quantize_rows
+from minivlm.speed import int8
+from minivlm.speed.int8 import Int8Embedding, Int8Linear, quantize_decoder, quantize_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -41,12 +42,12 @@ def test_half_a_step_away_in_every_row(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("inputs", [40, 64, 192])
-@pytest.mark.parametrize("rows", [1, 2, quantization.FEW_ROWS, quantization.FEW_ROWS + 1, 50])
+@pytest.mark.parametrize("rows", [1, 2, int8.FEW_ROWS, int8.FEW_ROWS + 1, 50])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_is_the_product_with_the_rounded_weight(
     rows: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(quantization, "BLOCK", 1000)  # 301 outputs in many blocks
+    monkeypatch.setattr(int8, "BLOCK", 1000)  # 301 outputs in many blocks
     values, scale = quantize_rows(matrix(301, inputs, dtype))
     layer = Int8Linear(values, scale)
     x = torch.randn(rows, inputs).to(dtype)
@@ -141,7 +142,7 @@ def test_refusals(tmp_path: Path):
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
     """A byte a weight, and the room to work in."""
-    from minivlm import devices
+    from minivlm.checkpoints import devices
 
     monkeypatch.setattr(devices, "free_memory", lambda device: 10_000)
     with pytest.raises(InputError, match=r"the weights in int8 take 0\.0 GB of memory on cpu"):

@@ -11,13 +11,15 @@ from small_towers import make_towers
 from torch import nn
 
 import minivlm
-from minivlm import InputError, devices, packing
+from minivlm import InputError
+from minivlm.checkpoints import devices
 from minivlm.cli import main
-from minivlm.compiled import compile_parts
 from minivlm.models import load
 from minivlm.models.load import load_paligemma
-from minivlm.one_row import at_the_speed_of_memory
-from minivlm.packing import PackedLinear, can_pack, matrices, pack_matrices
+from minivlm.speed import packing
+from minivlm.speed.compiled import compile_parts
+from minivlm.speed.one_row import at_the_speed_of_memory
+from minivlm.speed.packing import PackedLinear, can_pack, matrices, pack_matrices
 
 needs_kernels = pytest.mark.skipif(not can_pack(), reason="needs bf16 instructions and oneDNN")
 BF16 = torch.bfloat16

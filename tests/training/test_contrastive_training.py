@@ -17,17 +17,17 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
 import minivlm
-from minivlm import contrastive_training
-from minivlm.contrastive_batches import DrawnPairs, FilePairs
-from minivlm.contrastive_recipe import build, drawn_captions
-from minivlm.contrastive_training import ContrastiveRun, train_contrastive
+from minivlm.data.pairs import read_pairs
 from minivlm.errors import InputError
 from minivlm.losses import clip_loss, pair_logits
 from minivlm.models.clip import CLIP
 from minivlm.models.load import SHIPPED, load_paligemma
 from minivlm.models.siglip import SigLIP
-from minivlm.pair_jsonl import read_pairs
-from minivlm.scenes import HELD_OUT_PAIRS
+from minivlm.training import contrastive as contrastive_run
+from minivlm.training.contrastive import ContrastiveRun, train_contrastive
+from minivlm.training.contrastive_recipe import build, drawn_captions
+from minivlm.world.captions import DrawnPairs, FilePairs
+from minivlm.world.scenes import HELD_OUT_PAIRS
 
 
 def a_run(objective: str, teacher: Path | None = None, **changes: Any) -> ContrastiveRun:
@@ -305,7 +305,7 @@ def test_a_picture_that_has_gone_since_it_was_looked_at(
 ) -> None:
     data = make_pairs(tmp_path / "data")
     monkeypatch.setattr(
-        contrastive_training,
+        contrastive_run,
         "read_pairs",
         lambda *args: [read_pairs(*args), (tmp_path / "data" / "4.png").unlink()][0],
     )

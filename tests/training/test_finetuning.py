@@ -20,13 +20,12 @@ from torch import Tensor
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 import minivlm
-from minivlm import sample_batches
+from minivlm.data.lines import Sample, read_samples
+from minivlm.data.samples import SampleBatches, make_inputs
 from minivlm.errors import InputError
-from minivlm.finetuning import Finetuning, FinetuningConfig, finetune
-from minivlm.jsonl import Sample, read_samples
-from minivlm.loop import Diverged, log_as_json, read_log, run_to_end
-from minivlm.recipe import build
-from minivlm.sample_batches import SampleBatches, make_inputs
+from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
+from minivlm.training.loop import Diverged, log_as_json, read_log, run_to_end
+from minivlm.training.recipe import build
 
 WORDS = {"red": "ruby", "green": "a leaf in the wind", "blue": "<loc0000><loc0000><loc1023><loc1023> sea"}
 EVERY: dict[str, Any] = {"save_every": 3, "log_every": 2, "measure_every": 4, "progress": False}
@@ -175,7 +174,7 @@ def test_every_epoch_shows_every_example_once(batch_size: int, accumulate: int) 
     seen: list[list[list[int]]] = []
     for step in range(len(batches)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sample_batches, "make_inputs", lambda processor, some: [one.line for one in some])
+            patch.setattr(samples, "make_inputs", lambda processor, some: [one.line for one in some])
             seen.append(batches[step])
     rows = [line for step in seen for batch in step for line in batch]
     assert sorted(rows[:9]) == sorted(rows[9:]) == list(range(9))
@@ -229,7 +228,7 @@ def test_another_seed_gives_another_order(
 def gradients(run: Finetuning, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradients of the first step, which are left where they are."""
     with monkeypatch.context() as patch:
-        patch.setattr("minivlm.finetuning.CLIP", 1e9)
+        patch.setattr("minivlm.training.finetuning.CLIP", 1e9)
         loss = run.advance(next(iter(run.batches())))["loss"]
     return loss, {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
 

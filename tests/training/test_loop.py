@@ -14,9 +14,9 @@ from PIL import Image
 from small_run import files, step_of
 from torch import nn
 
-from minivlm import checkpoints
 from minivlm.errors import InputError
-from minivlm.loop import Diverged, Trainable, log_as_json, read_log, run_to_end
+from minivlm.training import state
+from minivlm.training.loop import Diverged, Trainable, log_as_json, read_log, run_to_end
 
 
 class Toy(Trainable):
@@ -189,7 +189,7 @@ def test_a_second_ctrl_c_keeps_the_last_save(at: int, wanted: str, tmp_path: Pat
 
 
 def test_a_second_ctrl_c_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = checkpoints.save_file
+    save = state.save_file
 
     def pressed(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
         save(tensors, path, metadata)
@@ -198,7 +198,7 @@ def test_a_second_ctrl_c_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: py
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(checkpoints, "save_file", pressed)
+    monkeypatch.setattr(state, "save_file", pressed)
     with pytest.raises(KeyboardInterrupt, match="goes on from step 4"):
         go(Toy(), tmp_path)
     assert step_of(tmp_path) == 4
@@ -232,7 +232,7 @@ def test_a_model_that_starts_trained_is_measured_first(tmp_path: Path) -> None:
     "metadata", [{}, {"step": "1"}, {"step": "x", "config": "{}"}, {"step": "1", "config": "{"}]
 )
 def test_a_state_of_another_program_is_refused(metadata: dict[str, str], tmp_path: Path) -> None:
-    checkpoints.save_file({"a": torch.ones(1)}, tmp_path / "state.safetensors", metadata)
+    state.save_file({"a": torch.ones(1)}, tmp_path / "state.safetensors", metadata)
     with pytest.raises(InputError, match=r"state.safetensors cannot be read .*: start the run anew"):
         go(Toy(), tmp_path, resume=True)
 

@@ -17,17 +17,18 @@ from small_run import CONFIG, EVERY, files, log_of
 from torch import Tensor, nn
 
 import minivlm
-from minivlm import answering, training
+from minivlm import answering
 from minivlm.errors import InputError
-from minivlm.evaluation import Metric
+from minivlm.evaluation.answers import Metric
 from minivlm.layers import EncoderBlock
-from minivlm.loop import Diverged
 from minivlm.models.paligemma import PaliGemma
-from minivlm.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.processing import Processor
 from minivlm.processing.boxes import NUM_BINS
-from minivlm.recipe import TrainingConfig, build
-from minivlm.training import Run, train
+from minivlm.training import scratch
+from minivlm.training.loop import Diverged
+from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
+from minivlm.training.recipe import TrainingConfig, build
+from minivlm.training.scratch import Run, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,7 +194,7 @@ def test_only_the_last_stage_has_the_true_mask(run: Run, monkeypatch: pytest.Mon
         sees.append(args[3])
         return answer_loss(*args)
 
-    monkeypatch.setattr(training, "answer_loss", spy)
+    monkeypatch.setattr(scratch, "answer_loss", spy)
     rows = []
     for batch in run.batches():
         run.advance(batch)
@@ -492,7 +493,7 @@ def test_metrics_are_measured_and_change_nothing(
         calls.append(len(calls))
         return {"held_out": {"count": Metric(len(calls) / 10, 0.5, 7), "exact caption": Metric(1.0, 0.5, 7)}}
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(scratch, "evaluate", evaluate)
     state = torch.get_rng_state()
     run = train(tmp_path, CONFIG, save_every=3, log_every=2, measure_every=3)
     assert run.masters.training
@@ -508,7 +509,7 @@ def test_metrics_are_measured_and_change_nothing(
 
 
 def test_the_real_evaluation_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "MEASURED_SCENES", 1)
+    monkeypatch.setattr(scratch, "MEASURED_SCENES", 1)
     monkeypatch.setattr(answering, "LONGEST_ANSWER", 1)
     config = replace(CONFIG, tower_steps=0, packed_steps=0, prefix_steps=1)
     train(tmp_path, config, log_every=1)

@@ -28,10 +28,10 @@ from safetensors.torch import load_file
 from small_run import CONFIG, EVERY, Stop, assert_same_end, files, log_of, step_of, stop_in_step
 
 import minivlm
-from minivlm import checkpoints, loop, training_log
 from minivlm.errors import InputError
-from minivlm.recipe import TrainingConfig
-from minivlm.training import Run, train
+from minivlm.training import log, loop
+from minivlm.training.recipe import TrainingConfig
+from minivlm.training.scratch import Run, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,9 +113,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(whole: Pat
 def test_the_comparison_sees_one_step_of_difference(copied: Path, whole: Path) -> None:
     """A batch that is left out shows: otherwise the tests above would prove nothing."""
     state = load_file(copied / "state.safetensors")
-    with checkpoints.safe_open(copied / "state.safetensors", framework="pt") as file:
+    with state.safe_open(copied / "state.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    checkpoints.save_file(state, copied / "state.safetensors", metadata | {"step": "7"})
+    state.save_file(state, copied / "state.safetensors", metadata | {"step": "7"})
     train(copied, CONFIG, resume=True, **EVERY)
     ours, wanted = load_file(copied / "model.safetensors"), load_file(whole / "model.safetensors")
     assert not all(torch.equal(ours[key], wanted[key]) for key in wanted)
@@ -154,7 +154,7 @@ def work(out, config, moment):
     if moment == "rename":
         files.os.replace = rename
     if moment == "write":
-        checkpoints.save_file = save_half
+        state.save_file = save_half
     train(out, TrainingConfig(**config), resume=resume, save_every=1, log_every=2, measure_every=0)
 
 for line in sys.stdin:
@@ -349,7 +349,7 @@ def test_a_full_disk_while_writing_the_log(copied: Path, monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = (copied / "log.csv").read_bytes()
-    monkeypatch.setattr(training_log.csv, "writer", lambda file, **options: Full())
+    monkeypatch.setattr(log.csv, "writer", lambda file, **options: Full())
     with pytest.raises(InputError, match=r"cannot write .*log.csv: No space left .*goes on from step 6"):
         train(copied, CONFIG, resume=True, **EVERY)
     assert (copied / "log.csv").read_bytes() == before

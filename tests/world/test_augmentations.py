@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.looks import (
+from minivlm.world.augmentations import (
     FILTERS,
     GRAYS,
     MOST_DEGREES,
@@ -18,8 +18,8 @@ from minivlm.looks import (
     turned,
     varied,
 )
-from minivlm.questions import TASKS, ask
-from minivlm.scenes import WORLD, Scene, make_scene
+from minivlm.world.questions import TASKS, ask
+from minivlm.world.scenes import WORLD, Scene, make_scene
 
 PLAIN = [make_scene(np.random.default_rng(seed), "test") for seed in range(200)]
 QUIET = [replace(scene, noise=0.0) for scene in PLAIN]

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from minivlm import masks
-from minivlm.batches import PADDING, WEIGHTS, Batch, SceneBatches, encode_answer, question_mask
 from minivlm.models.paligemma import PaliGemma
-from minivlm.objectives import SoftTargets, answer_loss
 from minivlm.processing import Processor
-from minivlm.questions import examples
-from minivlm.recipe import TrainingConfig, build
-from minivlm.scenes import COLORS, Scene, make_scene
+from minivlm.training.objectives import SoftTargets, answer_loss
+from minivlm.training.recipe import TrainingConfig, build
+from minivlm.world.batches import PADDING, WEIGHTS, Batch, SceneBatches, encode_answer, question_mask
+from minivlm.world.questions import examples
+from minivlm.world.scenes import COLORS, Scene, make_scene
 
 CONFIG = TrainingConfig(
     image_size=32,

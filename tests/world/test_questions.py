@@ -13,9 +13,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from minivlm.looks import turned
 from minivlm.processing import Tokenizer, build_tokenizer, mask_iou, text_to_boxes, text_to_masks
-from minivlm.questions import (
+from minivlm.world.augmentations import turned
+from minivlm.world.questions import (
     RELATIONS,
     TASKS,
     Example,
@@ -26,7 +26,7 @@ from minivlm.questions import (
     vocabulary,
     with_article,
 )
-from minivlm.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, WORLD, Scene, Split, Thing, make_scene
+from minivlm.world.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, WORLD, Scene, Split, Thing, make_scene
 
 SPLITS: tuple[Split, ...] = ("train", "test", "unseen")
 COLOR, SHAPE, SIZE = ("|".join(names) for names in (COLORS, SHAPES, SIZES))

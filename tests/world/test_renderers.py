@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm import renderers
 from minivlm.errors import InputError
-from minivlm.looks import turned
-from minivlm.renderers import as_html, draw_with_browser, draw_with_matplotlib, find_browser
-from minivlm.scenes import COLORS, SHAPES, WORLD, Scene, Thing, make_scene
+from minivlm.world import renderers
+from minivlm.world.augmentations import turned
+from minivlm.world.renderers import as_html, draw_with_browser, draw_with_matplotlib, find_browser
+from minivlm.world.scenes import COLORS, SHAPES, WORLD, Scene, Thing, make_scene
 
 Draw = Callable[[Sequence[Scene], int], list[Image.Image]]
 

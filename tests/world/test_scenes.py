@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, WORLD, Scene, Split, Thing, make_scene
+from minivlm.world.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, WORLD, Scene, Split, Thing, make_scene
 
 SPLITS: tuple[Split, ...] = ("train", "test", "unseen")
 GRAY = 200

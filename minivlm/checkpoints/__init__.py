@@ -1,0 +1,1 @@
+"""A published folder: how it is found, read, checked and written."""

@@ -1,0 +1,1 @@
+"""Your own pictures: lines of a JSONL file, checked one by one, and the batches made of them."""
