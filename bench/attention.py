@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minivlm import layers, masks
-from minivlm.layers import additive, attend_fused, attend_in_blocks, attend_plain
+from minivlm.attention import additive, attend_fused, attend_in_blocks, attend_plain
 
 FORMS = {"plain": attend_plain, "blocks": attend_in_blocks, "fused": attend_fused}
 

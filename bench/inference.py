@@ -39,8 +39,8 @@ import transformers
 from attention import processor as name_of_cpu
 from matplotlib.figure import Figure
 
-from minivlm.checkpoints.weights import read_config
-from minivlm.configs import PaliGemmaConfig
+from minivlm.checkpoints.hub import read_config
+from minivlm.models.paligemma import PaliGemmaConfig
 from minivlm.models.sizes import decode_bytes, image_operations, prefill_operations
 from minivlm.speed.one_row import at_the_speed_of_memory
 from minivlm.speed.packing import can_pack

@@ -123,8 +123,8 @@ class Theirs:
     def __init__(self, job: dict[str, Any]) -> None:
         import transformers
 
-        from minivlm.checkpoints.weights import read_config
-        from minivlm.configs import PaliGemmaConfig
+        from minivlm.checkpoints.hub import read_config
+        from minivlm.models.paligemma import PaliGemmaConfig
         from minivlm.processing import Processor
 
         transformers.utils.logging.set_verbosity_error()
@@ -207,8 +207,8 @@ class Timm:
     def __init__(self, job: dict[str, Any]) -> None:
         import timm
 
-        from minivlm.checkpoints.weights import read_config
-        from minivlm.configs import PaliGemmaConfig
+        from minivlm.checkpoints.hub import read_config
+        from minivlm.models.paligemma import PaliGemmaConfig
 
         size = PaliGemmaConfig.from_dict(read_config(Path(job["folder"]))).vision.image_size
         model = timm.create_model("vit_so400m_patch14_siglip_224", img_size=size, num_classes=0)

@@ -41,7 +41,7 @@ from minivlm import PaliGemma, PaliGemmaConfig, Processor, SiglipVisionConfig
 from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_file
 from minivlm.checkpoints.weights import INDEX
 from minivlm.errors import InputError
-from minivlm.paligemma2_configs import DECODERS, IMAGE_SIZES, paligemma2_config
+from minivlm.models.sizes import DECODERS, IMAGE_SIZES, paligemma2_config
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
 from minivlm.processing.tokens import IMAGE, LOC_TOKENS, SEG_TOKENS
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from minivlm.diagnostics import within_picture_share
-from minivlm.evaluation.answers import evaluate
+from minivlm.evaluation import evaluate
+from minivlm.looking.measures import within_picture_share
 from minivlm.losses import clip_loss
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import Run

@@ -8,7 +8,7 @@ Run: python figures/draw_log.py
 import json
 from pathlib import Path
 
-from minivlm.loss_plot import plot_log
+from minivlm.training.log import plot_log
 
 FOLDER = Path(__file__).parent
 LOG = FOLDER.parent / "minivlm" / "assets" / "tiny_log.json"

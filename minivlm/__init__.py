@@ -4,16 +4,17 @@
 >>> model, processor = minivlm.load("google/paligemma-3b-mix-224")
 """
 
-from minivlm.configs import Gemma2Config, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
-from minivlm.encoder_configs import CLIPConfig, SiglipConfig, ViTConfig
 from minivlm.errors import InputError
-from minivlm.models.clip import CLIP
+from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.models.load import load
-from minivlm.models.paligemma import PaliGemma
-from minivlm.models.siglip import SigLIP
+from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
+from minivlm.models.siglip import SigLIP, SiglipConfig
 from minivlm.models.vit import ViT
 from minivlm.processing import PairProcessor, Processor
-from minivlm.vision.siglip import SiglipVisionModel
+from minivlm.text.gemma import GemmaConfig
+from minivlm.text.gemma2 import Gemma2Config
+from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
+from minivlm.vision.vit import ViTConfig
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from minivlm.cache import KVCache
 from minivlm.errors import InputError
-from minivlm.speed.one_row import at_the_speed_of_memory
 
 
 class Decodable(Protocol):
@@ -81,8 +80,7 @@ def stream(
     hidden, cache = model.prefill(input_ids, attention_mask, **inputs)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for step in range(max_new_tokens):
-        with at_the_speed_of_memory(hidden):
-            logits = model.logits(hidden).float()  # [B, V]
+        logits = model.logits(hidden).float()  # [B, V]
         if step == 0 and not torch.isfinite(logits).all():
             raise InputError(_explain_nonfinite(model))
         if generators is None:
@@ -94,8 +92,7 @@ def stream(
         unfinished = unfinished & (token_ids != eos_token_id)
         if not unfinished.any() or step == max_new_tokens - 1:
             return
-        with at_the_speed_of_memory(token_ids):
-            hidden = model.decode(token_ids, unfinished, cache)
+        hidden = model.decode(token_ids, unfinished, cache)
 
 
 def generate(model: Decodable, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,209 +1,49 @@
-"""The parts that every model here is made of: attention, norms, MLPs, the pre-norm encoder block.
+"""The parts that every model here is made of, beside attention: norms, MLPs, the pre-norm encoder block.
 
-`attend` is the one place where queries meet keys. It has a plain form that can be read, the same in blocks
-for long rows, and a fused form (`scaled_dot_product_attention`); tests prove them equal. The mask is always
-explicit: a boolean tensor, True = may look, or None when everything may.
-
-Shape comments in the whole package use one legend: B batch, N image tokens, T text tokens (or queries),
-S all tokens (or keys), D width, H heads, K key/value heads, Dh head width, P patch side, C channels,
-V vocabulary.
+A block is the same in ViT, CLIP and SigLIP but for the function between the two linear layers of its MLP.
+Which one it is stands in config.json as `hidden_act`. The three are close to each other, and a model with
+the wrong one still gives sensible answers, only worse ones: the name in the file has to be obeyed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from itertools import product
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.speed.one_row import as_many_rows
-
-PIECE = 256  # tokens that `in_pieces` hands to an MLP at a time, about
-BLOCK = 2**21  # scores held at a time by `attend_in_blocks`: 8 MiB in fp32
-
-_recorded: ContextVar[list[Tensor] | None] = ContextVar("recorded", default=None)
+from minivlm.attention import Attention
 
 
-@contextmanager
-def record_attention() -> Iterator[list[Tensor]]:
-    """Collect the attention maps of everything that runs inside, in the order of computation.
-
-    >>> with record_attention() as maps:
-    ...     model(pixel_values)
-    >>> maps[0].shape  # first layer: [B, H, T, S], each row sums to 1
-    """
-    maps: list[Tensor] = []
-    token = _recorded.set(maps)
-    try:
-        yield maps
-    finally:
-        _recorded.reset(token)
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the cheaper GELU of CLIP; up to 0.02 away from the exact one."""
+    return x * torch.sigmoid(1.702 * x)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
-) -> Tensor:
-    """Scaled dot-product attention, softmax(q k^T * scale) v, with grouped queries.
-
-    Args:
-        q: [B, H, T, Dh].
-        k, v: [B, K, S, Dh]; each of the K heads serves H / K query heads.
-        mask: broadcastable to [B, 1, T, S], boolean (True = may look) or in its `additive` form, which
-            saves time where one mask serves many layers. Every query must see at least one key.
-        scale: usually Dh ** -0.5.
-        softcap: bound the scores smoothly to +-softcap (Gemma 2), before the mask.
-
-    Returns:
-        [B, H, T, Dh].
-    """
-    maps = _recorded.get()
-    if maps is not None:
-        weights = attention_weights(q, k, mask, scale, softcap)
-        maps.append(weights.detach())
-        return weighted_sum(weights, v)
-    # Which form runs is decided here and nowhere else, by measurement (bench/attention.py): on a CPU the
-    # plain form is the faster one with gradients, and in bf16 where there are many queries.
-    on_cpu, needs_gradient = q.device.type == "cpu", torch.is_grad_enabled() and q.requires_grad
-    if on_cpu and needs_gradient:
-        return attend_plain(q, k, v, mask, scale, softcap)
-    if softcap is not None or (on_cpu and q.dtype == torch.bfloat16 and q.shape[2] > 1):
-        with as_many_rows():  # a product with all keys, also where the matrices multiply one row
-            return attend_in_blocks(q, k, v, mask, scale, softcap)
-    return attend_fused(q, k, v, mask, scale)
-
-
-def attention_weights(
-    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
-) -> Tensor:
-    """Where each query looks: [B, H, T, S], every row sums to 1."""
-    B, H, T, Dh = q.shape
-    K, S = k.shape[1], k.shape[2]
-    # The H / K queries of a group share their keys: as one tall matrix, nothing has to be copied.
-    scores = (q * scale).reshape(B, K, H // K * T, Dh) @ k.mT
-    scores = scores.view(B, H, T, S)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores + (additive(mask, scores.dtype) if mask.dtype == torch.bool else mask)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same mask as numbers to add to the scores: 0 where a query may look, else the lowest number."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
-    """The mean of the values under the weights: [B, H, T, S], [B, K, S, Dh] -> [B, H, T, Dh]."""
-    B, H, T, S = weights.shape
-    K, Dh = v.shape[1], v.shape[3]
-    return (weights.reshape(B, K, H // K * T, S) @ v).view(B, H, T, Dh)
-
-
-def attend_plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
-) -> Tensor:
-    """`attend` as its formula says. Arguments and result as there."""
-    return weighted_sum(attention_weights(q, k, mask, scale, softcap), v)
-
-
-def attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
-) -> Tensor:
-    """`attend_plain`, some rows of the batch, some heads or some queries at a time.
-
-    The scores of a long row would fill gigabytes (4,096 image tokens: 16 heads * 4096 * 4096). A block of
-    them fits into the processor's cache, and is gone before the next one comes.
-    """
-    B, H, T, _ = q.shape
-    K, S = k.shape[1], k.shape[2]
-    if B * H * T * S <= BLOCK:
-        return attend_plain(q, k, v, mask, scale, softcap)
-    group = H // K  # queries that share a key
-    rows_at_once = max(1, BLOCK // (H * T * S))
-    heads = min(K, max(1, BLOCK // (group * T * S)))
-    queries = max(1, BLOCK // (heads * group * S))
-    mask = None if mask is None else mask.expand(B, 1, T, S)
-    out = torch.empty_like(q)
-    for row, head, start in product(range(0, B, rows_at_once), range(0, K, heads), range(0, T, queries)):
-        rows, keys = slice(row, row + rows_at_once), slice(head, head + heads)
-        some = (rows, slice(head * group, (head + heads) * group), slice(start, start + queries))
-        seen = None if mask is None else mask[rows, :, start : start + queries]
-        out[some] = attend_plain(q[some], k[rows, keys], v[rows, keys], seen, scale, softcap)
-    return out
-
-
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """`attend` through PyTorch's fused kernel, which never holds the whole [T, S] matrix of scores."""
-    B, H, T, Dh = q.shape
-    K = k.shape[1]
-    if T == 1:  # the queries of a group stand in the place of T, and no key is copied for them
-        q = q.view(B, K, H // K, Dh)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != K)
-    return out.reshape(B, H, T, Dh)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with grouped queries (https://arxiv.org/abs/2305.13245).
-
-    K = H is ordinary multi-head attention, K = 1 multi-query attention. What depends on the model comes
-    in as functions: `rotary` turns queries and keys, `update_cache` stores keys and values and gives back
-    all of them.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_attention_heads: int,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.scale = self.head_dim**-0.5
-        self.softcap: float | None = None
-        num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.q_proj = nn.Linear(hidden_size, num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_attention_heads * self.head_dim, hidden_size, bias=bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        rotary: Callable[[Tensor], Tensor] | None = None,
-        update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if rotary is not None:
-            q, k = rotary(q), rotary(k)
-        if update_cache is not None:
-            k, v = update_cache(k, v)
-        out = attend(q, k, v, mask, self.scale, self.softcap)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, H, T, Dh] -> [B, T, D]
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, H * Dh] -> [B, H, T, Dh]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,  # CLIP as OpenAI trained it
+    "gelu": F.gelu,  # the exact one, by the error function: ViT, and CLIP as retrained by others
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),  # SigLIP
+}
 
 
 class MLP(nn.Module):
-    """Two linear layers with the tanh form of GELU between them (https://arxiv.org/abs/1606.08415)."""
+    """Two linear layers with an activation between them, by default GELU (https://arxiv.org/abs/1606.08415)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, hidden_act: str = "gelu_pytorch_tanh"
+    ) -> None:
         super().__init__()
+        self.hidden_act = hidden_act
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x)))
 
 
 class GatedMLP(nn.Module):
@@ -218,27 +58,6 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-
-
-def in_pieces(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), some tokens at a time where that helps: on a CPU, and when no gradient is needed.
-
-    For a layer that treats each token alone, as an MLP does. What it makes of a long row on the way, eight
-    times as wide in Gemma, then stays in the processor's cache and is never whole in memory.
-
-    Args:
-        x: [B, T, D] -> [B, T, D].
-    """
-    tokens = x.flatten(0, 1)  # [B * T, D]
-    pieces = round(len(tokens) / PIECE)
-    if pieces < 2 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return layer(x)
-    return torch.cat([layer(piece) for piece in tokens.tensor_split(pieces)]).view_as(x)
-
-
-def pick(x: Tensor, places: Tensor) -> Tensor:
-    """One place of each row: x [B, T, D], places [B] -> [B, 1, D]."""
-    return x[torch.arange(len(x), device=x.device), places, None]
 
 
 class RMSNorm(nn.Module):
@@ -276,6 +95,21 @@ def _unit_rms(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
+class EncoderConfig(Protocol):
+    """What a block asks of the config of its tower."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def hidden_act(self) -> str: ...
+
+
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block with LayerNorm, as in ViT, CLIP and SigLIP.
 
@@ -283,17 +117,15 @@ class EncoderBlock(nn.Module):
     the first block to the last unchanged (https://arxiv.org/abs/2002.04745).
     """
 
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, num_attention_heads: int, eps: float = 1e-6
-    ) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=eps)
-        self.self_attn = Attention(hidden_size, num_attention_heads, bias=True)
-        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=eps)
-        self.mlp = MLP(hidden_size, intermediate_size)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config.hidden_size, config.num_attention_heads, bias=True)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         x = x + self.self_attn(self.layer_norm1(x), mask)
-        x = x + in_pieces(self.mlp, self.layer_norm2(x))
+        x = x + self.mlp(self.layer_norm2(x))
         return x

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from minivlm import layers, masks
-from minivlm.layers import (
-    MLP,
+from minivlm.attention import (
     Attention,
-    EncoderBlock,
     additive,
     attend,
     attend_fused,
     attend_in_blocks,
     attend_plain,
     attention_weights,
-    in_pieces,
     record_attention,
 )
+from minivlm.layers import MLP, EncoderBlock, in_pieces
 
 SCALE = 8**-0.5
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,18 +23,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, gigabytes, require_memory
-from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, Layout, to_file, to_ours
-from minivlm.configs import PaliGemmaConfig
+from minivlm.checkpoints.hub import few, read_json
+from minivlm.checkpoints.layouts import Layout, to_file, to_ours
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 
-__all__ = ["PALIGEMMA_LAYOUTS", "find_folder", "load_model", "read_config", "read_tensors", "save_model"]
-
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD = "language_model.lm_head.weight"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Looking for NaN reads every byte. Up to this size (bytes) it costs nothing to speak of; above, `generate`
 # looks at its first logits instead.
 CHECKED_SIZE = 256 * 2**20
@@ -45,106 +40,6 @@ COUNTED = re.compile(r"(^|\.)embeddings\.position_ids$")
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def find_folder(
-    name: str | Path, revision: str | None = None, *, files: Sequence[str] = ("*.json", "*.safetensors")
-) -> Path:
-    """The folder of a checkpoint: a local one, or a repo id of the Hub like "google/paligemma-3b-mix-224".
-
-    A repo is downloaded once, into the Hub's own cache, and found there without a network afterwards. What is
-    cut in the middle is no part of the cache: the next call gets the files that are missing.
-
-    Args:
-        revision: a branch, tag or commit of the repo; without one, its main branch.
-        files: patterns of the files to download.
-
-    Raises:
-        InputError: there is no such folder, repo or revision, it may not be read, the Hub is out of reach, or
-            a local folder has a revision or was cloned without its large files.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if revision is not None:
-            raise InputError(
-                f"{folder} is a folder here, and revision {revision!r} belongs to a repo of the Hub: leave "
-                "the revision out, or give a repo id"
-            )
-        _check_pointers(folder)
-        return folder
-    if folder.exists():
-        raise InputError(f"{folder} is a file: give the folder that holds config.json")
-    if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise InputError(f"{name} is neither a folder nor a repo id (owner/name) of the Hub: check the name")
-    return _download(name, revision, files)
-
-
-def _check_pointers(folder: Path) -> None:
-    """git clones large files as pointers of some 130 bytes, where git-lfs is not installed."""
-    pointers = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors") and path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    pointers.append(path.name)
-    if pointers:
-        raise InputError(
-            f"{folder} has only pointers of Git LFS in place of {_few(pointers)}: run `git lfs install` and "
-            "`git lfs pull` there, or give the repo id instead"
-        )
-
-
-def _download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
-    # Imported where it is needed: most loads are local, and this import is slow.
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"{repo_id} asks you to accept its license: do so on https://huggingface.co/{repo_id}, then log "
-            "in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"there is no folder {repo_id}, and the Hub has no public repo of that name: check the spelling; "
-            "if the repo is private, log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(
-            f"{repo_id} has no revision {revision!r}: give a branch, a tag or a commit from "
-            f"https://huggingface.co/{repo_id}/tree/main"
-        ) from error
-    except Exception as error:  # whatever its HTTP library raises, which changes from version to version
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            raise InputError(
-                f"the Hub refuses {repo_id} to you ({_first_line(error)}): log in anew with `hf auth login`, "
-                "with a token that may read it"
-            ) from error
-        raise InputError(
-            f"there is no folder {repo_id}, and it cannot be had from the Hub or its cache on this machine "
-            f"({type(error).__name__}: {_first_line(error)}): check the connection, or copy the folder here"
-        ) from error
-    return Path(folder)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of config.json. Raises InputError when it is missing or not a JSON object."""
-    return _read_json(folder, "config.json")
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {name}: is it the folder of a checkpoint?") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / name} cannot be read ({error}): get the file again") from error
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{folder / name} holds a {type(values).__name__}, expected a JSON object: get the file again"
-        )
-    return values
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -173,7 +68,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder, INDEX).get("weight_map")
+        weight_map = read_json(folder, INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / INDEX} has no weight_map: get the file again")
         shards = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
@@ -181,7 +76,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if missing:
             cut = any((folder / ".cache" / "huggingface").rglob("*.incomplete"))
             raise InputError(
-                f"{folder} lacks {_few(missing)}, named in {INDEX}: "
+                f"{folder} lacks {few(missing)}, named in {INDEX}: "
                 + (
                     "its download was cut, run the same `hf download` again"
                     if cut
@@ -192,7 +87,7 @@ def _weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
         raise InputError(
-            f"{folder} has its weights in {_few(pickled)}: a pickle can run code that is hidden in it, so it "
+            f"{folder} has its weights in {few(pickled)}: a pickle can run code that is hidden in it, so it "
             "is refused. Get the safetensors version, or convert it on a machine that holds no secrets"
         )
     raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}: download the weights as well")
@@ -222,10 +117,6 @@ def load_model(
     layout_name, layout = max(
         layouts.items(), key=lambda item: sum(to_ours(name, item[1]) is not None for name in found)
     )
-    # A head in the file beats what the config says.
-    if isinstance(config, PaliGemmaConfig) and HEAD in [to_ours(name, layout) for name in found]:
-        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-
     with torch.device("meta"), _Uninitialized():  # shapes without memory: the numbers come from the file
         model = cls(config)
     tensors, problems = _fit(found, layout, model.state_dict())
@@ -281,7 +172,7 @@ def _fit(
             misshapen.append(f"{name} is {tensor.dtype}, expected floating point (no quantized files)")
     missing = [to_file(name, layout) for name in wanted if name not in tensors]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape or type": misshapen}
-    return tensors, [f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
+    return tensors, [f"{len(names)} {kind}: {few(names)}" for kind, names in kinds.items() if names]
 
 
 def _check_device(
@@ -303,10 +194,10 @@ def _check_finite(folder: Path, before: Mapping[str, Tensor], after: Mapping[str
     bad = [name for name, tensor in after.items() if not torch.isfinite(tensor).all()]
     damaged = [name for name in bad if not torch.isfinite(before[name]).all()]
     if damaged:
-        raise InputError(f"{folder} holds NaN or infinity in {_few(damaged)}: it is damaged, get it again")
+        raise InputError(f"{folder} holds NaN or infinity in {few(damaged)}: it is damaged, get it again")
     if bad:
         raise InputError(
-            f"{_few(bad)} of {folder}: numbers too large for {after[bad[0]].dtype}. Use torch.bfloat16 or "
+            f"{few(bad)} of {folder}: numbers too large for {after[bad[0]].dtype}. Use torch.bfloat16 or "
             "torch.float32"
         )
 
@@ -331,11 +222,3 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout
     with write_aside(folder / "config.json") as config_path, write_aside(folder / WEIGHTS) as weights_path:
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, weights_path, metadata={"format": "pt"})  # transformers refuses a file without it
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from minivlm.attention import Attention, attend_plain
 from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
-from minivlm.layers import MLP, Attention, attend_plain
+from minivlm.layers import MLP
 
 Layer = Callable[[Tensor], Tensor]
 

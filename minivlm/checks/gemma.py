@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minivlm.checks import call, expect, expect_tensor, right, same
-from minivlm.configs import GemmaConfig
+from minivlm.text.gemma import GemmaConfig
 
 
 class solutions:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
-from minivlm.configs import PaliGemmaConfig
+from minivlm.models.paligemma import PaliGemmaConfig
 from minivlm.models.sizes import cache_bytes, weight_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -20,8 +20,7 @@ import torch
 
 import minivlm
 from minivlm.checkpoints.devices import free_memory
-from minivlm.errors import InputError
-from minivlm.extras import extra
+from minivlm.errors import InputError, extra
 from minivlm.models.load import load_paligemma
 from minivlm.world.demo import sample_scene
 

@@ -17,10 +17,8 @@ import ast
 import importlib
 import json
 import os
-import pkgutil
 import re
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm import checks
 from minivlm.classroom import landlock
-from minivlm.classroom.notebooks import read_notebook
-from minivlm.extras import extra
+from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
+from minivlm.errors import extra
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -49,21 +47,6 @@ CONSTANT = (
     ast.operator,
     ast.expr_context,
 )
-
-
-def module_of(notebook: NotebookNode) -> str | None:
-    """The module of `minivlm.checks` that most cells use: which notebook of the course this is."""
-    modules = {module.name for module in pkgutil.iter_modules(checks.__path__)}
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    used = Counter(name for source in sources for name in re.findall(r"\bchecks\.(\w+)", source))
-    known = [name for name, _ in used.most_common() if name in modules]
-    return known[0] if known else None
-
-
-def exercises_of(module: str) -> list[str]:
-    """Names of the exercises of a module of checks."""
-    solutions = importlib.import_module(f"minivlm.checks.{module}").solutions
-    return [name for name, member in vars(solutions).items() if isinstance(member, staticmethod)]
 
 
 def judge(notebook: NotebookNode, whole: bool = False, seconds: float = 0) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import re
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivlm.errors import InputError
-from minivlm.extras import extra
+from minivlm import checks
+from minivlm.errors import InputError, extra
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -38,3 +42,18 @@ def read_notebook(path: Path) -> NotebookNode:
     except Exception as error:  # JSON of any other kind ends in any kind of error inside nbformat
         raise InputError(f"{path} is JSON, but not a notebook: save it again in Jupyter") from error
     return notebook
+
+
+def module_of(notebook: NotebookNode) -> str | None:
+    """The module of `minivlm.checks` that most cells use: which notebook of the course this is."""
+    modules = {module.name for module in pkgutil.iter_modules(checks.__path__)}
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    used = Counter(name for source in sources for name in re.findall(r"\bchecks\.(\w+)", source))
+    known = [name for name, _ in used.most_common() if name in modules]
+    return known[0] if known else None
+
+
+def exercises_of(module: str) -> list[str]:
+    """Names of the exercises of a module of checks."""
+    solutions = importlib.import_module(f"minivlm.checks.{module}").solutions
+    return [name for name, member in vars(solutions).items() if isinstance(member, staticmethod)]

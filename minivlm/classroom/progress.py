@@ -26,8 +26,7 @@ from pathlib import Path
 
 import minivlm
 from minivlm.checks import STILL_BLANK
-from minivlm.classroom.grading import exercises_of, module_of
-from minivlm.classroom.notebooks import read_notebook
+from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
 from minivlm.errors import InputError
 
 KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of this environment

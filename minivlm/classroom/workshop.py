@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING
 
 import minivlm
 from minivlm.classroom.notebooks import read_notebook
-from minivlm.errors import InputError
-from minivlm.extras import extra
+from minivlm.errors import InputError, extra
 from minivlm.files import write_aside
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from minivlm.cli import options as shared
 from minivlm.data.pairs import read_pairs
 from minivlm.errors import InputError
-from minivlm.evaluation import contrastive
-from minivlm.evaluation.answers import COLUMNS, as_json, as_text, evaluate
+from minivlm.evaluation import contrastive, evaluate
+from minivlm.evaluation.columns import COLUMNS
 from minivlm.evaluation.contrastive import PAIR_COLUMNS, evaluate_own_pairs, evaluate_pairs
+from minivlm.evaluation.tables import as_json, as_text
 from minivlm.models.clip import CLIP
 from minivlm.models.paligemma import PaliGemma
 from minivlm.models.siglip import SigLIP

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from minivlm.classroom import landlock
 from minivlm.classroom.progress import Limits, find_handed_in, judge_handed_in
 from minivlm.cli import options as shared
-from minivlm.errors import InputError
-from minivlm.extras import extra
+from minivlm.errors import InputError, extra
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands

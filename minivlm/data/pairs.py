@@ -12,9 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
 from minivlm.data.lines import BadLines, check_picture, read_lines, read_texts
 from minivlm.errors import InputError
-from minivlm.processing import CaptionTokenizer
+from minivlm.processing import CaptionTokenizer, PairProcessor, load_picture, to_rgb
 
 KEYS = ("image", "text")
 
@@ -78,3 +83,57 @@ def read_captions(path: str | Path) -> list[str]:
         return text
 
     return read_lines(path, read_line, KEYS, warn=lambda bad: None)
+
+
+Inputs = dict[str, Tensor]  # pixel_values [n, C, H, W] and input_ids [n, T]; row i of both belongs together
+
+
+class FilePairs(Dataset[list[Inputs] | InputError]):
+    """Item number n: the batch of step n, once for each processor.
+
+    All lines in random order, then all of them in another one, and so on. What is left over at the end of
+    such a round, being less than a batch, waits for another round.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        processors: Sequence[PairProcessor],
+        *,
+        seed: int,
+        steps: int,
+        batch_size: int,
+    ) -> None:
+        self.pairs, self.processors = pairs, processors
+        self.seed, self.steps, self.batch_size = seed, steps, batch_size
+        if len(pairs) < batch_size:
+            raise InputError(
+                f"batch_size is {batch_size}, and there are {len(pairs)} pairs: a pair would be in a batch "
+                "twice and count as wrong, choose a smaller batch"
+            )
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[Inputs] | InputError:
+        chosen = self.choose(step)
+        try:
+            pictures = [open_picture(pair) for pair in chosen]
+        except InputError as error:  # handed over: raised in a worker process it would come with a traceback
+            return error
+        return [processor(pictures, [pair.text for pair in chosen]) for processor in self.processors]
+
+    def choose(self, step: int) -> list[Pair]:
+        """The lines of a batch."""
+        epoch, place = divmod(step, len(self.pairs) // self.batch_size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+        rows = order[place * self.batch_size : (place + 1) * self.batch_size]
+        return [self.pairs[row] for row in rows.tolist()]
+
+
+def open_picture(pair: Pair) -> Image.Image:
+    """Raises InputError: it turns out to be damaged, or has gone since it was looked at."""
+    try:
+        return to_rgb(load_picture(pair.path))
+    except InputError as error:
+        raise InputError(f"line {pair.line}: {error}") from error

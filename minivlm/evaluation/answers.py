@@ -8,76 +8,24 @@ them stands what can be reached without looking (baselines.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, get_args
+from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import numpy as np
+import torch
 from PIL import Image
+from tqdm import tqdm
 
-from minivlm.answering import answer_all, box_scores
 from minivlm.errors import InputError
 from minivlm.evaluation.baselines import text_only_answers
-from minivlm.evaluation.detection import match_boxes
+from minivlm.evaluation.columns import CHANGES, COLUMNS, EVALUATION_STREAM, Column
 from minivlm.evaluation.scoring import Metric, Question, score
+from minivlm.evaluation.tables import Table
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
-from minivlm.world.augmentations import as_jpeg, on_gray, turned
+from minivlm.processing import Processor, Tokenizer, box_to_tokens, text_to_boxes
 from minivlm.world.questions import TASKS, Example, ask
-from minivlm.world.renderers import BROWSERS, CHROMIUM, draw_with_browser, draw_with_matplotlib, find_browser
+from minivlm.world.renderers import find_browser
 from minivlm.world.scenes import Scene, Split, make_scene
-
-__all__ = [
-    "COLUMNS",
-    "Metric",
-    "Question",
-    "answer_all",
-    "as_json",
-    "as_text",
-    "evaluate",
-    "make_questions",
-    "match_boxes",
-    "score",
-]
-
-EVALUATION_STREAM = 2**31  # keeps the seeds of evaluation apart from those of training, which count steps
-CHANGES = len(get_args(Split))  # number of the stream that changes scenes; those before it make them
-
-
-def draw(scenes: Sequence[Scene], pixels: int) -> list[Image.Image]:
-    """The pictures as training shows them."""
-    return [scene.draw(pixels) for scene in scenes]
-
-
-def draw_jpegs(scenes: Sequence[Scene], pixels: int) -> list[Image.Image]:
-    """The pictures after strong compression."""
-    return [as_jpeg(scene.draw(pixels), quality=50) for scene in scenes]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A way to ask: about which scenes, changed how before anything is asked, and drawn by whom."""
-
-    title: str
-    split: Split = "test"
-    change: Callable[[Scene, np.random.Generator], Scene] | None = None
-    draw: Callable[[Sequence[Scene], int], list[Image.Image]] = draw
-
-
-# All but the second show the same scenes, and ask the same questions about them.
-COLUMNS = {
-    "held_out": Column("held-out scenes"),
-    "unseen_pairs": Column("unseen pairs", split="unseen"),
-    "other_grays": Column("other grays", change=partial(on_gray, least=40, below=161)),
-    "turned": Column("turned", change=partial(turned, degrees=15)),
-    "jpeg": Column("JPEG", draw=draw_jpegs),
-    "matplotlib": Column("matplotlib", draw=draw_with_matplotlib),
-    "browser": Column("browser", draw=draw_with_browser),
-    "text_only": Column("text only"),  # answered without the model
-}
-
-Table = dict[str, dict[str, Metric]]  # column -> row -> number
 
 
 def make_questions(scenes: int, seed: int, split: Split, pixels: int) -> list[Question]:
@@ -168,30 +116,80 @@ def _examine(
 # ---- the table as text -------------------------------------------------------------------------------------
 
 
-def as_json(table: Table) -> dict[str, Any]:
-    """The table as plain numbers, rounded to four decimals."""
-    return {
-        column: {
-            name: {key: round(number, 4) for key, number in asdict(metric).items()}
-            for name, metric in metrics.items()
-        }
-        for column, metrics in table.items()
-    }
+LONGEST_ANSWER = 96  # tokens; three things to segment take 69
 
 
-def as_text(table: Table) -> str:
-    """The table as Markdown. Majority and cases are those of its first column."""
-    shown = {name: metrics for name, metrics in table.items() if metrics}
-    first = next(iter(shown.values()), {})
-    values = {name: {row: metric.value for row, metric in metrics.items()} for name, metrics in shown.items()}
-    text_only = {"text only": values.pop("text_only")} if "text_only" in values else {}
-    columns = {COLUMNS[name].title: column for name, column in values.items()}
-    columns |= {"majority": {row: metric.majority for row, metric in first.items()}} | text_only
-    lines = [f"| | {' | '.join(columns)} | cases |", "|---" * (len(columns) + 2) + "|"]
-    for row, metric in first.items():
-        cells = [f"{column[row]:.3f}" for column in columns.values()]
-        lines.append(f"| {row} | {' | '.join(cells)} | {metric.cases} |")
-    if table.get("browser") == {}:
-        names = ", ".join(BROWSERS)
-        lines += ["", f"The column browser is left out: no {names} was found, and {CHROMIUM} is not set."]
-    return "\n".join(lines)
+def answer_all(
+    model: PaliGemma,
+    processor: Processor,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    batch_size: int = 64,
+    progress: bool | None = None,
+    label: str | None = None,
+    expected: Sequence[str] | None = None,
+) -> list[str]:
+    """Greedy answers to many prompts, in batches of rows of about equal length.
+
+    Args:
+        progress: True shows a bar, False none, None only on a terminal.
+        label: what the bar is called.
+        expected: answers of about the same length, where they are known. A batch takes as long as its longest
+            answer, so that rows are sorted by them; they change nothing but the time.
+    """
+    answer_lengths = [0] * len(prompts) if expected is None else [len(answer) for answer in expected]
+    order = sorted(
+        range(len(prompts)), key=lambda i: (prompts[i].split()[0], answer_lengths[i], len(prompts[i]))
+    )
+    answers = [""] * len(prompts)
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, label, unit="batch", disable=None if progress is None else not progress):
+        rows = order[start : start + batch_size]
+        inputs = processor([pictures[i] for i in rows], [prompts[i] for i in rows])
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        texts = processor.decode(model.generate(**inputs, max_new_tokens=LONGEST_ANSWER))
+        for i, text in zip(rows, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+@torch.inference_mode()
+def box_scores(
+    model: PaliGemma,
+    processor: Processor,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    batch_size: int = 64,
+) -> list[list[float]]:
+    """How sure the model is of each box that `text_to_boxes` finds in its answers, from 0 to 1.
+
+    A box is four words, each with a probability; their geometric mean is the box's score. The probabilities
+    come from reading picture, prompt and answer once more, all in one forward pass.
+    """
+    boxes = [text_to_boxes(answer, 1, 1) for answer in answers]
+    scores: list[list[float]] = [[] for _ in answers]
+    order = sorted((i for i, found in enumerate(boxes) if found), key=lambda i: len(answers[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        inputs = processor(
+            [pictures[i] for i in rows], [prompts[i] for i in rows], [answers[i] for i in rows]
+        )
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        words = inputs["labels"][:, 1:]  # [B, S - 1], each predicted by the logits before it
+        log_probs = model(**inputs).logits[:, :-1].float().log_softmax(dim=-1)  # [B, S - 1, V]
+        log_probs = log_probs.gather(-1, words.clamp(min=0)[..., None])[..., 0]  # [B, S - 1], of these words
+        for i, ids, of_words in zip(rows, words.tolist(), log_probs, strict=True):
+            for place in _places(processor.tokenizer, ids, [box_to_tokens(box, 1, 1) for box in boxes[i]]):
+                scores[i].append(float(of_words[place].mean().exp()))
+    return scores
+
+
+def _places(tokenizer: Tokenizer, ids: Sequence[int], texts: Sequence[str]) -> Iterator[slice]:
+    """Where in the ids each of these texts stands, from left to right."""
+    start = 0
+    for text in texts:
+        wanted = tokenizer.encode(text)
+        start = next(i for i in range(start, len(ids)) if ids[i : i + len(wanted)] == wanted)
+        yield slice(start, start + len(wanted))
+        start += len(wanted)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from minivlm.data.pairs import Pair
 from minivlm.errors import InputError
-from minivlm.evaluation.answers import CHANGES, COLUMNS, EVALUATION_STREAM, Column
+from minivlm.evaluation.columns import CHANGES, COLUMNS, EVALUATION_STREAM, Column
 from minivlm.evaluation.retrieval import (
     RECALL_AT,
     accuracy,

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from minivlm import masks
-from minivlm.layers import record_attention
+from minivlm.attention import record_attention
 from minivlm.looking.measures import attention_rollout, log_odds
 from minivlm.losses import similarity
 from minivlm.models.clip import CLIP

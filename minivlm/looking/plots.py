@@ -1,7 +1,7 @@
 """Figures of what goes on inside a model. Numbers come in as tensors, a matplotlib Figure comes out.
 
-The numbers are made by measures.py and inspection.py. Figures are matplotlib's own and not pyplot's: they need
-no display. A notebook shows them with `display`.
+The numbers are made by measures.py and inspection.py. Figures are matplotlib's own and not pyplot's: they
+need no display. A notebook shows them with `display`.
 """
 
 from __future__ import annotations

@@ -10,18 +10,63 @@ answer to "which of them?". SigLIP's question is another one, see `siglip.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minivlm.checkpoints import weights
+from minivlm.checkpoints.hub import PICTURES, TOKENIZER, find_folder, read_config, require_equal
 from minivlm.checkpoints.layouts import CLIP_LAYOUTS
-from minivlm.encoder_configs import CLIPConfig
+from minivlm.configs import (
+    known_numbers,
+    part_of,
+    require_system,
+)
 from minivlm.losses import clip_loss, l2_normalize, pair_logits
-from minivlm.models.contrastive import ContrastiveOutput, check_widths
-from minivlm.text.clip import CLIPTextModel
-from minivlm.vision.clip import CLIPVisionModel
+from minivlm.models.contrastive import ContrastiveOutput, check_vocabulary, check_widths
+from minivlm.processing import PairProcessor
+from minivlm.text.clip import CLIPTextConfig, CLIPTextModel
+from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Two towers and the width of the space in which they meet."""
+
+    vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592  # ln(1 / 0.07)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
+        """From a whole config.json. Raises InputError where it describes another system.
+
+        The towers' own `projection_dim` are for towers that stand alone and are not read. In old files a
+        `text_config_dict` or `vision_config_dict` takes the place of the part without `_dict`.
+        """
+        require_system(values, "clip")
+        return cls(
+            vision=CLIPVisionConfig.from_dict(part_of(values, "vision_config")),
+            text=CLIPTextConfig.from_dict(part_of(values, "text_config")),
+            **known_numbers(values, "projection_dim", "logit_scale_init_value"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that this package and transformers both read."""
+        width = {"projection_dim": self.projection_dim}
+        return {
+            "model_type": "clip",
+            "architectures": ["CLIPModel"],
+            "vision_config": self.vision.to_dict() | width,
+            "text_config": self.text.to_dict() | width,
+            "logit_scale_init_value": self.logit_scale_init_value,
+            **width,
+        }
 
 
 class CLIP(nn.Module):
@@ -88,12 +133,31 @@ class CLIP(nn.Module):
     ) -> CLIP:
         """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
 
-        Raises InputError: see `minivlm.checkpoints.weights`.
+        Raises InputError: see `minivlm.checkpoints`.
         """
-        folder = weights.find_folder(name)
-        config = CLIPConfig.from_dict(weights.read_config(folder))
+        folder = find_folder(name)
+        config = CLIPConfig.from_dict(read_config(folder))
         return weights.load_model(cls, config, folder, CLIP_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
         weights.save_model(self, self.config.to_dict(), Path(folder), CLIP_LAYOUTS["hub"])
+
+
+def open_folder(
+    folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
+) -> tuple[CLIP, PairProcessor]:
+    """The model of a folder, whose config.json holds `values`, and its processor.
+
+    Raises InputError: the files do not fit together; otherwise as `CLIP.from_pretrained`.
+    """
+    config = CLIPConfig.from_dict(values)
+    processor = PairProcessor.from_pretrained(folder, "clip", config.text.max_position_embeddings)
+    side = processor.image_processor.image_size
+    require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
+    # 2 in old files does not say which id ends a text, see `CLIPTextConfig`.
+    if config.text.eos_token_id != 2:
+        eos_id = processor.tokenizer.eos_id
+        require_equal(folder, "the id of the end", config.text.eos_token_id, eos_id, TOKENIZER)
+    check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.vocab_size)
+    return weights.load_model(CLIP, config, folder, CLIP_LAYOUTS, dtype=dtype, device=device), processor

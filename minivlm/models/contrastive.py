@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
+
+from minivlm.errors import InputError
 
 
 @dataclass
@@ -29,4 +32,13 @@ def check_widths(image_embeds: Tensor, text_embeds: Tensor) -> None:
         raise ValueError(
             f"embeddings of pictures {shapes[0]} and of texts {shapes[1]} cannot be compared: expected "
             "[n, D] and [m, D] from the two towers of one model"
+        )
+
+
+def check_vocabulary(folder: Path, known: int, tokens: int) -> None:
+    """Raises InputError: a tokenizer with more tokens than the model has embeddings."""
+    if tokens > known:
+        raise InputError(
+            f"in {folder}, tokenizer.json has {tokens} tokens and the model knows {known}: take all files "
+            "from the same checkpoint"
         )

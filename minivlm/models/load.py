@@ -1,31 +1,41 @@
-"""From a folder's name to a model and its processor."""
+"""From a folder's name to a model and its processor: the one table of systems."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from minivlm.checkpoints import weights
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
-from minivlm.configs import PaliGemmaConfig
-from minivlm.encoder_configs import CLIPConfig, SiglipConfig, ViTConfig
+from minivlm.checkpoints.hub import find_folder, read_config
 from minivlm.errors import InputError
-from minivlm.models.clip import CLIP
+from minivlm.models import clip, paligemma, siglip, vit
 from minivlm.models.paligemma import PaliGemma
-from minivlm.models.siglip import SigLIP
-from minivlm.models.vit import ViT
-from minivlm.processing import PairProcessor, Processor, ViTImageProcessor
+from minivlm.processing import Processor
+from minivlm.speed import speed_up
 from minivlm.speed.int8 import quantize_decoder
 from minivlm.speed.packing import check_packing, matrices, pack_matrices
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that comes with the package
-PICTURES = "preprocessor_config.json"
 
-Model = TypeVar("Model", bound=torch.nn.Module)
+Kind = Literal["answers", "matches", "classifies"]
 
-MODELS = ("paligemma", "clip", "siglip", "vit")  # the values of model_type in config.json
+
+class System(NamedTuple):
+    """What opens a folder, and which kind of model comes out."""
+
+    open_folder: Callable[[Path, Mapping[str, Any], torch.dtype | None, torch.device | str], tuple[Any, Any]]
+    kind: Kind
+
+
+SYSTEMS = {  # model_type in config.json -> what opens its folder
+    "paligemma": System(paligemma.open_folder, "answers"),
+    "clip": System(clip.open_folder, "matches"),
+    "siglip": System(siglip.open_folder, "matches"),
+    "vit": System(vit.open_folder, "classifies"),
+}
 
 
 def load(
@@ -36,6 +46,7 @@ def load(
     revision: str | None = None,
     quantize: str | None = None,
     pack: bool = False,
+    kind: Kind | None = None,
 ) -> tuple[Any, Any]:
     """Open a checkpoint: a local folder, or a repo id of the Hub such as "google/paligemma-3b-mix-224".
 
@@ -48,38 +59,34 @@ def load(
         revision: of a repo id, a branch, tag or commit; without one, the main branch.
         quantize: "int8" halves the bytes of a decoder in bf16, see `minivlm.speed.int8`.
         pack: on a CPU and in bf16, spend memory on faster prompts and batches, see `minivlm.speed.packing`.
+        kind: refuse other models than those that answer, match or classify.
 
     Returns:
         Which types, the folder's config.json decides: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
         `PairProcessor`, `ViT` and `ViTImageProcessor`.
 
     Raises:
-        InputError: the folder cannot be found or read, holds another system than those of `MODELS`, or its
+        InputError: the folder cannot be found or read, holds another system than those of `SYSTEMS`, or its
             files do not fit together; the device does not exist, cannot compute in the dtype, or has too
             little memory free; there is no such way to quantize, or no decoder; the weights cannot be packed.
     """
-    folder, values = _find(name, revision, MODELS, dtype, device, quantize, pack)
-    # The processor first: a mistake in its small files shows before the large ones are read.
-    match values.get("model_type"):
-        case "paligemma":
-            return load_paligemma(folder, dtype, device, quantize=quantize, pack=pack)
-        case "clip":
-            clip = CLIPConfig.from_dict(values)
-            pairs = PairProcessor.from_pretrained(folder, "clip", clip.text.max_position_embeddings)
-            _check_pairs(folder, clip, pairs)
-            return _packed(CLIP.from_pretrained(folder, dtype=dtype, device=device), pack), pairs
-        case "siglip":
-            siglip = SiglipConfig.from_dict(values)
-            pairs = PairProcessor.from_pretrained(folder, "siglip", siglip.text.max_position_embeddings)
-            _check_pairs(folder, siglip, pairs)
-            return _packed(SigLIP.from_pretrained(folder, dtype=dtype, device=device), pack), pairs
-        case "vit":
-            vit = ViTConfig.from_dict(values)
-            pictures = ViTImageProcessor.from_pretrained(folder)
-            _require_equal(folder, {"the picture's side": (vit.image_size, pictures.image_size, PICTURES)})
-            return _packed(ViT.from_pretrained(folder, dtype=dtype, device=device), pack), pictures
-        case other:
-            raise ValueError(f"{other!r} is in MODELS, and nothing here loads it")
+    # What can be refused is refused before gigabytes are downloaded.
+    _check_options(dtype, device, quantize, pack)
+    values = read_config(find_folder(name, revision, files=["config.json"]))
+    system = _system(name, values.get("model_type"), kind, quantize)
+    folder = find_folder(name, revision)
+    if quantize is None:
+        model, processor = system.open_folder(folder, values, dtype, device)
+    else:
+        model, processor = system.open_folder(folder, values, None, "cpu")  # rounded once, from the file's
+        _require_memory_for_int8(model, dtype, device)
+        quantize_decoder(model)
+        model.to(device, dtype)
+    if pack:
+        copies = bytes_needed((matrix.weight for matrix in matrices(model)), None, "cpu", bytes_per_weight=2)
+        require_memory(copies, "cpu", "the packed weights", "do without packing, or use a smaller checkpoint")
+        pack_matrices(model)
+    return speed_up(model), processor
 
 
 def load_paligemma(
@@ -96,28 +103,13 @@ def load_paligemma(
     Raises:
         InputError: as `load`, and where the folder holds a model that writes no text.
     """
-    folder, values = _find(name, revision, ("paligemma",), dtype, device, quantize, pack)
-    config = PaliGemmaConfig.from_dict(values)
-    processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
-    _check_pair(folder, config, processor)
-    if quantize is None:
-        return _packed(PaliGemma.from_pretrained(folder, dtype=dtype, device=device), pack), processor
-    model = PaliGemma.from_pretrained(folder, dtype=None)  # rounded once, from what the file has
-    _require_memory(model, dtype, device)
-    quantize_decoder(model)
-    return model.to(device, dtype), processor
+    options: dict[str, Any] = {"revision": revision, "quantize": quantize, "pack": pack}
+    return load(name, dtype, device, kind="answers", **options)
 
 
-def _find(
-    name: str | Path,
-    revision: str | None,
-    supported: tuple[str, ...],
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    quantize: str | None,
-    pack: bool,
-) -> tuple[Path, dict[str, Any]]:
-    """The folder and its config.json. What can be refused is refused before gigabytes are downloaded."""
+def _check_options(
+    dtype: torch.dtype | None, device: torch.device | str, quantize: str | None, pack: bool
+) -> None:
     if quantize not in (None, "int8"):
         raise InputError(f'quantize is {quantize!r}, and only "int8" is known: choose it, or leave it out')
     if quantize is not None and pack:
@@ -126,61 +118,26 @@ def _find(
         check_dtype(dtype, device)
     if pack:
         check_packing(dtype, device)
-    folder = weights.find_folder(name, revision, files=["config.json"])
-    values = weights.read_config(folder)
-    if values.get("model_type") not in supported:
-        purpose = "can be loaded" if supported == MODELS else "writes answers"
+
+
+def _system(name: str | Path, model_type: object, kind: Kind | None, quantize: str | None) -> System:
+    supported = [row for row, system in SYSTEMS.items() if kind in (None, system.kind)]
+    if not isinstance(model_type, str) or model_type not in supported:
+        purpose = {None: "can be loaded", "answers": "writes answers"}.get(kind, f"{kind} pictures")
         raise InputError(
-            f"{name} holds a model of type {values.get('model_type')!r}, and only {', '.join(supported)} "
+            f"{name} holds a model of type {model_type!r}, and only {', '.join(supported)} "
             f"{purpose}: choose another checkpoint"
         )
-    if quantize is not None and values["model_type"] != "paligemma":
-        raise InputError(
-            f"{name} holds a {values['model_type']}, which has no decoder to quantize: leave quantize out"
-        )
-    return weights.find_folder(name, revision), values
+    if quantize is not None and SYSTEMS[model_type].kind != "answers":
+        raise InputError(f"{name} holds a {model_type}, which has no decoder to quantize: leave quantize out")
+    return SYSTEMS[model_type]
 
 
-def _packed(model: Model, pack: bool) -> Model:
-    if pack:
-        copies = bytes_needed((matrix.weight for matrix in matrices(model)), None, "cpu", bytes_per_weight=2)
-        require_memory(copies, "cpu", "the packed weights", "do without packing, or use a smaller checkpoint")
-        pack_matrices(model)
-    return model
-
-
-def _require_memory(model: PaliGemma, dtype: torch.dtype | None, device: torch.device | str) -> None:
-    decoder = list(model.language_model.parameters())
-    rest = [*model.vision_tower.parameters(), *model.multi_modal_projector.parameters()]
+def _require_memory_for_int8(
+    model: torch.nn.Module, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    decoder = list(model.get_submodule("language_model").parameters())
+    ids = {id(parameter) for parameter in decoder}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     needed = bytes_needed(decoder, None, "cpu", bytes_per_weight=1) + bytes_needed(rest, dtype, device)
     require_memory(needed, device, "the weights in int8", "use a smaller checkpoint, or a machine with more")
-
-
-def _check_pair(folder: Path, config: PaliGemmaConfig, processor: Processor) -> None:
-    pairs = {
-        "the id of <image>": (config.image_token_id, processor.tokenizer.image_id, "tokenizer.json"),
-        "the picture's side": (config.vision.image_size, processor.image_processor.image_size, PICTURES),
-    }
-    _require_equal(folder, pairs)
-
-
-def _check_pairs(folder: Path, config: CLIPConfig | SiglipConfig, processor: PairProcessor) -> None:
-    pairs = {"the picture's side": (config.vision.image_size, processor.image_processor.image_size, PICTURES)}
-    # 2 stands in old files by mistake, see `CLIPTextConfig`.
-    if isinstance(config, CLIPConfig) and config.text.eos_token_id != 2:
-        pairs["the id of the end"] = (config.text.eos_token_id, processor.tokenizer.eos_id, "tokenizer.json")
-    _require_equal(folder, pairs)
-    if processor.tokenizer.vocab_size > config.text.vocab_size:
-        raise InputError(
-            f"in {folder}, tokenizer.json has {processor.tokenizer.vocab_size} tokens and the model knows "
-            f"{config.text.vocab_size}: take all files from the same checkpoint"
-        )
-
-
-def _require_equal(folder: Path, pairs: dict[str, tuple[int, int, str]]) -> None:
-    for what, (expected, found, file) in pairs.items():
-        if found != expected:
-            raise InputError(
-                f"in {folder}, {what} is {expected} by config.json and {found} by {file}: take all files "
-                "from the same checkpoint"
-            )

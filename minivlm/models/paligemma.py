@@ -15,8 +15,8 @@ here: the config says which of the two `build_decoder` builds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,81 @@ from torch import Tensor, nn
 from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
-from minivlm.configs import PaliGemmaConfig
+from minivlm.checkpoints.hub import PICTURES, TOKENIZER, find_folder, read_config, require_equal
+from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS
+from minivlm.errors import InputError
 from minivlm.generate import generate, stream
-from minivlm.text.gemma2 import build_decoder
-from minivlm.vision.siglip import SiglipVisionModel
+from minivlm.processing import Processor
+from minivlm.text.gemma import GemmaConfig, GemmaDecoder
+from minivlm.text.gemma2 import Gemma2Config, Gemma2Decoder
+from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
+
+
+@dataclass(frozen=True)
+class PaliGemmaConfig:
+    """PaliGemma (https://arxiv.org/abs/2407.07726): a SigLIP tower, one linear layer, a Gemma decoder.
+
+    PaliGemma 2 (https://arxiv.org/abs/2412.03555) is the same system with `text` a Gemma2Config; its
+    published sizes are in `minivlm.models.sizes`.
+    """
+
+    vision: SiglipVisionConfig = field(
+        default_factory=lambda: SiglipVisionConfig(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            patch_size=14,
+        )
+    )
+    text: GemmaConfig | Gemma2Config = field(default_factory=GemmaConfig)
+    image_token_id: int = 257152
+    pad_token_id: int = 0
+    bos_token_id: int = 2
+    eos_token_id: int = 1
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PaliGemmaConfig:
+        """From a whole config.json. Raises InputError where it describes another system."""
+        if values.get("model_type") != "paligemma":
+            raise InputError(
+                f"config.json says model_type {values.get('model_type')!r}, and this class computes "
+                "'paligemma': use a PaliGemma folder"
+            )
+        for part in ("vision_config", "text_config"):
+            if not isinstance(values.get(part), Mapping):
+                raise InputError(f"config.json has no {part!r}: is it the config.json of a whole PaliGemma?")
+        text = dict(values["text_config"])
+        text.setdefault("tie_word_embeddings", values.get("tie_word_embeddings", True))
+        decoder = Gemma2Config if text.get("model_type") == "gemma2" else GemmaConfig
+        # The published files call it image_token_index; transformers 5 writes image_token_id.
+        ids = {"image_token_id": values.get("image_token_id", values.get("image_token_index"))}
+        ids |= {name: values.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        return cls(
+            vision=SiglipVisionConfig.from_dict(values["vision_config"]),
+            text=decoder.from_dict(text),
+            **{name: value for name, value in ids.items() if value is not None},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that this package and transformers both read."""
+        return {
+            "model_type": "paligemma",
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "vision_config": {
+                **self.vision.to_dict(),
+                "projection_dim": self.text.hidden_size,
+                "num_image_tokens": self.vision.num_patches,
+            },
+            "text_config": {**self.text.to_dict(), "num_image_tokens": self.vision.num_patches},
+            "projection_dim": self.text.hidden_size,
+            "hidden_size": self.text.hidden_size,
+            "image_token_index": self.image_token_id,
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "tie_word_embeddings": self.text.tie_word_embeddings,
+        }
 
 
 @dataclass
@@ -172,8 +243,8 @@ class PaliGemma(nn.Module):
         mask = mask & masks.padding(cache.key_is_real)
         # The last real token of a row is the one with the highest position, whichever side is padded.
         last = torch.where(attention_mask.bool(), position_ids, -1).argmax(dim=1)  # [B]
-        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache, wanted=last)
-        return hidden_states[:, 0], cache
+        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
+        return hidden_states[torch.arange(len(last), device=last.device), last], cache
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
         """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
@@ -203,12 +274,42 @@ class PaliGemma(nn.Module):
     ) -> PaliGemma:
         """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
 
-        Raises InputError: see `minivlm.checkpoints.weights`.
+        Raises InputError: see `minivlm.checkpoints`.
         """
-        folder = weights.find_folder(name)
-        config = PaliGemmaConfig.from_dict(weights.read_config(folder))
-        return weights.load_model(cls, config, folder, weights.PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
+        folder = find_folder(name)
+        return _read_model(folder, PaliGemmaConfig.from_dict(read_config(folder)), dtype, device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
-        weights.save_model(self, self.config.to_dict(), Path(folder), weights.PALIGEMMA_LAYOUTS["hub"])
+        weights.save_model(self, self.config.to_dict(), Path(folder), PALIGEMMA_LAYOUTS["hub"])
+
+
+def build_decoder(config: GemmaConfig | Gemma2Config) -> GemmaDecoder | Gemma2Decoder:
+    """The decoder that a config describes: PaliGemma has Gemma, PaliGemma 2 has Gemma 2."""
+    return Gemma2Decoder(config) if isinstance(config, Gemma2Config) else GemmaDecoder(config)
+
+
+def open_folder(
+    folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
+) -> tuple[PaliGemma, Processor]:
+    """The model of a folder, whose config.json holds `values`, and its processor.
+
+    The processor comes first: a mistake in its small files shows before the large ones are read.
+
+    Raises InputError: the files do not fit together; otherwise as `PaliGemma.from_pretrained`.
+    """
+    config = PaliGemmaConfig.from_dict(values)
+    processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
+    image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
+    require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)
+    require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
+    return _read_model(folder, config, dtype, device), processor
+
+
+def _read_model(
+    folder: Path, config: PaliGemmaConfig, dtype: torch.dtype | None, device: torch.device | str
+) -> PaliGemma:
+    # A head in the file beats what the config says.
+    if any(name.endswith("lm_head.weight") for name in weights.read_tensors(folder)):
+        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+    return weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)

@@ -12,19 +12,68 @@ fit?" does not depend on which other texts are asked about, and may be no to all
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minivlm.checkpoints import weights
+from minivlm.checkpoints.hub import PICTURES, find_folder, read_config, require_equal
 from minivlm.checkpoints.layouts import SIGLIP_LAYOUTS
-from minivlm.encoder_configs import SiglipConfig
+from minivlm.configs import (
+    expect,
+    part_of,
+    require_system,
+)
+from minivlm.errors import InputError
 from minivlm.losses import l2_normalize, pair_logits, siglip_loss
-from minivlm.models.contrastive import ContrastiveOutput, check_widths
-from minivlm.text.clip import SiglipTextModel
+from minivlm.models.contrastive import ContrastiveOutput, check_vocabulary, check_widths
+from minivlm.processing import PairProcessor
+from minivlm.text.siglip import SiglipTextConfig, SiglipTextModel
 from minivlm.vision.pooling import AttentionPoolingHead
-from minivlm.vision.siglip import SiglipVisionModel
+from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Two towers that meet in the width of the image tower.
+
+    Raises InputError: the text tower returns another width.
+    """
+
+    vision: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
+    text: SiglipTextConfig = field(default_factory=SiglipTextConfig)
+
+    def __post_init__(self) -> None:
+        if self.text.output_size != self.vision.hidden_size:
+            raise InputError(
+                f"the image tower returns {self.vision.hidden_size} numbers and the text tower "
+                f"{self.text.output_size}: set the text's projection_size to the image tower's hidden_size"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SiglipConfig:
+        """From a whole config.json. Raises InputError where it describes another system."""
+        require_system(values, "siglip")
+        vision = dict(part_of(values, "vision_config"))
+        expect(vision, "vision_config", "vision_use_head", True)
+        vision.pop("vision_use_head", None)  # the tower alone has no head; it belongs to the model
+        return cls(
+            vision=SiglipVisionConfig.from_dict(vision),
+            text=SiglipTextConfig.from_dict(part_of(values, "text_config")),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that this package and transformers both read."""
+        return {
+            "model_type": "siglip",
+            "architectures": ["SiglipModel"],
+            "vision_config": self.vision.to_dict() | {"vision_use_head": True},
+            "text_config": self.text.to_dict(),
+        }
 
 
 class SigLIP(nn.Module):
@@ -99,12 +148,27 @@ class SigLIP(nn.Module):
     ) -> SigLIP:
         """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
 
-        Raises InputError: see `minivlm.checkpoints.weights`.
+        Raises InputError: see `minivlm.checkpoints`.
         """
-        folder = weights.find_folder(name)
-        config = SiglipConfig.from_dict(weights.read_config(folder))
+        folder = find_folder(name)
+        config = SiglipConfig.from_dict(read_config(folder))
         return weights.load_model(cls, config, folder, SIGLIP_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
         weights.save_model(self, self.config.to_dict(), Path(folder), SIGLIP_LAYOUTS["hub"])
+
+
+def open_folder(
+    folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
+) -> tuple[SigLIP, PairProcessor]:
+    """The model of a folder, whose config.json holds `values`, and its processor.
+
+    Raises InputError: the files do not fit together; otherwise as `SigLIP.from_pretrained`.
+    """
+    config = SiglipConfig.from_dict(values)
+    processor = PairProcessor.from_pretrained(folder, "siglip", config.text.max_position_embeddings)
+    side = processor.image_processor.image_size
+    require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
+    check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.vocab_size)
+    return weights.load_model(SigLIP, config, folder, SIGLIP_LAYOUTS, dtype=dtype, device=device), processor

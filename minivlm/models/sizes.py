@@ -15,9 +15,15 @@ every pair of positions counts, also those that a mask hides, because they are c
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from minivlm.configs import Gemma2Config, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.errors import InputError
+from minivlm.models.paligemma import PaliGemmaConfig
+from minivlm.text.gemma import GemmaConfig
+from minivlm.text.gemma2 import Gemma2Config
+from minivlm.vision.siglip import SiglipVisionConfig
 
 
 def parameter_counts(config: PaliGemmaConfig) -> dict[str, int]:
@@ -136,3 +142,47 @@ def _attention(config: GemmaConfig | Gemma2Config, context: int) -> int:
 
 def _head(config: PaliGemmaConfig) -> int:
     return 2 * config.text.vocab_size * config.text.hidden_size
+
+
+# ---- the published sizes of PaliGemma 2
+
+DECODERS = {
+    "3b": Gemma2Config(),
+    "10b": Gemma2Config(
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+    ),
+    "28b": Gemma2Config(
+        hidden_size=4608,
+        intermediate_size=36864,
+        num_hidden_layers=46,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=144,  # hidden_size / num_attention_heads, not head_dim
+    ),
+}
+
+
+IMAGE_SIZES = (224, 448, 896)  # pixels, height = width
+
+
+def paligemma2_config(size: str = "3b", image_size: int = 224) -> PaliGemmaConfig:
+    """The config of google/paligemma2-<size>-pt-<image_size>.
+
+    >>> paligemma2_config("10b", 448).vision.num_patches
+    1024
+
+    Raises InputError: a size or an image size that was not published.
+    """
+    if size not in DECODERS or image_size not in IMAGE_SIZES:
+        raise InputError(
+            f"there is no PaliGemma 2 of size {size!r} for pictures of {image_size} pixels: choose from "
+            f"{', '.join(DECODERS)} and {', '.join(map(str, IMAGE_SIZES))}"
+        )
+    first = PaliGemmaConfig()
+    return replace(first, vision=replace(first.vision, image_size=image_size), text=DECODERS[size])

@@ -7,17 +7,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.checkpoints import weights
+from minivlm.checkpoints.hub import PICTURES, find_folder, read_config, require_equal
 from minivlm.checkpoints.layouts import VIT_LAYOUTS
-from minivlm.encoder_configs import ViTConfig
-from minivlm.vision.vit import VisionTransformer
+from minivlm.processing import ViTImageProcessor
+from minivlm.vision.vit import VisionTransformer, ViTConfig
 
 
 @dataclass
@@ -80,16 +83,34 @@ class ViT(nn.Module):
     ) -> ViT:
         """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
 
-        Raises InputError: see `minivlm.checkpoints.weights`.
+        Raises InputError: see `minivlm.checkpoints`.
         """
-        folder = weights.find_folder(name)
-        config = ViTConfig.from_dict(weights.read_config(folder))
-        if config.pooler:  # config.json does not say: the tensors do
-            names = weights.read_tensors(folder)
-            config = replace(config, pooler=any(".pooler." in f".{name}" for name in names))
-        return weights.load_model(cls, config, folder, VIT_LAYOUTS, dtype=dtype, device=device)
+        folder = find_folder(name)
+        return _read_model(folder, ViTConfig.from_dict(read_config(folder)), dtype, device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
         layout = VIT_LAYOUTS["hub" if self.config.labels else "hub without classifier"]
         weights.save_model(self, self.config.to_dict(), Path(folder), layout)
+
+
+def open_folder(
+    folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
+) -> tuple[ViT, ViTImageProcessor]:
+    """The model of a folder, whose config.json holds `values`, and its image processor.
+
+    Raises InputError: the files do not fit together; otherwise as `ViT.from_pretrained`.
+    """
+    config = ViTConfig.from_dict(values)
+    processor = ViTImageProcessor.from_pretrained(folder)
+    require_equal(folder, "the picture's side", config.image_size, processor.image_size, PICTURES)
+    return _read_model(folder, config, dtype, device), processor
+
+
+def _read_model(
+    folder: Path, config: ViTConfig, dtype: torch.dtype | None, device: torch.device | str
+) -> ViT:
+    if config.pooler:  # config.json does not say: the tensors do
+        names = weights.read_tensors(folder)
+        config = replace(config, pooler=any(".pooler." in f".{name}" for name in names))
+    return weights.load_model(ViT, config, folder, VIT_LAYOUTS, dtype=dtype, device=device)

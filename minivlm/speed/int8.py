@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
+from minivlm.speed.one_row import TiedHead
 
 FEW_ROWS = 8  # up to here the product is faster with whole numbers than after turning them back
 BLOCK = 2**21  # numbers turned back at a time: 4 MiB in bf16, which stay in the processor's cache
@@ -117,5 +118,5 @@ def quantize_decoder(model: nn.Module) -> None:
                 setattr(parent, name, Int8Linear(*quantize_rows(child.weight.detach())))
     table = quantize_rows(decoder.embed_tokens.weight.detach())
     decoder.embed_tokens = Int8Embedding(*table)
-    if decoder.lm_head is None:  # tied: the head is the table
+    if decoder.lm_head is None or isinstance(decoder.lm_head, TiedHead):  # tied: the head is the table
         decoder.lm_head = Int8Linear(*table)

@@ -15,11 +15,10 @@ up in it, and where it is the head as well, so does the head.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
-from minivlm.speed.one_row import is_one_row
+from minivlm.speed.one_row import is_one_row, linear, onednn_has_bf16
 
 ROWS = 256  # that the tiles are chosen for: a prompt's. They serve fewer rows as well
 SHORT = 8192  # inputs up to which PyTorch's own kernel reads a matrix faster for one row than tiles are read
@@ -41,17 +40,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if self.in_rows is not None and is_one_row():
-            return F.linear(x, self.in_rows, self.bias)
+        if self.in_rows is not None and is_one_row(x):
+            return linear(x, self.in_rows, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
-
-
-def can_pack() -> bool:
-    """Whether this machine's PyTorch has bf16 kernels of oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_packing(dtype: torch.dtype | None, device: torch.device | str) -> None:
@@ -61,7 +53,7 @@ def check_packing(dtype: torch.dtype | None, device: torch.device | str) -> None
             f"packing is for bfloat16 on a CPU, and the model is to be {dtype or 'as its file is'} on "
             f"{device}: leave it out, or choose these"
         )
-    if not can_pack():
+    if not onednn_has_bf16():
         raise InputError(
             "packing needs a processor with bf16 instructions and a PyTorch with oneDNN, and this machine "
             "lacks one of them: leave it out"

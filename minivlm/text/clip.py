@@ -1,48 +1,63 @@
-"""The text towers of CLIP (https://arxiv.org/abs/2103.00020) and SigLIP (https://arxiv.org/abs/2303.15343).
+"""CLIP's text tower (https://arxiv.org/abs/2103.00020): one vector for a whole text.
 
-Both are encoder blocks over words and learned positions, and both make one vector of a whole text. They
-differ in where a text can be read off:
-
-- CLIP is causal, like a language model, and its vector is the one at the mark of the end (eos), the first
-  token that has seen the whole text. What stands behind it is never read, so padding needs no mask.
-- SigLIP looks in both directions and takes the last place, whatever stands there. It was trained on texts
-  padded to full length and *without* a mask on the padding, so it has to get them like that again.
+What differs from SigLIP's tower in `siglip.py`: attention is causal, as in a language model, and the text's
+vector is the one at the mark of the end (eos), the first token that has seen the whole text. What comes after
+the eos is never read, so padding needs no mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minivlm import masks
-from minivlm.encoder_blocks import ActivatedBlock
-from minivlm.encoder_configs import CLIPTextConfig, SiglipTextConfig
+from minivlm.configs import (
+    check_activation,
+    check_width,
+    expect,
+    known,
+)
 from minivlm.layers import EncoderBlock
+from minivlm.text.embeddings import TextEmbeddings
 
 
-class TextEmbeddings(nn.Module):
-    """One learned vector per word, plus one per position."""
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """CLIP's text tower. The defaults are clip-vit-base-patch32.
 
-    def __init__(self, vocab_size: int, max_position_embeddings: int, hidden_size: int) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, hidden_size)
-        self.position_embedding = nn.Embedding(max_position_embeddings, hidden_size)
-        for table in (self.token_embedding, self.position_embedding):
-            nn.init.normal_(table.weight, std=0.02)
+    `eos_token_id` 2 stands in the files of OpenAI by mistake. It means that the file does not say which id
+    ends a text, and that the end is where the highest id is (see `minivlm.text.clip`).
+    """
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T] -> [B, T, D]. Raises ValueError: texts longer than the table of positions."""
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, T]")
-        longest = self.position_embedding.num_embeddings
-        if input_ids.shape[1] > longest:
-            raise ValueError(
-                f"the texts have {input_ids.shape[1]} tokens, and this tower reads {longest} at most: "
-                "shorten them, or let the tokenizer cut them (truncate=True)"
-            )
-        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77  # tokens, with the marks of start and end
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    pad_token_id: int = 1
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        check_width(self.hidden_size, self.num_attention_heads)
+        check_activation(self.hidden_act)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
+        """From the `text_config` part of a config.json. Raises InputError: another tower than CLIP's."""
+        expect(values, "text_config", "model_type", "clip_text_model")
+        return cls(**known(cls, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `text_config` part of a config.json."""
+        return {"model_type": "clip_text_model", **asdict(self)}
 
 
 class CLIPTextModel(nn.Module):
@@ -54,16 +69,7 @@ class CLIPTextModel(nn.Module):
         self.embeddings = TextEmbeddings(
             config.vocab_size, config.max_position_embeddings, config.hidden_size
         )
-        self.layers = nn.ModuleList(
-            ActivatedBlock(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.layer_norm_eps,
-                config.hidden_act,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_states(self, input_ids: Tensor) -> Iterator[Tensor]:
@@ -107,52 +113,3 @@ class CLIPTextModel(nn.Module):
                 "let the processor of the same folder build the ids"
             )
         return is_end.int().argmax(dim=1)  # of equal values argmax gives the first
-
-
-class SiglipTextModel(nn.Module):
-    """SigLIP's text tower, with the linear head that leads to the width of the image tower."""
-
-    def __init__(self, config: SiglipTextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = TextEmbeddings(
-            config.vocab_size, config.max_position_embeddings, config.hidden_size
-        )
-        self.layers = nn.ModuleList(
-            EncoderBlock(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.layer_norm_eps,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.output_size)
-
-    def hidden_states(self, input_ids: Tensor) -> Iterator[Tensor]:
-        """The embeddings, then the output of each block, before the last norm: each [B, T, D].
-
-        Raises ValueError: the texts are not padded to full length.
-        """
-        x = self.embeddings(input_ids)
-        length = self.config.max_position_embeddings
-        if input_ids.shape[1] != length:
-            raise ValueError(
-                f"the texts have {input_ids.shape[1]} tokens, expected exactly {length}: SigLIP reads a text "
-                "off its last place and knows only padded texts; let the processor of the folder pad them"
-            )
-        yield x
-        for layer in self.layers:
-            x = layer(x)
-            yield x
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T], padded on the right to full length -> [B, T, D]."""
-        for x in self.hidden_states(input_ids):
-            last = x
-        return self.final_layer_norm(last)
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """The last place through the head: [B, T, D] -> [B, output_size]."""
-        return self.head(tokens[:, -1])

@@ -10,17 +10,63 @@ merged; prefix-LM or causal; with or without a cache) is the business of the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.attention import Attention, additive
 from minivlm.cache import KVCache
-from minivlm.configs import GemmaConfig
-from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, in_pieces, pick
+from minivlm.configs import (
+    check_heads,
+    expect,
+    known_decoder,
+)
+from minivlm.layers import GatedMLP, RMSNorm
 from minivlm.rope import apply_rotary, rotary_angles
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Gemma's decoder (https://arxiv.org/abs/2403.08295). The defaults are the text half of paligemma-3b."""
+
+    hidden_size: int = 2048
+    intermediate_size: int = 16384
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 1
+    head_dim: int = 256
+    vocab_size: int = 257216
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GemmaConfig:
+        """From the `text_config` part of a config.json.
+
+        `rope_theta` may stand alone (older files) or inside `rope_parameters` (newer ones).
+        Raises InputError: another decoder than Gemma, another activation, scaled rotary positions.
+        """
+        expect(values, "text_config", "model_type", "gemma")
+        return cls(**known_decoder(cls, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `text_config` part of a config.json."""
+        return {
+            "model_type": "gemma",
+            **asdict(self),
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+        }
 
 
 class GemmaBlock(nn.Module):
@@ -41,12 +87,10 @@ class GemmaBlock(nn.Module):
         mask: Tensor,
         rotary: Callable[[Tensor], Tensor],
         update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        wanted: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D], or [B, 1, D] with one place `wanted` [B] in each row."""
+        """x [B, T, D] -> [B, T, D]."""
         x = x + self.self_attn(self.input_layernorm(x), mask, rotary, update_cache)
-        x = x if wanted is None else pick(x, wanted)
-        x = x + in_pieces(self.mlp, self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
 
@@ -76,7 +120,6 @@ class GemmaDecoder(nn.Module):
         position_ids: Tensor,
         mask: Tensor,
         cache: KVCache | None = None,
-        wanted: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks and the final norm.
 
@@ -85,19 +128,16 @@ class GemmaDecoder(nn.Module):
             position_ids: [B, T].
             mask: boolean [B, 1, T, S], True where a query may look; S = T without a cache.
             cache: where keys and values are written and read; `cache.reserve` was called before.
-            wanted: the place of one token in each row, [B], if only its hidden state will be read. The MLP
-                of the last block, most of the block's work, then runs for these tokens alone.
 
         Returns:
-            [B, T, D], or [B, 1, D] of the wanted tokens; `logits` turns them into scores of words.
+            [B, T, D]; `logits` turns them into scores of words.
         """
         rotary = _rotary(position_ids, self.config, inputs_embeds.dtype)
         bias = additive(mask, inputs_embeds.dtype)
         x = inputs_embeds
         for number, layer in enumerate(self.layers):
             update_cache = partial(cache.write, number) if cache is not None else None
-            is_last = number == len(self.layers) - 1
-            x = layer(x, bias, rotary, update_cache, wanted if is_last else None)
+            x = layer(x, bias, rotary, update_cache)
         return self.norm(x)
 
     def logits(self, hidden_states: Tensor) -> Tensor:

@@ -17,19 +17,89 @@ https://arxiv.org/abs/2412.03555). Each folder's config.json says what holds for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm import masks
+from minivlm.attention import Attention, additive
 from minivlm.cache import KVCache
-from minivlm.configs import Gemma2Config, GemmaConfig
-from minivlm.layers import Attention, GatedMLP, RMSNorm, additive, in_pieces, pick
+from minivlm.configs import (
+    check_heads,
+    expect,
+    known_decoder,
+)
+from minivlm.errors import InputError
+from minivlm.layers import GatedMLP, RMSNorm
 from minivlm.rope import apply_rotary, rotary_angles
-from minivlm.text.gemma import GemmaDecoder
+
+
+@dataclass(frozen=True)
+class Gemma2Config:
+    """Gemma 2's decoder (https://arxiv.org/abs/2408.00118). The defaults are those of paligemma2-3b."""
+
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    vocab_size: int = 257216
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    query_pre_attn_scalar: int = 256  # queries are multiplied by its -0.5th power
+    sliding_window: int = 4096  # positions, in the first, third, fifth ... layer
+    attn_logit_softcapping: float | None = 50.0  # None: no cap
+    final_logit_softcapping: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+        if self.sliding_window < 1:
+            raise InputError(
+                f"sliding_window is {self.sliding_window}: a token sees at least itself, give 1 or more"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Gemma2Config:
+        """From the `text_config` part of a config.json.
+
+        Raises InputError: another decoder than Gemma 2, another activation, scaled rotary positions, another
+        order of layers with and without a window, or none with one.
+        """
+        expect(values, "text_config", "model_type", "gemma2")
+        known = known_decoder(cls, values)
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if cap in values:
+                known[cap] = values[cap]  # here null has a meaning of its own
+        if "sliding_window" in values and values["sliding_window"] is None:
+            raise InputError("text_config has sliding_window = null; only Gemma 2 with a window is supported")
+        config = cls(**known)
+        if values.get("layer_types") is not None:
+            expect(values, "text_config", "layer_types", config.layer_types)
+        return config
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which layers have a window: every second one, beginning with the first."""
+        kinds = ("sliding_attention", "full_attention")
+        return [kinds[number % 2] for number in range(self.num_hidden_layers)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `text_config` part of a config.json."""
+        return {
+            "model_type": "gemma2",
+            **asdict(self),
+            "layer_types": self.layer_types,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+        }
 
 
 def narrow(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
@@ -94,14 +164,11 @@ class Gemma2Block(nn.Module):
         mask: Tensor,
         rotary: Callable[[Tensor], Tensor],
         update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        wanted: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D], or [B, 1, D] with one place `wanted` [B] in each row."""
+        """x [B, T, D] -> [B, T, D]."""
         attended = self.self_attn(self.input_layernorm(x), mask, rotary, update_cache)
         x = x + self.post_attention_layernorm(attended)
-        x = x if wanted is None else pick(x, wanted)
-        updated = in_pieces(self.mlp, self.pre_feedforward_layernorm(x))
-        x = x + self.post_feedforward_layernorm(updated)
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return x
 
 
@@ -131,7 +198,6 @@ class Gemma2Decoder(nn.Module):
         position_ids: Tensor,
         mask: Tensor,
         cache: KVCache | None = None,
-        wanted: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks and the final norm.
 
@@ -142,10 +208,9 @@ class Gemma2Decoder(nn.Module):
                 window; S = T without a cache.
             cache: where keys and values are written and read; `cache.reserve` was called before. It keeps
                 all positions in every layer, also those that a window hides.
-            wanted: the place of one token in each row, [B], if only its hidden state will be read.
 
         Returns:
-            [B, T, D], or [B, 1, D] of the wanted tokens; `logits` turns them into scores of words.
+            [B, T, D]; `logits` turns them into scores of words.
         """
         cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         rotary = partial(apply_rotary, cos=cos.to(inputs_embeds.dtype), sin=sin.to(inputs_embeds.dtype))
@@ -155,9 +220,8 @@ class Gemma2Decoder(nn.Module):
         x = inputs_embeds
         for number, layer in enumerate(self.layers):
             update_cache = partial(cache.write, number) if cache is not None else None
-            is_last = number == len(self.layers) - 1
             bias = biases[number % 2]  # window, no window, window, ...
-            x = layer(x, bias, rotary, update_cache, wanted if is_last else None)
+            x = layer(x, bias, rotary, update_cache)
         return self.norm(x)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -168,8 +232,3 @@ class Gemma2Decoder(nn.Module):
             logits = F.linear(hidden_states, self.embed_tokens.weight)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def build_decoder(config: GemmaConfig | Gemma2Config) -> GemmaDecoder | Gemma2Decoder:
-    """The decoder that a config describes: PaliGemma has Gemma, PaliGemma 2 has Gemma 2."""
-    return Gemma2Decoder(config) if isinstance(config, Gemma2Config) else GemmaDecoder(config)

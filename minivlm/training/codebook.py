@@ -1,7 +1,8 @@
 """Training the small codebook of masks from nothing, on drawn figures, in minutes on one core.
 
-More than half of the figures are the shapes of the drawn world at any angle. The others are ellipses, polygons,
-blobs, rings and unions of them, so that the codebook serves for other things too. Every mask fills its box.
+More than half of the figures are the shapes of the drawn world at any angle. The others are ellipses,
+polygons, blobs, rings and unions of them, so that the codebook serves for other things too. Every mask fills
+its box.
 
 Three things keep the codes useful:
 
@@ -67,7 +68,7 @@ class Figure:
 
 
 def shape_outline(shape: str, angle: float = 0.0) -> np.ndarray:
-    """Corners [corners, 2] of a shape of the drawn world of radius 1 around 0, turned clockwise by radians."""
+    """Corners [corners, 2] of a drawn world's shape of radius 1 around 0, turned clockwise by radians."""
     numbers = np.arange(CORNERS[shape])
     start = math.pi / 4 if shape == "square" else -math.pi / 2
     radii = np.where(numbers % 2, 0.45 if shape == "star" else 1.0, 1.0)

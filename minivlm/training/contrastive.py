@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.data.lines import BadLines
-from minivlm.data.pairs import Pair, read_captions, read_pairs
+from minivlm.data.pairs import FilePairs, Pair, read_captions, read_pairs
 from minivlm.errors import InputError
-from minivlm.evaluation.answers import COLUMNS
+from minivlm.evaluation.columns import COLUMNS
 from minivlm.evaluation.contrastive import distinct_scenes, encode, evaluate_own_pairs, retrieval_scores
 from minivlm.losses import clip_loss, distillation_loss, siglip_loss, similarity
 from minivlm.models.clip import CLIP
@@ -32,7 +32,7 @@ from minivlm.processing import CaptionTokenizer, PairProcessor
 from minivlm.training.contrastive_recipe import ContrastiveConfig, build
 from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
-from minivlm.world.captions import DrawnPairs, FilePairs, Inputs
+from minivlm.world.captions import DrawnPairs, Inputs
 from minivlm.world.scenes import COLORS, SHAPES, SIZES
 
 MEASURED_SCENES = 200

@@ -23,19 +23,11 @@ import tokenizers
 import torch
 from tokenizers import normalizers, processors
 
-from minivlm.configs import SiglipVisionConfig
-from minivlm.encoder_configs import (
-    CLIPConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    SiglipConfig,
-    SiglipTextConfig,
-)
 from minivlm.errors import InputError
-from minivlm.models.clip import CLIP
+from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.models.load import SHIPPED, load
 from minivlm.models.paligemma import PaliGemma
-from minivlm.models.siglip import SigLIP
+from minivlm.models.siglip import SigLIP, SiglipConfig
 from minivlm.processing import (
     CLIP_CAPTIONS,
     SIGLIP_CAPTIONS,
@@ -47,7 +39,11 @@ from minivlm.processing import (
     build_tokenizer,
 )
 from minivlm.processing.tokens import BOS, EOS, PAD, UNK
+from minivlm.text.clip import CLIPTextConfig
+from minivlm.text.siglip import SiglipTextConfig
 from minivlm.training.recipe import patch_positions
+from minivlm.vision.clip import CLIPVisionConfig
+from minivlm.vision.siglip import SiglipVisionConfig
 from minivlm.world.scenes import COLORS, SHAPES, SIZES
 
 Objective = Literal["clip", "siglip", "lit", "distill"]

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minivlm.data.lines import BadLines, Sample, read_samples
-from minivlm.data.samples import Inputs, SampleBatches, make_inputs
+from minivlm.data.lines import BadLines
+from minivlm.data.samples import Inputs, Sample, SampleBatches, make_inputs, read_samples
 from minivlm.errors import InputError
 from minivlm.models.load import SHIPPED, load_paligemma
 from minivlm.models.paligemma import PaliGemma

@@ -25,9 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from minivlm.errors import InputError
-from minivlm.loss_plot import plot_log
 from minivlm.training.interrupts import ignore_interrupts, note_interrupts
-from minivlm.training.log import Line, log_as_json, read_log, write_log
+from minivlm.training.log import Line, log_as_json, plot_log, read_log, write_log
 from minivlm.training.state import load_state, save_state
 
 __all__ = ["Diverged", "Trainable", "check_folder", "in_order", "log_as_json", "read_log", "run_to_end"]

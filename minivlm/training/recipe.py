@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from minivlm.configs import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from minivlm.errors import InputError
-from minivlm.models.paligemma import PaliGemma
+from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
 from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer
 from minivlm.processing.boxes import NUM_BINS
+from minivlm.text.gemma import GemmaConfig
+from minivlm.vision.siglip import SiglipVisionConfig
 from minivlm.world.questions import vocabulary
 
 CONTEXT = 512  # tokens

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from minivlm.evaluation.answers import evaluate
+from minivlm.evaluation import evaluate
 from minivlm.models.paligemma import PaliGemma
 from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss

@@ -9,13 +9,57 @@ them from one of the `hidden_states`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.encoder_blocks import ActivatedBlock
-from minivlm.encoder_configs import CLIPVisionConfig
+from minivlm.configs import (
+    check_activation,
+    check_grid,
+    check_width,
+    expect,
+    known,
+)
+from minivlm.layers import EncoderBlock
+from minivlm.vision.pixels import check_pixels
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """CLIP's image tower (https://arxiv.org/abs/2103.00020). The defaults are clip-vit-base-patch32."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224  # pixels, height = width
+    patch_size: int = 32  # pixels, height = width
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        check_width(self.hidden_size, self.num_attention_heads)
+        check_activation(self.hidden_act)
+        check_grid(self.image_size, self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in a picture; the tower has one token more, the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
+        """From the `vision_config` part of a config.json. Raises InputError: another tower than CLIP's."""
+        expect(values, "vision_config", "model_type", "clip_vision_model")
+        return cls(**known(cls, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `vision_config` part of a config.json."""
+        return {"model_type": "clip_vision_model", **asdict(self)}
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -55,16 +99,7 @@ class CLIPVisionModel(nn.Module):
         self.config = config
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(
-            ActivatedBlock(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.layer_norm_eps,
-                config.hidden_act,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
@@ -88,13 +123,3 @@ class CLIPVisionModel(nn.Module):
     def pool(self, tokens: Tensor) -> Tensor:
         """The class token through the last norm: [B, 1 + N, D] -> [B, D]."""
         return self.post_layernorm(tokens[:, 0])
-
-
-def check_pixels(pixel_values: Tensor, num_channels: int, image_size: int) -> None:
-    """Raise ValueError unless the pictures are [B, num_channels, image_size, image_size]."""
-    expected = (num_channels, image_size, image_size)
-    if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-        raise ValueError(
-            f"pixel_values has shape {list(pixel_values.shape)}, expected [B, {str(expected)[1:-1]}]: "
-            "prepare pictures with the processor of the same folder"
-        )

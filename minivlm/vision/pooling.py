@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.layers import MLP, attend
+from minivlm.attention import attend
+from minivlm.layers import MLP
 
 
 class ProbeAttention(nn.Module):

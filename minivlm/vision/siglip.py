@@ -9,13 +9,65 @@ every patch sees every other, so no mask is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.configs import SiglipVisionConfig
+from minivlm.configs import (
+    check_activation,
+    check_grid,
+    check_width,
+    expect,
+    known,
+)
 from minivlm.layers import EncoderBlock
+
+
+@dataclass(frozen=True)
+class SiglipVisionConfig:
+    """SigLIP's image tower (https://arxiv.org/abs/2303.15343). The defaults are siglip-base-patch16-224."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224  # pixels, height = width
+    patch_size: int = 16  # pixels, height = width
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+
+    def __post_init__(self) -> None:
+        check_width(self.hidden_size, self.num_attention_heads)
+        check_activation(self.hidden_act)
+        check_grid(self.image_size, self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Number of image tokens; pixels beyond the last whole patch are dropped."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SiglipVisionConfig:
+        """From the `vision_config` part of a config.json.
+
+        Raises InputError: another tower than SigLIP, another activation, or the pooling head.
+        """
+        expect(values, "vision_config", "model_type", "siglip_vision_model")
+        expect(values, "vision_config", "hidden_act", "gelu_pytorch_tanh")
+        expect(values, "vision_config", "vision_use_head", False)
+        return cls(**known(cls, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `vision_config` part of a config.json."""
+        return {
+            "model_type": "siglip_vision_model",
+            **asdict(self),
+            "vision_use_head": False,
+        }
 
 
 class SiglipVisionEmbeddings(nn.Module):
@@ -58,22 +110,14 @@ class SiglipVisionModel(nn.Module):
     >>> model(torch.randn(1, 3, 224, 224)).shape
     torch.Size([1, 196, 768])
 
-    For its attention maps, run it inside `minivlm.layers.record_attention()`.
+    For its attention maps, run it inside `minivlm.attention.record_attention()`.
     """
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = SiglipVisionEmbeddings(config)
-        self.layers = nn.ModuleList(
-            EncoderBlock(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.layer_norm_eps,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:

@@ -8,14 +8,87 @@ head above the class token (pooler or classifier) is in `minivlm.models.vit`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.encoder_blocks import ActivatedBlock
-from minivlm.encoder_configs import ViTConfig
-from minivlm.vision.clip import check_pixels
+from minivlm.configs import (
+    check_activation,
+    check_grid,
+    check_width,
+    expect,
+    known,
+    require_system,
+)
+from minivlm.errors import InputError
+from minivlm.layers import EncoderBlock
+from minivlm.vision.pixels import check_pixels
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The original Vision Transformer (https://arxiv.org/abs/2010.11929), by default vit-base-patch16-224.
+
+    `labels` are the names of the classes in their order. Without any, the model has no classifier and may
+    have a pooler instead.
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224  # pixels, height = width
+    patch_size: int = 16  # pixels, height = width
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    pooler: bool = True
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_width(self.hidden_size, self.num_attention_heads)
+        check_activation(self.hidden_act)
+        check_grid(self.image_size, self.patch_size)
+        if self.pooler and self.labels:
+            raise InputError("a ViT has a pooler or a classifier: set pooler=False where there are labels")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in a picture; the tower has one token more, the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
+        """From a whole config.json, whose `architectures` say whether there is a classifier.
+
+        Raises InputError: another system, or a part that this package does not compute.
+        """
+        require_system(values, "vit")
+        expect(values, "config.json", "qkv_bias", True)
+        expect(values, "config.json", "pooler_act", "tanh")
+        found = known(cls, values)
+        if values.get("pooler_output_size") is not None:
+            width = found.get("hidden_size", cls.hidden_size)
+            expect(values, "config.json", "pooler_output_size", width)
+        architectures = values.get("architectures") or []
+        labels = _labels(values) if "ViTForImageClassification" in architectures else ()
+        return cls(**found | {"labels": labels, "pooler": not labels})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that this package and transformers both read."""
+        values = {"model_type": "vit", **asdict(self), "qkv_bias": True}
+        del values["labels"], values["pooler"]
+        if not self.labels:
+            return {**values, "architectures": ["ViTModel"]}
+        return {
+            **values,
+            "architectures": ["ViTForImageClassification"],
+            "id2label": {str(number): label for number, label in enumerate(self.labels)},
+            "label2id": {label: number for number, label in enumerate(self.labels)},
+        }
 
 
 class ViTEmbeddings(nn.Module):
@@ -50,16 +123,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = ViTEmbeddings(config)
-        self.layers = nn.ModuleList(
-            ActivatedBlock(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.layer_norm_eps,
-                config.hidden_act,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
@@ -79,3 +143,14 @@ class VisionTransformer(nn.Module):
         for x in self.hidden_states(pixel_values):
             last = x
         return self.layernorm(last)
+
+
+def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes in order; transformers invents two where the file has none."""
+    names = values.get("id2label")
+    if names is None:
+        return tuple(f"LABEL_{number}" for number in range(values.get("num_labels") or 2))
+    by_number = {int(number): str(label) for number, label in names.items()}
+    if not by_number or sorted(by_number) != list(range(len(by_number))):
+        raise InputError("id2label in config.json does not count its classes from 0 on: get the file again")
+    return tuple(by_number[number] for number in range(len(by_number)))

@@ -15,9 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minivlm.data.pairs import Pair
-from minivlm.errors import InputError
-from minivlm.processing import PairProcessor, load_picture, to_rgb
+from minivlm.processing import PairProcessor
 from minivlm.world.augmentations import PLAIN_SHARE, as_photographed, varied
 from minivlm.world.scenes import make_scene
 
@@ -54,54 +52,3 @@ class DrawnPairs(Dataset[list[Inputs]]):
             picture = scene.draw(self.pixels) if plain else as_photographed(scene, self.pixels, rng)
             pictures[scene.caption()] = picture
         return list(pictures.values()), list(pictures)
-
-
-class FilePairs(Dataset[list[Inputs] | InputError]):
-    """Item number n: the batch of step n, once for each processor.
-
-    All lines in random order, then all of them in another one, and so on. What is left over at the end of
-    such a round, being less than a batch, waits for another round.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        processors: Sequence[PairProcessor],
-        *,
-        seed: int,
-        steps: int,
-        batch_size: int,
-    ) -> None:
-        self.pairs, self.processors = pairs, processors
-        self.seed, self.steps, self.batch_size = seed, steps, batch_size
-        if len(pairs) < batch_size:
-            raise InputError(
-                f"batch_size is {batch_size}, and there are {len(pairs)} pairs: a pair would be in a batch "
-                "twice and count as wrong, choose a smaller batch"
-            )
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> list[Inputs] | InputError:
-        chosen = self.choose(step)
-        try:
-            pictures = [open_picture(pair) for pair in chosen]
-        except InputError as error:  # handed over: raised in a worker process it would come with a traceback
-            return error
-        return [processor(pictures, [pair.text for pair in chosen]) for processor in self.processors]
-
-    def choose(self, step: int) -> list[Pair]:
-        """The lines of a batch."""
-        epoch, place = divmod(step, len(self.pairs) // self.batch_size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
-        rows = order[place * self.batch_size : (place + 1) * self.batch_size]
-        return [self.pairs[row] for row in rows.tolist()]
-
-
-def open_picture(pair: Pair) -> Image.Image:
-    """Raises InputError: it turns out to be damaged, or has gone since it was looked at."""
-    try:
-        return to_rgb(load_picture(pair.path))
-    except InputError as error:
-        raise InputError(f"line {pair.line}: {error}") from error

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import minivlm
 from minivlm import PaliGemma, Processor
-from minivlm.checkpoints.weights import INDEX, WEIGHTS, find_folder
+from minivlm.checkpoints.hub import find_folder
+from minivlm.checkpoints.weights import INDEX, WEIGHTS
 from minivlm.cli import main
 from minivlm.errors import InputError
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer

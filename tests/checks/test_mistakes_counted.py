@@ -19,7 +19,7 @@ import pytest
 
 from minivlm import checks
 from minivlm.checks import NotYet
-from minivlm.classroom.grading import exercises_of
+from minivlm.classroom.notebooks import exercises_of
 
 MODULES = sorted(
     path.stem.removeprefix("test_checks_") for path in Path(__file__).parent.glob("test_checks_*.py")

@@ -20,8 +20,7 @@ from notebooks_and_sources import ROOT
 import minivlm.classroom.progress
 from minivlm.checks import STILL_BLANK
 from minivlm.classroom import landlock
-from minivlm.classroom.grading import exercises_of, module_of
-from minivlm.classroom.notebooks import read_notebook
+from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
 from minivlm.classroom.progress import (
     HandedIn,
     Limits,

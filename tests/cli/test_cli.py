@@ -30,7 +30,7 @@ import minivlm
 from minivlm import cli
 from minivlm.cli import main
 from minivlm.cli.pictures import run_lengths
-from minivlm.evaluation.answers import COLUMNS
+from minivlm.evaluation.columns import COLUMNS
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, text_to_masks
 from minivlm.training.recipe import TrainingConfig, build

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from minivlm.cli import main
-from minivlm.encoder_configs import ViTConfig
 from minivlm.looking import looking as plots
 from minivlm.looking.hover import hover_page
 from minivlm.looking.inspection import inspect_match
@@ -20,6 +19,7 @@ from minivlm.models.vit import ViT
 from minivlm.processing import ViTImageProcessor
 from minivlm.training import contrastive_recipe
 from minivlm.training.recipe import TrainingConfig, build
+from minivlm.vision.vit import ViTConfig
 
 FILES = {
     "filters.png",

@@ -20,7 +20,7 @@ from small_run import CONFIG, files, step_of
 import minivlm
 from minivlm import cli
 from minivlm.cli import main
-from minivlm.evaluation.answers import Metric
+from minivlm.evaluation.scoring import Metric
 from minivlm.training import scratch
 from minivlm.training.finetuning import FinetuningConfig
 from minivlm.training.loop import read_log

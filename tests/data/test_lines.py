@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from minivlm.data import lines
-from minivlm.data.lines import BadLines, Sample, read_samples
+from minivlm.data.lines import BadLines
+from minivlm.data.samples import Sample, read_samples
 from minivlm.errors import InputError
 from minivlm.models.load import SHIPPED
 from minivlm.processing import Processor

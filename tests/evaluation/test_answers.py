@@ -11,8 +11,8 @@ import torch
 from helpers import randomize
 from PIL import Image
 
-from minivlm.answering import LONGEST_ANSWER, answer_all, box_scores
-from minivlm.evaluation.answers import make_questions
+from minivlm.evaluation import make_questions
+from minivlm.evaluation.answers import LONGEST_ANSWER, answer_all, box_scores
 from minivlm.models.paligemma import PaliGemma, PaliGemmaOutput
 from minivlm.processing import Processor, text_to_boxes
 from minivlm.training.recipe import TrainingConfig, build

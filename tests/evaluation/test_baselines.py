@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minivlm.evaluation import baselines
-from minivlm.evaluation.answers import EVALUATION_STREAM, make_questions
+from minivlm.evaluation import baselines, make_questions
 from minivlm.evaluation.baselines import TRAINING_SCENES, majority_answers, text_only_answers
+from minivlm.evaluation.columns import EVALUATION_STREAM
 from minivlm.processing import mask_iou, text_to_boxes, text_to_masks
 from minivlm.world.questions import QUESTION_TASKS, TASKS, Example, ask
 from minivlm.world.scenes import COLORS, WORLD, Thing, make_scene

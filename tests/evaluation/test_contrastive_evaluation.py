@@ -19,7 +19,8 @@ from minivlm.cli import main
 from minivlm.data.pairs import read_pairs
 from minivlm.errors import InputError
 from minivlm.evaluation import contrastive
-from minivlm.evaluation.answers import COLUMNS, questions_of
+from minivlm.evaluation.answers import questions_of
+from minivlm.evaluation.columns import COLUMNS
 from minivlm.evaluation.contrastive import (
     PAIR_COLUMNS,
     distinct_scenes,

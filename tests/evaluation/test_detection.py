@@ -14,8 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import minivlm
-from minivlm.answering import answer_all, box_scores
-from minivlm.evaluation.answers import make_questions
+from minivlm.evaluation import make_questions
+from minivlm.evaluation.answers import answer_all, box_scores
 from minivlm.evaluation.detection import (
     COCO_THRESHOLDS,
     Detection,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.evaluation.answers import make_questions
+from minivlm.evaluation import make_questions
 from minivlm.evaluation.detection import box_iou
 from minivlm.evaluation.scoring import MASK_SIDE, Metric, Question, score
 from minivlm.processing import Box, boxes_to_text, mask_iou, text_to_boxes, text_to_masks

@@ -13,21 +13,12 @@ from helpers import randomize
 from PIL import Image
 
 from minivlm.errors import InputError
-from minivlm.evaluation import answers
-from minivlm.evaluation.answers import (
-    CHANGES,
-    COLUMNS,
-    EVALUATION_STREAM,
-    Metric,
-    Question,
-    as_json,
-    as_text,
-    evaluate,
-    make_questions,
-    questions_of,
-    score,
-)
+from minivlm.evaluation import answers, evaluate, make_questions, score
+from minivlm.evaluation.answers import questions_of
 from minivlm.evaluation.baselines import text_only_answers
+from minivlm.evaluation.columns import CHANGES, COLUMNS, EVALUATION_STREAM
+from minivlm.evaluation.scoring import Metric, Question
+from minivlm.evaluation.tables import as_json, as_text
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 from minivlm.training.recipe import TrainingConfig, build

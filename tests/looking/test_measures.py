@@ -240,7 +240,7 @@ def test_shapes_and_sums(seen: Inspection) -> None:
 
 def test_sureness_is_that_of_the_full_forward_pass(seen: Inspection) -> None:
     """And the rows of attention are those of the positions that write the words."""
-    from minivlm.layers import record_attention
+    from minivlm.attention import record_attention
 
     model, processor = load()
     inputs = processor(["figures/samples/scene_6.png"], ["detect cyan triangle"], [seen.answer])

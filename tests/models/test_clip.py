@@ -16,8 +16,9 @@ from transformers import CLIPConfig as ReferenceConfig
 from transformers import CLIPModel
 
 from minivlm import CLIP, CLIPConfig, InputError, encoder_blocks
-from minivlm.encoder_configs import CLIPTextConfig, CLIPVisionConfig
 from minivlm.text import clip
+from minivlm.text.clip import CLIPTextConfig
+from minivlm.vision.clip import CLIPVisionConfig
 
 # bos, words, eos, padding; in the last row a second eos, as where padding is eos.
 IDS = torch.tensor(

@@ -13,9 +13,10 @@ from transformers import Gemma2ForCausalLM
 
 from minivlm import Gemma2Config, InputError, layers, masks
 from minivlm.cache import KVCache
+from minivlm.models.paligemma import build_decoder
 from minivlm.text import gemma2
 from minivlm.text.gemma import GemmaDecoder
-from minivlm.text.gemma2 import Gemma2Block, Gemma2Decoder, build_decoder, narrow
+from minivlm.text.gemma2 import Gemma2Block, Gemma2Decoder, narrow
 
 LENGTH = 40  # five windows
 INPUT_IDS = torch.randint(0, 120, (2, LENGTH), generator=torch.Generator().manual_seed(1))

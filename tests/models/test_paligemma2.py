@@ -18,7 +18,7 @@ from minivlm import Gemma2Config, InputError, PaliGemma, PaliGemmaConfig, Proces
 from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_file
 from minivlm.generate import generate
 from minivlm.models.paligemma import PaliGemmaOutput
-from minivlm.paligemma2_configs import DECODERS, IMAGE_SIZES, paligemma2_config
+from minivlm.models.sizes import DECODERS, IMAGE_SIZES, paligemma2_config
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
 from minivlm.text import gemma2
 

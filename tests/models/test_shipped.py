@@ -15,7 +15,7 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 import minivlm
 from minivlm.cli import main
-from minivlm.evaluation.answers import answer_all, make_questions, score
+from minivlm.evaluation import answer_all, make_questions, score
 from minivlm.models.load import SHIPPED
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, text_to_boxes

@@ -16,8 +16,8 @@ from transformers import SiglipConfig as ReferenceConfig
 from transformers import SiglipModel
 
 from minivlm import InputError, SigLIP, SiglipConfig, SiglipVisionConfig, layers
-from minivlm.encoder_blocks import quick_gelu
-from minivlm.encoder_configs import SiglipTextConfig
+from minivlm.layers import quick_gelu
+from minivlm.text.siglip import SiglipTextConfig
 from minivlm.vision.pooling import AttentionPoolingHead
 
 # Every text has the full length of 10: words, eos (1), padding with eos.

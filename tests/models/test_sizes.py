@@ -9,18 +9,18 @@ from helpers import IMAGE_TOKENS, TINY, make_batch, randomize
 from torch.utils.flop_counter import FlopCounterMode
 
 from minivlm import PaliGemma, PaliGemmaConfig
+from minivlm.attention import record_attention
 from minivlm.cache import KVCache
-from minivlm.layers import record_attention
 from minivlm.models.sizes import (
     cache_bytes,
     decode_bytes,
     decode_operations,
     image_operations,
+    paligemma2_config,
     parameter_counts,
     prefill_operations,
     weight_bytes,
 )
-from minivlm.paligemma2_configs import paligemma2_config
 
 UNTIED = replace(TINY, text=replace(TINY.text, tie_word_embeddings=False))
 CONFIGS = {

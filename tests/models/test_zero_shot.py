@@ -26,7 +26,6 @@ from minivlm import (
     ViT,
     ViTConfig,
 )
-from minivlm.encoder_configs import CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig
 from minivlm.models.zero_shot import class_embeddings, classify
 from minivlm.processing import (
     CLIP_CAPTIONS,
@@ -36,6 +35,9 @@ from minivlm.processing import (
     ImageProcessor,
     ViTImageProcessor,
 )
+from minivlm.text.clip import CLIPTextConfig
+from minivlm.text.siglip import SiglipTextConfig
+from minivlm.vision.clip import CLIPVisionConfig
 
 NAMES = ["cat", "dog", "red star"]
 TEMPLATES = ["a photo of a {}.", "a drawing of a {}", "the {}"]

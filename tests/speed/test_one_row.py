@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_paligemma
 from torch import Tensor
 
-from minivlm.layers import attend
+from minivlm.attention import attend
 from minivlm.speed.one_row import as_many_rows, at_the_speed_of_memory
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
 import minivlm
-from minivlm.data.pairs import read_pairs
+from minivlm.data.pairs import FilePairs, read_pairs
 from minivlm.errors import InputError
 from minivlm.losses import clip_loss, pair_logits
 from minivlm.models.clip import CLIP
@@ -26,7 +26,7 @@ from minivlm.models.siglip import SigLIP
 from minivlm.training import contrastive as contrastive_run
 from minivlm.training.contrastive import ContrastiveRun, train_contrastive
 from minivlm.training.contrastive_recipe import build, drawn_captions
-from minivlm.world.captions import DrawnPairs, FilePairs
+from minivlm.world.captions import DrawnPairs
 from minivlm.world.scenes import HELD_OUT_PAIRS
 
 

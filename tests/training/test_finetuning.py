@@ -20,8 +20,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 import minivlm
-from minivlm.data.lines import Sample, read_samples
-from minivlm.data.samples import SampleBatches, make_inputs
+from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.errors import InputError
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
 from minivlm.training.loop import Diverged, log_as_json, read_log, run_to_end

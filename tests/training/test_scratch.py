@@ -17,9 +17,9 @@ from small_run import CONFIG, EVERY, files, log_of
 from torch import Tensor, nn
 
 import minivlm
-from minivlm import answering
 from minivlm.errors import InputError
-from minivlm.evaluation.answers import Metric
+from minivlm.evaluation import answers
+from minivlm.evaluation.scoring import Metric
 from minivlm.layers import EncoderBlock
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
@@ -510,7 +510,7 @@ def test_metrics_are_measured_and_change_nothing(
 
 def test_the_real_evaluation_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "MEASURED_SCENES", 1)
-    monkeypatch.setattr(answering, "LONGEST_ANSWER", 1)
+    monkeypatch.setattr(answers, "LONGEST_ANSWER", 1)
     config = replace(CONFIG, tower_steps=0, packed_steps=0, prefix_steps=1)
     train(tmp_path, config, log_every=1)
     (line,) = log_of(tmp_path)

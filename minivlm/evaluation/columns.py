@@ -1,0 +1,53 @@
+"""The columns of the table: ways to ask, each with scenes of its own or its own way to draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+
+from minivlm.world.augmentations import as_jpeg, on_gray, turned
+from minivlm.world.renderers import draw_with_browser, draw_with_matplotlib
+from minivlm.world.scenes import Scene, Split
+
+EVALUATION_STREAM = 2**31  # keeps the seeds of evaluation apart from those of training, which count steps
+
+
+CHANGES = len(get_args(Split))  # number of the stream that changes scenes; those before it make them
+
+
+def draw(scenes: Sequence[Scene], pixels: int) -> list[Image.Image]:
+    """The pictures as training shows them."""
+    return [scene.draw(pixels) for scene in scenes]
+
+
+def draw_jpegs(scenes: Sequence[Scene], pixels: int) -> list[Image.Image]:
+    """The pictures after strong compression."""
+    return [as_jpeg(scene.draw(pixels), quality=50) for scene in scenes]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A way to ask: about which scenes, changed how before anything is asked, and drawn by whom."""
+
+    title: str
+    split: Split = "test"
+    change: Callable[[Scene, np.random.Generator], Scene] | None = None
+    draw: Callable[[Sequence[Scene], int], list[Image.Image]] = draw
+
+
+# All but the second show the same scenes, and ask the same questions about them.
+COLUMNS = {
+    "held_out": Column("held-out scenes"),
+    "unseen_pairs": Column("unseen pairs", split="unseen"),
+    "other_grays": Column("other grays", change=partial(on_gray, least=40, below=161)),
+    "turned": Column("turned", change=partial(turned, degrees=15)),
+    "jpeg": Column("JPEG", draw=draw_jpegs),
+    "matplotlib": Column("matplotlib", draw=draw_with_matplotlib),
+    "browser": Column("browser", draw=draw_with_browser),
+    "text_only": Column("text only"),  # answered without the model
+}
