@@ -41,7 +41,7 @@ def last_places(attention_mask: Tensor) -> Tensor:
 
 
 def skip_unread(model: nn.Module) -> nn.Module:
-    """The model with a `prefill` that leaves out what nobody reads; a model that reads no prompts as it is."""
+    """The model with a `prefill` that leaves out what nobody reads. One that reads no prompts stays as it is."""
     decoder: Any = getattr(model, "language_model", None)
     if not hasattr(model, "prefill") or decoder is None:
         return model
@@ -60,7 +60,8 @@ def _that_skips(kind: Any) -> type[nn.Module]:
         with _reading_only(last_places(attention_mask)):
             return kind.prefill(self, input_ids, attention_mask, *args, **inputs)
 
-    return type(kind.__name__, (kind,), {"prefill": prefill, "__doc__": kind.__doc__})
+    names = {name: getattr(kind, name) for name in ("__doc__", "__module__", "__qualname__")}
+    return type(kind.__name__, (kind,), {"prefill": prefill, **names})
 
 
 @contextmanager
