@@ -41,7 +41,7 @@ def last_places(attention_mask: Tensor) -> Tensor:
 
 
 def skip_unread(model: nn.Module) -> nn.Module:
-    """The model with a `prefill` that leaves out what nobody reads. One that reads no prompts stays as it is."""
+    """The model with a `prefill` that leaves out what nobody reads; other models come back as they are."""
     decoder: Any = getattr(model, "language_model", None)
     if not hasattr(model, "prefill") or decoder is None:
         return model
