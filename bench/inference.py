@@ -42,8 +42,7 @@ from matplotlib.figure import Figure
 from minivlm.checkpoints.hub import read_config
 from minivlm.models.paligemma import PaliGemmaConfig
 from minivlm.models.sizes import decode_bytes, image_operations, prefill_operations
-from minivlm.speed.one_row import at_the_speed_of_memory
-from minivlm.speed.packing import can_pack
+from minivlm.speed.one_row import at_the_speed_of_memory, onednn_has_bf16
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -267,7 +266,7 @@ def main() -> None:
         f"{transformers.__version__}, {platform.system()}"
     )
     say("Numbers: median (least to most) over rounds; ratio = transformers / this side in the same round\n")
-    packed = [PACKED] if options.device == "cpu" and can_pack() else []
+    packed = [PACKED] if options.device == "cpu" and onednn_has_bf16() else []
     ours = [OURS, *packed, "minivlm compiled", "minivlm int8", "minivlm int8 compiled"]
     peers = [PEER] + (["transformers static"] if options.device == "cuda" else [])
     with tempfile.TemporaryDirectory() as scratch:

@@ -111,7 +111,7 @@ def attend_plain(
 def attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """`attend_plain`, some rows of the batch, some heads or some queries at a time.
+    """`attend_plain`, a few rows of the batch, heads or queries at a time.
 
     The scores of a long row would fill gigabytes (4,096 image tokens: 16 heads * 4096 * 4096). A block of
     them fits into the processor's cache, and is gone before the next one comes.
@@ -128,9 +128,9 @@ def attend_in_blocks(
     out = torch.empty_like(q)
     for row, head, start in product(range(0, B, rows_at_once), range(0, K, heads), range(0, T, queries)):
         rows, keys = slice(row, row + rows_at_once), slice(head, head + heads)
-        some = (rows, slice(head * group, (head + heads) * group), slice(start, start + queries))
+        part = (rows, slice(head * group, (head + heads) * group), slice(start, start + queries))
         seen = None if mask is None else mask[rows, :, start : start + queries]
-        out[some] = attend_plain(q[some], k[rows, keys], v[rows, keys], seen, scale, softcap)
+        out[part] = attend_plain(q[part], k[rows, keys], v[rows, keys], seen, scale, softcap)
     return out
 
 

@@ -277,7 +277,8 @@ class PaliGemma(nn.Module):
         Raises InputError: see `minivlm.checkpoints`.
         """
         folder = find_folder(name)
-        return _read_model(folder, PaliGemmaConfig.from_dict(read_config(folder)), dtype, device)
+        config = _with_head_of_file(folder, PaliGemmaConfig.from_dict(read_config(folder)))
+        return weights.load_model(cls, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
@@ -303,13 +304,13 @@ def open_folder(
     image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
     require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
-    return _read_model(folder, config, dtype, device), processor
+    config = _with_head_of_file(folder, config)
+    model = weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
+    return model, processor
 
 
-def _read_model(
-    folder: Path, config: PaliGemmaConfig, dtype: torch.dtype | None, device: torch.device | str
-) -> PaliGemma:
-    # A head in the file beats what the config says.
+def _with_head_of_file(folder: Path, config: PaliGemmaConfig) -> PaliGemmaConfig:
+    """A head in the file beats what config.json says."""
     if any(name.endswith("lm_head.weight") for name in weights.read_tensors(folder)):
-        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-    return weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
+        return replace(config, text=replace(config.text, tie_word_embeddings=False))
+    return config

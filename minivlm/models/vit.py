@@ -86,7 +86,8 @@ class ViT(nn.Module):
         Raises InputError: see `minivlm.checkpoints`.
         """
         folder = find_folder(name)
-        return _read_model(folder, ViTConfig.from_dict(read_config(folder)), dtype, device)
+        config = _with_pooler_of_file(folder, ViTConfig.from_dict(read_config(folder)))
+        return weights.load_model(cls, config, folder, VIT_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
@@ -104,13 +105,12 @@ def open_folder(
     config = ViTConfig.from_dict(values)
     processor = ViTImageProcessor.from_pretrained(folder)
     require_equal(folder, "the picture's side", config.image_size, processor.image_size, PICTURES)
-    return _read_model(folder, config, dtype, device), processor
+    config = _with_pooler_of_file(folder, config)
+    return weights.load_model(ViT, config, folder, VIT_LAYOUTS, dtype=dtype, device=device), processor
 
 
-def _read_model(
-    folder: Path, config: ViTConfig, dtype: torch.dtype | None, device: torch.device | str
-) -> ViT:
-    if config.pooler:  # config.json does not say: the tensors do
-        names = weights.read_tensors(folder)
-        config = replace(config, pooler=any(".pooler." in f".{name}" for name in names))
-    return weights.load_model(ViT, config, folder, VIT_LAYOUTS, dtype=dtype, device=device)
+def _with_pooler_of_file(folder: Path, config: ViTConfig) -> ViTConfig:
+    """Whether there is a pooler, config.json does not say: the tensors do."""
+    names = weights.read_tensors(folder)
+    has_pooler = any(".pooler." in f".{name}" for name in names)
+    return replace(config, pooler=config.pooler and has_pooler)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from shutil import which
 
+import torch
 from torch import nn
 
 from minivlm.errors import InputError
 from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm
 from minivlm.speed.int8 import Int8Linear
 from minivlm.speed.packing import PackedLinear
+from minivlm.speed.pieces import GatedMLPInPieces, MLPInPieces
 
 COMPILERS = ("c++", "g++", "clang++", "cl")  # one of which PyTorch looks for
 PARTS = (RMSNorm, LlamaRMSNorm, MLP, GatedMLP, Int8Linear)
@@ -34,5 +36,8 @@ def compile_parts(model: nn.Module) -> None:
     if on_cpu and not any(which(name) for name in COMPILERS):
         raise InputError("torch.compile needs a C++ compiler and finds none: install one, or do without")
     for module in model.modules():
-        if isinstance(module, PARTS):
+        if isinstance(module, MLPInPieces | GatedMLPInPieces):
+            # A piece, and not the loop over pieces, whose number differs from prompt to prompt.
+            module.at_once = torch.compile(module.at_once, dynamic=True)  # type: ignore[method-assign]
+        elif isinstance(module, PARTS):
             module.compile(dynamic=True)

@@ -36,7 +36,11 @@ class MLPInPieces(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return in_pieces(super().forward, x)
+        return in_pieces(self.at_once, x)
+
+    def at_once(self, x: Tensor) -> Tensor:
+        """The MLP itself: x [..., D] -> [..., D]."""
+        return super().forward(x)
 
 
 class GatedMLPInPieces(GatedMLP):
@@ -44,4 +48,8 @@ class GatedMLPInPieces(GatedMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return in_pieces(super().forward, x)
+        return in_pieces(self.at_once, x)
+
+    def at_once(self, x: Tensor) -> Tensor:
+        """The MLP itself: x [..., D] -> [..., D]."""
+        return super().forward(x)

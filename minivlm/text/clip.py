@@ -74,19 +74,18 @@ class CLIPTextModel(nn.Module):
 
     def hidden_states(self, input_ids: Tensor) -> Iterator[Tensor]:
         """The embeddings, then the output of each block, before the last norm: each [B, T, D]."""
-        x = self.embeddings(input_ids)
+        x, mask = self.embeddings(input_ids), _causal(input_ids)
         yield x
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        mask = masks.causal(positions, positions)[:, None]  # [1, 1, T, T]
         for layer in self.layers:
             x = layer(x, mask)
             yield x
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T], padded on the right -> [B, T, D]."""
-        for x in self.hidden_states(input_ids):
-            last = x
-        return self.final_layer_norm(last)
+        x, mask = self.embeddings(input_ids), _causal(input_ids)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.final_layer_norm(x)
 
     def pool(self, tokens: Tensor, input_ids: Tensor) -> Tensor:
         """The vector at the end of each text: [B, T, D], [B, T] -> [B, D].
@@ -113,3 +112,8 @@ class CLIPTextModel(nn.Module):
                 "let the processor of the same folder build the ids"
             )
         return is_end.int().argmax(dim=1)  # of equal values argmax gives the first
+
+
+def _causal(input_ids: Tensor) -> Tensor:
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return masks.causal(positions, positions)[:, None]  # [1, 1, T, T]

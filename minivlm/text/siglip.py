@@ -86,13 +86,7 @@ class SiglipTextModel(nn.Module):
 
         Raises ValueError: the texts are not padded to full length.
         """
-        x = self.embeddings(input_ids)
-        length = self.config.max_position_embeddings
-        if input_ids.shape[1] != length:
-            raise ValueError(
-                f"the texts have {input_ids.shape[1]} tokens, expected exactly {length}: SigLIP reads a text "
-                "off its last place and knows only padded texts; let the processor of the folder pad them"
-            )
+        x = self._embed(input_ids)
         yield x
         for layer in self.layers:
             x = layer(x)
@@ -100,9 +94,20 @@ class SiglipTextModel(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T], padded on the right to full length -> [B, T, D]."""
-        for x in self.hidden_states(input_ids):
-            last = x
-        return self.final_layer_norm(last)
+        x = self._embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        x = self.embeddings(input_ids)
+        length = self.config.max_position_embeddings
+        if input_ids.shape[1] != length:
+            raise ValueError(
+                f"the texts have {input_ids.shape[1]} tokens, expected exactly {length}: SigLIP reads a text "
+                "off its last place and knows only padded texts; let the processor of the folder pad them"
+            )
+        return x
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The last place through the head: [B, T, D] -> [B, output_size]."""

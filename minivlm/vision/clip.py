@@ -116,9 +116,11 @@ class CLIPVisionModel(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width], normalized -> [B, 1 + N, D], not yet through the last norm."""
-        for x in self.hidden_states(pixel_values):
-            last = x
-        return last
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The class token through the last norm: [B, 1 + N, D] -> [B, D]."""

@@ -24,6 +24,7 @@ from minivlm.configs import (
     known,
 )
 from minivlm.layers import EncoderBlock
+from minivlm.vision.pixels import check_pixels
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,7 @@ class SiglipVisionModel(nn.Module):
         The last one is before `post_layernorm`. An iterator, so that only what is kept stays in memory.
         Raises ValueError when the pictures do not have the size and channels of the config.
         """
-        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values has shape {list(pixel_values.shape)}, expected [B, {str(expected)[1:-1]}]: "
-                "prepare pictures with the processor of the same folder"
-            )
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
         x = self.embeddings(pixel_values)
         yield x
         for layer in self.layers:
@@ -140,6 +136,8 @@ class SiglipVisionModel(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width], normalized -> [B, N, D], one vector per patch."""
-        for x in self.hidden_states(pixel_values):
-            last = x
-        return self.post_layernorm(last)
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
+        x = self.embeddings(pixel_values)
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x)

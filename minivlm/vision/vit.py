@@ -140,9 +140,11 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width], normalized -> [B, 1 + N, D]; the class token is the first."""
-        for x in self.hidden_states(pixel_values):
-            last = x
-        return self.layernorm(last)
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
+        x = self.embeddings(pixel_values)
+        for layer in self.layers:
+            x = layer(x)
+        return self.layernorm(x)
 
 
 def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:

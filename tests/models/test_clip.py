@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig as ReferenceConfig
 from transformers import CLIPModel
 
-from minivlm import CLIP, CLIPConfig, InputError, encoder_blocks
+from minivlm import CLIP, CLIPConfig, InputError, layers
 from minivlm.text import clip
 from minivlm.text.clip import CLIPTextConfig
 from minivlm.vision.clip import CLIPVisionConfig
@@ -141,7 +141,7 @@ def test_the_end_is_the_highest_id_where_the_config_says_2(tmp_path: Path):
 
 
 def replace_activation(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoder_blocks.ACTIVATIONS, "quick_gelu", nn.functional.gelu)
+    monkeypatch.setitem(layers.ACTIVATIONS, "quick_gelu", nn.functional.gelu)
 
 
 def change_eps(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Gemma2Config as ReferenceConfig
 from transformers import Gemma2ForCausalLM
 
-from minivlm import Gemma2Config, InputError, layers, masks
+from minivlm import Gemma2Config, InputError, attention, masks
 from minivlm.cache import KVCache
 from minivlm.models.paligemma import build_decoder
 from minivlm.text import gemma2
@@ -177,7 +177,7 @@ def test_missing_soft_cap_of_logits_is_noticed(check):
 def test_soft_cap_after_the_mask_is_noticed(check, monkeypatch: pytest.MonkeyPatch):
     """The lowest number, capped, is a score like any other."""
     _, far = check
-    right = layers.additive
+    right = attention.additive
     monkeypatch.setattr(gemma2, "additive", lambda mask, dtype: right(mask, dtype).clamp(min=-2.0))
     far()
 
@@ -239,7 +239,7 @@ def test_gemmas_order_of_norms_is_noticed(check, monkeypatch: pytest.MonkeyPatch
     """The norm after attention, taken for the one before the MLP as its name says in Gemma."""
     _, far = check
 
-    def wrong(self, x, mask, rotary, update_cache=None, wanted=None):
+    def wrong(self, x, mask, rotary, update_cache=None):
         x = x + self.self_attn(self.input_layernorm(x), mask, rotary, update_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 

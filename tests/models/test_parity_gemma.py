@@ -9,7 +9,7 @@ from transformers import GemmaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm as ReferenceLlamaRMSNorm
 
-from minivlm import GemmaConfig, layers, masks
+from minivlm import GemmaConfig, attention, layers, masks
 from minivlm.layers import LlamaRMSNorm, RMSNorm
 from minivlm.text import gemma
 from minivlm.text.gemma import GemmaDecoder
@@ -129,12 +129,12 @@ def test_unscaled_embeddings_are_noticed(monkeypatch: pytest.MonkeyPatch):
 def test_keys_in_another_order_of_heads_are_noticed(monkeypatch: pytest.MonkeyPatch):
     """Grouped queries: head h shares the keys of h // 2, not of h % 2."""
     ours, reference = pair()
-    right = layers.attend
+    right = attention.attend
 
     def wrong(q, k, v, *others):
         return right(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), *others)
 
-    monkeypatch.setattr(layers, "attend", wrong)
+    monkeypatch.setattr(attention, "attend", wrong)
     assert_differs(run(ours), reference(INPUT_IDS).logits)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import SiglipConfig as ReferenceConfig
 from transformers import SiglipModel
 
-from minivlm import InputError, SigLIP, SiglipConfig, SiglipVisionConfig, layers
+from minivlm import InputError, SigLIP, SiglipConfig, SiglipVisionConfig, attention
 from minivlm.layers import quick_gelu
 from minivlm.text.siglip import SiglipTextConfig
 from minivlm.vision.pooling import AttentionPoolingHead
@@ -100,14 +100,14 @@ def test_loss_and_gradients(ours: SigLIP, reference: SiglipModel):
 @torch.no_grad()
 def test_the_maps_of_the_probe_can_be_recorded(ours: SigLIP, expected: Any):
     """One map more than the tower has layers: one row, the probe's, over the patches."""
-    with layers.record_attention() as maps:
+    with attention.record_attention() as maps:
         ours.encode_image(PIXELS)
     assert [list(m.shape) for m in maps] == [[3, 4, 4, 4]] * 3 + [[3, 4, 1, 4]]
     head = AttentionPoolingHead(24, 40, 4)
     module = nn.MultiheadAttention(24, 4, batch_first=True)
     module.load_state_dict(head.attention.state_dict())
     tokens = torch.randn(2, 5, 24)
-    with layers.record_attention() as maps:
+    with attention.record_attention() as maps:
         head(tokens)
     _, theirs = module(head.probe.expand(2, -1, -1), tokens, tokens, average_attn_weights=False)
     assert_equal(maps[0], theirs)

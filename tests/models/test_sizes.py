@@ -21,6 +21,7 @@ from minivlm.models.sizes import (
     prefill_operations,
     weight_bytes,
 )
+from minivlm.speed import speed_up
 
 UNTIED = replace(TINY, text=replace(TINY.text, tie_word_embeddings=False))
 CONFIGS = {
@@ -95,7 +96,7 @@ def counted(step) -> int:
 
 @pytest.mark.parametrize("config", TINIES, ids=["tied", "untied", "gemma 2"])
 def test_operations_are_those_that_run(config: PaliGemmaConfig):
-    model = randomize(PaliGemma(config))
+    model = speed_up(randomize(PaliGemma(config)))
     batch = make_batch([5], [0], [True])
     tokens = IMAGE_TOKENS + 5
     assert batch["input_ids"].shape == (1, tokens)

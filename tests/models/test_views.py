@@ -3,12 +3,9 @@
 The logits of a row are the same in all three, whatever else is in the batch. So are the answers.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from gemma2 import tiny_paligemma2
-from helpers import IMAGE_TOKENS, TOLERANCE, assert_equal, make_batch, tiny_paligemma
+from helpers import IMAGE_TOKENS, TOLERANCE, assert_equal, make_batch, tiny_paligemma, without_labels
 from torch import Tensor
 
 from minivlm import PaliGemma
@@ -38,10 +35,6 @@ def cut(batch: dict[str, Tensor], row: int, pictures: list[bool]) -> dict[str, T
     return alone
 
 
-def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: values for name, values in batch.items() if name != "labels"}
-
-
 @torch.no_grad()
 @SIDES
 @MIXED
@@ -51,24 +44,6 @@ def test_padded_batch_equals_single_rows(model: PaliGemma, side: str, pictures: 
     for row in range(3):
         alone = model(**cut(batch, row, pictures)).logits
         assert_equal(logits[row, batch["attention_mask"][row].bool()], alone[0])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("build", [tiny_paligemma, tiny_paligemma2])
-def test_the_last_mlp_of_prefill_sees_one_token_a_row(build: Callable[[], PaliGemma]):
-    """The others' hidden states would be computed for nobody; that the one is right, the next test shows."""
-    model = build()
-    tokens: list[int] = []
-    for layer in model.language_model.layers:
-        layer.mlp.register_forward_hook(lambda _m, inputs, _o: tokens.extend(inputs[0].shape[:2]))
-    batch = without_labels(make_batch(PREFIXES, SUFFIXES, PICTURES, "left"))
-    length = batch["input_ids"].shape[1]
-    before = len(model.language_model.layers) - 1
-    model.prefill(**batch)
-    assert tokens == before * [3, length] + [3, 1]
-    tokens.clear()
-    model(**batch)
-    assert tokens == (before + 1) * [3, length]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import ViTConfig as ReferenceConfig
 from transformers import ViTForImageClassification, ViTModel
 
-from minivlm import InputError, ViT, ViTConfig, encoder_blocks
+from minivlm import InputError, ViT, ViTConfig, layers
 
 LABELS = ("cat", "dog", "a third thing")
 
@@ -81,11 +81,11 @@ def test_the_classifier(classifier: ViTForImageClassification, classes_folder: P
 
 
 def tanh_gelu(model: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoder_blocks.ACTIVATIONS, "gelu", encoder_blocks.ACTIVATIONS["gelu_pytorch_tanh"])
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu", layers.ACTIVATIONS["gelu_pytorch_tanh"])
 
 
 def quick_gelu(model: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoder_blocks.ACTIVATIONS, "gelu", encoder_blocks.quick_gelu)
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu", layers.quick_gelu)
 
 
 def change_eps(model: ViT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from caption_backends import clip_backend, siglip_backend
 from encoders import TEXT, VISION
 from helpers import assert_equal, randomize
 from PIL import Image
-from test_captions import clip_backend, siglip_backend
 
 import minivlm
 from minivlm import (
