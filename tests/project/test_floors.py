@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2] / "minivlm"
 FLOORS = """
     errors | files | attention rope masks cache losses | layers generate distributed
-    | configs checkpoints processing speed | vision text data | models world | evaluation looking | training checks
-    | classroom | cli
+    | configs checkpoints processing speed | vision text data | models world | evaluation looking
+    | training checks | classroom | cli
 """  # bottom up; a room is a folder, or a file in the root
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS.split("|")) for room in rooms.split()}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
@@ -25,8 +25,8 @@ def imported(file: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "minivlm":
             module = (node.module or "").removeprefix("minivlm").lstrip(".")
             for name in (f"{module}.{alias.name}".lstrip(".") for alias in node.names):
-                whole = next(n for n in (name, f"{name}.__init__", module, f"{module}.__init__") if n in FILES)
-                found.add(whole)
+                candidates = (name, f"{name}.__init__", module, f"{module}.__init__")
+                found.add(next(candidate for candidate in candidates if candidate in FILES))
     return found - {file}
 
 
