@@ -96,6 +96,15 @@ def test_quantized_model(tied: bool):
     assert not Path("nowhere").exists()
 
 
+def test_a_loaded_model_is_quantized_with_its_head():
+    """Its tied head is a module already, see `speed.one_row.TiedHead`."""
+    model, _ = load_paligemma()
+    quantize_decoder(model)
+    head, table = model.language_model.lm_head, model.language_model.embed_tokens
+    assert isinstance(head, Int8Linear)
+    assert head.weight.data_ptr() == table.weight.data_ptr()
+
+
 @torch.no_grad()
 def test_logits_are_near_and_not_equal():
     """Random weights: an error of half a step in 254, many times over."""
