@@ -5,6 +5,7 @@ Everything that can go wrong with a picture, a prompt or a folder given from out
 that library users need not know it; the command line prints it without a traceback and exits with 2.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,5 +25,5 @@ def extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise InputError(
             f"{error.name} is not installed, which the extra [{name}] brings: "
-            f"python -m pip install 'minivlm[{name}]'"
+            f"{sys.executable} -m pip install 'minivlm[{name}]'"
         ) from error

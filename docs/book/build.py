@@ -28,9 +28,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "bench/README.md",
-    "docs/teaching.md",
-    "docs/common-mistakes.md",
-    "docs/training-log.md",
+    *(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")) if path.name != "index.md"),
 )
 LINK = re.compile(r"\]\(([^)#\s]+)")
 STAMP = ".sources"

@@ -81,7 +81,7 @@ def test_every_mistake_is_shown_somewhere() -> None:
     assert len(rows) > 30
     for row in rows:
         _, _, shown = row.strip("| ").rsplit(" | ", 2)
-        links = re.findall(r"\[([^]]+)\]\(\.\./((?:notebooks|tests)/[\w.]+)\)", shown)
+        links = re.findall(r"\[([^]]+)\]\(\.\./((?:notebooks|tests)/[\w./]+)\)", shown)
         assert links, row
         for name, target in links:
             path = ROOT / target

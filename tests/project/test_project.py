@@ -126,7 +126,11 @@ def test_container_calls_targets_that_exist() -> None:
     assert recipe(target)
 
 
-@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "README.md", ".github/pull_request_template.md"])
+DOCUMENTS = ["CONTRIBUTING.md", "README.md", ".github/pull_request_template.md", "bench/README.md"]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES])
 def test_documents_name_what_exists(document: str) -> None:
     """Every `make` target, and every file of the repository, that a document names in code."""
     text = (ROOT / document).read_text(encoding="utf-8")
