@@ -273,7 +273,7 @@ def test_configs_that_are_refused(objective: str, changes: dict[str, Any], messa
 
 def test_captions_longer_than_the_context() -> None:
     """Seen before the first step, since not every batch has a picture of five things."""
-    with pytest.raises(InputError, match="has 24 tokens, and the model reads 19 at most"):
+    with pytest.raises(InputError, match="has 24 tokens, but the model reads at most 19"):
         a_run("siglip", max_length=20)
 
 
