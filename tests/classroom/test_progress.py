@@ -328,7 +328,7 @@ def test_a_missing_extra_is_named(
     hand_in(tmp_path / "ada.ipynb", COUNT)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["progress", str(tmp_path), "--yes"]) == 2
-    assert f"{missing} is not installed, which the extra [notebooks] brings" in capsys.readouterr().err
+    assert f"{missing} is not installed, but comes with the extra [notebooks]" in capsys.readouterr().err
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
