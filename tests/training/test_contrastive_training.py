@@ -173,7 +173,7 @@ def test_a_batch_of_a_file_has_no_line_twice(tmp_path: Path) -> None:
     assert all(len(set(lines)) == 4 for lines in seen)
     assert len({*seen[0], *seen[1]}) == 8  # a round has two batches, and two lines wait
     assert seen[:2] != seen[2:]
-    with pytest.raises(InputError, match=r"batch_size is 11, and there are 10 pairs: .* a smaller batch"):
+    with pytest.raises(InputError, match=r"batch_size is 11, but there are 10 pairs: .* a smaller batch"):
         FilePairs(pairs, [processor], seed=1, steps=9, batch_size=11)
 
 
