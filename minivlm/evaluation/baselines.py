@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minivlm.processing import box_to_tokens, codes_to_text, load_codebook
-from minivlm.processing.codebook import SIDE
+from minivlm.processing.codebook import MASK_SIDE
 from minivlm.world.questions import TASKS, Example, ask
 from minivlm.world.scenes import WORLD, make_scene
 
@@ -75,4 +75,4 @@ def _most_frequent(examples: Sequence[Example]) -> dict[str, str]:
 @cache
 def _filled() -> str:
     """The `<seg>` tokens of a mask that fills its box."""
-    return codes_to_text(load_codebook().encode(torch.ones(1, SIDE, SIDE))[0])
+    return codes_to_text(load_codebook().encode(torch.ones(1, MASK_SIDE, MASK_SIDE))[0])

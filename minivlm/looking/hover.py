@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minivlm.looking.plots import to_image
 
-SIDE = 360  # pixels of the drawing; the picture inside is stored as small as the model sees it
+DRAWING_SIDE = 360  # pixels; the picture inside is stored as small as the model sees it
 LARGEST = 224  # pixels of the stored picture
 
 _PAGE = """<div id="{id}" style="font:14px sans-serif;max-width:{width}px;background:#fff;color:#222">
@@ -83,7 +83,7 @@ def hover_page(
     }
     # Two pages in one notebook must not share an id, and the same page must have the same id every time.
     digest = hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:12]
-    return _PAGE.format(id=f"look-{digest}", side=side, size=SIDE, width=SIDE + 40, **parts)
+    return _PAGE.format(id=f"look-{digest}", side=side, size=DRAWING_SIDE, width=DRAWING_SIDE + 40, **parts)
 
 
 def _percent(values: Tensor) -> list[int]:

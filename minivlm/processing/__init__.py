@@ -1,6 +1,6 @@
-"""Pictures, words, boxes and masks as the model reads and writes them. Nothing here knows the model.
+"""Pictures, words, boxes and masks, as the model reads and writes them. Nothing here depends on the model.
 
-The one network is the small codebook that makes words of masks.
+The only network is the small codebook that turns masks into words.
 """
 
 from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_boxes

@@ -329,7 +329,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["progress", str(tmp_path), "--yes"]) == 2
     err = capsys.readouterr().err
-    assert f"{missing} is not installed, which the extra [notebooks] brings" in err
+    assert f"{missing} is not installed, but comes with the extra [notebooks]" in err
     assert f": {sys.executable} -m pip install 'minivlm[notebooks]'" in err
 
 

@@ -268,13 +268,13 @@ def test_bad_lines_are_listed(tune: list[str], data: Path, capsys: pytest.Captur
     assert lines[1].startswith("  line 7: not JSON (")
     assert lines[2] == f"  line 8: {data.parent}/no such.png: no such file: check the path of the picture"
     assert lines[-2] == "  and 3 more"
-    assert lines[-1] == "Mend them, or leave them out with --on-bad-line skip"
+    assert lines[-1] == "Fix them, or skip them with --on-bad-line skip"
     assert len(lines) == 13
     assert main([*tune, "--on-bad-line", "skip"]) == 0
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert lines[0] == f"minivlm: warning: {data} has 13 bad lines:"
-    assert lines[-1] == "They are left out"
+    assert lines[-1] == "They are skipped"
     assert "The model is in" in out
 
 

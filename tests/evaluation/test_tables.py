@@ -262,7 +262,7 @@ def test_a_browser_that_fails_does_so_before_any_answer(
     with pytest.raises(InputError, match="true drew nothing"):
         evaluate(*untrained, scenes=2, progress=False)
     monkeypatch.setenv("MINIVLM_CHROMIUM", "/no/such/program")
-    with pytest.raises(InputError, match="which is no program"):
+    with pytest.raises(InputError, match="which is not a program"):
         evaluate(*untrained, scenes=2, progress=False)
     assert right == []
     evaluate(*untrained, scenes=2, progress=False, columns=("held_out",))  # which does not need it

@@ -100,7 +100,9 @@ def test_another_decoder(folder: Path):
 
 
 def test_a_revision_of_a_folder(folder: Path):
-    with pytest.raises(InputError, match=r"is a folder here, and revision 'v1' belongs to a repo of the Hub"):
+    with pytest.raises(
+        InputError, match=r"is a local folder, but revision 'v1' belongs to a repo of the Hub"
+    ):
         minivlm.load(folder, revision="v1")
 
 
@@ -144,14 +146,14 @@ def test_missing_files(folder: Path, name: str):
 
 def test_files_of_two_checkpoints(folder: Path):
     edit(folder / "config.json", image_token_index=7)
-    with pytest.raises(InputError, match=r"the id of <image> is 7 by config.json and \d+ by tokenizer.json"):
+    with pytest.raises(InputError, match=r"the id of <image> is 7 in config.json and \d+ in tokenizer.json"):
         minivlm.load(folder)
 
 
 def test_pictures_of_another_size(folder: Path):
     edit(folder / "preprocessor_config.json", size={"height": 56, "width": 56})
     with pytest.raises(
-        InputError, match=r"the picture's side is 28 by config.json and 56 by preprocessor_config"
+        InputError, match=r"the picture's side is 28 in config.json and 56 in preprocessor_config"
     ):
         minivlm.load(folder)
 

@@ -117,7 +117,7 @@ def test_braces_in_names_and_templates_are_text(opened: tuple[Any, PairProcessor
         ([], TEMPLATES, "0 class names and 3 templates"),
         (NAMES, [], "3 class names and 0 templates"),
         (NAMES, ["a photo"], r'"a photo" has no place for the class name: write \{\} there'),
-        (["cat " * 40], TEMPLATES, "and the model reads"),
+        (["cat " * 40], TEMPLATES, "but the model reads"),
     ],
 )
 def test_refused_classes(
@@ -157,7 +157,7 @@ def test_a_vit_folder(tmp_path: Path) -> None:
     assert torch.equal(loaded(pixels).logits, model(pixels).logits)
     assert loaded.config == model.config
     edit(tmp_path / "preprocessor_config.json", size={"height": 56, "width": 56})
-    with pytest.raises(InputError, match=r"side is 28 by config.json and 56 by preprocessor_config"):
+    with pytest.raises(InputError, match=r"side is 28 in config.json and 56 in preprocessor_config"):
         minivlm.load(tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     make_clip(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"eos_token_id": 5})
-    with pytest.raises(InputError, match="the id of the end is 5 by config"):
+    with pytest.raises(InputError, match="the id of the end is 5 in config"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"vocab_size": 50})
     with pytest.raises(InputError, match=r"tokenizer.json has \d+ tokens and the model knows 50"):
@@ -177,7 +177,7 @@ def test_files_of_two_checkpoints(tmp_path: Path) -> None:
 def test_a_siglip_folder_of_another_picture_size(tmp_path: Path) -> None:
     make_siglip(tmp_path)
     edit(tmp_path / "preprocessor_config.json", size={"height": 56, "width": 56})
-    with pytest.raises(InputError, match=r"side is 28 by config.json and 56 by preprocessor_config"):
+    with pytest.raises(InputError, match=r"side is 28 in config.json and 56 in preprocessor_config"):
         minivlm.load(tmp_path)
 
 

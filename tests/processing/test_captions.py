@@ -82,21 +82,21 @@ def test_siglip_ids_equal_the_reference(siglip: Path) -> None:
 
 
 def test_names_in_the_config_beat_the_defaults(siglip: Path) -> None:
-    """Padding with another token, in the form of old files and of new ones; and SigLIP 2's names."""
+    """Padding with another token, in the format of old and new files; and SigLIP 2's names."""
     path = siglip / "tokenizer_config.json"
     for pad in ("<pad>", {"__type": "AddedToken", "content": "<pad>"}):
         path.write_text(json.dumps({"pad_token": pad, "bos_token": "<unk>", "model_max_length": 16}))
         tokenizer = CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
         assert tokenizer("a cat").shape == (1, 16)
         assert tokenizer("a cat")[0, -1] == tokenizer.backend.token_to_id("<pad>") == 0
-        assert tokenizer.before == []  # SigLIP has no mark of the start, whatever the file names
+        assert tokenizer.before == []  # SigLIP has no start token, whatever the file says
     assert CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS, max_length=20)("a cat").shape == (1, 20)
     path.write_text(json.dumps({"model_max_length": 10**30}))
     assert CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS).form == SIGLIP_CAPTIONS
 
 
 def test_siglip_2_ids_equal_the_reference(tmp_path: Path) -> None:
-    """Gemma's form of a file, which keeps capitals; transformers' class for SigLIP 2 adds lower case."""
+    """Gemma's file format, which keeps capitals; transformers' class for SigLIP 2 lowercases."""
     build_tokenizer(CORPUS).save(str(tmp_path / "tokenizer.json"))
     config = {"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -138,7 +138,7 @@ def test_a_typed_mark_in_a_unigram_vocabulary(siglip: Path) -> None:
 def test_refused_captions(clip: Path) -> None:
     tokenizer = CaptionTokenizer.from_pretrained(clip, CLIP_CAPTIONS, max_length=6)
     assert tokenizer("red " * 4).shape == (1, 6)
-    with pytest.raises(InputError, match="caption 2 has 5 tokens, and the model reads 4 at most: shorten"):
+    with pytest.raises(InputError, match="caption 2 has 5 tokens, but the model reads at most 4: shorten"):
         tokenizer(["red", "red " * 5])
     with pytest.raises(InputError, match="no captions"):
         tokenizer([])
@@ -159,7 +159,7 @@ def test_refused_folders(clip: Path, siglip: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read as JSON"):
         CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
     (siglip / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(InputError, match="holds no settings"):
+    with pytest.raises(InputError, match="contains no settings"):
         CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
     (clip / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="is not a tokenizer"):
