@@ -223,7 +223,7 @@ def test_missing_fields_are_those_of_transformers():
         ({"hidden_size": 100}, "does not divide into 12 heads"),
         (
             {"architectures": ["ViTForImageClassification"], "id2label": {"0": "a", "2": "b"}},
-            "does not count its classes from 0",
+            "does not number its classes 0, 1, 2",
         ),
     ],
 )
