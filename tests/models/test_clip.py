@@ -301,7 +301,7 @@ def test_refused_configs(values: dict[str, Any], message: str):
     [
         (IDS.clone().where(IDS != 98, 4), r"row 1 of input_ids has no eos \(id 98\)"),
         (torch.stack([IDS[0], torch.full((8,), 3)]), r"row 2 of input_ids has no eos"),
-        (torch.full((1, 11), 98), "have 11 tokens, and this tower reads 10 at most"),
+        (torch.full((1, 11), 98), "have 11 tokens, but this tower reads at most 10"),
         (torch.full((5,), 98), r"shape \[5\], expected \[B, T\]"),
     ],
 )

@@ -249,7 +249,7 @@ def test_refused_configs(values: dict[str, Any], message: str):
     ("ids", "message"),
     [
         (IDS[:, :9], "have 9 tokens, expected exactly 10"),
-        (torch.ones(1, 11, dtype=torch.long), "have 11 tokens, and this tower reads 10 at most"),
+        (torch.ones(1, 11, dtype=torch.long), "have 11 tokens, but this tower reads at most 10"),
         (IDS[0], r"shape \[10\], expected \[B, T\]"),
     ],
 )
