@@ -321,7 +321,7 @@ def test_refused_pictures_and_pairs(ours: CLIP):
         ours.encode_image(torch.zeros(1, 3, 14, 28))
     with pytest.raises(ValueError, match="3 pictures and 4 texts"):
         ours(IDS, PIXELS, return_loss=True)
-    with pytest.raises(ValueError, match=r"pictures \[2, 20\] and of texts \[2, 24\] cannot be compared"):
+    with pytest.raises(ValueError, match=r"pictures \[2, 20\] and texts \[2, 24\] cannot be compared"):
         ours.logits(torch.zeros(2, 20), torch.zeros(2, 24))
 
 
