@@ -280,11 +280,11 @@ def test_the_old_parts_beat_the_new_ones():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "siglip"}, "model_type 'siglip', and this class computes 'clip'"),
+        ({"model_type": "siglip"}, "model_type 'siglip', but this class is for 'clip'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config has model_type"),
         ({"text_config": {"hidden_act": "relu"}}, "hidden_act is 'relu': only quick_gelu, gelu"),
-        ({"text_config": {"hidden_size": 30}}, "does not divide into 8 heads"),
-        ({"vision_config": {"patch_size": 300}}, "does not fit into image_size 224"),
+        ({"text_config": {"hidden_size": 30}}, "is not divisible by 8 heads"),
+        ({"vision_config": {"patch_size": 300}}, "does not fit in image_size 224"),
         ({"vision_config": [1]}, "expected an object"),
     ],
 )
