@@ -158,7 +158,8 @@ def limits(folder: Path, results: Rounds, bandwidth: float, operations: float) -
     picture = image_operations(config)
     ours = picture + prefill_operations(config, prompt)
     # transformers leaves nothing out of the last layer
-    work = {OURS: ours, PACKED: ours, PEER: picture + prefill_operations(config, prompt, wanted=prompt)}
+    peers = picture + prefill_operations(config, prompt, last_mlp_tokens=prompt)
+    work = {OURS: ours, PACKED: ours, PEER: peers}
     yield (
         f"A token must read {needed / 1e9:.2f} GB; the prompt takes {ours / 1e12:.2f} * 10^12 operations "
         f"({PEER}: {work[PEER] / 1e12:.2f}).\n"

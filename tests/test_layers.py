@@ -102,7 +102,7 @@ def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monke
         held.append(args[0].shape[0] * args[0].shape[1] * args[0].shape[2] * args[1].shape[2])
         return attend_plain(*args)
 
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", block)
     monkeypatch.setattr(attention, "attend_plain", plain)
     for cap in (None, 0.5):
         expected = attend_plain(q, k, v, seen, SCALE, cap)
@@ -132,7 +132,7 @@ def test_no_matrix_of_scores_of_a_long_row(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "attention_weights", watched)
     out = attend(q, k, v, None, SCALE)
     assert sum(sizes) == 4 * 2000 * 2000
-    assert max(sizes) <= attention.BLOCK
+    assert max(sizes) <= attention.SCORES_PER_BLOCK
     torch.testing.assert_close(out, attend_fused(q, k, v, None, SCALE), rtol=0.02, atol=0.005)
 
 

@@ -1,4 +1,4 @@
-"""From a folder's name to a model and its processor: the one table of systems."""
+"""From a folder's name to a model and its processor: the table of systems."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from minivlm.speed import speed_up
 from minivlm.speed.int8 import quantize_decoder
 from minivlm.speed.packing import check_packing, matrices, pack_matrices
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that comes with the package
+SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that ships with the package
 
 Kind = Literal["answers", "matches", "classifies"]
 
 
 class System(NamedTuple):
-    """What opens a folder, and which kind of model comes out."""
+    """How to open a folder, and what kind of model it holds."""
 
     open_folder: Callable[[Path, Mapping[str, Any], torch.dtype | None, torch.device | str], tuple[Any, Any]]
     kind: Kind
@@ -48,29 +48,29 @@ def load(
     pack: bool = False,
     kind: Kind | None = None,
 ) -> tuple[Any, Any]:
-    """Open a checkpoint: a local folder, or a repo id of the Hub such as "google/paligemma-3b-mix-224".
+    """Open a checkpoint: a local folder, or a repo of the Hub such as "google/paligemma-3b-mix-224".
 
     >>> model, processor = load("google/paligemma-3b-mix-224", dtype=torch.bfloat16)
 
     Args:
-        name: folder or repo id; without one, the small model that comes with the package.
-        dtype: what the weights are converted to; None keeps what the files have.
-        device: where the model computes, such as "cpu" or "cuda".
-        revision: of a repo id, a branch, tag or commit; without one, the main branch.
-        quantize: "int8" halves the bytes of a decoder in bf16, see `minivlm.speed.int8`.
-        pack: on a CPU and in bf16, spend memory on faster prompts and batches, see `minivlm.speed.packing`.
-        kind: refuse other models than those that answer, match or classify.
+        name: folder or repo id; by default, the small model that ships with the package.
+        dtype: the dtype of the weights; None keeps that of the files.
+        device: where the model runs, such as "cpu" or "cuda".
+        revision: a branch, tag or commit of a repo; by default, the main branch.
+        quantize: "int8" halves the size of a bf16 decoder, see `minivlm.speed.int8`.
+        pack: on a CPU in bf16, use more memory for faster prompts and batches, see `minivlm.speed.packing`.
+        kind: accept only models that answer, match or classify.
 
     Returns:
-        Which types, the folder's config.json decides: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
+        The types depend on the folder's config.json: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
         `PairProcessor`, `ViT` and `ViTImageProcessor`.
 
     Raises:
-        InputError: the folder cannot be found or read, holds another system than those of `SYSTEMS`, or its
-            files do not fit together; the device does not exist, cannot compute in the dtype, or has too
-            little memory free; there is no such way to quantize, or no decoder; the weights cannot be packed.
+        InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files
+            do not match each other; the device does not exist, does not support the dtype, or has too little
+            free memory; the quantization is unknown, or there is no decoder; the weights cannot be packed.
     """
-    # What can be refused is refused before gigabytes are downloaded.
+    # Reject bad options before gigabytes are downloaded.
     _check_options(dtype, device, quantize, pack)
     values = read_config(find_folder(name, revision, files=["config.json"]))
     system = _system(name, values.get("model_type"), kind, quantize)
@@ -78,7 +78,8 @@ def load(
     if quantize is None:
         model, processor = system.open_folder(folder, values, dtype, device)
     else:
-        model, processor = system.open_folder(folder, values, None, "cpu")  # rounded once, from the file's
+        # In the file's dtype, so that weights are rounded only once.
+        model, processor = system.open_folder(folder, values, None, "cpu")
         _require_memory_for_int8(model, dtype, device)
         quantize_decoder(model)
         model.to(device, dtype)

@@ -417,7 +417,7 @@ def test_unreadable_config(folder: Path, content: bytes):
 def test_another_system(folder: Path):
     values = json.loads((folder / "config.json").read_text()) | {"model_type": "llava"}
     (folder / "config.json").write_text(json.dumps(values))
-    refuse(folder, "model_type 'llava', and this class computes 'paligemma'")
+    refuse(folder, "model_type 'llava', but this class is for 'paligemma'")
 
 
 def test_different_weights_give_different_logits():

@@ -280,11 +280,11 @@ def test_the_old_parts_beat_the_new_ones():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "siglip"}, "model_type 'siglip', and this class computes 'clip'"),
+        ({"model_type": "siglip"}, "model_type 'siglip', but this class is for 'clip'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config has model_type"),
         ({"text_config": {"hidden_act": "relu"}}, "hidden_act is 'relu': only quick_gelu, gelu"),
-        ({"text_config": {"hidden_size": 30}}, "does not divide into 8 heads"),
-        ({"vision_config": {"patch_size": 300}}, "does not fit into image_size 224"),
+        ({"text_config": {"hidden_size": 30}}, "is not divisible by 8 heads"),
+        ({"vision_config": {"patch_size": 300}}, "does not fit in image_size 224"),
         ({"vision_config": [1]}, "expected an object"),
     ],
 )
@@ -301,7 +301,7 @@ def test_refused_configs(values: dict[str, Any], message: str):
     [
         (IDS.clone().where(IDS != 98, 4), r"row 1 of input_ids has no eos \(id 98\)"),
         (torch.stack([IDS[0], torch.full((8,), 3)]), r"row 2 of input_ids has no eos"),
-        (torch.full((1, 11), 98), "have 11 tokens, and this tower reads 10 at most"),
+        (torch.full((1, 11), 98), "have 11 tokens, but this tower reads at most 10"),
         (torch.full((5,), 98), r"shape \[5\], expected \[B, T\]"),
     ],
 )
@@ -321,7 +321,7 @@ def test_refused_pictures_and_pairs(ours: CLIP):
         ours.encode_image(torch.zeros(1, 3, 14, 28))
     with pytest.raises(ValueError, match="3 pictures and 4 texts"):
         ours(IDS, PIXELS, return_loss=True)
-    with pytest.raises(ValueError, match=r"pictures \[2, 20\] and of texts \[2, 24\] cannot be compared"):
+    with pytest.raises(ValueError, match=r"pictures \[2, 20\] and texts \[2, 24\] cannot be compared"):
         ours.logits(torch.zeros(2, 20), torch.zeros(2, 24))
 
 

@@ -132,7 +132,7 @@ def test_a_prompt_longer_than_the_context(folder: Path):
     model, processor = minivlm.load(folder)
     inputs = processor(Image.new("RGB", (50, 40), "red"), "red " * 70)
     tokens = inputs["input_ids"].shape[1]
-    message = f"has {tokens} tokens with its picture, .* context of 64: shorten the prompt by {tokens - 63}"
+    message = f"{tokens} tokens including its picture; .* context of 64: shorten the prompt by {tokens - 63}"
     with pytest.raises(InputError, match=message):
         model.generate(**inputs, max_new_tokens=5)
 

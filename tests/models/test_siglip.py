@@ -228,12 +228,12 @@ def test_missing_fields_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "siglip2"}, "model_type 'siglip2', and this class computes 'siglip'"),
+        ({"model_type": "siglip2"}, "model_type 'siglip2', but this class is for 'siglip'"),
         ({"vision_config": {"vision_use_head": False}}, "vision_use_head = False; only True"),
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act = 'gelu'"),
         ({"text_config": {"hidden_act": "quick_gelu"}}, "hidden_act = 'quick_gelu'"),
         ({"text_config": {"model_type": "clip_text_model"}}, "text_config has model_type"),
-        ({"text_config": {"hidden_size": 100}}, "does not divide into 12 heads"),
+        ({"text_config": {"hidden_size": 100}}, "is not divisible by 12 heads"),
         ({"text_config": {"projection_size": 512}}, "image tower returns 768 numbers and the text tower 512"),
     ],
 )
@@ -249,7 +249,7 @@ def test_refused_configs(values: dict[str, Any], message: str):
     ("ids", "message"),
     [
         (IDS[:, :9], "have 9 tokens, expected exactly 10"),
-        (torch.ones(1, 11, dtype=torch.long), "have 11 tokens, and this tower reads 10 at most"),
+        (torch.ones(1, 11, dtype=torch.long), "have 11 tokens, but this tower reads at most 10"),
         (IDS[0], r"shape \[10\], expected \[B, T\]"),
     ],
 )

@@ -116,7 +116,7 @@ def test_operations_are_those_that_run(config: PaliGemmaConfig):
         hidden = model.language_model(model.merge(ids, model.encode_image(pixels)), positions, all_see_all)
         model.logits(hidden[:, -1])
 
-    expected = image_operations(config) + prefill_operations(config, tokens, wanted=tokens)
+    expected = image_operations(config) + prefill_operations(config, tokens, last_mlp_tokens=tokens)
     assert counted(every_token) == expected
 
     _, cache = model.prefill(ids, mask, pixels)

@@ -215,15 +215,15 @@ def test_missing_fields_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "clip"}, "model_type 'clip', and this class computes 'vit'"),
+        ({"model_type": "clip"}, "model_type 'clip', but this class is for 'vit'"),
         ({"qkv_bias": False}, "qkv_bias = False; only True"),
         ({"pooler_act": "relu"}, "pooler_act = 'relu'"),
         ({"pooler_output_size": 10}, "pooler_output_size = 10; only 768"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"hidden_size": 100}, "does not divide into 12 heads"),
+        ({"hidden_size": 100}, "is not divisible by 12 heads"),
         (
             {"architectures": ["ViTForImageClassification"], "id2label": {"0": "a", "2": "b"}},
-            "does not count its classes from 0",
+            "does not number its classes 0, 1, 2",
         ),
     ],
 )

@@ -131,7 +131,7 @@ def test_refused_classes(
 def test_class_vectors_of_another_model(opened: tuple[Any, PairProcessor, Any]) -> None:
     model, processor, _ = opened
     pixels = processor(Image.new("L", (9, 9)))["pixel_values"]
-    with pytest.raises(ValueError, match=r"of texts \[3, 7\] cannot be compared"):
+    with pytest.raises(ValueError, match=r"and texts \[3, 7\] cannot be compared"):
         classify(model, pixels, torch.ones(3, 7))
 
 
@@ -168,7 +168,7 @@ def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the id of the end is 5 in config"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"vocab_size": 50})
-    with pytest.raises(InputError, match=r"tokenizer.json has \d+ tokens and the model knows 50"):
+    with pytest.raises(InputError, match=r"tokenizer.json has \d+ tokens but the model knows only 50"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"eos_token_id": 2})
     minivlm.load(tmp_path)  # as in the folders of OpenAI: the mistake is known

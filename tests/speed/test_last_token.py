@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from minivlm.models.load import SHIPPED, load_paligemma
 from minivlm.models.paligemma import PaliGemma
 from minivlm.speed import speed_up
-from minivlm.speed.last_token import last_places, skip_unread
+from minivlm.speed.last_token import last_token_indices, skip_unread
 
 PREFIXES, SUFFIXES, PICTURES = [3, 5, 2], [3, 1, 2], [True, True, True]
 BOTH = pytest.mark.parametrize("build", [tiny_paligemma, tiny_paligemma2])
@@ -56,9 +56,9 @@ def test_what_is_read_stays_the_same(build: Callable[[], PaliGemma], side: str):
     assert_equal(fast(**batch).logits, plain(**batch).logits)
 
 
-def test_last_places():
+def test_last_token_indices():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
-    assert last_places(mask).tolist() == [3, 1, 3, 0, 3]
+    assert last_token_indices(mask).tolist() == [3, 1, 3, 0, 3]
 
 
 def test_a_model_that_reads_no_prompts_stays_as_it_is():

@@ -42,10 +42,10 @@ def test_the_same_product(shape: tuple[int, ...], bias: bool):
 @needs_kernels
 @torch.no_grad()
 def test_one_row_reads_short_rows_in_the_files_order(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packing, "SHORT", 200)
+    monkeypatch.setattr(packing, "SHORT_ROW", 200)
     short, long = (nn.Linear(inputs, 120).to(BF16) for inputs in (200, 201))
-    assert PackedLinear(short).in_rows.data_ptr() == short.weight.data_ptr()  # no second copy
-    assert PackedLinear(long).in_rows is None
+    assert PackedLinear(short).row_major.data_ptr() == short.weight.data_ptr()  # no second copy
+    assert PackedLinear(long).row_major is None
     calls = []
     right = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *args: (calls.append(len(args[0])), right(*args))[1])
@@ -80,7 +80,7 @@ def test_the_same_answers():
 def test_what_a_packed_model_is_not_for(tmp_path: Path):
     model = tiny_paligemma().to(BF16)
     pack_matrices(model)
-    with pytest.raises(InputError, match="packed already"):
+    with pytest.raises(InputError, match="already packed"):
         pack_matrices(model)
     with pytest.raises(InputError, match="packed model cannot be saved"):
         model.save_pretrained(tmp_path / "folder")
@@ -93,9 +93,7 @@ def test_what_a_packed_model_is_not_for(tmp_path: Path):
 def test_nothing_is_packed_where_one_matrix_cannot_be():
     model = tiny_paligemma().to(BF16)
     model.multi_modal_projector.float()
-    with pytest.raises(
-        InputError, match=r"for bfloat16 on a CPU, and the model is to be torch\.float32 on cpu"
-    ):
+    with pytest.raises(InputError, match=r"for bfloat16 on a CPU, but the model is torch\.float32 on cpu"):
         pack_matrices(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 

@@ -21,8 +21,8 @@ def test_pieces_agree_with_the_whole(length: int):
     x = torch.randn(2, length, 8)
     with torch.no_grad():
         torch.testing.assert_close(in_pieces(layer, x), layer(x))
-    assert max(sizes[:-1]) <= 1.5 * pieces.PIECE
-    assert min(sizes[:-1]) >= min(2 * length, pieces.PIECE // 2)  # no small piece is left over
+    assert max(sizes[:-1]) <= 1.5 * pieces.TOKENS_PER_PIECE
+    assert min(sizes[:-1]) >= min(2 * length, pieces.TOKENS_PER_PIECE // 2)  # no small piece is left over
     sizes.clear()
     in_pieces(layer, x)
     assert sizes == [2 * length]  # with gradients, everything is kept anyway
