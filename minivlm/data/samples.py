@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from minivlm.data.lines import BadLines, check_picture, read_lines, read_texts
 from minivlm.errors import InputError
-from minivlm.processing import Processor, load_picture, text_to_boxes, to_rgb
+from minivlm.processing import AnswerProcessor, load_picture, text_to_boxes, to_rgb
+from minivlm.processing.inputs import Inputs
 
 KEYS = ("image", "prefix", "suffix")
 
@@ -37,8 +37,6 @@ _SEG = re.compile(r"<seg[0-9]{3}>")
 
 _OBJECT = re.compile(r"((?:<loc[0-9]{4}>)+)((?:<seg[0-9]{3}>)*)")
 
-Inputs = dict[str, Tensor]  # what the processor gives and the model takes
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -52,7 +50,10 @@ class Sample:
 
 
 def read_samples(
-    path: str | Path, processor: Processor, max_length: int, warn: Callable[[BadLines], object] | None = None
+    path: str | Path,
+    processor: AnswerProcessor,
+    max_length: int,
+    warn: Callable[[BadLines], object] | None = None,
 ) -> list[Sample]:
     """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are passed over.
 
@@ -74,7 +75,7 @@ def read_samples(
 
 
 def _read_line(
-    line: bytes, number: int, folder: Path, processor: Processor, max_length: int, known: set[Path]
+    line: bytes, number: int, folder: Path, processor: AnswerProcessor, max_length: int, known: set[Path]
 ) -> Sample:
     """One line, looked at from all sides.
 
@@ -140,7 +141,7 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
     def __init__(
         self,
         samples: Sequence[Sample],
-        processor: Processor,
+        processor: AnswerProcessor,
         *,
         seed: int,
         rows: int,
@@ -173,7 +174,7 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         return self.samples[self._order[1][place]]
 
 
-def make_inputs(processor: Processor, samples: Sequence[Sample]) -> Inputs:
+def make_inputs(processor: AnswerProcessor, samples: Sequence[Sample]) -> Inputs:
     """A batch with labels, padded on the right.
 
     Raises InputError: a picture turns out to be damaged, or has gone since it was looked at.

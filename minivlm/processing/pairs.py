@@ -16,7 +16,7 @@ from minivlm.errors import InputError
 from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.crops import CLIPImageProcessor
 from minivlm.processing.images import ImageProcessor, load_picture
-from minivlm.processing.paligemma import Picture
+from minivlm.processing.inputs import Picture
 
 # By the model_type of config.json: what stands around a caption, and how a picture is brought to size.
 SYSTEMS: dict[str, tuple[CaptionForm, type[ImageProcessor]]] = {

@@ -359,7 +359,7 @@ def test_dtypes(ask: Ask, picture: Path, dtype: str, monkeypatch: pytest.MonkeyP
         loaded.append(kwargs["dtype"])
         return minivlm.load(*args, **kwargs)
 
-    monkeypatch.setattr(cli.options, "load_paligemma", spy)
+    monkeypatch.setattr(cli.options, "load", spy)
     out, _ = ask(picture, "--prompt", "caption en", "--dtype", dtype)
     assert len(out.splitlines()) >= 2
     assert loaded == [getattr(torch, dtype)]
@@ -529,7 +529,7 @@ def test_pictures_that_are_refused(
     def too_early(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was loaded before the pictures were looked at")
 
-    monkeypatch.setattr(cli.options, "load_paligemma", too_early)
+    monkeypatch.setattr(cli.options, "load", too_early)
     line = ask.refused(picture, path, "--prompt", "caption en")
     assert re.search(message, line)
     assert str(path) in line
@@ -635,8 +635,8 @@ def break_folder(folder: Path, kind: str) -> None:
     [
         ("missing config", "has no config.json: is it the folder of a checkpoint"),
         ("config is no JSON", r"config.json cannot be read .*: get the file again"),
-        ("other system", "type 'llava', and only paligemma writes answers: choose another"),
-        ("no answers", "type 'clip', and only paligemma writes answers: choose another"),
+        ("other system", "type 'llava', and only paligemma can write answers: choose another"),
+        ("no answers", "type 'clip', and only paligemma can write answers: choose another"),
         ("pickled only", "pytorch_model.bin: a pickle can run code .* Get the safetensors version"),
         ("no weights", "has neither model.safetensors nor .*: download the weights"),
         ("truncated", "model.safetensors is damaged or incomplete .*: get it again"),
@@ -732,7 +732,7 @@ def test_a_mistake_of_ours_is_not_taken_for_one_of_the_user(
     def wrong(*args: Any, **kwargs: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cli.options, "load_paligemma", wrong)
+    monkeypatch.setattr(cli.options, "load", wrong)
     with pytest.raises(ValueError, match="a bug"):
         ask(picture, "--prompt", "caption en")
 
@@ -744,7 +744,7 @@ def test_ctrl_c(ask: Ask, picture: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.options, "load_paligemma", stop)
+    monkeypatch.setattr(cli.options, "load", stop)
     out, err = ask(picture, "--prompt", "caption en", code=130)
     assert (out, err) == ("", "minivlm: stopped\n")
 
@@ -847,7 +847,7 @@ def test_demo(
     """In the repository with its samples, elsewhere with samples drawn on the spot."""
     model, processor = minivlm.load(folder)
     monkeypatch.setattr(model, "generate", lambda input_ids, **rest: answers(processor, input_ids))
-    monkeypatch.setattr(cli.demo, "load_paligemma", lambda: (model, processor))
+    monkeypatch.setattr(cli.demo, "load_answering", lambda: (model, processor))
     monkeypatch.chdir(tmp_path)
     if in_repository:
         Path("figures/samples").mkdir(parents=True)
@@ -886,7 +886,7 @@ def test_damaged_samples(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli.demo, "load_paligemma", lambda: minivlm.load(folder))
+    monkeypatch.setattr(cli.demo, "load_answering", lambda: minivlm.load(folder))
     monkeypatch.chdir(tmp_path)
     Path("figures/samples").mkdir(parents=True)
     if content is not None:
