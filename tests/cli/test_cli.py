@@ -696,14 +696,19 @@ def test_evaluations_that_are_refused(
         (["eval", "--scenes", "many"], "invalid int value: 'many'"),
         (["eval", "--columns", "held-out"], "invalid choice: 'held-out' (choose from"),
         (["train", "--workers", "-1"], "'-1' is not a whole number from 0 on"),
-        (["train", "--freeze", "head"], "invalid choice: 'head'"),
-        (["train", "--on-bad-line", "guess"], "invalid choice: 'guess'"),
-        (["train-masks"], "required: --out"),
-        (["train-masks", "--out", "a.npz", "--steps", "0"], "'0' is not a whole number above 0"),
+        (["finetune", "--freeze", "head"], "invalid choice: 'head'"),
+        (["finetune", "--on-bad-line", "guess"], "invalid choice: 'guess'"),
+        (["train-codebook"], "required: --out"),
+        (["train-codebook", "--out", "a.npz", "--steps", "0"], "'0' is not a whole number above 0"),
         (["train", "--threads", "0"], "'0' is not a whole number above 0"),
         (["train", "--save-every", "0"], "'0' is not a whole number above 0"),
         (["train", "--threads", "two"], "'two' is not a whole number above 0"),
         (["train", "--muon-lr", "fast"], "invalid float value: 'fast'"),
+        (["train", "--epochs", "2"], "unrecognized arguments: --epochs 2"),
+        (["finetune", "--data", "a.jsonl", "--muon-lr", "1"], "unrecognized arguments: --muon-lr 1"),
+        (["finetune"], "required: --data"),
+        (["train-contrastive", "--objective", "answers"], "invalid choice: 'answers'"),
+        (["train-contrastive", "--epochs", "2"], "unrecognized arguments: --epochs 2"),
     ],
 )
 def test_command_lines_that_are_refused(
@@ -718,6 +723,25 @@ def test_command_lines_that_are_refused(
     assert re.match(r"minivlm( [\w-]+)?: error: ", err)
     assert message in err
     assert re.search(r"\(see minivlm( [\w-]+)? --help\)$", err.rstrip())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "old", "new"),
+    [
+        (["train", "--data", "my.jsonl", "--epochs", "5"], "train --data", "finetune"),
+        (["train", "--out", "runs/x", "--data=my.jsonl"], "train --data", "finetune"),
+        (["train", "--objective", "siglip"], "train --objective", "train-contrastive"),
+        (["train", "--data", "my.jsonl", "--objective=lit"], "train --objective", "train-contrastive"),
+        (["train-masks", "--out", "a.npz"], "train-masks", "train-codebook"),
+    ],
+)
+def test_old_spellings_name_the_new_command(
+    arguments: list[str], old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert one_line(err) == f"minivlm {old} is now minivlm {new}: see minivlm {new} --help"
 
 
 def test_a_refusal_of_a_real_process(picture: Path) -> None:
@@ -905,8 +929,9 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
-    models = {"demo", "ask", "look", "train", "train-masks", "eval"}
-    assert {line.split()[1] for line in examples} == models | {"doctor", "workshop", "progress"}
+    training = {"train", "finetune", "train-contrastive", "train-codebook"}
+    others = {"demo", "ask", "look", "eval", "doctor", "workshop", "progress"}
+    assert {line.split()[1] for line in examples} == training | others
     assert cli.EXAMPLES in out
 
 
@@ -922,11 +947,10 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
     ("name", "wanted"),
     [
         ("ask", ["--prompts-file", "--json", "--draw", "--temperature", "segment red circle"]),
-        (
-            "train",
-            ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens", "--freeze", "suffix"],
-        ),
-        ("train-masks", ["--steps", "(default: "]),
+        ("train", ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens"]),
+        ("finetune", ["--resume", "--no-bf16", "--freeze", "suffix", "(default: runs/tuned)"]),
+        ("train-contrastive", ["--resume", "--teacher", "distill", "(default: 0.002)", "runs/OBJECTIVE"]),
+        ("train-codebook", ["--steps", "(default: "]),
         ("eval", ["--scenes", "(default: 2000)", "--json", "unseen_pairs"]),
         ("demo", ["--out"]),
         ("look", ["--prompt", "--out", "--no-occlusion", '(default: "caption en")']),
