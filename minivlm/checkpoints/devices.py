@@ -26,6 +26,18 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 HEADROOM = 0.1
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """Raises InputError: there is no such device here, or one that cannot hold numbers."""
+    try:
+        one = torch.ones(1, device=device)
+        one.item()  # the meta device has shapes alone
+        return one.device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {str(device)!r} cannot be used here ({_reason(error)}): use device 'cpu' (--device cpu)"
+        ) from error
+
+
 def check_dtype(dtype: torch.dtype, device: torch.device | str) -> None:
     """Raises InputError: there is no such device here, or it cannot run a model in this dtype.
 
@@ -35,12 +47,8 @@ def check_dtype(dtype: torch.dtype, device: torch.device | str) -> None:
         raise InputError(
             f"dtype is {dtype}: models compute in torch.float32, torch.bfloat16 or torch.float16"
         )
-    try:
-        torch.ones(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {str(device)!r} cannot be used here ({_reason(error)}): use device 'cpu'"
-        ) from error
+    if str(device) != "meta":  # on which a model can be built and counted, though not run
+        check_device(device)
     try:
         x = torch.ones(1, 1, 2, 2, dtype=dtype, device=device)
         x = F.conv2d(x, x[..., :1, :1])

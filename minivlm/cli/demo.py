@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.cli.pictures import draw_answers, save_picture
 from minivlm.cli.program import command
-from minivlm.models.load import load_paligemma
+from minivlm.models.load import load_answering
 from minivlm.processing import load_picture, to_rgb
 from minivlm.world.demo import SAMPLES, read_samples, write_samples
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     if not folder.is_dir():
         folder = options.out / "samples"
         write_samples(folder)
-    model, processor = load_paligemma()
+    model, processor = load_answering()
     rows = [("picture", "prompt", "answer")]
     for path, prompts in read_samples(folder).items():
         picture = to_rgb(load_picture(path))

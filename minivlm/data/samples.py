@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from minivlm.data.lines import BadLines, check_picture, read_lines, read_texts
 from minivlm.errors import InputError
-from minivlm.processing import Processor, load_picture, text_to_boxes, to_rgb
+from minivlm.processing import AnswerProcessor, load_picture, text_to_boxes, to_rgb
+from minivlm.processing.inputs import Inputs
 
 KEYS = ("image", "prefix", "suffix")
 
@@ -29,8 +29,6 @@ _WORD = re.compile(r"<(loc|seg)([0-9]+)(>?)")
 _WORDS = {"loc": (4, 1024), "seg": (3, 128)}  # number of digits, number of words
 _SEG = re.compile(r"<seg[0-9]{3}>")
 _OBJECT = re.compile(r"((?:<loc[0-9]{4}>)+)((?:<seg[0-9]{3}>)*)")
-
-Inputs = dict[str, Tensor]  # what the processor returns and the model takes
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,10 @@ class Sample:
 
 
 def read_samples(
-    path: str | Path, processor: Processor, max_length: int, warn: Callable[[BadLines], object] | None = None
+    path: str | Path,
+    processor: AnswerProcessor,
+    max_length: int,
+    warn: Callable[[BadLines], object] | None = None,
 ) -> list[Sample]:
     """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are skipped.
 
@@ -67,7 +68,7 @@ def read_samples(
 
 
 def _read_line(
-    line: bytes, number: int, folder: Path, processor: Processor, max_length: int, known: set[Path]
+    line: bytes, number: int, folder: Path, processor: AnswerProcessor, max_length: int, known: set[Path]
 ) -> Sample:
     """Read one line and check all of it.
 
@@ -133,7 +134,7 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
     def __init__(
         self,
         samples: Sequence[Sample],
-        processor: Processor,
+        processor: AnswerProcessor,
         *,
         seed: int,
         rows: int,
@@ -166,7 +167,7 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         return self.samples[self._order[1][place]]
 
 
-def make_inputs(processor: Processor, samples: Sequence[Sample]) -> Inputs:
+def make_inputs(processor: AnswerProcessor, samples: Sequence[Sample]) -> Inputs:
     """A batch with labels, padded on the right.
 
     Raises InputError: a picture turns out to be damaged, or is gone since it was checked.

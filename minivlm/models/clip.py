@@ -72,6 +72,8 @@ class CLIPConfig:
 class CLIP(nn.Module):
     """The whole system. `minivlm.load` gives one with its processor."""
 
+    has_class_token = True  # the first token of the image tower, and what the picture's vector is made from
+
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config

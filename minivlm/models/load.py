@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 
@@ -12,8 +12,8 @@ from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memor
 from minivlm.checkpoints.hub import find_folder, read_config
 from minivlm.errors import InputError
 from minivlm.models import clip, paligemma, siglip, vit
-from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
+from minivlm.models.protocols import Answers, Matches
+from minivlm.processing import AnswerProcessor, PairProcessor
 from minivlm.speed import speed_up
 from minivlm.speed.int8 import quantize_decoder
 from minivlm.speed.packing import check_packing, matrices, pack_matrices
@@ -90,22 +90,41 @@ def load(
     return speed_up(model), processor
 
 
-def load_paligemma(
-    name: str | Path = SHIPPED,
-    dtype: torch.dtype | None = torch.float32,
-    device: torch.device | str = "cpu",
-    *,
-    revision: str | None = None,
-    quantize: str | None = None,
-    pack: bool = False,
-) -> tuple[PaliGemma, Processor]:
+class LoadOptions(TypedDict, total=False):
+    """The choices of `load` beside the name and the kind."""
+
+    dtype: torch.dtype | None
+    device: torch.device | str
+    revision: str | None
+    quantize: str | None
+    pack: bool
+
+
+def load_answering(
+    name: str | Path = SHIPPED, **options: Unpack[LoadOptions]
+) -> tuple[Answers, AnswerProcessor]:
     """`load` for what needs a model that writes: answering, evaluation, fine-tuning.
 
-    Raises:
-        InputError: as `load`, and where the folder holds a model that writes no text.
+    Raises InputError: as `load`, and where the folder holds a model of another kind.
     """
-    options: dict[str, Any] = {"revision": revision, "quantize": quantize, "pack": pack}
-    return load(name, dtype, device, kind="answers", **options)
+    return load(name, kind="answers", **options)
+
+
+def load_matching(name: str | Path, **options: Unpack[LoadOptions]) -> tuple[Matches, PairProcessor]:
+    """`load` for what needs two towers: retrieval, zero-shot classification.
+
+    Raises InputError: as `load`, and where the folder holds a model of another kind.
+    """
+    return load(name, kind="matches", **options)
+
+
+def kind_of(name: str | Path = SHIPPED, revision: str | None = None) -> Kind:
+    """What kind of model a folder or repo id holds. Nothing but its config.json is looked at.
+
+    Raises InputError: the folder cannot be found or read, or holds another system than those of `SYSTEMS`.
+    """
+    values = read_config(find_folder(name, revision, files=["config.json"]))
+    return _system(name, values.get("model_type"), None, None).kind
 
 
 def _check_options(
@@ -124,7 +143,12 @@ def _check_options(
 def _system(name: str | Path, model_type: object, kind: Kind | None, quantize: str | None) -> System:
     supported = [row for row, system in SYSTEMS.items() if kind in (None, system.kind)]
     if not isinstance(model_type, str) or model_type not in supported:
-        purpose = {None: "can be loaded", "answers": "writes answers"}.get(kind, f"{kind} pictures")
+        purpose = {
+            None: "can be loaded",
+            "answers": "can write answers",
+            "matches": "can match pictures with texts",
+            "classifies": "can classify pictures",
+        }[kind]
         raise InputError(
             f"{name} holds a model of type {model_type!r}, and only {', '.join(supported)} "
             f"{purpose}: choose another checkpoint"

@@ -79,6 +79,8 @@ class SiglipConfig:
 class SigLIP(nn.Module):
     """The whole system. `minivlm.load` gives one with its processor."""
 
+    has_class_token = False  # the pooling head's one query makes the picture's vector
+
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         self.config = config

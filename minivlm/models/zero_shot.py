@@ -15,14 +15,13 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.losses import l2_normalize
-from minivlm.models.clip import CLIP
-from minivlm.models.siglip import SigLIP
+from minivlm.models.protocols import Matches
 from minivlm.processing.captions import CaptionTokenizer
 
 
 @torch.no_grad()
 def class_embeddings(
-    model: CLIP | SigLIP,
+    model: Matches,
     tokenizer: CaptionTokenizer,
     names: Sequence[str],
     templates: Sequence[str] = ("a photo of a {}.",),
@@ -52,7 +51,7 @@ def class_embeddings(
 
 
 @torch.no_grad()
-def classify(model: CLIP | SigLIP, pixel_values: Tensor, classes: Tensor) -> Tensor:
+def classify(model: Matches, pixel_values: Tensor, classes: Tensor) -> Tensor:
     """The probability of each class for each picture: [B, C, H, W], [classes, D] -> [B, classes].
 
     With CLIP, a row sums to 1: the picture must belong to one of the classes. With SigLIP, each probability

@@ -16,7 +16,7 @@ from minivlm.errors import InputError
 from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.crops import CLIPImageProcessor
 from minivlm.processing.images import ImageProcessor, load_picture
-from minivlm.processing.paligemma import Picture
+from minivlm.processing.inputs import Picture
 
 # By model_type in config.json: the form of a caption, and the processor for pictures.
 SYSTEMS: dict[str, tuple[CaptionForm, type[ImageProcessor]]] = {

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.processing.images import ImageProcessor, load_picture
+from minivlm.processing.inputs import Picture
 from minivlm.processing.tokens import Tokenizer
-
-Picture = Image.Image | str | Path
 
 IGNORE = -100  # the label that torch's cross-entropy ignores
 

@@ -1,4 +1,4 @@
-"""What `minivlm train --objective ...` trains: two towers, every number that decides the result, the start.
+"""What `minivlm train-contrastive` trains: two towers, every number that decides the result, the start.
 
 Four ways to bring pictures and captions together. What is compared is the same in all, the matrix of n
 pictures with n captions; what is asked of it, and who may change, differs:

@@ -183,7 +183,7 @@ def test_revision(hub: HubServer, use: Use, revision: str):
     main_branch = logits(*minivlm.load("owner/real"))
     other = logits(*minivlm.load("owner/real", revision=revision))
     assert_differs(other, main_branch)
-    assert_equal(logits(*minivlm.models.load.load_paligemma("owner/real", revision=revision)), other)
+    assert_equal(logits(*minivlm.models.load.load_answering("owner/real", revision=revision)), other)
     assert_equal(logits(*minivlm.load("owner/real", revision="main")), main_branch)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import minivlm
 from minivlm import InputError, PaliGemma, Processor
 from minivlm.checkpoints import weights
+from minivlm.models.load import kind_of, load_answering, load_matching
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
 
 QUESTION = "what color is the circle"
@@ -88,8 +89,28 @@ def test_another_system(folder: Path, model_type: str | None):
 
 def test_another_system_for_answers(folder: Path):
     edit(folder / "config.json", model_type="llava")
-    with pytest.raises(InputError, match=r"model of type 'llava', and only paligemma writes answers: choose"):
-        minivlm.models.load.load_paligemma(folder)
+    with pytest.raises(
+        InputError, match=r"model of type 'llava', and only paligemma can write answers: choose"
+    ):
+        load_answering(folder)
+
+
+def test_the_kind_of_a_folder(folder: Path):
+    """By config.json alone: the weights may not be there yet."""
+    assert kind_of(folder) == kind_of() == "answers"
+    (folder / "model.safetensors").unlink()
+    for name, kind in (("clip", "matches"), ("siglip", "matches"), ("vit", "classifies")):
+        edit(folder / "config.json", model_type=name)
+        assert kind_of(folder) == kind
+    edit(folder / "config.json", model_type="llava")
+    with pytest.raises(InputError, match="type 'llava', and only paligemma, clip, siglip, vit can be loaded"):
+        kind_of(folder)
+
+
+def test_a_model_that_answers_where_one_that_matches_is_wanted(folder: Path):
+    message = "type 'paligemma', and only clip, siglip can match pictures with texts: choose another"
+    with pytest.raises(InputError, match=message):
+        load_matching(folder)
 
 
 def test_another_decoder(folder: Path):

@@ -184,8 +184,8 @@ def test_a_siglip_folder_of_another_picture_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "command", "message"),
     [
-        ("clip", ["ask", "a.png", "--prompt", "caption en"], "type 'clip', and only paligemma writes"),
-        ("vit", ["eval"], "holds a ViT, which neither answers nor reads captions: choose a PaliGemma, CLIP"),
+        ("clip", ["ask", "a.png", "--prompt", "caption en"], "type 'clip', and only paligemma can write"),
+        ("vit", ["eval"], "holds a model that reads no text: choose a folder of paligemma, clip, siglip"),
     ],
 )
 def test_the_command_line_refuses_models_that_write_nothing(

@@ -9,7 +9,7 @@ from torch import nn
 
 from minivlm import InputError
 from minivlm.layers import RMSNorm
-from minivlm.models.load import load_paligemma
+from minivlm.models.load import load_answering
 from minivlm.speed import compiled
 from minivlm.speed.compiled import PARTS, compile_parts
 from minivlm.speed.last_token import LastTokenMLP
@@ -29,7 +29,7 @@ def compiled_kinds(model: nn.Module) -> set[type[nn.Module]]:
 @pytest.mark.parametrize(("quantize", "dtype"), [(None, torch.float32), ("int8", torch.bfloat16)])
 @torch.inference_mode()
 def test_the_same_answers(quantize: str | None, dtype: torch.dtype):
-    model, processor = load_paligemma(quantize=quantize, dtype=dtype)
+    model, processor = load_answering(quantize=quantize, dtype=dtype)
     pictures = [Image.open(f"figures/samples/scene_{n}.png") for n in (1, 2)]
     batches = [
         processor(pictures, ["caption en", "how many circles are there?"]),
@@ -49,7 +49,7 @@ def test_the_same_answers(quantize: str | None, dtype: torch.dtype):
 
 
 def test_only_parts_without_state():
-    model, _ = load_paligemma()
+    model, _ = load_answering()
     compile_parts(model)
     assert all(issubclass(kind, PARTS) for kind in compiled_kinds(model))
     # The MLPs, in pieces; that of the last block, which skips what nobody reads; the norms.
@@ -59,4 +59,4 @@ def test_only_parts_without_state():
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "which", lambda name: None)
     with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
-        compile_parts(load_paligemma()[0])
+        compile_parts(load_answering()[0])

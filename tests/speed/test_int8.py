@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import minivlm
 from minivlm import InputError, PaliGemma
-from minivlm.models.load import SHIPPED, load_paligemma
+from minivlm.models.load import SHIPPED, load_answering
 from minivlm.speed import int8
 from minivlm.speed.int8 import Int8Embedding, Int8Linear, quantize_decoder, quantize_rows
 
@@ -98,7 +98,7 @@ def test_quantized_model(tied: bool):
 
 def test_a_loaded_model_is_quantized_with_its_head():
     """Its tied head is a module already, see `speed.one_row.TiedHead`."""
-    model, _ = load_paligemma()
+    model, _ = load_answering()
     quantize_decoder(model)
     head, table = model.language_model.lm_head, model.language_model.embed_tokens
     assert isinstance(head, Int8Linear)
@@ -120,8 +120,8 @@ def test_logits_are_near_and_not_equal():
 def test_the_shipped_model_answers_alike():
     from PIL import Image
 
-    model, processor = load_paligemma()
-    rounded, _ = load_paligemma(quantize="int8")
+    model, processor = load_answering()
+    rounded, _ = load_answering(quantize="int8")
     pictures = [Image.open(f"figures/samples/scene_{n}.png") for n in (1, 2, 3)]
     inputs = processor(pictures, ["caption en"] * 3)
     assert rounded.generate(**inputs).tolist() == model.generate(**inputs).tolist()
@@ -131,7 +131,7 @@ def test_the_shipped_model_answers_alike():
 
 def test_rounded_from_what_the_file_has(tmp_path: Path):
     """Whatever dtype the model computes in, the whole numbers are the same."""
-    whole = [load_paligemma(quantize="int8", dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
+    whole = [load_answering(quantize="int8", dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
     first, second = (model.language_model.layers[0].mlp.up_proj for model in whole)
     assert torch.equal(first.weight, second.weight)
     assert [first.scale.dtype, second.scale.dtype] == [torch.float32, torch.bfloat16]
@@ -155,4 +155,4 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(devices, "free_memory", lambda device: 10_000)
     with pytest.raises(InputError, match=r"the weights in int8 take 0\.0 GB of memory on cpu"):
-        load_paligemma(quantize="int8")
+        load_answering(quantize="int8")

@@ -12,7 +12,7 @@ from gemma2 import tiny_paligemma2
 from helpers import assert_equal, make_batch, tiny_paligemma, without_labels
 from safetensors.torch import load_file
 
-from minivlm.models.load import SHIPPED, load_paligemma
+from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.paligemma import PaliGemma
 from minivlm.speed import speed_up
 from minivlm.speed.last_token import last_token_indices, skip_unread
@@ -67,7 +67,7 @@ def test_a_model_that_reads_no_prompts_stays_as_it_is():
 
 
 def test_a_fast_model_is_saved_as_a_plain_one(tmp_path: Path):
-    model, _ = load_paligemma()
+    model, _ = load_answering()
     assert isinstance(model, PaliGemma)
     assert type(model).__name__ == "PaliGemma"
     model.save_pretrained(tmp_path)

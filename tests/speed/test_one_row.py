@@ -12,7 +12,7 @@ from helpers import tiny_paligemma
 from torch import Tensor, nn
 
 from minivlm.attention import attend
-from minivlm.models.load import load_paligemma
+from minivlm.models.load import load_answering
 from minivlm.speed import one_row, speed_up
 from minivlm.speed.one_row import OneRowLinear, TiedHead, linear
 from minivlm.world.demo import SAMPLES
@@ -119,7 +119,7 @@ def test_products_of_several_threads_at_once(states: list[bool]):
 def test_two_threads_generate_at_once(monkeypatch: pytest.MonkeyPatch):
     """Each gets the answer that it gets alone, and the switch is as it was."""
     monkeypatch.setattr(one_row, "onednn_has_bf16", lambda: True)
-    model, processor = load_paligemma(dtype=BF16)
+    model, processor = load_answering(dtype=BF16)
     prompts = ["caption en", "how many circles are there?"]
     batches = [processor([SAMPLES / "scene_1.png"], [prompt]) for prompt in prompts]
     alone = [model.generate(**batch).tolist() for batch in batches]
@@ -191,6 +191,6 @@ def test_a_tied_head_is_the_table_and_nothing_more():
 
 
 def test_every_matrix_of_a_loaded_model_is_one():
-    model, _ = load_paligemma()
+    model, _ = load_answering()
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
     assert kinds == {OneRowLinear}

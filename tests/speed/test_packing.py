@@ -15,7 +15,7 @@ from minivlm import InputError
 from minivlm.checkpoints import devices
 from minivlm.cli import main
 from minivlm.models import load
-from minivlm.models.load import load_paligemma
+from minivlm.models.load import load_answering
 from minivlm.speed import packing
 from minivlm.speed.compiled import compile_parts
 from minivlm.speed.one_row import onednn_has_bf16
@@ -60,9 +60,9 @@ def test_one_row_reads_short_rows_in_the_files_order(monkeypatch: pytest.MonkeyP
 @torch.inference_mode()
 def test_the_same_answers():
     """Every matrix of tower, projector and decoder is packed; tables and norms are not."""
-    model, processor = load_paligemma(dtype=BF16)
+    model, processor = load_answering(dtype=BF16)
     count = len(matrices(model))
-    packed, _ = load_paligemma(dtype=BF16, pack=True)
+    packed, _ = load_answering(dtype=BF16, pack=True)
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == count > 40
     assert not matrices(packed)
     assert packed.language_model.embed_tokens.weight.layout == torch.strided
@@ -113,7 +113,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch):
 @needs_kernels
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
     """The copy has to fit, with room to work in, after the model itself is there."""
-    needed = 2 * sum(matrix.weight.numel() for matrix in matrices(load_paligemma()[0]))
+    needed = 2 * sum(matrix.weight.numel() for matrix in matrices(load_answering()[0]))
 
     def with_so_much(*arguments: Any) -> None:
         monkeypatch.setattr(devices, "free_memory", lambda device: needed)
@@ -121,7 +121,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(load, "require_memory", with_so_much)
     with pytest.raises(InputError, match=r"the packed weights take 0\.0 GB of memory on cpu"):
-        load_paligemma(dtype=BF16, pack=True)
+        load_answering(dtype=BF16, pack=True)
 
 
 @needs_kernels

@@ -21,7 +21,7 @@ from minivlm.data.pairs import FilePairs, read_pairs
 from minivlm.errors import InputError
 from minivlm.losses import clip_loss, pair_logits
 from minivlm.models.clip import CLIP
-from minivlm.models.load import SHIPPED, load_paligemma
+from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.siglip import SigLIP
 from minivlm.training import contrastive as contrastive_run
 from minivlm.training.contrastive import ContrastiveRun, train_contrastive
@@ -103,7 +103,7 @@ def test_a_locked_tower_keeps_every_bit(tmp_path: Path) -> None:
     """It is the shipped model's. The head, the text tower, the temperature and the bias are trained."""
     train_contrastive(tmp_path, config("lit"), **EVERY)
     model, processor = minivlm.load(tmp_path)
-    shipped, _ = load_paligemma(SHIPPED)
+    shipped, _ = load_answering(SHIPPED)
     start, _ = build(config("lit"))
     locked = shipped.vision_tower.state_dict()
     for name, tensor in model.state_dict().items():
