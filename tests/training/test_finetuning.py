@@ -173,7 +173,9 @@ def test_every_epoch_shows_every_example_once(batch_size: int, accumulate: int) 
     seen: list[list[list[int]]] = []
     for step in range(len(batches)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(samples, "make_inputs", lambda processor, some: [one.line for one in some])
+            patch.setattr(
+                "minivlm.data.samples.make_inputs", lambda processor, rows: [sample.line for sample in rows]
+            )
             seen.append(batches[step])
     rows = [line for step in seen for batch in step for line in batch]
     assert sorted(rows[:9]) == sorted(rows[9:]) == list(range(9))

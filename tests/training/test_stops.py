@@ -29,7 +29,7 @@ from small_run import CONFIG, EVERY, Stop, assert_same_end, files, log_of, step_
 
 import minivlm
 from minivlm.errors import InputError
-from minivlm.training import log, loop
+from minivlm.training import log, loop, state
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import Run, train
 
@@ -112,10 +112,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(whole: Pat
 
 def test_the_comparison_sees_one_step_of_difference(copied: Path, whole: Path) -> None:
     """A batch that is left out shows: otherwise the tests above would prove nothing."""
-    state = load_file(copied / "state.safetensors")
-    with state.safe_open(copied / "state.safetensors", framework="pt") as file:
+    path = copied / "state.safetensors"
+    tensors = load_file(path)
+    with state.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    state.save_file(state, copied / "state.safetensors", metadata | {"step": "7"})
+    state.save_file(tensors, path, metadata | {"step": "7"})
     train(copied, CONFIG, resume=True, **EVERY)
     ours, wanted = load_file(copied / "model.safetensors"), load_file(whole / "model.safetensors")
     assert not all(torch.equal(ours[key], wanted[key]) for key in wanted)
@@ -128,9 +129,10 @@ SERVER = """
 import json, os, sys, time
 from pathlib import Path
 import torch
-from minivlm import checkpoints, files
-from minivlm.recipe import TrainingConfig
-from minivlm.training import Run, train
+from minivlm import files
+from minivlm.training import state
+from minivlm.training.recipe import TrainingConfig
+from minivlm.training.scratch import Run, train
 
 torch.set_num_threads(1)
 Run(TrainingConfig())  # imports what is imported late
@@ -241,13 +243,13 @@ def test_killed_again_and_again(server: Server, tmp_path: Path) -> None:
     config = replace(CONFIG, tower_steps=40, packed_steps=40, prefix_steps=40, pictures=4)
     train(tmp_path / "whole", config, save_every=1000, log_every=2, measure_every=0)
     folder = tmp_path / "killed"
-    state = folder / "state.safetensors"
+    saved = folder / "state.safetensors"
     chance = random.Random(0)
     steps = [0]
     for _ in range(6):
-        modified = state.stat().st_mtime_ns if state.exists() else 0
+        modified = saved.stat().st_mtime_ns if saved.exists() else 0
         process = server.start(folder, config)
-        wait_until(lambda: state.exists() and state.stat().st_mtime_ns > modified)  # noqa: B023
+        wait_until(lambda: saved.exists() and saved.stat().st_mtime_ns > modified)  # noqa: B023
         time.sleep(chance.uniform(0, 0.15))
         if server.kill(process) == 0:
             break  # it came to its end, on a fast machine
