@@ -32,6 +32,7 @@ from minivlm.processing import CaptionTokenizer, PairProcessor
 from minivlm.training.contrastive_recipe import ContrastiveConfig, build
 from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.training.schedule import warm_up_then_fall
 from minivlm.world.captions import DrawnPairs, Inputs
 from minivlm.world.scenes import COLORS, SHAPES, SIZES
 
@@ -135,7 +136,7 @@ class ContrastiveRun(Trainable):
         norm = nn.utils.clip_grad_norm_(self.masters.parameters(), self.config.clip)
         self.check_finite("the gradient", norm.item())
         for group in self.optimizers["adamw"].param_groups:
-            group["lr"] = self.config.lr * self._schedule()
+            group["lr"] = self.learning_rate()
         self.optimizers["adamw"].step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=MOST_SCALE)
@@ -159,9 +160,9 @@ class ContrastiveRun(Trainable):
         images = towers.encode_image(inputs["pixel_values"].to(towers.device))
         return images, towers.encode_text(inputs["input_ids"].to(towers.device))
 
-    def _schedule(self) -> float:
-        """Factor of the learning rate: warm-up and linear decay."""
-        return min(1.0, (self.step + 1) / self.config.warmup_steps) * (1.0 - self.step / self.total_steps)
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return self.config.lr * warm_up_then_fall(self.step, self.total_steps, self.config.warmup_steps)
 
     def measure(self) -> dict[str, float]:
         """Recall@1 in both directions, on held-out scenes or on the validation pairs."""

@@ -29,6 +29,7 @@ from minivlm.processing import Processor
 from minivlm.processing.paligemma import IGNORE
 from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.training.schedule import warm_up_then_fall
 
 CLIP = 1.0  # norm of a gradient
 PARTS = {"tower": "vision_tower", "decoder": "language_model"}  # what can be frozen
@@ -142,16 +143,16 @@ class Finetuning(Trainable):
         norm = nn.utils.clip_grad_norm_(self.masters.parameters(), CLIP)
         self.check_finite("the gradient", norm.item())
         for group in self.optimizers["adamw"].param_groups:
-            group["lr"] = self.lr * self._schedule()
+            group["lr"] = self.learning_rate()
         self.optimizers["adamw"].step()
         follow_masters(self.masters, self.working)
         self.step += 1
         return {"loss": total}
 
-    def _schedule(self) -> float:
-        """Factor of the learning rate: warm-up and linear decay."""
+    def learning_rate(self) -> float:
+        """That of the next step."""
         warmup = self.config.warmup_steps or math.ceil(self.total_steps / 20)
-        return min(1.0, (self.step + 1) / warmup) * (1.0 - self.step / self.total_steps)
+        return self.lr * warm_up_then_fall(self.step, self.total_steps, warmup)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

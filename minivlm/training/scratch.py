@@ -167,7 +167,7 @@ class Run(Trainable):
             master.grad = None
         collect_gradients(self.masters, self.working)
         self.check_finite("the gradient", nn.utils.clip_grad_norm_(masters, self.config.clip).item())
-        factor = self._schedule()
+        factor = self.config.rate_factor(self.step)
         alone = self.config.stage(self.step) == "tower"
         for name, optimizer in self.optimizers.items():
             peak = self.config.muon_lr if name == "muon" else self.config.adamw_lr
@@ -177,21 +177,6 @@ class Run(Trainable):
                 group["lr"] = peak * factor * (self.config.tower_lr_factor if slow else 1.0)
             optimizer.step()
         follow_masters(self.masters, self.working)
-
-    def _schedule(self) -> float:
-        """Factor of the learning rates: warm-up and linear decay, for the tower, for all, for the review."""
-        config, stage = self.config, self.config.stage(self.step)
-        peak, done = 1.0, self.step
-        if stage == "tower":
-            total = config.tower_steps
-        elif stage == "packed" or not config.review_steps:
-            done -= config.tower_steps
-            total = config.packed_steps + config.prefix_steps
-        else:
-            peak = config.review_lr_factor
-            done -= config.tower_steps + config.packed_steps
-            total = config.review_steps + config.prefix_steps
-        return peak * min(1.0, (done + 1) / config.warmup_steps) * (1.0 - done / total)
 
     def advice(self) -> str:
         lower = f"--muon-lr {self.config.muon_lr / 2:g} --adamw-lr {self.config.adamw_lr / 2:g}"

@@ -287,14 +287,14 @@ def test_warm_up_and_decay(config: FinetuningConfig, data: Path) -> None:
     run = prepared(replace(config, lr=0.5, warmup_steps=3), data)
     rates = []
     for run.step in range(9):
-        rates.append(0.5 * run._schedule())
+        rates.append(run.learning_rate())
     assert rates == pytest.approx([0.5 * f for f in (1 / 3, 2 / 3 * 8 / 9, 7 / 9, 6 / 9, 5 / 9)] + [
         0.5 * f / 9 for f in (4, 3, 2, 1)
     ])  # fmt: skip
     assert prepared(config, data).lr == 1e-3
-    run = prepared(replace(config, steps=400, epochs=None), data)
+    run = prepared(replace(config, lr=1.0, steps=400, epochs=None), data)
     run.step = 9
-    assert run._schedule() == pytest.approx(0.5 * (1 - 9 / 400))  # a twentieth of the steps
+    assert run.learning_rate() == pytest.approx(0.5 * (1 - 9 / 400))  # a twentieth of the steps
 
 
 def test_the_picture_matters_to_the_gradient(config: FinetuningConfig, data: Path) -> None:
