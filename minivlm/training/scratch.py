@@ -29,7 +29,7 @@ from torch.utils.data import ConcatDataset
 
 from minivlm.evaluation import evaluate
 from minivlm.models.paligemma import PaliGemma
-from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.recipe import TrainingConfig, build
@@ -201,33 +201,14 @@ def train(
     out: Path,
     config: TrainingConfig,
     *,
-    resume: bool = False,
-    save_every: int = 250,
-    log_every: int = 50,
-    measure_every: int = 500,
-    workers: int = 1,
-    device: torch.device | str = "cpu",
-    progress: bool | None = None,
+    loop: Loop = DEFAULT_LOOP,
 ) -> Run:
     """Train from nothing, or from where a run in `out` was stopped, and leave a checkpoint folder in `out`.
 
-    Args:
-        measure_every: steps between measurements on held-out scenes, for the log; 0 measures nothing.
-        workers: processes that draw batches ahead; 0 draws them in this one. The weights are the same.
-        progress: True shows a bar, False none, None only on a terminal.
-
-    Raises InputError: `out` holds a run and `resume` is not set, or the other way round, or the run has
+    Raises InputError: `out` holds a run and `loop.resume` is not set, or the other way round, or the run has
     another config; training diverges. See `minivlm.training.loop` for what is left in `out`.
     """
-    check_folder(out, resume)
-    run = Run(config, device, workers)
-    run_to_end(
-        run,
-        out,
-        resume=resume,
-        save_every=save_every,
-        log_every=log_every,
-        measure_every=measure_every,
-        progress=progress,
-    )
+    check_folder(out, loop.resume)
+    run = Run(config, loop.device, loop.workers)
+    run_to_end(run, out, loop)
     return run
