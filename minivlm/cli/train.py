@@ -11,7 +11,7 @@ import time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +20,7 @@ from minivlm.cli import train_contrastive
 from minivlm.errors import InputError
 from minivlm.training.contrastive_recipe import ContrastiveConfig
 from minivlm.training.finetuning import PARTS, FinetuningConfig, finetune
-from minivlm.training.loop import LOG, read_log
+from minivlm.training.loop import LOG, Loop, read_log
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import train
 
@@ -142,34 +142,33 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     name = options.objective if towers else "tiny" if options.data is None else "tuned"
     out = options.out or Path("runs") / name
-    common = {
-        "resume": options.resume,
-        "save_every": options.save_every,
-        "workers": options.workers,
-        "device": device,
-    }
-    if options.measure_every is not None:
-        common["measure_every"] = options.measure_every
+    loop = Loop(
+        resume=options.resume,
+        save_every=options.save_every,
+        measure_every=options.measure_every,  # None: as often as suits the kind of run
+        workers=options.workers,
+        device=device,
+    )
     started = time.monotonic()
     if towers:
-        next_command = train_contrastive.train(options, out, common)
+        next_command = train_contrastive.train(options, out, loop)
     elif options.data is None:
-        train(out, TrainingConfig(**shared.given(options, (*recipe, *SHARED))), **common)
+        train(out, TrainingConfig(**shared.given(options, (*recipe, *SHARED))), loop=loop)
         next_command = f"Measure it:\n  minivlm eval --model {shlex.quote(str(out))}"
     else:
-        next_command = _finetune(options, out, common)
+        next_command = _finetune(options, out, loop)
     minutes = (time.monotonic() - started) / 60
     print(f"Trained for {minutes:.1f} minutes with {torch.get_num_threads()} threads.")
     print(f"The model is in {out}. {next_command}")
 
 
-def _finetune(options: argparse.Namespace, out: Path, common: dict[str, Any]) -> str:
+def _finetune(options: argparse.Namespace, out: Path, loop: Loop) -> str:
     """Train on the user's pictures, and return what to do next."""
     values = shared.given(options, (*OWN, *SHARED))
     validation = values.pop("validation", None)
     values["freeze"] = tuple(part for part in PARTS if part in values.get("freeze", ()))
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
-    run = finetune(out, FinetuningConfig(**values), options.data, validation, warn=warn, **common)
+    run = finetune(out, FinetuningConfig(**values), options.data, validation, warn=warn, loop=loop)
     measured = [line for line in read_log(out / LOG) if line.get("exact match") is not None]
     if measured:
         first, last = measured[0], measured[-1]

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
 from minivlm.training.contrastive import train_contrastive
 from minivlm.training.contrastive_recipe import SIZES_OF_TOWERS, ContrastiveConfig
-from minivlm.training.loop import LOG, read_log
+from minivlm.training.loop import LOG, Loop, read_log
 
 FIELDS = tuple(field.name for field in fields(ContrastiveConfig))
 OF_DATA = ("validation", "on_bad_line")
@@ -60,11 +59,11 @@ def check(options: argparse.Namespace, others: Sequence[str]) -> None:
         shared.refuse(options, SIZES_OF_TOWERS, "is decided by the folder of --model: leave one of them out")
 
 
-def train(options: argparse.Namespace, out: Path, common: dict[str, Any]) -> str:
+def train(options: argparse.Namespace, out: Path, loop: Loop) -> str:
     """Train, say how well the towers find each other, and return what to do next."""
     config = ContrastiveConfig(**shared.given(options, FIELDS))
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
-    train_contrastive(out, config, options.data, options.validation, warn=warn, **common)
+    train_contrastive(out, config, options.data, options.validation, warn=warn, loop=loop)
     for line in reversed(read_log(out / LOG)):
         if line.get("image to text recall@1") is not None:
             print(
