@@ -41,6 +41,17 @@ MOST_SCALE = math.log(100)  # CLIP's limit: a temperature under 1/100 makes trai
 MOST_THINGS = 5  # in a scene
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained: matrices, which decay, then norms, biases and the temperature, which do not.
+
+    Saved states rely on the order.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    others = [parameter for parameter in trained if parameter.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
 class ContrastiveRun(Trainable):
     """A training run of two towers at some step.
 
@@ -76,14 +87,7 @@ class ContrastiveRun(Trainable):
         self.starts_trained = config.model is not None
         bf16 = config.bf16 if config.bf16 is not None else bf16_pays(model.device)
         self.working = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {
-                "params": [p for p in trained if p.dim() < 2],
-                "weight_decay": 0.0,
-            },  # norms, biases
-        ]
+        groups = parameter_groups(model, config.weight_decay)
         self.optimizers = {"adamw": torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))}
         processors = [processor] if teacher is None else [processor, teacher[1]]
         numbers = {"seed": config.seed, "steps": config.steps, "batch_size": config.batch_size}

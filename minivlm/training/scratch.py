@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import ConcatDataset
 
 from minivlm.evaluation import evaluate
@@ -36,6 +36,23 @@ from minivlm.training.recipe import TrainingConfig, build
 from minivlm.world.batches import Batch, SceneBatches
 
 MEASURED_SCENES = 100
+
+
+def parameter_groups(masters: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """What each optimizer trains: Muon the matrices inside blocks, AdamW everything else.
+
+    The tower is a group of its own in both, because it may learn more slowly. Saved states rely on the order.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {
+        "muon": [{"params": [], "tower": True}, {"params": [], "tower": False}],
+        "adamw": [{"params": [], "tower": True}, {"params": [], "tower": False}],
+    }
+    for name, parameter in masters.named_parameters():
+        is_block_matrix = ".layers." in name and parameter.dim() == 2
+        tower, others = groups["muon" if is_block_matrix else "adamw"]
+        group = tower if "vision_tower." in name else others
+        group["params"].append(parameter)
+    return groups
 
 
 class Run(Trainable):
@@ -57,22 +74,11 @@ class Run(Trainable):
         self.working = copy.deepcopy(self.masters).to(torch.bfloat16 if bf16 else torch.float32)
         self.soft = SoftTargets(self.processor.tokenizer, config.loc_sigma)
         self.soft.bells = self.soft.bells.to(self.device)
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}  # by (is a block's matrix, is in the tower)
-        for name, parameter in self.masters.named_parameters():
-            key = (".layers." in name and parameter.dim() == 2, "vision_tower." in name)
-            groups.setdefault(key, []).append(parameter)
-        matrices, others = (
-            [
-                {"params": params, "tower": tower}
-                for (matrix, tower), params in groups.items()
-                if matrix == wanted
-            ]
-            for wanted in (True, False)
-        )
+        groups = parameter_groups(self.masters)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay),
+            "muon": torch.optim.Muon(groups["muon"], lr=config.muon_lr, weight_decay=config.weight_decay),
             "adamw": torch.optim.AdamW(
-                others, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
+                groups["adamw"], lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
             ),
         }
 
