@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minivlm.training.loop import read_log
+from minivlm.training.loop import Loop, read_log
 from minivlm.training.recipe import TrainingConfig
 
 CONFIG = TrainingConfig(
@@ -32,7 +32,7 @@ CONFIG = TrainingConfig(
     warmup_steps=2,
     bf16=False,
 )
-EVERY: dict[str, Any] = {"save_every": 3, "log_every": 2, "measure_every": 0}
+EVERY = Loop(save_every=3, log_every=2, measure_every=0)
 
 
 class Stop(Exception):

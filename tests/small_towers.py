@@ -9,13 +9,14 @@ from typing import Any
 from PIL import Image
 
 from minivlm.training.contrastive_recipe import ContrastiveConfig, build
+from minivlm.training.loop import Loop
 
 SIZES: dict[str, Any] = {
     "image_size": 16, "tower_width": 16, "tower_layers": 1, "tower_heads": 2,
     "text_width": 16, "text_layers": 1, "text_heads": 2, "max_length": 28,
 }  # fmt: skip
 RUN: dict[str, Any] = {"steps": 6, "batch_size": 4, "warmup_steps": 2, "bf16": False}
-EVERY: dict[str, Any] = {"save_every": 2, "log_every": 2, "measure_every": 0, "workers": 0, "progress": False}
+EVERY = Loop(save_every=2, log_every=2, measure_every=0, workers=0, progress=False)
 
 
 def config(objective: Any = "siglip", **changes: Any) -> ContrastiveConfig:

@@ -28,6 +28,7 @@ from minivlm.cli import (
     workshop,
 )
 from minivlm.cli.options import one_line, show
+from minivlm.cli.program import command
 from minivlm.data.lines import BadLines
 from minivlm.errors import InputError
 
@@ -63,7 +64,9 @@ class _Parser(argparse.ArgumentParser):
     """Errors as one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+        self.exit(
+            2, f"{self.prog}: error: {one_line(message)} (see {command(*self.prog.split()[1:], '--help')})\n"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from dataclasses import fields
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
+from minivlm.cli.program import command
 from minivlm.errors import InputError
 from minivlm.training.finetuning import PARTS, FinetuningConfig, finetune
 from minivlm.training.loop import LOG, read_log
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
     loop = shared.prepare_loop(options)
     started = time.monotonic()
-    done = finetune(options.out, config, options.data, options.validation, warn=warn, **loop)
+    done = finetune(options.out, config, options.data, options.validation, warn=warn, loop=loop)
     measured = [line for line in read_log(options.out / LOG) if line.get("exact match") is not None]
     if measured:
         first, last = measured[0], measured[-1]
@@ -84,7 +84,5 @@ def run(options: argparse.Namespace) -> None:
             f"{last['exact match']:.3f} at step {last['step']}."
         )
     sample = done.samples[0]
-    picture, prompt, model = (shlex.quote(str(part)) for part in (sample.path, sample.prefix, options.out))
-    shared.print_end(
-        started, options.out, f"Ask it:\n  minivlm ask {picture} --prompt {prompt} --model {model}"
-    )
+    ask = command("ask", sample.path, "--prompt", sample.prefix, "--model", options.out)
+    shared.print_end(started, options.out, f"Ask it:\n  {ask}")

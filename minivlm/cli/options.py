@@ -20,6 +20,7 @@ from minivlm.models.load import SHIPPED, SYSTEMS, Kind, LoadOptions, kind_of, lo
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.speed.compiled import compile_parts
+from minivlm.training.loop import Loop
 
 if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -135,17 +136,18 @@ def add_field(parser: argparse._ActionsContainer, field: Field[Any]) -> None:
     )
 
 
-def prepare_loop(options: argparse.Namespace) -> dict[str, Any]:
+def prepare_loop(options: argparse.Namespace) -> Loop:
     """Set the number of threads, and return what the options of `add_run` say about the loop.
 
     Raises InputError: the device cannot be used.
     """
-    loop = {
-        "resume": options.resume,
-        "save_every": options.save_every,
-        "workers": options.workers,
-        "device": check_device(options.device),
-    } | given(options, ("measure_every",))
+    loop = Loop(
+        resume=options.resume,
+        save_every=options.save_every,
+        measure_every=options.measure_every,  # None: as often as suits the kind of run
+        workers=options.workers,
+        device=check_device(options.device),
+    )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return loop

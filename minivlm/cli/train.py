@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
+from minivlm.cli.program import command
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import train
 
@@ -39,7 +39,6 @@ def run(options: argparse.Namespace) -> None:
     config = TrainingConfig(**shared.given(options, [field.name for field in fields(TrainingConfig)]))
     loop = shared.prepare_loop(options)
     started = time.monotonic()
-    train(options.out, config, **loop)
-    shared.print_end(
-        started, options.out, f"Measure it:\n  minivlm eval --model {shlex.quote(str(options.out))}"
-    )
+    train(options.out, config, loop=loop)
+    measure = command("eval", "--model", options.out)
+    shared.print_end(started, options.out, f"Measure it:\n  {measure}")

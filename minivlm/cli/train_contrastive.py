@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from dataclasses import fields
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
+from minivlm.cli.program import command
 from minivlm.errors import InputError
 from minivlm.training.contrastive import train_contrastive
 from minivlm.training.contrastive_recipe import OBJECTIVES, SIZES_OF_TOWERS, ContrastiveConfig
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
     loop = shared.prepare_loop(options)
     started = time.monotonic()
-    train_contrastive(out, config, options.data, options.validation, warn=warn, **loop)
+    train_contrastive(out, config, options.data, options.validation, warn=warn, loop=loop)
     for line in reversed(read_log(out / LOG)):
         if line.get("image to text recall@1") is not None:
             print(
@@ -85,8 +85,9 @@ def run(options: argparse.Namespace) -> None:
                 f"{line['text to image recall@1']:.3f} from text to image."
             )
             break
-    own = "" if options.validation is None else f" --data {shlex.quote(str(options.validation))}"
-    shared.print_end(started, out, f"Measure it:\n  minivlm eval --model {shlex.quote(str(out))}{own}")
+    own = () if options.validation is None else ("--data", options.validation)
+    measure = command("eval", "--model", out, *own)
+    shared.print_end(started, out, f"Measure it:\n  {measure}")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from minivlm.errors import InputError
 from minivlm.processing.codebook import MASK_SIDE, NUM_CODES, MaskCodebook
+from minivlm.training.schedule import cosine_fall, warm_up
 
 CORNERS = {"circle": 64, "square": 4, "triangle": 3, "star": 10}
 OTHERS = ("ellipse", "polygon", "blob", "ring", "union")
@@ -39,6 +40,7 @@ PAIRS = 32  # figures a step, each drawn twice
 TURN = 10.0  # degrees; the two drawings differ by at most this angle
 NOISE = 0.2  # standard deviation, where a mask is 0 to 1
 PEAK_RATE = 2e-3
+WARMUP_STEPS = 100
 COMMITMENT = 0.25  # weight of the distance from a vector to its own code
 STABILITY = 0.5  # weight of the distance to the code of the other drawing
 PATIENCE = 50  # steps for which a code may stay unused
@@ -130,12 +132,11 @@ def train_masks(out: Path, steps: int = 2500, seed: int = 0, progress: bool | No
     idle = torch.zeros(NUM_CODES)
     bar = tqdm(range(steps), unit="step", disable=None if progress is None else not progress)
     for step in bar:
-        done = step / steps
-        warm = min(1.0, (step + 1) / 100)
-        optimizer.param_groups[0]["lr"] = PEAK_RATE * warm * (0.5 + 0.5 * math.cos(math.pi * done))
+        rate = PEAK_RATE * warm_up(step, WARMUP_STEPS) * cosine_fall(step, steps)
+        optimizer.param_groups[0]["lr"] = rate
         masks = torch.from_numpy(_pairs(rng))
         noisy = masks + NOISE * torch.randn(masks.shape, generator=generator)
-        if done < SETTLED:
+        if step / steps < SETTLED:
             _revive(codebook, noisy, idle, generator, first=step == 0)
         drawing, others = _losses(codebook, masks, noisy)
         optimizer.zero_grad()

@@ -1,8 +1,8 @@
 """Training two towers, on drawn scenes with their captions or on a user's own pairs.
 
 What is trained, and with which loss, stands in contrastive_recipe.py. A step is short: vectors of n pictures,
- vectors of their n captions, one loss of the [n, n] matrix. The towers may compute in bf16; the
-matrix, the temperature and the bias stay in fp32, where a small difference of two cosines is not lost.
+vectors of their n captions, one loss of the [n, n] matrix. The towers may compute in bf16; the matrix, the
+temperature and the bias stay in fp32, where a small difference of two cosines is not lost.
 """
 
 from __future__ import annotations
@@ -30,14 +30,26 @@ from minivlm.models.load import load
 from minivlm.models.siglip import SigLIP
 from minivlm.processing import CaptionTokenizer, PairProcessor
 from minivlm.training.contrastive_recipe import ContrastiveConfig, build
-from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.training.schedule import warm_up_then_fall
 from minivlm.world.captions import DrawnPairs, Inputs
 from minivlm.world.scenes import COLORS, SHAPES, SIZES
 
 MEASURED_SCENES = 200
 MOST_SCALE = math.log(100)  # CLIP's limit: a temperature under 1/100 makes training unstable
 MOST_THINGS = 5  # in a scene
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained: matrices, which decay, then norms, biases and the temperature, which do not.
+
+    Saved states rely on the order.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    others = [parameter for parameter in trained if parameter.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 class ContrastiveRun(Trainable):
@@ -54,6 +66,7 @@ class ContrastiveRun(Trainable):
     """
 
     losses = ("loss",)
+    log_every, measure_every = 25, 250
 
     def __init__(
         self,
@@ -67,20 +80,14 @@ class ContrastiveRun(Trainable):
     ) -> None:
         self.config, self.processor, self.workers = config, processor, workers
         self.pairs, self.validation = pairs, validation
+        self.measures = pairs is None or validation is not None
         self.model = self.masters = model
         self.teacher = None if teacher is None else teacher[0]
         self.step = 0
         self.starts_trained = config.model is not None
         bf16 = config.bf16 if config.bf16 is not None else bf16_pays(model.device)
         self.working = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {
-                "params": [p for p in trained if p.dim() < 2],
-                "weight_decay": 0.0,
-            },  # norms, biases
-        ]
+        groups = parameter_groups(model, config.weight_decay)
         self.optimizers = {"adamw": torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))}
         processors = [processor] if teacher is None else [processor, teacher[1]]
         numbers = {"seed": config.seed, "steps": config.steps, "batch_size": config.batch_size}
@@ -135,7 +142,7 @@ class ContrastiveRun(Trainable):
         norm = nn.utils.clip_grad_norm_(self.masters.parameters(), self.config.clip)
         self.check_finite("the gradient", norm.item())
         for group in self.optimizers["adamw"].param_groups:
-            group["lr"] = self.config.lr * self._schedule()
+            group["lr"] = self.learning_rate()
         self.optimizers["adamw"].step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=MOST_SCALE)
@@ -159,22 +166,20 @@ class ContrastiveRun(Trainable):
         images = towers.encode_image(inputs["pixel_values"].to(towers.device))
         return images, towers.encode_text(inputs["input_ids"].to(towers.device))
 
-    def _schedule(self) -> float:
-        """Factor of the learning rate: warm-up and linear decay."""
-        return min(1.0, (self.step + 1) / self.config.warmup_steps) * (1.0 - self.step / self.total_steps)
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return self.config.lr * warm_up_then_fall(self.step, self.total_steps, self.config.warmup_steps)
 
     def measure(self) -> dict[str, float]:
-        """Recall@1 in both directions, on held-out scenes or on the validation pairs."""
+        """Recall@1 in both directions, on the validation pairs or on held-out scenes."""
         if self.validation is not None:
             scores = evaluate_own_pairs(self.model, self.processor, self.validation, progress=False)
-        elif self.pairs is None:
+        else:
             column = COLUMNS["held_out"]
             scenes = distinct_scenes(column, MEASURED_SCENES, seed=1)
             pictures = column.draw(scenes, self.processor.image_processor.image_size)
             embeds = encode(self.model, self.processor, pictures, [scene.caption() for scene in scenes])
             scores = retrieval_scores(similarity(*embeds))
-        else:
-            return {}
         return {name: score.value for name, score in scores.items() if name.endswith("recall@1")}
 
     def save(self, folder: Path) -> None:
@@ -195,49 +200,33 @@ def train_contrastive(
     validation: Path | None = None,
     *,
     warn: Callable[[BadLines], object] | None = None,
-    resume: bool = False,
-    save_every: int = 250,
-    log_every: int = 25,
-    measure_every: int = 250,
-    workers: int = 1,
-    device: torch.device | str = "cpu",
-    progress: bool | None = None,
+    loop: Loop = DEFAULT_LOOP,
 ) -> ContrastiveRun:
     """Train two towers, or go on where a run in `out` was stopped, and leave a checkpoint folder in `out`.
 
     Args:
         data: a file of pairs, see `minivlm.data.pairs`; None draws scenes.
-        validation: a file like `data`, to measure on every `measure_every` steps; 0 never does.
+        validation: a file like `data`, to measure on; without it, only runs on drawn scenes are measured.
         warn: told about bad lines, which are then left out; without it they are refused.
-        workers: processes that prepare batches; 0 prepares them in this one. The weights are the same.
-        progress: True shows a bar, False none, None only on a terminal.
 
     Raises InputError: bad lines, or fewer good ones than a batch has; a model or teacher that cannot be
-    loaded or is of another kind; `out` holds a run and `resume` is not set, or the other way round, or the
-    run has other settings; training diverges. See `minivlm.training.loop`.
+    loaded or is of another kind; `out` holds a run and `loop.resume` is not set, or the other way round, or
+    the run has other settings; training diverges. See `minivlm.training.loop`.
     """
     # The same folder by whatever path.
     config = replace(config, model=_resolved(config.model), teacher=_resolved(config.teacher))
     for name, source in (("model", config.model), ("teacher", config.teacher)):
         if source == str(out.resolve()):
             raise InputError(f"{out} holds the {name} that training needs: choose another folder")
-    check_folder(out, resume)
-    teacher = None if config.teacher is None else _load_teacher(config.teacher, device)
+    check_folder(out, loop.resume)
+    teacher = None if config.teacher is None else _load_teacher(config.teacher, loop.device)
     model, processor = build(config, None if data is None else read_captions(data))
-    model.to(device)
+    model.to(loop.device)
     tokenizers = [processor.tokenizer] if teacher is None else [processor.tokenizer, teacher[1].tokenizer]
     pairs = None if data is None else read_pairs(data, tokenizers, warn)
     others = None if validation is None else read_pairs(validation, tokenizers[:1], warn)
-    run = ContrastiveRun(config, model, processor, pairs, others, teacher, workers)
-    run_to_end(
-        run,
-        out,
-        resume=resume,
-        save_every=save_every,
-        log_every=log_every,
-        measure_every=measure_every if data is None or others else 0,
-        progress=progress,
-    )
+    run = ContrastiveRun(config, model, processor, pairs, others, teacher, loop.workers)
+    run_to_end(run, out, loop)
     return run
 
 

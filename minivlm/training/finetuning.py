@@ -28,8 +28,9 @@ from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.paligemma import IGNORE
-from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.training.schedule import warm_up_then_fall
 
 CLIP = 1.0  # norm of a gradient
 PARTS = {"tower": "vision_tower", "decoder": "language_model"}  # what can be frozen
@@ -68,6 +69,7 @@ class Finetuning(Trainable):
     """A training run of a loaded model at some step."""
 
     losses = ("loss",)
+    log_every, measure_every = 10, 50
     starts_trained = True
 
     def __init__(
@@ -82,6 +84,7 @@ class Finetuning(Trainable):
         self.config, self.processor, self.workers = config, processor, workers
         self.samples, self.validation = samples, validation
         assert isinstance(model, nn.Module)  # as every model that is loaded
+        self.measures = len(validation) > 0
         self.model = self.masters = model
         self.step = 0
         for name in config.freeze:
@@ -144,16 +147,16 @@ class Finetuning(Trainable):
         norm = nn.utils.clip_grad_norm_(self.masters.parameters(), CLIP)
         self.check_finite("the gradient", norm.item())
         for group in self.optimizers["adamw"].param_groups:
-            group["lr"] = self.lr * self._schedule()
+            group["lr"] = self.learning_rate()
         self.optimizers["adamw"].step()
         follow_masters(self.masters, self.working)
         self.step += 1
         return {"loss": total}
 
-    def _schedule(self) -> float:
-        """Factor of the learning rate: warm-up and linear decay."""
+    def learning_rate(self) -> float:
+        """That of the next step."""
         warmup = self.config.warmup_steps or math.ceil(self.total_steps / 20)
-        return min(1.0, (self.step + 1) / warmup) * (1.0 - self.step / self.total_steps)
+        return self.lr * warm_up_then_fall(self.step, self.total_steps, warmup)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -162,8 +165,6 @@ class Finetuning(Trainable):
         No answer has to be generated. A greedy answer equals the true one if, with the true one before it,
         each of its tokens is the most probable one.
         """
-        if not self.validation:
-            return {}
         size = self.config.batch_size
         loss, tokens, right = 0.0, 0, 0
         for start in range(0, len(self.validation), size):
@@ -197,44 +198,29 @@ def finetune(
     validation: Path | None = None,
     *,
     warn: Callable[[BadLines], object] | None = None,
-    resume: bool = False,
-    save_every: int = 250,
-    log_every: int = 10,
-    measure_every: int = 50,
-    workers: int = 1,
-    device: torch.device | str = "cpu",
-    progress: bool | None = None,
+    loop: Loop = DEFAULT_LOOP,
 ) -> Finetuning:
     """Train a model on the pictures of a JSONL file, and leave a checkpoint folder in `out`.
 
     Args:
-        data: see `minivlm.data.lines`.
-        validation: a file like `data`, to measure on every `measure_every` steps; 0 never does.
+        data: see `minivlm.data.samples`.
+        validation: a file like `data`, to measure on; without it nothing is measured.
         warn: told about bad lines, which are then left out; without it they are refused.
-        workers: processes that read pictures ahead; 0 reads them in this one. The weights are the same.
-        progress: True shows a bar, False none, None only on a terminal.
 
-    Raises InputError: bad lines; a model that cannot be loaded; `out` holds a run and `resume` is not set, or
-    the other way round, or the run has other settings; training diverges. See `minivlm.training.loop`.
+    Raises InputError: bad lines; a model that cannot be loaded; `out` holds a run and `loop.resume` is not
+    set, or the other way round, or the run has other settings; training diverges. See
+    `minivlm.training.loop`.
     """
     if Path(config.model).is_dir():  # the same folder by whatever path
         config = replace(config, model=str(Path(config.model).resolve()))
     if str(out.resolve()) == config.model:
         raise InputError(f"{out} is the model that training starts from: choose another folder")
-    check_folder(out, resume)
-    model, processor = load_answering(config.model, dtype=torch.float32, device=device)
+    check_folder(out, loop.resume)
+    model, processor = load_answering(config.model, dtype=torch.float32, device=loop.device)
     context = model.language_model.config.max_position_embeddings
     limit = min(context, config.max_length or context)
     samples = read_samples(data, processor, limit, warn)
     others = read_samples(validation, processor, limit, warn) if validation is not None else []
-    run = Finetuning(config, model, processor, samples, others, workers)
-    run_to_end(
-        run,
-        out,
-        resume=resume,
-        save_every=save_every,
-        log_every=log_every,
-        measure_every=measure_every if others else 0,
-        progress=progress,
-    )
+    run = Finetuning(config, model, processor, samples, others, loop.workers)
+    run_to_end(run, out, loop)
     return run

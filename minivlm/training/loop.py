@@ -1,14 +1,14 @@
 """The loop that every training run shares: steps, a log, saves, and stops of every kind.
 
-What a step is, a run says itself (`Trainable`). The loop leaves in the run's folder
+Each run defines its own step (`Trainable`). The loop leaves in the run's folder
 
     state.safetensors       weights, optimizers and step, every `save_every` steps: what --resume needs
     log.csv                 losses, learning rates and metrics, every `log_every` steps
     loss.png                the log, drawn, at the end
     config.json, ...        the checkpoint, at the end
 
-Everything is written aside and renamed. A run that is killed at any moment resumes from the last save, and
-ends with the same weights as one that was never interrupted (on the same machine with as many threads).
+Every file is written aside and then renamed. A run that is killed at any moment resumes from its last save,
+and ends with the same weights as one that was never interrupted (on the same machine, with as many threads).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,35 @@ from minivlm.training.interrupts import ignore_interrupts, note_interrupts
 from minivlm.training.log import Line, log_as_json, plot_log, read_log, write_log
 from minivlm.training.state import load_state, save_state
 
-__all__ = ["Diverged", "Trainable", "check_folder", "in_order", "log_as_json", "read_log", "run_to_end"]
+__all__ = [
+    "DEFAULT_LOOP",
+    "Diverged",
+    "Loop",
+    "Trainable",
+    "check_folder",
+    "in_order",
+    "log_as_json",
+    "read_log",
+    "run_to_end",
+]
 
 STATE, LOG, PLOT = "state.safetensors", "log.csv", "loss.png"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a run is carried out, as opposed to what is trained. None of it decides what is learned."""
+
+    resume: bool = False  # go on with the run in the folder
+    save_every: int = 250  # steps
+    log_every: int | None = None  # steps; None: as suits this kind of run
+    measure_every: int | None = None  # likewise, and 0 measures nothing
+    workers: int = 1  # processes that prepare batches ahead; 0 prepares them in this one
+    device: torch.device | str = "cpu"
+    progress: bool | None = None  # True shows a bar, False none; None: only on a terminal
+
+
+DEFAULT_LOOP = Loop()
 
 
 class Diverged(InputError):
@@ -46,7 +74,10 @@ class Trainable(ABC):
     working: nn.Module  # the copy that computes, see precision.py
     optimizers: dict[str, torch.optim.Optimizer]
     losses: tuple[str, ...]  # columns of the log that are losses
-    starts_trained: bool = False  # then there is something to measure before the first step
+    log_every: int = 50  # steps, where the loop does not say
+    measure_every: int = 500  # likewise
+    measures: bool = True  # whether there is something to measure on
+    starts_trained: bool = False  # then it is worth measuring before the first step
 
     @property
     @abstractmethod
@@ -71,7 +102,7 @@ class Trainable(ABC):
 
     @abstractmethod
     def measure(self) -> dict[str, float]:
-        """Metrics of the present weights, none where there is nothing to measure."""
+        """Metrics of the present weights; asked for only where `measures` is true."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -88,7 +119,7 @@ class Trainable(ABC):
 
 
 def in_order(data: Dataset[Any], steps: Iterable[int], workers: int) -> Iterator[Any]:
-    """Items of a data set, made ahead in worker processes; their number does not change the order."""
+    """Items of a data set, made ahead by worker processes. How many there are does not change the order."""
     loader = DataLoader(
         data,
         batch_size=None,
@@ -118,97 +149,109 @@ def check_folder(out: Path, resume: bool) -> None:
         raise InputError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
 
 
-def run_to_end(
-    run: Trainable,
-    out: Path,
-    *,
-    resume: bool,
-    save_every: int,
-    log_every: int,
-    measure_every: int,
-    progress: bool | None,
-) -> None:
-    """Carry a run from its first step, or with `resume` from where the one in `out` was saved, to its last.
-
-    Args:
-        measure_every: metrics for the log, and once more at the end; 0 measures nothing.
-        progress: True shows a bar, False none, None only on a terminal.
+def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
+    """Carry a run to its last step: from its first, or with `loop.resume` from the one saved in `out`.
 
     Raises:
         InputError: the run in `out` has other settings; its files are damaged or cannot be written.
         Diverged: a loss is not finite; what was saved before is untouched.
         KeyboardInterrupt: Ctrl-C. The first finishes the step and saves, the second stops at once.
     """
-    lines: list[Line] = []
-    unlogged: list[dict[str, float]] = []  # losses of the steps since the last line of the log
-    saved = 0
-    if resume:
-        run.step, unlogged = load_state(out / STATE, run.masters, run.optimizers, run.settings())
-        run.working.load_state_dict(run.masters.state_dict())
-        saved = run.step
-        log_so_far = read_log(out / LOG) if (out / LOG).exists() else []
-        lines = [line for line in log_so_far if line["step"] <= run.step]
+    log_every = run.log_every if loop.log_every is None else loop.log_every
+    measure_every = run.measure_every if loop.measure_every is None else loop.measure_every
+    measures = run.measures and measure_every > 0
 
-    def log(measured: bool) -> None:
-        here = {**run.place(), **_means(unlogged, run.losses)}
-        bar.set_postfix({name: value for name, value in here.items() if value is not None})
-        lines.append({"step": run.step, **here, **_rates(run), **(_measured(run) if measured else {})})
-        unlogged.clear()
-        # Before the state: killed in between, the log has lines too many, which are easily left out.
-        write_log(out / LOG, lines)
+    def is_due(every: int) -> bool:
+        return run.step % every == 0 or run.step == run.total_steps
 
-    def save() -> None:
-        nonlocal saved
-        _check_weights(run)
-        save_state(out / STATE, run.step, run.masters, run.optimizers, run.settings(), unlogged)
-        saved = run.step
-
+    folder = RunFolder(run, out)
+    if loop.resume:
+        folder.resume()
     bar = tqdm(
         run.batches(),
         initial=run.step,
         total=run.total_steps,
         unit="step",
-        disable=None if progress is None else not progress,
+        disable=None if loop.progress is None else not loop.progress,
     )
-    try:
-        with note_interrupts() as interrupted:
-            if measure_every and run.starts_trained and run.step == 0:
-                log(measured=True)
-            for batch in bar:
-                unlogged.append(run.advance(batch))
-                ends = run.step == run.total_steps
-                measured = bool(measure_every) and (run.step % measure_every == 0 or ends)
-                if run.step % log_every == 0 or measured or ends:
-                    log(measured)
-                if interrupted():
-                    save()
-                    raise KeyboardInterrupt(f"after step {run.step} of {run.total_steps}")
-                if run.step % save_every == 0 or ends:
-                    save()
-    except KeyboardInterrupt as stop:
-        where = str(stop) or f"in step {run.step + 1} of {run.total_steps}"
-        raise KeyboardInterrupt(f"{where}; {_how_to_go_on(out, saved)}") from None
-    except Diverged as error:
-        rest = f"; {out} keeps the state of step {saved}" if saved else ""
-        raise Diverged(f"{error}{rest}") from error
-    except InputError as error:
-        raise InputError(f"{error}; {_how_to_go_on(out, saved)}") from error
-    finally:
-        bar.close()
+    with bar, _stops_explained(folder), note_interrupts() as interrupted:
+        if measures and run.starts_trained and run.step == 0:
+            folder.log(bar, measure=True)
+        for batch in bar:
+            folder.unlogged.append(run.advance(batch))
+            measure = measures and is_due(measure_every)
+            if measure or is_due(log_every):
+                folder.log(bar, measure)
+            if interrupted():
+                folder.save()
+                raise KeyboardInterrupt(f"after step {run.step} of {run.total_steps}")
+            if is_due(loop.save_every):
+                folder.save()
     run.save(out)
-    plot_log(lines, out / PLOT, run.losses)
+    plot_log(folder.lines, out / PLOT, run.losses)
 
 
-def _how_to_go_on(out: Path, saved: int) -> str:
-    if not saved:
-        return "nothing was saved yet"
-    return f"the same command with --resume goes on from step {saved}, saved in {out}"
+class RunFolder:
+    """What a run leaves in its folder on the way: a state to resume from, and a log."""
+
+    def __init__(self, run: Trainable, out: Path) -> None:
+        self.run, self.out = run, out
+        self.saved = 0  # the step of the last state
+        self.lines: list[Line] = []  # of the log
+        self.unlogged: list[dict[str, float]] = []  # losses of the steps since the last line
+
+    def resume(self) -> None:
+        """Put the run back to where it was saved. Raises InputError: as `load_state` and `read_log`."""
+        run = self.run
+        run.step, self.unlogged = load_state(self.out / STATE, run.masters, run.optimizers, run.settings())
+        run.working.load_state_dict(run.masters.state_dict())
+        self.saved = run.step
+        log_so_far = read_log(self.out / LOG) if (self.out / LOG).exists() else []
+        self.lines = [line for line in log_so_far if line["step"] <= run.step]
+
+    def log(self, bar: tqdm[Any], measure: bool) -> None:
+        """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
+        run = self.run
+        here = {**run.place(), **_means(self.unlogged, run.losses)}
+        bar.set_postfix({name: value for name, value in here.items() if value is not None})
+        self.lines.append({"step": run.step, **here, **_rates(run), **(_metrics(run) if measure else {})})
+        self.unlogged.clear()
+        # Before the state: a run killed in between has too many lines, which are easily left out.
+        write_log(self.out / LOG, self.lines)
+
+    def save(self) -> None:
+        """Write the state. Raises InputError: as `save_state`. Raises Diverged: as `_check_weights`."""
+        run = self.run
+        _check_weights(run)
+        save_state(self.out / STATE, run.step, run.masters, run.optimizers, run.settings(), self.unlogged)
+        self.saved = run.step
+
+    def how_to_go_on(self) -> str:
+        """For a message about a stop."""
+        if not self.saved:
+            return "nothing was saved yet"
+        return f"the same command with --resume goes on from step {self.saved}, saved in {self.out}"
+
+
+@contextmanager
+def _stops_explained(folder: RunFolder) -> Iterator[None]:
+    """Whatever stops a run says what was saved, and how to go on from there."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        where = str(stop) or f"in step {folder.run.step + 1} of {folder.run.total_steps}"
+        raise KeyboardInterrupt(f"{where}; {folder.how_to_go_on()}") from None
+    except Diverged as error:  # where going on would only diverge again
+        kept = f"; {folder.out} keeps the state of step {folder.saved}" if folder.saved else ""
+        raise Diverged(f"{error}{kept}") from error
+    except InputError as error:
+        raise InputError(f"{error}; {folder.how_to_go_on()}") from error
 
 
 def _means(steps: Sequence[Mapping[str, float]], losses: Sequence[str]) -> dict[str, float | None]:
     """The mean of each loss over the steps that have it."""
-    values = {name: [step[name] for step in steps if name in step] for name in losses}
-    return {name: sum(some) / len(some) if some else None for name, some in values.items()}
+    columns = {name: [step[name] for step in steps if name in step] for name in losses}
+    return {name: sum(values) / len(values) if values else None for name, values in columns.items()}
 
 
 def _rates(run: Trainable) -> dict[str, float | None]:
@@ -219,8 +262,8 @@ def _rates(run: Trainable) -> dict[str, float | None]:
     }
 
 
-def _measured(run: Trainable) -> dict[str, float]:
-    """Metrics, taken without a trace: mode and random numbers are afterwards what they were."""
+def _metrics(run: Trainable) -> dict[str, float]:
+    """What `measure` finds. It leaves no trace: mode and random numbers are put back afterwards."""
     _check_weights(run)
     training = run.masters.training
     run.masters.eval()
@@ -233,7 +276,7 @@ def _measured(run: Trainable) -> dict[str, float]:
 def _check_weights(run: Trainable) -> None:
     """Raises Diverged: a weight is NaN or infinite.
 
-    A step too large shows in the next loss only, and the state before it must not be overwritten by then.
+    A step that is too large shows only in the next loss. By then the state before it must not be overwritten.
     """
     if not all(bool(weight.isfinite().all()) for weight in run.masters.parameters()):
         raise Diverged(f"the weights are not numbers after step {run.step}: {run.advice()}")

@@ -18,6 +18,7 @@ from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
 from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer
 from minivlm.processing.boxes import NUM_BINS
 from minivlm.text.gemma import GemmaConfig
+from minivlm.training.schedule import warm_up_then_fall
 from minivlm.vision.siglip import SiglipVisionConfig
 from minivlm.world.questions import vocabulary
 
@@ -101,6 +102,17 @@ class TrainingConfig:
             if step < 0:
                 return name
         return "prefix"
+
+    def rate_factor(self, step: int) -> float:
+        """The share of the peak learning rates: up and down for the tower, for all, and for the review."""
+        stage, warmup = self.stage(step), self.warmup_steps
+        if stage == "tower":
+            return warm_up_then_fall(step, self.tower_steps, warmup)
+        step -= self.tower_steps
+        if stage == "packed" or not self.review_steps:
+            return warm_up_then_fall(step, self.packed_steps + self.prefix_steps, warmup)
+        step -= self.packed_steps
+        return self.review_lr_factor * warm_up_then_fall(step, self.review_steps + self.prefix_steps, warmup)
 
 
 def build(config: TrainingConfig) -> tuple[PaliGemma, Processor]:

@@ -24,18 +24,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import ConcatDataset
 
 from minivlm.evaluation import evaluate
 from minivlm.models.paligemma import PaliGemma
-from minivlm.training.loop import Trainable, check_folder, in_order, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.recipe import TrainingConfig, build
 from minivlm.world.batches import Batch, SceneBatches
 
 MEASURED_SCENES = 100
+
+
+def parameter_groups(masters: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """What each optimizer trains: Muon the matrices inside blocks, AdamW everything else.
+
+    The tower is a group of its own in both, because it may learn more slowly. Saved states rely on the order.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {
+        "muon": [{"params": [], "tower": True}, {"params": [], "tower": False}],
+        "adamw": [{"params": [], "tower": True}, {"params": [], "tower": False}],
+    }
+    for name, parameter in masters.named_parameters():
+        is_block_matrix = ".layers." in name and parameter.dim() == 2
+        tower, others = groups["muon" if is_block_matrix else "adamw"]
+        group = tower if "vision_tower." in name else others
+        group["params"].append(parameter)
+    return groups
 
 
 class Run(Trainable):
@@ -57,22 +74,11 @@ class Run(Trainable):
         self.working = copy.deepcopy(self.masters).to(torch.bfloat16 if bf16 else torch.float32)
         self.soft = SoftTargets(self.processor.tokenizer, config.loc_sigma)
         self.soft.bells = self.soft.bells.to(self.device)
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}  # by (is a block's matrix, is in the tower)
-        for name, parameter in self.masters.named_parameters():
-            key = (".layers." in name and parameter.dim() == 2, "vision_tower." in name)
-            groups.setdefault(key, []).append(parameter)
-        matrices, others = (
-            [
-                {"params": params, "tower": tower}
-                for (matrix, tower), params in groups.items()
-                if matrix == wanted
-            ]
-            for wanted in (True, False)
-        )
+        groups = parameter_groups(self.masters)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay),
+            "muon": torch.optim.Muon(groups["muon"], lr=config.muon_lr, weight_decay=config.weight_decay),
             "adamw": torch.optim.AdamW(
-                others, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
+                groups["adamw"], lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
             ),
         }
 
@@ -167,7 +173,7 @@ class Run(Trainable):
             master.grad = None
         collect_gradients(self.masters, self.working)
         self.check_finite("the gradient", nn.utils.clip_grad_norm_(masters, self.config.clip).item())
-        factor = self._schedule()
+        factor = self.config.rate_factor(self.step)
         alone = self.config.stage(self.step) == "tower"
         for name, optimizer in self.optimizers.items():
             peak = self.config.muon_lr if name == "muon" else self.config.adamw_lr
@@ -177,21 +183,6 @@ class Run(Trainable):
                 group["lr"] = peak * factor * (self.config.tower_lr_factor if slow else 1.0)
             optimizer.step()
         follow_masters(self.masters, self.working)
-
-    def _schedule(self) -> float:
-        """Factor of the learning rates: warm-up and linear decay, for the tower, for all, for the review."""
-        config, stage = self.config, self.config.stage(self.step)
-        peak, done = 1.0, self.step
-        if stage == "tower":
-            total = config.tower_steps
-        elif stage == "packed" or not config.review_steps:
-            done -= config.tower_steps
-            total = config.packed_steps + config.prefix_steps
-        else:
-            peak = config.review_lr_factor
-            done -= config.tower_steps + config.packed_steps
-            total = config.review_steps + config.prefix_steps
-        return peak * min(1.0, (done + 1) / config.warmup_steps) * (1.0 - done / total)
 
     def advice(self) -> str:
         lower = f"--muon-lr {self.config.muon_lr / 2:g} --adamw-lr {self.config.adamw_lr / 2:g}"
@@ -216,33 +207,14 @@ def train(
     out: Path,
     config: TrainingConfig,
     *,
-    resume: bool = False,
-    save_every: int = 250,
-    log_every: int = 50,
-    measure_every: int = 500,
-    workers: int = 1,
-    device: torch.device | str = "cpu",
-    progress: bool | None = None,
+    loop: Loop = DEFAULT_LOOP,
 ) -> Run:
     """Train from nothing, or from where a run in `out` was stopped, and leave a checkpoint folder in `out`.
 
-    Args:
-        measure_every: steps between measurements on held-out scenes, for the log; 0 measures nothing.
-        workers: processes that draw batches ahead; 0 draws them in this one. The weights are the same.
-        progress: True shows a bar, False none, None only on a terminal.
-
-    Raises InputError: `out` holds a run and `resume` is not set, or the other way round, or the run has
+    Raises InputError: `out` holds a run and `loop.resume` is not set, or the other way round, or the run has
     another config; training diverges. See `minivlm.training.loop` for what is left in `out`.
     """
-    check_folder(out, resume)
-    run = Run(config, device, workers)
-    run_to_end(
-        run,
-        out,
-        resume=resume,
-        save_every=save_every,
-        log_every=log_every,
-        measure_every=measure_every,
-        progress=progress,
-    )
+    check_folder(out, loop.resume)
+    run = Run(config, loop.device, loop.workers)
+    run_to_end(run, out, loop)
     return run

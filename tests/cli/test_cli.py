@@ -722,7 +722,7 @@ def test_command_lines_that_are_refused(
     assert err.count("\n") == 1
     assert re.match(r"minivlm( [\w-]+)?: error: ", err)
     assert message in err
-    assert re.search(r"\(see minivlm( [\w-]+)? --help\)$", err.rstrip())
+    assert re.search(r"\(see \S*(python\S* -m )?minivlm( [\w-]+)? --help\)$", err.rstrip())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from small_towers import RUN, SIZES, make_pairs, make_towers
 from minivlm import cli
 from minivlm.cli import main
 from minivlm.training.contrastive_recipe import ContrastiveConfig
-from minivlm.training.loop import read_log
+from minivlm.training.loop import Loop, read_log
 
 CPU = torch.device("cpu")
 
@@ -91,8 +91,8 @@ def test_every_number_has_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli.train_contrastive, "train_contrastive", train_contrastive)
     assert main(["train-contrastive"]) == 130
-    common = {"resume": False, "save_every": 250, "workers": 1, "device": CPU, "warn": None}
-    assert calls[-1] == (Path("runs/siglip"), ContrastiveConfig(), None, None, common)
+    defaults = {"loop": Loop(device=CPU), "warn": None}
+    assert calls[-1] == (Path("runs/siglip"), ContrastiveConfig(), None, None, defaults)
     values: dict[str, Any] = {
         "seed": 7, "image_size": 96, "patch_size": 6, "tower_width": 48, "tower_layers": 2, "tower_heads": 4,
         "text_width": 64, "text_layers": 3, "text_heads": 2, "max_length": 40, "steps": 9, "batch_size": 5,
@@ -107,7 +107,8 @@ def test_every_number_has_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["train-contrastive", "--objective", "distill", "--bf16", "--measure-every", "3", *arguments])
         == 130
     )
-    assert calls[-1] == (Path("runs/distill"), config, None, None, common | {"measure_every": 3})
+    loop = Loop(device=CPU, measure_every=3)
+    assert calls[-1] == (Path("runs/distill"), config, None, None, {"loop": loop, "warn": None})
     assert main(["train-contrastive", "--objective", "clip", "--model", "m"]) == 130
     assert calls[-1][1] == ContrastiveConfig("clip", model="m")
 

@@ -101,7 +101,7 @@ def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path) -> None:
 
 def test_a_locked_tower_keeps_every_bit(tmp_path: Path) -> None:
     """It is the shipped model's. The head, the text tower, the temperature and the bias are trained."""
-    train_contrastive(tmp_path, config("lit"), **EVERY)
+    train_contrastive(tmp_path, config("lit"), loop=EVERY)
     model, processor = minivlm.load(tmp_path)
     shipped, _ = load_answering(SHIPPED)
     start, _ = build(config("lit"))
@@ -185,7 +185,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train_contrastive(whole, config(objective), **EVERY)
+    train_contrastive(whole, config(objective), loop=EVERY)
     advance = ContrastiveRun.advance
 
     def stopping(run: ContrastiveRun, batch: Any) -> Any:
@@ -196,11 +196,11 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(ContrastiveRun, "advance", stopping)
         with pytest.raises(RuntimeError, match="power cut"):
-            train_contrastive(stopped, config(objective), **EVERY)
-    train_contrastive(stopped, config(objective), resume=True, **EVERY)
+            train_contrastive(stopped, config(objective), loop=EVERY)
+    train_contrastive(stopped, config(objective), loop=replace(EVERY, resume=True))
     assert_same_end(stopped, whole)
     with pytest.raises(InputError, match=r"other settings \(objective"):
-        train_contrastive(stopped, config("lit"), resume=True, **EVERY)
+        train_contrastive(stopped, config("lit"), loop=replace(EVERY, resume=True))
 
 
 def test_transformers_reads_what_training_wrote(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_transformers_reads_what_training_wrote(tmp_path: Path) -> None:
     captions = ["a small Red circle", "a large blue star, a medium pink square", "my new kite"]
     for objective, reference in (("clip", CLIPModel), ("siglip", SiglipModel)):
         folder = tmp_path / objective
-        train_contrastive(folder, config(objective), **EVERY)
+        train_contrastive(folder, config(objective), loop=EVERY)
         model, processor = minivlm.load(folder)
         picture = DrawnPairs([processor], seed=9, steps=1, batch_size=1).draw(0)[0][0]
         inputs = processor([picture], captions)
@@ -225,7 +225,7 @@ def test_transformers_reads_what_training_wrote(tmp_path: Path) -> None:
 def test_pairs_of_ones_own(tmp_path: Path) -> None:
     """Words of the file are tokens of new towers; equal captions count as one when it is measured."""
     data = make_pairs(tmp_path / "data")
-    run = train_contrastive(tmp_path / "run", config(), data, data, **EVERY | {"measure_every": 3})
+    run = train_contrastive(tmp_path / "run", config(), data, data, loop=replace(EVERY, measure_every=3))
     assert len(run.processor.tokenizer.encode("gray NUMBER 7")) == 3
     assert len(build(config())[1].tokenizer.encode("gray NUMBER 7")) > 3
     lines = log_of(tmp_path / "run")
@@ -235,14 +235,14 @@ def test_pairs_of_ones_own(tmp_path: Path) -> None:
     assert lines[0]["bias"] != lines[-1]["bias"]
     others = make_pairs(tmp_path / "others", lines=11)
     with pytest.raises(InputError, match=r"other settings \(data 10 pairs, \w+ -> 11 pairs"):
-        train_contrastive(tmp_path / "run", config(), others, data, resume=True, **EVERY)
+        train_contrastive(tmp_path / "run", config(), others, data, loop=replace(EVERY, resume=True))
 
 
 def test_towers_of_a_folder_go_on(tmp_path: Path) -> None:
     make_towers(tmp_path / "start", "siglip", seed=7)
     start = load_file(tmp_path / "start" / "model.safetensors")
     settings = config(model=str(tmp_path / "start"), lr=0.0)
-    train_contrastive(tmp_path / "run", settings, **EVERY | {"measure_every": 6})
+    train_contrastive(tmp_path / "run", settings, loop=replace(EVERY, measure_every=6))
     assert log_of(tmp_path / "run")[0]["step"] == 0  # measured before the first step
     end = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(tensor, end[name]) for name, tensor in start.items())
@@ -287,9 +287,9 @@ def test_folders_of_another_kind(tmp_path: Path) -> None:
     ]
     for settings, message in cases:
         with pytest.raises(InputError, match=message):
-            train_contrastive(tmp_path / "run", settings, **EVERY)
+            train_contrastive(tmp_path / "run", settings, loop=EVERY)
     with pytest.raises(InputError, match="holds the model that training needs"):
-        train_contrastive(tmp_path / "clip", config("clip", model=clip), **EVERY)
+        train_contrastive(tmp_path / "clip", config("clip", model=clip), loop=EVERY)
 
 
 def test_unequal_numbers_of_pictures_and_texts() -> None:
@@ -310,12 +310,12 @@ def test_a_picture_that_has_gone_since_it_was_looked_at(
         lambda *args: [read_pairs(*args), (tmp_path / "data" / "4.png").unlink()][0],
     )
     with pytest.raises(InputError, match=r"line 5: .*4.png: no such file"):
-        train_contrastive(tmp_path / "run", config(), data, **EVERY | {"save_every": 1})
+        train_contrastive(tmp_path / "run", config(), data, loop=replace(EVERY, save_every=1))
 
 
 def test_a_run_that_diverges(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape("such as --lr 5e+08")):
-        train_contrastive(tmp_path, config("siglip", lr=1e9), **EVERY)
+        train_contrastive(tmp_path, config("siglip", lr=1e9), loop=EVERY)
 
 
 def test_every_word_of_the_drawn_world_is_a_token() -> None:

@@ -23,11 +23,11 @@ import minivlm
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.errors import InputError
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
-from minivlm.training.loop import Diverged, log_as_json, read_log, run_to_end
+from minivlm.training.loop import Diverged, Loop, log_as_json, read_log, run_to_end
 from minivlm.training.recipe import build
 
 WORDS = {"red": "ruby", "green": "a leaf in the wind", "blue": "<loc0000><loc0000><loc1023><loc1023> sea"}
-EVERY: dict[str, Any] = {"save_every": 3, "log_every": 2, "measure_every": 4, "progress": False}
+EVERY = Loop(save_every=3, log_every=2, measure_every=4, progress=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +78,7 @@ def whole(start: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     config = FinetuningConfig(model=str(start), epochs=2, batch_size=2, bf16=False)
-    finetune(folder, config, data / "train.jsonl", data / "validation.jsonl", **EVERY)
+    finetune(folder, config, data / "train.jsonl", data / "validation.jsonl", loop=EVERY)
     return folder
 
 
@@ -102,7 +102,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 def test_new_words_are_learned(start: Path, data: Path, tmp_path: Path) -> None:
     """And the folder opens here and in transformers, with the same answers."""
     config = FinetuningConfig(model=str(start), steps=60, batch_size=9, lr=0.01)
-    finetune(tmp_path, config, data / "train.jsonl", data / "validation.jsonl", measure_every=30)
+    finetune(tmp_path, config, data / "train.jsonl", data / "validation.jsonl", loop=Loop(measure_every=30))
     first, *_, last = read_log(tmp_path / "log.csv")
     assert (first["step"], first["exact match"]) == (0, 0)
     assert first["validation loss"] > 5
@@ -173,7 +173,9 @@ def test_every_epoch_shows_every_example_once(batch_size: int, accumulate: int) 
     seen: list[list[list[int]]] = []
     for step in range(len(batches)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(samples, "make_inputs", lambda processor, some: [one.line for one in some])
+            patch.setattr(
+                "minivlm.data.samples.make_inputs", lambda processor, rows: [sample.line for sample in rows]
+            )
             seen.append(batches[step])
     rows = [line for step in seen for batch in step for line in batch]
     assert sorted(rows[:9]) == sorted(rows[9:]) == list(range(9))
@@ -209,14 +211,15 @@ def test_epochs_and_steps(config: FinetuningConfig, data: Path) -> None:
 def test_workers_change_nothing(
     workers: int, config: FinetuningConfig, data: Path, whole: Path, tmp_path: Path
 ) -> None:
-    finetune(tmp_path, config, data / "train.jsonl", data / "validation.jsonl", workers=workers, **EVERY)
+    loop = replace(EVERY, workers=workers)
+    finetune(tmp_path, config, data / "train.jsonl", data / "validation.jsonl", loop=loop)
     assert_same_end(tmp_path, whole)
 
 
 def test_another_seed_gives_another_order(
     config: FinetuningConfig, data: Path, whole: Path, tmp_path: Path
 ) -> None:
-    finetune(tmp_path, replace(config, seed=1), data / "train.jsonl", **EVERY)
+    finetune(tmp_path, replace(config, seed=1), data / "train.jsonl", loop=EVERY)
     ours, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path, whole))
     assert not all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
@@ -269,7 +272,7 @@ def test_what_is_frozen_stays_bit_for_bit(
     freeze: tuple[str, ...], bf16: bool, config: FinetuningConfig, data: Path, tmp_path: Path
 ) -> None:
     config = replace(config, freeze=freeze, bf16=bf16, epochs=1)
-    finetune(tmp_path, config, data / "train.jsonl", **EVERY)
+    finetune(tmp_path, config, data / "train.jsonl", loop=EVERY)
     before, after = (load_file(Path(f) / "model.safetensors") for f in (config.model, tmp_path))
     prefixes = {"tower": "vision_tower.", "decoder": "language_model."}
     frozen = tuple(prefixes[part] for part in freeze)
@@ -285,14 +288,14 @@ def test_warm_up_and_decay(config: FinetuningConfig, data: Path) -> None:
     run = prepared(replace(config, lr=0.5, warmup_steps=3), data)
     rates = []
     for run.step in range(9):
-        rates.append(0.5 * run._schedule())
+        rates.append(run.learning_rate())
     assert rates == pytest.approx([0.5 * f for f in (1 / 3, 2 / 3 * 8 / 9, 7 / 9, 6 / 9, 5 / 9)] + [
         0.5 * f / 9 for f in (4, 3, 2, 1)
     ])  # fmt: skip
     assert prepared(config, data).lr == 1e-3
-    run = prepared(replace(config, steps=400, epochs=None), data)
+    run = prepared(replace(config, lr=1.0, steps=400, epochs=None), data)
     run.step = 9
-    assert run._schedule() == pytest.approx(0.5 * (1 - 9 / 400))  # a twentieth of the steps
+    assert run.learning_rate() == pytest.approx(0.5 * (1 - 9 / 400))  # a twentieth of the steps
 
 
 def test_the_picture_matters_to_the_gradient(config: FinetuningConfig, data: Path) -> None:
@@ -337,8 +340,8 @@ def test_a_run_that_broke_off_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", stopping)
         with pytest.raises(Stop):
-            finetune(tmp_path, config, *paths, **EVERY | {"save_every": 1 if number == 2 else 3})
-    finetune(tmp_path, config, *paths, resume=True, **EVERY)
+            finetune(tmp_path, config, *paths, loop=replace(EVERY, save_every=1 if number == 2 else 3))
+    finetune(tmp_path, config, *paths, loop=replace(EVERY, resume=True))
     assert_same_end(tmp_path, whole)
 
 
@@ -351,13 +354,13 @@ def test_what_may_not_change_is_named(
     (others / "train.jsonl").write_text("\n".join(lines[1:]))
     changed = replace(config, lr=0.5, freeze=("tower",))
     with pytest.raises(InputError) as caught:
-        finetune(folder, changed, others / "train.jsonl", resume=True)
+        finetune(folder, changed, others / "train.jsonl", loop=Loop(resume=True))
     assert "(data 9 examples, " in str(caught.value)
     assert "-> 8 examples, " in str(caught.value)
     assert "freeze [] -> ['tower'], lr None -> 0.5)" in str(caught.value)
     # The same data, model and settings by other paths are the same.
     other = replace(config, model=str(start / ".." / start.name))
-    finetune(folder, other, shutil.copytree(data, tmp_path / "moved") / "train.jsonl", resume=True)
+    finetune(folder, other, shutil.copytree(data, tmp_path / "moved") / "train.jsonl", loop=Loop(resume=True))
 
 
 def test_the_result_may_not_overwrite_its_start(config: FinetuningConfig, data: Path, start: Path) -> None:
@@ -382,12 +385,12 @@ def test_a_picture_that_breaks_during_training(
     broken.write_bytes(content[:100])
     run = Finetuning(config, model, processor, samples, workers=workers)
     with pytest.raises(InputError, match=rf"^line {row + 1}: .*{row}.png is truncated or damaged") as caught:
-        run_to_end(run, tmp_path, resume=False, log_every=1, measure_every=0, save_every=2, progress=False)
+        run_to_end(run, tmp_path, Loop(log_every=1, measure_every=0, save_every=2, progress=False))
     assert "Traceback" not in str(caught.value)
     assert str(caught.value).endswith(f"--resume goes on from step 2, saved in {tmp_path}")
     assert run.step == 3
     broken.write_bytes(content)
-    finetune(tmp_path, config, others / "train.jsonl", resume=True, **EVERY)
+    finetune(tmp_path, config, others / "train.jsonl", loop=replace(EVERY, resume=True))
     ours, wanted = load_file(tmp_path / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())
 
@@ -395,7 +398,7 @@ def test_a_picture_that_breaks_during_training(
 def test_a_learning_rate_that_diverges(config: FinetuningConfig, data: Path, tmp_path: Path) -> None:
     wanted = r"is not a number at step \d: try a lower learning rate in a new folder, such as --lr 2e\+09"
     with pytest.raises(Diverged, match=wanted):
-        finetune(tmp_path, replace(config, lr=4e9), data / "train.jsonl", **EVERY | {"save_every": 100})
+        finetune(tmp_path, replace(config, lr=4e9), data / "train.jsonl", loop=replace(EVERY, save_every=100))
     assert not (tmp_path / "model.safetensors").exists()
 
 
@@ -415,7 +418,7 @@ def test_the_folder(whole: Path) -> None:
 
 
 def test_without_validation_nothing_is_measured(config: FinetuningConfig, data: Path, tmp_path: Path) -> None:
-    finetune(tmp_path, config, data / "train.jsonl", **EVERY)
+    finetune(tmp_path, config, data / "train.jsonl", loop=EVERY)
     assert "exact match" not in read_log(tmp_path / "log.csv")[0]
 
 
@@ -451,7 +454,7 @@ def test_bad_lines_are_refused_before_anything_is_written(
         finetune(out, config, others / "train.jsonl")
     assert files(out) == set()
     warnings: list[object] = []
-    run = finetune(out, config, others / "train.jsonl", warn=warnings.append, **EVERY)
+    run = finetune(out, config, others / "train.jsonl", warn=warnings.append, loop=EVERY)
     assert len(warnings) == 1
     assert len(run.samples) == 9
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import nn
 
 from minivlm.errors import InputError
 from minivlm.training import state
-from minivlm.training.loop import Diverged, Trainable, log_as_json, read_log, run_to_end
+from minivlm.training.contrastive import ContrastiveRun
+from minivlm.training.finetuning import Finetuning
+from minivlm.training.loop import Diverged, Loop, Trainable, log_as_json, read_log, run_to_end
+from minivlm.training.scratch import Run
 
 
 class Toy(Trainable):
@@ -67,8 +71,7 @@ class Toy(Trainable):
 
 
 def go(run: Toy, out: Path, **options: Any) -> Toy:
-    fixed = {"resume": False, "save_every": 4, "log_every": 2, "measure_every": 0, "progress": False}
-    run_to_end(run, out, **fixed | options)
+    run_to_end(run, out, replace(Loop(save_every=4, log_every=2, measure_every=0, progress=False), **options))
     return run
 
 
@@ -93,6 +96,24 @@ def test_the_log(tmp_path: Path) -> None:
         "sgd_lr": [0.25] * 5,
         "half, or so": [None, 2.5, None, None, 5],
     }
+
+
+def test_each_kind_of_run_is_logged_and_measured_at_its_own_pace(tmp_path: Path) -> None:
+    """Where the loop does not say how often."""
+    paces = [(kind.log_every, kind.measure_every) for kind in (Run, Finetuning, ContrastiveRun)]
+    assert paces == [(50, 500), (10, 50), (25, 250)]
+    run = Toy()
+    run.log_every, run.measure_every = 4, 5
+    run_to_end(run, tmp_path, Loop(progress=False))
+    assert run.measured == [5, 10]
+    assert [line["step"] for line in read_log(tmp_path / "log.csv")] == [4, 5, 8, 10]
+
+
+def test_a_run_with_nothing_to_measure_on(tmp_path: Path) -> None:
+    run = Toy()
+    run.starts_trained, run.measures = True, False
+    assert go(run, tmp_path, log_every=4, measure_every=3).measured == []
+    assert [line["step"] for line in read_log(tmp_path / "log.csv")] == [4, 8, 10]
 
 
 def test_the_log_of_a_stopped_run_has_no_line_twice(tmp_path: Path) -> None:

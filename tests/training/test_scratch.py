@@ -25,7 +25,7 @@ from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 from minivlm.processing.boxes import NUM_BINS
 from minivlm.training import scratch
-from minivlm.training.loop import Diverged
+from minivlm.training.loop import Diverged, Loop
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.training.recipe import TrainingConfig, build
 from minivlm.training.scratch import Run, train
@@ -44,7 +44,7 @@ def _one_thread() -> Iterator[None]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run from its first step to its last."""
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, CONFIG, **EVERY)
+    train(folder, CONFIG, loop=EVERY)
     return folder
 
 
@@ -82,7 +82,7 @@ def test_numbers_that_no_model_can_be_trained_with(changes: dict[str, Any], mess
 def test_stages_may_be_left_out(steps: tuple[int, ...], tmp_path: Path) -> None:
     stages = dict(zip(("tower", "packed", "review", "prefix"), steps, strict=True))
     config = replace(CONFIG, **{f"{name}_steps": number for name, number in stages.items()})
-    run = train(tmp_path, config, log_every=1, measure_every=0)
+    run = train(tmp_path, config, loop=Loop(log_every=1, measure_every=0))
     wanted = [name for name, number in stages.items() for _ in range(number)]
     assert [line["stage"] for line in log_of(tmp_path)] == wanted
     assert run.step == 3
@@ -113,14 +113,10 @@ def test_muon_gets_exactly_the_matrices_of_blocks(run: Run) -> None:
 
 
 def factors(config: TrainingConfig) -> list[float]:
-    run = Run(config)
-    values = []
-    for run.step in range(config.total_steps):
-        values.append(run._schedule())
-    return values
+    return [config.rate_factor(step) for step in range(config.total_steps)]
 
 
-def test_the_schedule_rises_once_for_the_tower_and_once_for_all(run: Run) -> None:
+def test_the_schedule_rises_once_for_the_tower_and_once_for_all() -> None:
     config = replace(CONFIG, tower_steps=20, packed_steps=30, prefix_steps=10, warmup_steps=5)
     values = factors(config)
     for part in (values[:20], values[20:]):
@@ -150,7 +146,7 @@ def test_the_tower_learns_more_slowly_after_its_own_stage(run: Run) -> None:
     for stage in ("tower", "packed", "prefix"):
         while CONFIG.stage(run.step) != stage:
             run.advance(next(batches))
-        factor = run._schedule()
+        factor = CONFIG.rate_factor(run.step)
         run.advance(next(batches))
         for name, peak in (("muon", CONFIG.muon_lr), ("adamw", CONFIG.adamw_lr)):
             for group in run.optimizers[name].param_groups:
@@ -245,7 +241,7 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bf16_computes_with_a_copy_and_keeps_fp32(tmp_path: Path) -> None:
     config = replace(CONFIG, tower_steps=1, packed_steps=1, prefix_steps=1, bf16=True)
-    run = train(tmp_path, config, measure_every=0)
+    run = train(tmp_path, config, loop=Loop(measure_every=0))
     assert {p.dtype for p in run.working.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in run.masters.parameters()} == {torch.float32}
     for master, copied in zip(run.masters.parameters(), run.working.parameters(), strict=True):
@@ -262,7 +258,7 @@ def test_the_log_holds_means_of_each_loss(tmp_path: Path, monkeypatch: pytest.Mo
         return seen[-1]
 
     monkeypatch.setattr(Run, "advance", spy)
-    train(tmp_path, CONFIG, log_every=3, measure_every=0)
+    train(tmp_path, CONFIG, loop=Loop(log_every=3, measure_every=0))
     lines = log_of(tmp_path)
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     assert [line["stage"] for line in lines] == ["tower", "packed", "prefix", "prefix"]
@@ -412,7 +408,7 @@ def test_a_learning_rate_that_diverges(tmp_path: Path) -> None:
         r"not a number at step \d+: try a lower .* in a new folder, such as --muon-lr 2e\+09 --adamw-lr 2e"
     )
     with pytest.raises(Diverged, match=wanted) as caught:
-        train(tmp_path, config, save_every=100, log_every=2, measure_every=0)
+        train(tmp_path, config, loop=Loop(save_every=100, log_every=2, measure_every=0))
     assert "keeps the state" not in str(caught.value)  # there is none
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -441,7 +437,7 @@ def test_gradients_that_are_not_finite_change_nothing(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(workers: int, whole: Path, tmp_path: Path) -> None:
-    train(tmp_path, CONFIG, workers=workers, **EVERY)
+    train(tmp_path, CONFIG, loop=replace(EVERY, workers=workers))
     ours, wanted = load_file(tmp_path / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())
     assert log_of(tmp_path) == log_of(whole)
@@ -471,10 +467,10 @@ def test_everything_moves_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 def test_training_on_cuda(bf16: bool | None, whole: Path, tmp_path: Path) -> None:
     """And a run that began there goes on on the CPU."""
     config = replace(CONFIG, bf16=bf16)
-    train(tmp_path, config, device="cuda", **EVERY)
+    train(tmp_path, config, loop=replace(EVERY, device="cuda"))
     for ours, wanted in zip(log_of(tmp_path), log_of(whole), strict=True):
         assert ours["patch"] == pytest.approx(wanted["patch"], rel=0.05)
-    assert train(tmp_path, config, resume=True, **EVERY).step == CONFIG.total_steps
+    assert train(tmp_path, config, loop=replace(EVERY, resume=True)).step == CONFIG.total_steps
 
 
 def test_metrics_are_measured_and_change_nothing(
@@ -495,7 +491,7 @@ def test_metrics_are_measured_and_change_nothing(
 
     monkeypatch.setattr(scratch, "evaluate", evaluate)
     state = torch.get_rng_state()
-    run = train(tmp_path, CONFIG, save_every=3, log_every=2, measure_every=3)
+    run = train(tmp_path, CONFIG, loop=Loop(save_every=3, log_every=2, measure_every=3))
     assert run.masters.training
     ours, wanted = load_file(tmp_path / "state.safetensors"), load_file(whole / "state.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())
@@ -512,6 +508,6 @@ def test_the_real_evaluation_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(scratch, "MEASURED_SCENES", 1)
     monkeypatch.setattr(answers, "LONGEST_ANSWER", 1)
     config = replace(CONFIG, tower_steps=0, packed_steps=0, prefix_steps=1)
-    train(tmp_path, config, log_every=1)
+    train(tmp_path, config, loop=Loop(log_every=1))
     (line,) = log_of(tmp_path)
     assert {"all questions", "exact caption", "box mean IoU"} < set(line)

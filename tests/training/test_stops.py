@@ -29,7 +29,8 @@ from small_run import CONFIG, EVERY, Stop, assert_same_end, files, log_of, step_
 
 import minivlm
 from minivlm.errors import InputError
-from minivlm.training import log, loop
+from minivlm.training import log, loop, state
+from minivlm.training.loop import Loop
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import Run, train
 
@@ -47,7 +48,7 @@ def _one_thread() -> Iterator[None]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, CONFIG, **EVERY)
+    train(folder, CONFIG, loop=EVERY)
     return folder
 
 
@@ -58,7 +59,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(8, patch, Stop)
         with pytest.raises(Stop):
-            train(folder, CONFIG, **EVERY)
+            train(folder, CONFIG, loop=EVERY)
     return folder
 
 
@@ -78,8 +79,8 @@ def test_a_run_that_broke_off_ends_the_same(
     with monkeypatch.context() as patch:
         stop_in_step(number, patch, Stop)
         with pytest.raises(Stop):
-            train(tmp_path, CONFIG, save_every=1 if number == 2 else 2, log_every=2, measure_every=0)
-    train(tmp_path, CONFIG, resume=True, **EVERY)
+            train(tmp_path, CONFIG, loop=replace(EVERY, save_every=1 if number == 2 else 2))
+    train(tmp_path, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(tmp_path, whole)
 
 
@@ -89,34 +90,35 @@ def test_a_run_that_broke_off_twice_ends_the_same(
     with monkeypatch.context() as patch:
         stop_in_step(4, patch, Stop)  # the fourth since 6
         with pytest.raises(Stop):
-            train(copied, CONFIG, resume=True, **EVERY)
-    run = train(copied, CONFIG, resume=True, **EVERY)
+            train(copied, CONFIG, loop=replace(EVERY, resume=True))
+    run = train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert run.step == CONFIG.total_steps
     assert_same_end(copied, whole)
 
 
 def test_resuming_a_finished_run_changes_nothing(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "again")
-    train(folder, CONFIG, resume=True, **EVERY)
+    train(folder, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(folder, whole)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(whole: Path, tmp_path: Path) -> None:
     """And how often a run is saved and logged does not matter."""
-    train(tmp_path / "same", CONFIG, save_every=100, log_every=2, measure_every=0)
+    train(tmp_path / "same", CONFIG, loop=Loop(save_every=100, log_every=2, measure_every=0))
     assert_same_end(tmp_path / "same", whole)
-    train(tmp_path / "other", replace(CONFIG, seed=1), **EVERY)
+    train(tmp_path / "other", replace(CONFIG, seed=1), loop=EVERY)
     ours, wanted = (load_file(f / "model.safetensors") for f in (tmp_path / "other", whole))
     assert not any(torch.equal(ours[key], wanted[key]) for key in wanted)
 
 
 def test_the_comparison_sees_one_step_of_difference(copied: Path, whole: Path) -> None:
     """A batch that is left out shows: otherwise the tests above would prove nothing."""
-    state = load_file(copied / "state.safetensors")
-    with state.safe_open(copied / "state.safetensors", framework="pt") as file:
+    path = copied / "state.safetensors"
+    tensors = load_file(path)
+    with state.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    state.save_file(state, copied / "state.safetensors", metadata | {"step": "7"})
-    train(copied, CONFIG, resume=True, **EVERY)
+    state.save_file(tensors, path, metadata | {"step": "7"})
+    train(copied, CONFIG, loop=replace(EVERY, resume=True))
     ours, wanted = load_file(copied / "model.safetensors"), load_file(whole / "model.safetensors")
     assert not all(torch.equal(ours[key], wanted[key]) for key in wanted)
 
@@ -128,9 +130,11 @@ SERVER = """
 import json, os, sys, time
 from pathlib import Path
 import torch
-from minivlm import checkpoints, files
-from minivlm.recipe import TrainingConfig
-from minivlm.training import Run, train
+from minivlm import files
+from minivlm.training import state
+from minivlm.training.loop import Loop
+from minivlm.training.recipe import TrainingConfig
+from minivlm.training.scratch import Run, train
 
 torch.set_num_threads(1)
 Run(TrainingConfig())  # imports what is imported late
@@ -155,7 +159,7 @@ def work(out, config, moment):
         files.os.replace = rename
     if moment == "write":
         state.save_file = save_half
-    train(out, TrainingConfig(**config), resume=resume, save_every=1, log_every=2, measure_every=0)
+    train(out, TrainingConfig(**config), loop=Loop(resume=resume, save_every=1, log_every=2, measure_every=0))
 
 for line in sys.stdin:
     process = os.fork()
@@ -232,29 +236,29 @@ def test_killed_while_saving(moment: str, server: Server, copied: Path, whole: P
     assert (copied / "state.safetensors").read_bytes() == before
     left = [name for name in files(copied) if name.startswith(".state") and name.endswith(".tmp")]
     assert len(left) == 1  # it was killed while writing, and had no time to tidy up
-    train(copied, CONFIG, resume=True, **EVERY)
+    train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(copied, whole)
 
 
 def test_killed_again_and_again(server: Server, tmp_path: Path) -> None:
     """At random moments of a run that saves after every step, and so is often killed while saving."""
     config = replace(CONFIG, tower_steps=40, packed_steps=40, prefix_steps=40, pictures=4)
-    train(tmp_path / "whole", config, save_every=1000, log_every=2, measure_every=0)
+    train(tmp_path / "whole", config, loop=Loop(save_every=1000, log_every=2, measure_every=0))
     folder = tmp_path / "killed"
-    state = folder / "state.safetensors"
+    saved = folder / "state.safetensors"
     chance = random.Random(0)
     steps = [0]
     for _ in range(6):
-        modified = state.stat().st_mtime_ns if state.exists() else 0
+        modified = saved.stat().st_mtime_ns if saved.exists() else 0
         process = server.start(folder, config)
-        wait_until(lambda: state.exists() and state.stat().st_mtime_ns > modified)  # noqa: B023
+        wait_until(lambda: saved.exists() and saved.stat().st_mtime_ns > modified)  # noqa: B023
         time.sleep(chance.uniform(0, 0.15))
         if server.kill(process) == 0:
             break  # it came to its end, on a fast machine
         steps.append(step_of(folder))
     assert len(steps) > 3
     assert sorted(set(steps)) == steps  # it went on each time
-    train(folder, config, resume=True, save_every=1000, log_every=2, measure_every=0)
+    train(folder, config, loop=Loop(resume=True, save_every=1000, log_every=2, measure_every=0))
     assert_same_end(folder, tmp_path / "whole")
 
 
@@ -279,10 +283,10 @@ def test_ctrl_c_finishes_the_step_and_saves(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", pressed)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, CONFIG, save_every=1000, log_every=2, measure_every=0)
+            train(tmp_path, CONFIG, loop=Loop(save_every=1000, log_every=2, measure_every=0))
     assert step_of(tmp_path) == 5
     assert signal.getsignal(signal.SIGINT) is handler
-    train(tmp_path, CONFIG, resume=True, **EVERY)
+    train(tmp_path, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(tmp_path, whole)  # the log too, though 5 is between two of its lines
 
 
@@ -294,7 +298,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Run, "advance", advance)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, CONFIG, **EVERY)
+        train(tmp_path, CONFIG, loop=EVERY)
 
 
 def test_ctrl_c_in_a_terminal(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -310,7 +314,7 @@ def test_ctrl_c_in_a_terminal(server: Server, tmp_path: Path, capfd: pytest.Capt
 
 def test_training_in_a_thread(tmp_path: Path, whole: Path) -> None:
     """Where Python allows no signal handler."""
-    thread = threading.Thread(target=train, args=(tmp_path, CONFIG), kwargs=EVERY)
+    thread = threading.Thread(target=train, args=(tmp_path, CONFIG), kwargs={"loop": EVERY})
     thread.start()
     thread.join()
     assert_same_end(tmp_path, whole)
@@ -337,9 +341,9 @@ def test_a_full_disk_while_saving(copied: Path, whole: Path, monkeypatch: pytest
         with pytest.raises(
             InputError, match=r"cannot write .*state.safetensors.* unchanged. Free some space"
         ):
-            train(copied, CONFIG, resume=True, save_every=1, log_every=100, measure_every=0)
+            train(copied, CONFIG, loop=Loop(resume=True, save_every=1, log_every=100, measure_every=0))
     assert {name: (copied / name).read_bytes() for name in files(copied)} == before
-    train(copied, CONFIG, resume=True, **EVERY)
+    train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(copied, whole)
 
 
@@ -351,14 +355,14 @@ def test_a_full_disk_while_writing_the_log(copied: Path, monkeypatch: pytest.Mon
     before = (copied / "log.csv").read_bytes()
     monkeypatch.setattr(log.csv, "writer", lambda file, **options: Full())
     with pytest.raises(InputError, match=r"cannot write .*log.csv: No space left .*goes on from step 6"):
-        train(copied, CONFIG, resume=True, **EVERY)
+        train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert (copied / "log.csv").read_bytes() == before
 
 
 def test_leftover_temporary_files_do_no_harm(copied: Path, whole: Path) -> None:
     for name in ("state.safetensors", "log.csv", "model.safetensors", "config.json"):
         (copied / f".{name}.0123abcd.tmp").write_bytes(b"half of someth")
-    train(copied, CONFIG, resume=True, **EVERY)
+    train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(copied, whole)
     minivlm.load(copied)
 
@@ -367,7 +371,7 @@ def test_a_log_with_lines_too_many(copied: Path, whole: Path) -> None:
     """Killed after writing the log and before writing the state."""
     with (copied / "log.csv").open("a") as file:
         file.write("8,packed,0.5,0.5,0.1,0.1\n")
-    train(copied, CONFIG, resume=True, **EVERY)
+    train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(copied, whole)
 
 
@@ -380,13 +384,13 @@ def test_a_run_is_not_overwritten(half: Path) -> None:
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no training run to resume: leave out --resume"):
-        train(tmp_path, CONFIG, resume=True)
+        train(tmp_path, CONFIG, loop=Loop(resume=True))
 
 
 def test_resuming_with_another_config_names_what_differs(half: Path) -> None:
     other = replace(CONFIG, muon_lr=0.5, packed_steps=7)
     with pytest.raises(InputError, match=r"\(muon_lr 0.02 -> 0.5, packed_steps 4 -> 7\)") as caught:
-        train(half, other, resume=True)
+        train(half, other, loop=Loop(resume=True))
     assert "seed" not in str(caught.value)
 
 
@@ -395,7 +399,7 @@ def test_a_damaged_state_is_refused(content: bytes | None, copied: Path) -> None
     path = copied / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
     with pytest.raises(InputError, match=r"state.safetensors cannot be read .* another folder"):
-        train(copied, CONFIG, resume=True)
+        train(copied, CONFIG, loop=Loop(resume=True))
 
 
 @pytest.mark.parametrize(
@@ -411,12 +415,12 @@ def test_a_damaged_state_is_refused(content: bytes | None, copied: Path) -> None
 def test_a_damaged_log_is_refused(copied: Path, content: bytes, message: str) -> None:
     (copied / "log.csv").write_bytes(content)
     with pytest.raises(InputError, match=message):
-        train(copied, CONFIG, resume=True)
+        train(copied, CONFIG, loop=Loop(resume=True))
 
 
 def test_a_run_without_its_log_goes_on(copied: Path, whole: Path) -> None:
     (copied / "log.csv").unlink()
-    train(copied, CONFIG, resume=True, **EVERY)
+    train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert log_of(copied) == [line for line in log_of(whole) if line["step"] > 6]
 
 
