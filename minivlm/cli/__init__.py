@@ -110,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     models = (demo, ask, look, train, finetune, train_contrastive, train_codebook, evaluate)
-    for command in (*models, doctor, workshop, progress):
-        command.add_to(commands)
+    for module in (*models, doctor, workshop, progress):
+        module.add_to(commands)
     return parser
 
 

@@ -4,7 +4,7 @@
 
 A picture's path is relative to the file's folder. A picture may have several lines, each with a caption. As
 in `minivlm.data.samples`, whose lines have a prompt and an answer, all lines are checked before training
-begins.
+begins. A batch has no line twice; lines with equal captions are the user's choice.
 """
 
 from __future__ import annotations

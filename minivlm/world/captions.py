@@ -1,9 +1,9 @@
-"""Pictures with captions for two towers: drawn ones without end, or those of a file.
+"""Drawn pictures with captions for two towers, as many as training asks for.
 
 A batch is a function of (seed, step) alone, as in batches.py. What is special to these objectives: the wrong
- pairs come from the batch itself, so two equal captions in it would each be a right answer that counts
-as wrong. Drawn batches therefore have no caption twice, which makes pictures of one thing a little rarer
-than they are elsewhere. A batch of a file has no line twice; lines with equal captions are the user's choice.
+pairs come from the batch itself, so two equal captions in one batch would each be a right answer that counts
+as wrong. No batch therefore has a caption twice, which makes pictures of one thing a little rarer than they
+are elsewhere.
 """
 
 from __future__ import annotations
