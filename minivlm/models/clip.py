@@ -70,7 +70,7 @@ class CLIPConfig:
 
 
 class CLIP(nn.Module):
-    """The whole system. `minivlm.load` gives one with its processor."""
+    """The whole system. `minivlm.load` returns one with its processor."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()

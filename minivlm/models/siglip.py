@@ -77,7 +77,7 @@ class SiglipConfig:
 
 
 class SigLIP(nn.Module):
-    """The whole system. `minivlm.load` gives one with its processor."""
+    """The whole system. `minivlm.load` returns one with its processor."""
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
