@@ -138,7 +138,7 @@ def _check(
     prompt = int(attention_mask.sum(dim=1).max())
     if max_length is not None and prompt >= max_length:
         raise InputError(
-            f"the prompt has {prompt} tokens including its picture; with one for the answer, that exceeds "
+            f"the prompt has {prompt} tokens including its picture; with 1 for the answer, that is more than "
             f"the model's context of {max_length}: shorten the prompt by {prompt - max_length + 1} or more"
         )
     if max_length is not None and prompt + max_new_tokens > max_length:

@@ -90,7 +90,7 @@ def test_one_query_with_many_keys():
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @torch.no_grad()
 def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monkeypatch: pytest.MonkeyPatch):
-    """However few scores are held at a time: one query, some, one head, some, one row, some, everything."""
+    """For any number of scores at a time: of one query, several, one head, several, one row, several, all."""
     rows = [0, 1, 1, 0, 1]
     q, k, v = (x[rows] for x in qkv(kv_heads=kv_heads))
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as it comes from the projection
@@ -119,7 +119,7 @@ def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monke
 
 @torch.no_grad()
 def test_no_matrix_of_scores_of_a_long_row(monkeypatch: pytest.MonkeyPatch):
-    """In bf16 on a CPU, 2,000 tokens never hold 4 heads * 2,000 * 2,000 scores."""
+    """In bf16 on a CPU, 4 heads * 2,000 * 2,000 scores are never held at once."""
     q, k, v = (torch.randn(1, heads, 2000, 8, dtype=torch.bfloat16) for heads in (4, 1, 1))
     sizes = []
     weights_of = attention.attention_weights
@@ -220,7 +220,7 @@ def test_recording_gives_each_layers_map_and_changes_nothing(grad: bool):
 def test_recording_ends_with_the_block_even_after_an_error():
     block, x = blocks()[0], torch.randn(1, 5, 16)
     with pytest.raises(RuntimeError), record_attention() as maps:
-        block(x[..., :7])  # a width that does not fit
+        block(x[..., :7])  # the wrong width
     block(x)
     assert maps == []
 

@@ -66,8 +66,8 @@ def attention_distance(weights: Tensor) -> Tensor:
 def attention_entropy(weights: Tensor) -> Tensor:
     """How widely each head spreads its attention, in nats: [B, H, T, S] -> [H].
 
-    0 for a head that looks at a single position, log(S) for one that looks everywhere alike. exp(entropy) is
-    the number of positions over which uniform attention has this entropy.
+    0 for a head that looks at a single position, log(S) for uniform attention. exp(entropy) is the number of
+    positions over which uniform attention has this entropy.
     """
     return torch.special.entr(weights.float()).sum(dim=-1).mean(dim=(0, 2))
 

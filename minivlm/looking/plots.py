@@ -64,7 +64,7 @@ def draw_positions(similarities: Mapping[str, Tensor]) -> Figure:
 def draw_heads(distances: Tensor, entropies: Tensor, even_distance: float, even_entropy: float) -> Figure:
     """Mean attention distance and entropy of every head, [layers, H] each, by layer.
 
-    `even_distance` and `even_entropy` are those of a head that looks everywhere alike.
+    `even_distance` and `even_entropy` are those of a head with uniform attention.
     """
     figure = Figure(figsize=(8.4, 3.2), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, 2).tolist()

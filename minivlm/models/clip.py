@@ -70,7 +70,7 @@ class CLIPConfig:
 
 
 class CLIP(nn.Module):
-    """The whole system. `minivlm.load` gives one with its processor."""
+    """The whole system. `minivlm.load` returns one with its processor."""
 
     has_class_token = True  # the first token of the image tower, and what the picture's vector is made from
 

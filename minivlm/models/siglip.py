@@ -77,7 +77,7 @@ class SiglipConfig:
 
 
 class SigLIP(nn.Module):
-    """The whole system. `minivlm.load` gives one with its processor."""
+    """The whole system. `minivlm.load` returns one with its processor."""
 
     has_class_token = False  # the pooling head's one query makes the picture's vector
 

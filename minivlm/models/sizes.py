@@ -184,5 +184,5 @@ def paligemma2_config(size: str = "3b", image_size: int = 224) -> PaliGemmaConfi
             f"there is no PaliGemma 2 of size {size!r} for pictures of {image_size} pixels: choose from "
             f"{', '.join(DECODERS)} and {', '.join(map(str, IMAGE_SIZES))}"
         )
-    first = PaliGemmaConfig()
-    return replace(first, vision=replace(first.vision, image_size=image_size), text=DECODERS[size])
+    base = PaliGemmaConfig()
+    return replace(base, vision=replace(base.vision, image_size=image_size), text=DECODERS[size])

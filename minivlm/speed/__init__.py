@@ -20,7 +20,7 @@ __all__ = ["speed_up"]
 def speed_up(model: nn.Module) -> nn.Module:
     """Run MLPs in pieces and single rows at memory speed, and skip outputs that are never read.
 
-    Use the returned model instead of the given one. It can be trained and saved in the same way.
+    Use the returned model instead of the original. It can be trained and saved in the same way.
     """
     replace_modules(model, {MLP: MLPInPieces, GatedMLP: GatedMLPInPieces, nn.Linear: OneRowLinear})
     for module in list(model.modules()):

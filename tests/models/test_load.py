@@ -1,4 +1,4 @@
-"""`minivlm.load`: a folder's name becomes a model and a processor that fit together, or a clear refusal."""
+"""`minivlm.load`: from a folder's name to a model and its matching processor, or to a clear error."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def test_from_a_folder_to_an_answer(folder: Path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_answer_on_a_gpu(folder: Path):
-    """Every tensor that the model makes on its way is made where the weights are."""
+    """Every tensor that the model creates is on the device of the weights."""
     answers = []
     for device in ("cpu", "cuda"):
         model, processor = minivlm.load(folder, device=device)
@@ -64,14 +64,14 @@ def test_the_same_answer_on_a_gpu(folder: Path):
 
 def test_dtype_and_device(folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert next(minivlm.load(folder)[0].parameters()).dtype == torch.float32
-    monkeypatch.setattr(weights, "CHECKED_SIZE", 0)  # the meta device has no numbers to look at
+    monkeypatch.setattr(weights, "CHECKED_SIZE", 0)  # the meta device has no values to check
     model, _ = minivlm.load(folder, dtype=torch.bfloat16, device="meta")
     assert {(t.dtype, t.device.type) for t in model.parameters()} == {(torch.bfloat16, "meta")}
     assert {t.device.type for t in model.buffers()} == {"meta"}
 
 
 def test_the_models_config_says_how_many_image_tokens(folder: Path):
-    """Some published folders do not hold image_seq_length."""
+    """Some published folders lack image_seq_length."""
     values = json.loads((folder / "preprocessor_config.json").read_text())
     del values["image_seq_length"]
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
@@ -129,7 +129,7 @@ def test_a_revision_of_a_folder(folder: Path):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
 def test_a_dtype_that_nothing_computes_in(folder: Path, dtype: torch.dtype):
-    """Before the large files are looked at: here there are none."""
+    """Refused before the large files are read: here there are none."""
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=rf"{dtype}.*: (models compute in|use) torch.float32"):
         minivlm.load(folder, dtype=dtype)
@@ -195,7 +195,7 @@ def test_what_the_package_offers():
 
 
 def test_loading_imports_no_compiler():
-    """It takes seconds, and only random numbers on the meta device need it: here the file has the numbers."""
+    """It takes seconds, and is needed only for random numbers on the meta device: here, the file has them."""
     program = (
         "import sys, minivlm; from minivlm.models.load import SHIPPED;"
         "minivlm.PaliGemma.from_pretrained(SHIPPED); print('torch._dynamo' in sys.modules)"

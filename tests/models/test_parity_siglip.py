@@ -38,7 +38,7 @@ def test_every_hidden_state(towers):
 
 @torch.no_grad()
 def test_another_depth_and_patch():
-    """One patch size and number of heads may hide a mistake: here the grid is 3 x 3 of 9 pixels."""
+    """A single patch size and number of heads may hide a mistake: here, 3 x 3 patches of 9 pixels."""
     config = SiglipVisionConfig(
         hidden_size=12,
         intermediate_size=20,
@@ -63,7 +63,7 @@ def test_another_depth_and_patch():
 def test_exact_gelu_is_noticed(towers, monkeypatch: pytest.MonkeyPatch):
     ours, expected, pixels = towers
     monkeypatch.setitem(layers.ACTIVATIONS, "gelu_pytorch_tanh", F.gelu)
-    # The smallest mistake of all: the two forms differ by 0.0005 at most.
+    # The smallest mistake of all: the two forms differ by at most 0.0005.
     assert_differs(ours(pixels), expected.last_hidden_state, factor=3)
 
 

@@ -99,7 +99,7 @@ def test_loss_and_gradients(ours: SigLIP, reference: SiglipModel):
 
 @torch.no_grad()
 def test_the_maps_of_the_probe_can_be_recorded(ours: SigLIP, expected: Any):
-    """One map more than the tower has layers: one row, the probe's, over the patches."""
+    """One more map than the tower has layers: a single row, the probe's, over the patches."""
     with attention.record_attention() as maps:
         ours.encode_image(PIXELS)
     assert [list(m.shape) for m in maps] == [[3, 4, 4, 4]] * 3 + [[3, 4, 1, 4]]
@@ -113,7 +113,7 @@ def test_the_maps_of_the_probe_can_be_recorded(ours: SigLIP, expected: Any):
     assert_equal(maps[0], theirs)
 
 
-# Each feature, made wrong
+# Each feature, broken on purpose
 
 
 def quick_gelu_in_the_head(model: SigLIP, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_refused_pictures_and_pairs(ours: SigLIP):
 
 
 def test_a_new_model_starts_with_no():
-    """Before training, every pair is most likely wrong (section 3.2 of the paper)."""
+    """Before training, a pair most likely does not match (section 3.2 of the paper)."""
     vision, text = SiglipVisionConfig(**VISION), SiglipTextConfig.from_dict(TEXT_24)
     model = SigLIP(SiglipConfig(vision, text))
     with torch.no_grad():

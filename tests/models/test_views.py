@@ -11,7 +11,7 @@ from torch import Tensor
 from minivlm import PaliGemma
 from minivlm.errors import InputError
 
-# Three rows: words of the prefix, words of the suffix, picture or not.
+# Three rows: words of the prefix, words of the suffix, with or without a picture.
 PREFIXES, SUFFIXES, PICTURES = [3, 6, 4], [5, 2, 4], [True, False, True]
 MIXED = pytest.mark.parametrize(
     "pictures", [PICTURES, [True] * 3, [False] * 3], ids=["mixed", "pictures", "text"]
@@ -91,13 +91,13 @@ def _prefixes(singles: list[dict[str, Tensor]], starts: list[int], side: str) ->
 @torch.no_grad()
 @SIDES
 def test_prefill_may_hold_a_part_of_the_answer(model: PaliGemma, side: str):
-    """With token_type_ids the suffix in a prefill is causal, and its last row is that of the forward pass."""
+    """With token_type_ids, the suffix in a prefill is causal: its last logits are those of a forward pass."""
     batch = without_labels(make_batch(PREFIXES, SUFFIXES, PICTURES, side))
     hidden, _ = model.prefill(**batch)
     expected = [model(**cut(batch, row, PICTURES)).logits[0, -1] for row in range(3)]
     assert_equal(model.logits(hidden), torch.stack(expected))
     del batch["token_type_ids"]
-    hidden, _ = model.prefill(**batch)  # everything is prefix: other numbers
+    hidden, _ = model.prefill(**batch)  # everything is prefix: different logits
     assert (model.logits(hidden) - torch.stack(expected)).abs().max() > 100 * TOLERANCE
 
 
@@ -124,11 +124,11 @@ def test_answers_of_a_batch_are_those_of_its_rows(
         assert together[row, : len(alone)].tolist() == alone
         assert not together[row, len(alone) :].any()
         answers.add(tuple(alone))
-    assert len(answers) == 3  # the rows do say different things
+    assert len(answers) == 3  # the answers do differ
 
 
 def test_greedy_answer_is_the_argmax_of_full_passes(model: PaliGemma):
-    """The naive way: the whole sequence again for every token."""
+    """The naive way: run the whole sequence again for every token."""
     batch = without_labels(make_batch([4], [0], [True]))
     answer = model.generate(batch["input_ids"], pixel_values=batch["pixel_values"], max_new_tokens=10)
     ids, types = batch["input_ids"], batch["token_type_ids"]

@@ -77,7 +77,7 @@ def test_the_classifier(classifier: ViTForImageClassification, classes_folder: P
     assert_equal(ours.vision_model.embeddings.cls_token.grad, classifier.vit.embeddings.cls_token.grad)
 
 
-# Each feature, made wrong
+# Each feature, broken on purpose
 
 
 def tanh_gelu(model: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +126,8 @@ def test_damage_is_noticed(ours: ViT, expected: Any, monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
-def test_eps_is_the_file_s(tmp_path: Path):
-    """1e-12 and SigLIP's 1e-6 differ only where a picture gives almost constant tokens: here a black one."""
+def test_eps_is_that_of_the_file(tmp_path: Path):
+    """1e-12 and SigLIP's 1e-6 differ only for nearly constant tokens: here the embeddings are scaled down."""
     reference = saved(ViTModel(ReferenceConfig(**VISION)), tmp_path)
     ours = ViT.from_pretrained(tmp_path)
     for model in (reference, ours):

@@ -67,7 +67,7 @@ MAKERS: dict[str, Any] = {"clip": make_clip, "siglip": make_siglip}
 
 @pytest.fixture(params=MAKERS)
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, PairProcessor, Any]:
-    """What `load` makes of a folder, and the model that was saved there."""
+    """What `load` returns for a folder, and the model that was saved there."""
     made = MAKERS[request.param](tmp_path)
     model, processor = minivlm.load(tmp_path)
     assert isinstance(processor, PairProcessor)
@@ -171,7 +171,7 @@ def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer.json has \d+ tokens but the model knows only 50"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"eos_token_id": 2})
-    minivlm.load(tmp_path)  # as in the folders of OpenAI: the mistake is known
+    minivlm.load(tmp_path)  # as in OpenAI's folders: a known mistake
 
 
 def test_a_siglip_folder_of_another_picture_size(tmp_path: Path) -> None:

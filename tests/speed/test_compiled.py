@@ -1,4 +1,4 @@
-"""torch.compile changes the time of an answer and not the answer."""
+"""torch.compile changes the time of an answer, but not the answer."""
 
 from shutil import which
 
@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def compiled_kinds(model: nn.Module) -> set[type[nn.Module]]:
-    """Of modules of which all is compiled, or all but the loop over pieces."""
+    """The types of modules that are compiled, wholly or except for the loop over pieces."""
     return {type(m) for m in model.modules() if m._compiled_call_impl is not None or "at_once" in vars(m)}
 
 
@@ -52,7 +52,7 @@ def test_only_parts_without_state():
     model, _ = load_answering()
     compile_parts(model)
     assert all(issubclass(kind, PARTS) for kind in compiled_kinds(model))
-    # The MLPs, in pieces; that of the last block, which skips what nobody reads; the norms.
+    # The MLPs in pieces; that of the last block, which skips what is never read; the norms.
     assert compiled_kinds(model) == {MLPInPieces, GatedMLPInPieces, LastTokenMLP, RMSNorm}
 
 

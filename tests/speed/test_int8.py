@@ -1,4 +1,4 @@
-"""int8 weights: how far they are from the weights, and what they may and may not be used for."""
+"""int8 weights: how close they are to the originals, and what they can and cannot be used for."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def matrix(outputs: int = 300, inputs: int = 40, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of very different sizes; one is zero."""
+    """Rows of very different magnitudes; one is zero."""
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
     weight *= torch.logspace(-3, 1, outputs)[:, None]
     weight[7] = 0
@@ -32,7 +32,7 @@ def test_half_a_step_away_in_every_row(dtype: torch.dtype):
     assert (values.dtype, scale.dtype) == (torch.int8, dtype)
     assert values.min() >= -127
     error = (values.double() * scale.double()[:, None] - weight.double()).abs()
-    # Where the scale is rounded down, the largest number of a row may be cut a little.
+    # If the scale is rounded down, the largest number of a row may be clipped a little.
     cut = {torch.float32: 0.0, torch.float16: 127 * 2**-11, torch.bfloat16: 127 * 2**-8}[dtype]
     assert (error <= max(0.501, cut) * scale.double()[:, None]).all()
     rest = values.abs() < 127
@@ -71,7 +71,7 @@ def test_embedding():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_quantized_model(tied: bool):
-    """All matrices of the decoder and nothing else; the head is the table where it was."""
+    """All matrices of the decoder and nothing else; a tied head stays tied."""
     from dataclasses import replace
 
     config = replace(TINY, text=replace(TINY.text, tie_word_embeddings=tied))
@@ -107,7 +107,7 @@ def test_a_loaded_model_is_quantized_with_its_head():
 
 @torch.no_grad()
 def test_logits_are_near_and_not_equal():
-    """Random weights: an error of half a step in 254, many times over."""
+    """Random weights: errors of up to half a step in 254, many times over."""
     model = tiny_paligemma()
     ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     before = model(ids).logits
@@ -130,7 +130,7 @@ def test_the_shipped_model_answers_alike():
 
 
 def test_rounded_from_what_the_file_has(tmp_path: Path):
-    """Whatever dtype the model computes in, the whole numbers are the same."""
+    """Whatever the model's dtype, the integers are the same."""
     whole = [load_answering(quantize="int8", dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
     first, second = (model.language_model.layers[0].mlp.up_proj for model in whole)
     assert torch.equal(first.weight, second.weight)
@@ -150,7 +150,7 @@ def test_refusals(tmp_path: Path):
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
-    """A byte a weight, and the room to work in."""
+    """One byte per weight, and working memory."""
     from minivlm.checkpoints import devices
 
     monkeypatch.setattr(devices, "free_memory", lambda device: 10_000)

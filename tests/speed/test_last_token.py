@@ -1,4 +1,4 @@
-"""The last MLP of a prompt: computed for what is read, and what is read stays the same."""
+"""The last MLP of a prompt runs only on what is read, and what is read stays the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize("build", [tiny_paligemma, tiny_paligemma2])
 @torch.no_grad()
 @BOTH
 def test_the_last_mlp_of_prefill_sees_one_token_a_row(build: Callable[[], PaliGemma]):
-    """The others' hidden states would be computed for nobody."""
+    """The hidden states of the others would never be read."""
     model = speed_up(build())
     tokens: list[int] = []
     for layer in model.language_model.layers:
@@ -45,7 +45,7 @@ def test_the_last_mlp_of_prefill_sees_one_token_a_row(build: Callable[[], PaliGe
 @BOTH
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_what_is_read_stays_the_same(build: Callable[[], PaliGemma], side: str):
-    """Prefill, then tokens that look at the keys and values of the last block."""
+    """Prefill, then a token that looks at the keys and values of the last block."""
     plain = build()
     fast = speed_up(copy.deepcopy(plain))
     batch = without_labels(make_batch(PREFIXES, SUFFIXES, PICTURES, side))
@@ -61,7 +61,7 @@ def test_last_token_indices():
     assert last_token_indices(mask).tolist() == [3, 1, 3, 0, 3]
 
 
-def test_a_model_that_reads_no_prompts_stays_as_it_is():
+def test_a_model_without_prompts_is_unchanged():
     tower = torch.nn.Linear(2, 2)
     assert skip_unread(tower) is tower
 

@@ -1,4 +1,4 @@
-"""Products of one row do without oneDNN, everything else keeps it, and the switch is always put back."""
+"""Products of one row run without oneDNN, all others with it, and the switch is always restored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def enabled() -> bool:
 
 @pytest.fixture
 def states(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Where oneDNN was at each product, on a machine that has its bf16 kernels or says so."""
+    """Whether oneDNN was on at each product, on a machine that has its bf16 kernels or pretends to."""
     monkeypatch.setattr(one_row, "onednn_has_bf16", lambda: True)
     seen: list[bool] = []
     right = nn.functional.linear
@@ -76,7 +76,7 @@ def test_nothing_is_switched_where_onednn_has_no_bf16(states: list[bool], monkey
 
 @needs_onednn
 @torch.no_grad()
-def test_put_back_after_an_error(states: list[bool]):
+def test_restored_after_an_error(states: list[bool]):
     with pytest.raises(RuntimeError):
         linear(torch.zeros(1, 7, dtype=BF16), MATRIX)
     assert states == [False]
@@ -86,7 +86,7 @@ def test_put_back_after_an_error(states: list[bool]):
 @needs_onednn
 @torch.no_grad()
 def test_only_our_own_switch_is_undone(states: list[bool]):
-    """Who switched oneDNN off for good, to look for an error for instance, finds it off everywhere."""
+    """If a user has switched oneDNN off, for example to find an error, it stays off."""
     with torch.backends.mkldnn.flags(enabled=False):
         linear(torch.zeros(1, 8, dtype=BF16), MATRIX)
         assert not enabled()
@@ -94,7 +94,7 @@ def test_only_our_own_switch_is_undone(states: list[bool]):
 
 @needs_onednn
 def test_products_of_several_threads_at_once(states: list[bool]):
-    """The switch comes back when the last of them ends, whoever began first."""
+    """The switch is restored when the last of them ends, whichever started first."""
     first_runs, second_ended = threading.Event(), threading.Event()
 
     def first() -> None:
@@ -117,7 +117,7 @@ def test_products_of_several_threads_at_once(states: list[bool]):
 
 @needs_onednn
 def test_two_threads_generate_at_once(monkeypatch: pytest.MonkeyPatch):
-    """Each gets the answer that it gets alone, and the switch is as it was."""
+    """Each gets the same answer as alone, and the switch is restored."""
     monkeypatch.setattr(one_row, "onednn_has_bf16", lambda: True)
     model, processor = load_answering(dtype=BF16)
     prompts = ["caption en", "how many circles are there?"]
@@ -142,7 +142,7 @@ def test_two_threads_generate_at_once(monkeypatch: pytest.MonkeyPatch):
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3])
 def test_where_generation_uses_it(rows: int, states: list[bool], monkeypatch: pytest.MonkeyPatch):
-    """Matrices of one row without oneDNN, all others with it, and between tokens it is as it was."""
+    """Products of one row run without oneDNN, all others with it; between tokens it is on."""
     model = speed_up(tiny_paligemma().to(BF16))
     seen: dict[str, set[bool]] = {"prefill": set(), "decode": set(), "logits": set()}
 
@@ -168,7 +168,7 @@ def test_where_generation_uses_it(rows: int, states: list[bool], monkeypatch: py
 @needs_onednn
 @torch.no_grad()
 def test_scores_with_a_cap_keep_it(monkeypatch: pytest.MonkeyPatch):
-    """They are a product of many rows, the keys, also while one token is decoded."""
+    """Scores are products with many rows, the keys, even while one token is decoded."""
     states = []
     tanh = torch.Tensor.tanh
     monkeypatch.setattr(torch, "tanh", lambda x: (states.append(enabled()), tanh(x))[1])

@@ -1,4 +1,4 @@
-"""Packed weights: the same numbers in another order, the same results, and what they are refused for."""
+"""Packed weights: the same numbers in another order, the same results, and when they are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("shape", [(1,), (8,), (300,), (1, 1), (2, 5), (3, 100)])
 @torch.no_grad()
 def test_the_same_product(shape: tuple[int, ...], bias: bool):
-    """Up to rounding: tiles may be summed in another order."""
+    """Up to rounding: tiles may be summed in a different order."""
     linear = nn.Linear(200, 120, bias=bias).to(BF16)
     x = torch.randn(*shape, 200).to(BF16)
     out = PackedLinear(linear)(x)
@@ -53,13 +53,13 @@ def test_one_row_reads_short_rows_in_the_files_order(monkeypatch: pytest.MonkeyP
         packed, x = PackedLinear(linear), torch.randn(1, linear.in_features).to(BF16)
         torch.testing.assert_close(packed(x), right(x, linear.weight, linear.bias), rtol=0.01, atol=0.01)
         packed(x.expand(2, -1))
-    assert calls == [1]  # the short one, where there is one row
+    assert calls == [1]  # only the short one, with one row
 
 
 @needs_kernels
 @torch.inference_mode()
 def test_the_same_answers():
-    """Every matrix of tower, projector and decoder is packed; tables and norms are not."""
+    """All matrices of tower, projector and decoder are packed; tables and norms are not."""
     model, processor = load_answering(dtype=BF16)
     count = len(matrices(model))
     packed, _ = load_answering(dtype=BF16, pack=True)
@@ -112,7 +112,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch):
 
 @needs_kernels
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
-    """The copy has to fit, with room to work in, after the model itself is there."""
+    """The copy and working memory must fit beside the model itself."""
     needed = 2 * sum(matrix.weight.numel() for matrix in matrices(load_answering()[0]))
 
     def with_so_much(*arguments: Any) -> None:

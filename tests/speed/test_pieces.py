@@ -1,4 +1,4 @@
-"""MLPs in pieces: the same numbers, never more than a piece at a time, and all at once with gradients."""
+"""MLPs in pieces: the same results, never more than a piece at a time, and all at once with gradients."""
 
 import copy
 
@@ -52,7 +52,7 @@ def test_a_replaced_mlp_works_in_pieces(
 
 
 def test_replaced_modules_hold_the_same_weights():
-    """What is trained, copied or saved afterwards is what it would have been before."""
+    """The model can be trained, copied and saved as before."""
     model = tiny_paligemma()
     before = dict(model.named_parameters())
     replace_modules(model, {MLP: MLPInPieces, GatedMLP: GatedMLPInPieces})
