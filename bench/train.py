@@ -45,7 +45,8 @@ from transformers import PaliGemmaForConditionalGeneration
 from minivlm.training.precision import bf16_pays
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import Run
-from minivlm.world.batches import PADDING, Batch, SceneBatches
+from minivlm.world.batches import Batch, SceneBatches
+from minivlm.world.rows import PADDING
 
 ENDLESS = 10**6  # steps of a stage; the learning rate warms up as long, so that the weights hardly move
 PIECE = 48  # rows

@@ -21,8 +21,9 @@ from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 from minivlm.training.objectives import SoftTargets, answer_loss
 from minivlm.training.recipe import TrainingConfig, build
-from minivlm.world.batches import PADDING, WEIGHTS, Batch, SceneBatches, encode_answer, question_mask
+from minivlm.world.batches import Batch, SceneBatches, question_mask
 from minivlm.world.questions import examples
+from minivlm.world.rows import PADDING, WEIGHTS, encode_answer
 from minivlm.world.scenes import COLORS, Scene, make_scene
 
 CONFIG = TrainingConfig(
