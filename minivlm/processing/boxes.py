@@ -21,7 +21,7 @@ NUM_BINS = 1024
 
 _LOC = r"<loc([0-9]{4})>"
 _SEG = r"<seg[0-9]{3}>"
-_OBJECT = re.compile(
+OBJECT = re.compile(
     rf"(?P<locs>(?:{_LOC})+)"
     rf"(?:{_SEG})*"  # the shape inside the box, after the box if it was requested
     rf"(?P<name>[^;]*?)(?=;|{_LOC}|\Z)"
@@ -48,7 +48,7 @@ def box_to_tokens(box_xyxy: Sequence[float] | Box, width: float, height: float) 
     Raises InputError: a picture without area; a box without area, with too few numbers or a number that
     is not finite.
     """
-    _check_size(width, height)
+    check_size(width, height)
     if len(box_xyxy) < 4:
         raise InputError(f"the box has {len(box_xyxy)} numbers: expected x0, y0, x1, y1")
     x0, y0, x1, y1 = (float(value) for value in box_xyxy[:4])
@@ -87,9 +87,9 @@ def text_to_boxes(text: str, width: float, height: float) -> list[Box]:
 
     Raises InputError: a picture without area.
     """
-    _check_size(width, height)
+    check_size(width, height)
     boxes = []
-    for match in _OBJECT.finditer(text):
+    for match in OBJECT.finditer(text):
         bins = [int(digits) for digits in re.findall(_LOC, match["locs"])]
         if len(bins) != 4 or max(bins) >= NUM_BINS or re.search(_SEG, match["name"]):
             continue
@@ -99,7 +99,7 @@ def text_to_boxes(text: str, width: float, height: float) -> list[Box]:
     return boxes
 
 
-def _check_size(width: float, height: float) -> None:
+def check_size(width: float, height: float) -> None:
     if not (width > 0 and height > 0):
         raise InputError(
             f"the picture is {width} x {height}: expected a width and a height above 0, in pixels"

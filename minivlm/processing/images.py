@@ -132,6 +132,15 @@ def _gray_to_rgb(image: Image.Image, white: float | None) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
+def normalize(
+    picture: Image.Image, mean: Sequence[float], std: Sequence[float], rescale_factor: float
+) -> Tensor:
+    """An RGB picture as fp32 [C, H, W]: rescaled in float64, rounded once, then (pixels - mean) / std."""
+    pixels = (np.asarray(picture).astype(np.float64) * rescale_factor).astype(np.float32)
+    normalized = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(normalized.transpose(2, 0, 1)))  # [H, W, C] -> [C, H, W]
+
+
 def preprocess(
     image: Image.Image,
     image_size: int,
@@ -141,15 +150,13 @@ def preprocess(
 ) -> Tensor:
     """A picture of any size and mode as fp32 [C, image_size, image_size], in [-1, 1] with the defaults.
 
-    Matches `transformers`' SiglipImageProcessorPil on RGB pictures bit for bit. The dtypes matter for this:
-    rescaling is done in float64 and rounded to float32 once, then mean and std are applied in float32.
+    Matches `transformers`' SiglipImageProcessorPil on RGB pictures bit for bit. The dtypes in `normalize`
+    matter for this.
 
     Raises InputError: as `to_rgb`.
     """
     resized = to_rgb(image).resize((image_size, image_size), BICUBIC)
-    pixels = (np.asarray(resized).astype(np.float64) * rescale_factor).astype(np.float32)
-    normalized = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(normalized.transpose(2, 0, 1)))  # [H, W, C] -> [C, H, W]
+    return normalize(resized, mean, std, rescale_factor)
 
 
 @dataclass(frozen=True)
@@ -203,15 +210,8 @@ class ImageProcessor:
         """
         if not images:
             raise InputError("there are no pictures: give at least one")
-        return torch.stack(
-            [
-                # Resizing a picture to its own size changes nothing, so `preprocess` only normalizes.
-                preprocess(
-                    self.fit(image), self.image_size, self.image_mean, self.image_std, self.rescale_factor
-                )
-                for image in images
-            ]
-        )
+        settings = self.image_mean, self.image_std, self.rescale_factor
+        return torch.stack([normalize(self.fit(image), *settings) for image in images])
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Any picture -> RGB of image_size x image_size. The aspect ratio is not kept."""

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from minivlm.errors import InputError
-from minivlm.processing.boxes import _OBJECT, Box, _check_size, box_to_tokens, text_to_boxes
+from minivlm.processing.boxes import OBJECT, Box, box_to_tokens, check_size, text_to_boxes
 from minivlm.processing.codebook import (
     CODES_PER_MASK,
     MASK_SIDE,
@@ -119,9 +119,9 @@ def text_to_masks(text: str, width: int, height: int, codebook: MaskCodebook | N
     codebook: None means the shipped one.
     Raises InputError: a picture without area.
     """
-    _check_size(width, height)
+    check_size(width, height)
     boxes, codes = [], []
-    for part in _OBJECT.finditer(text):
+    for part in OBJECT.finditer(text):
         numbers = [int(digits) for digits in re.findall(_SEG, part[0])]
         for box in text_to_boxes(part[0], width, height):
             x0, y0, x1, y1 = (int(edge) for edge in box[:4])

@@ -37,6 +37,7 @@ LATER = {
 # Public names of these files that no notebook shows, and why. Configs are lists of numbers: no reason needed.
 NOT_SHOWN = {
     "build_decoder": "chooses between two classes",
+    "check_size": "refuses pictures without area",
     "open_folder": "finds out which processor fits a folder",
     "paligemma2_config": "a table of published numbers",
 }
