@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from threading import Lock
+from threading import Lock, get_ident
 
 import torch
 import torch.nn.functional as F
@@ -71,24 +71,24 @@ class TiedHead(nn.Module):
 
 
 class _Switch:
-    """How many products are running without oneDNN, and the switch's setting before the first of them."""
+    """Which threads are running a product without oneDNN, and the switch's setting before the first of them."""
 
-    lock, running, before = Lock(), 0, True
+    lock, threads, before = Lock(), set[int](), True
 
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     with _Switch.lock:
-        if not _Switch.running:
+        if not _Switch.threads:
             _Switch.before = bool(torch.backends.mkldnn.enabled)
-            _set_onednn(False)
-        _Switch.running += 1
+        _Switch.threads.add(get_ident())  # a set: what an interrupt leaves behind, the next product removes
     try:
+        _set_onednn(False)
         yield
     finally:
         with _Switch.lock:
-            _Switch.running -= 1
-            if not _Switch.running:
+            _Switch.threads.discard(get_ident())
+            if not _Switch.threads:
                 _set_onednn(_Switch.before)
 
 

@@ -116,6 +116,24 @@ def test_products_of_several_threads_at_once(states: list[bool]):
 
 
 @needs_onednn
+def test_an_interrupted_product_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C just before a product, in the worst place: the next product of the thread mends it."""
+
+    def interrupt(enabled: bool) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one_row, "_set_onednn", interrupt)
+        with pytest.raises(KeyboardInterrupt), one_row._without_onednn():
+            pass
+    one_row._Switch.threads.add(threading.get_ident())  # as if even the end had been interrupted
+    with one_row._without_onednn():
+        assert not enabled()
+    assert enabled()
+    assert not one_row._Switch.threads
+
+
+@needs_onednn
 def test_two_threads_generate_at_once(monkeypatch: pytest.MonkeyPatch):
     """Each gets the same answer as alone, and the switch is restored."""
     monkeypatch.setattr(one_row, "onednn_has_bf16", lambda: True)
