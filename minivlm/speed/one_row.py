@@ -71,7 +71,7 @@ class TiedHead(nn.Module):
 
 
 class _Switch:
-    """Which threads are running a product without oneDNN, and the switch's setting before the first of them."""
+    """The threads that run a product without oneDNN now, and the switch's setting before the first."""
 
     lock, threads, before = Lock(), set[int](), True
 
