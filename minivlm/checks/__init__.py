@@ -1,8 +1,8 @@
-"""Checks of the exercises: they say what went wrong, not only that something did.
+"""Checks for the exercises: they say what is wrong, not only that something is.
 
-One module per notebook, `checks.patches` for 01_patches and so on. Each exercise has a check function of
-the exercise's name that takes what the reader wrote and prints "Right: ..." or raises `NotYet` with the
-likely mistake, and a reference solution in `solutions` that the notebook's catch-up cell uses.
+There is one module per notebook: `checks.patches` for 01_patches, and so on. Each exercise has a check
+function of the same name, which takes what the reader wrote and prints "Right: ..." or raises `NotYet` with
+the likely mistake. It also has a reference solution in `solutions`, which the notebook's catch-up cell uses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STILL_BLANK = "the exercise is still blank: replace the line that raises by your own"
+STILL_BLANK = "the exercise is still blank: replace the line that raises with your own"
 
 
 def __getattr__(name: str) -> Any:
@@ -31,7 +31,7 @@ class NotYet(AssertionError):
     """An exercise's answer is not right yet. The message names the likely mistake."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows instead of a traceback: the hint alone, and not the code of the check."""
+        """What a notebook shows instead of a traceback: only the hint, not the code of the check."""
         return [f"Not yet: {self}"]
 
 
@@ -47,7 +47,7 @@ def expect(condition: bool, hint: str) -> None:
 
 
 def call(answer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run the reader's function; a blank exercise is a NotYet, and other errors say what they are."""
+    """Run the reader's function. Raises NotYet if it is blank, stops with an error, or returns nothing."""
     try:
         result = answer(*args, **kwargs)
     except NotImplementedError:
@@ -61,7 +61,7 @@ def call(answer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def expect_tensor(result: Any, reference: Tensor, what: str = "the result", tolerance: float = 1e-5) -> None:
     """Compare type, shape, and values with the reference, in this order."""
-    expect(isinstance(result, Tensor), f"{what} should be a tensor, it is a {type(result).__name__}")
+    expect(isinstance(result, Tensor), f"{what} should be a tensor, but it is a {type(result).__name__}")
     expect(
         tuple(result.shape) == tuple(reference.shape),
         f"{what} has shape {list(result.shape)}, expected {list(reference.shape)}",

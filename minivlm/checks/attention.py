@@ -1,4 +1,4 @@
-"""Checks of 03_attention: heads, a mask, a norm, the block, and what it costs."""
+"""Checks for 03_attention: heads, a mask, a norm, the block, and what it costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 class solutions:
-    """The reference answers, which the notebook's catch-up cells use."""
+    """The reference solutions, which the notebook's catch-up cells use."""
 
     @staticmethod
     def multi_head(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -35,14 +35,14 @@ class solutions:
 
     @staticmethod
     def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """x [..., D] -> [..., D]: each token by its own mean and variance."""
+        """x [..., D] -> [..., D]: each token is normalized by its own mean and variance."""
         mean = x.mean(dim=-1, keepdim=True)
         variance = (x - mean).square().mean(dim=-1, keepdim=True)
         return (x - mean) / (variance + eps).sqrt() * weight + bias
 
     @staticmethod
     def encoder_block(x: Tensor, norm1: Layer, attention: Layer, norm2: Layer, mlp: Layer) -> Tensor:
-        """Pre-norm: both parts read a normalized copy, and x itself goes straight on."""
+        """Pre-norm: both parts read a normalized copy, and x itself passes through unchanged."""
         x = x + attention(norm1(x))
         return x + mlp(norm2(x))
 
@@ -80,19 +80,19 @@ def multi_head(answer: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> None:
     )
     expect(
         not same(result, attended(heads).reshape(2, 5, 12)),
-        "the heads are right, but put together without swapping back: move the axis of heads behind the axis "
-        "of tokens before you flatten",
+        "the heads are right, but merged without swapping back: move the head axis after the token axis "
+        "before you flatten",
     )
     as_viewed = attended(lambda x: x.reshape(2, 3, 5, 4))
     expect(
         not any(same(result, wrong) for wrong in (as_viewed.reshape(2, 5, 12), merged(as_viewed))),
-        "a plain reshape to [B, H, N, Dh] cuts across tokens, so that a head holds pieces of several: split "
-        "the last axis into [H, Dh] first, then swap the axes of tokens and heads",
+        "a plain reshape to [B, H, N, Dh] cuts across tokens, so that a head gets pieces of several: split "
+        "the last axis into [H, Dh] first, then swap the token and head axes",
     )
     as_strided = attended(lambda x: x.unflatten(-1, (4, 3)).permute(0, 3, 1, 2))
     expect(
         not any(same(result, out) for out in (merged(as_strided), as_strided.permute(0, 2, 3, 1).flatten(2))),
-        "each head takes every third number: head h should take the numbers h * Dh to (h + 1) * Dh",
+        "each head takes every third number: head h should take the slice h * Dh : (h + 1) * Dh",
     )
     expect(
         not same(result, attended(lambda x: x[:, None], scale=12**-0.5)[:, 0]),
@@ -108,25 +108,26 @@ def window_mask(answer: Callable[[int, int], Tensor]) -> None:
     grid, radius = 5, 1
     result = call(answer, grid, radius)
     expected = solutions.window_mask(grid, radius)
-    expect(isinstance(result, Tensor), f"the mask should be a tensor, it is a {type(result).__name__}")
+    expect(isinstance(result, Tensor), f"the mask should be a tensor, but it is a {type(result).__name__}")
     expect(
         result.dtype == torch.bool,
-        f"the mask should be boolean, it is {result.dtype}: a mask of numbers would be added to the scores",
+        f"the mask should be boolean, but it is {result.dtype}: a mask of numbers would be added to the "
+        "scores",
     )
     expect(
         tuple(result.shape) == tuple(expected.shape),
         f"the mask has shape {list(result.shape)}, expected [N, N] = {list(expected.shape)}: one row for "
-        "each patch that looks, one column for each patch that may be seen",
+        "each patch that looks, one column for each patch it may see",
     )
     number = torch.arange(grid * grid)
     rows = (number[:, None] // grid - number // grid).abs()
     columns = (number[:, None] % grid - number % grid).abs()
     for wrong, hint in (
-        (~expected, "the mask is upside down: True means that a patch may look"),
+        (~expected, "the mask is inverted: True means that a patch may look"),
         (
             (number[:, None] - number).abs() <= radius,
-            "these are neighbors in the sequence: the patch below is `grid` numbers away, and the end of a "
-            "row is not beside the start of the next. Compare rows and columns",
+            "these are neighbors in the sequence: the patch below is `grid` positions away, and the end of "
+            "a row is not next to the start of the next. Compare rows and columns",
         ),
         (
             (rows < radius) & (columns < radius),
@@ -138,7 +139,7 @@ def window_mask(answer: Callable[[int, int], Tensor]) -> None:
         ),
         (
             rows + columns <= radius,
-            "the diagonal neighbors are missing: rows and columns are limited each by itself, not their sum",
+            "the diagonal neighbors are missing: limit rows and columns separately, not their sum",
         ),
         (rows <= radius, "the columns are not compared: these are whole rows of the picture"),
         (columns <= radius, "the rows are not compared: these are whole columns of the picture"),
@@ -151,7 +152,7 @@ def window_mask(answer: Callable[[int, int], Tensor]) -> None:
 
 def layer_norm(answer: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
     """Exercise 3: LayerNorm."""
-    # Small numbers and a large eps, so that it matters where eps stands.
+    # Small numbers and a large eps, so that it matters where eps is.
     x = 0.3 * torch.randn(2, 3, 4, 6, generator=_seeded()) + 1.0
     weight, bias = torch.randn(2, 6, generator=_seeded(1)).unbind()
     eps = 0.05
@@ -180,7 +181,7 @@ def layer_norm(answer: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Non
         (scaled(centered / variance.sqrt()), "eps is missing"),
         (
             scaled(x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()),
-            "the mean is not subtracted: this is RMSNorm, which waits in a later notebook",
+            "the mean is not subtracted: this is RMSNorm, which comes in a later notebook",
         ),
         (centered / (variance + eps).sqrt(), "weight and bias are missing"),
     ):
@@ -190,7 +191,7 @@ def layer_norm(answer: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Non
         wrong = scaled((x - mean) / (x.var(dim=dims, keepdim=True, correction=0) + eps).sqrt())
         expect(
             not same(result, wrong),
-            "mean and variance are taken over other tokens or pictures: LayerNorm uses the last axis only",
+            "mean and variance are taken across tokens or pictures: LayerNorm uses only the last axis",
         )
     expect_tensor(result, solutions.layer_norm(x, weight, bias, eps))
     right("equal to nn.LayerNorm: each token is normalized by itself, whatever else is in the batch.")
@@ -207,7 +208,7 @@ def encoder_block(answer: Callable[[Tensor, Layer, Layer, Layer, Layer], Tensor]
     for wrong, hint in (
         (
             norm2(after + mlp(after)),
-            "this is post-norm, as in the Transformer of 2017: here each norm stands before its part",
+            "this is post-norm, as in the Transformer of 2017: here each norm comes before its part",
         ),
         (
             norm2(from_normalized) + mlp(norm2(from_normalized)),
@@ -219,7 +220,7 @@ def encoder_block(answer: Callable[[Tensor, Layer, Layer, Layer, Layer], Tensor]
         ),
         (
             norm2(between) + mlp(norm2(between)),
-            "the second residual starts from the normalized x: add to what the first half gave",
+            "the second residual starts from the normalized x: add to the output of the first half",
         ),
         (mlp(norm2(attention(norm1(x)))), "both residuals are missing: each part's output is added to x"),
         (mlp(norm2(between)), "the second residual is missing: the MLP's output is added to its input"),
@@ -232,9 +233,9 @@ def encoder_block(answer: Callable[[Tensor, Layer, Layer, Layer, Layer], Tensor]
         (between + mlp(norm1(between)), "norm1 is used twice: the second half has its own norm"),
         (
             between + mlp(norm2(x)),
-            "both parts read the same x: the MLP should read what attention has already added to",
+            "both parts read the same x: the MLP should read x after attention has been added",
         ),
-        (x + mlp(norm2(between)), "the MLP's output is added to the x of the start, and attention's is lost"),
+        (x + mlp(norm2(between)), "the MLP's output is added to the original x, and attention's is lost"),
     ):
         expect(not same(result, wrong), hint)
     expect_tensor(result, solutions.encoder_block(x, norm1, attention, norm2, mlp))
@@ -248,13 +249,13 @@ def block_operations(answer: Callable[[int, int, int], int]) -> None:
     try:
         result = float(result)
     except (TypeError, ValueError) as error:
-        raise NotYet(f"the result should be a number, it is a {type(result).__name__}") from error
+        raise NotYet(f"the result should be a number, but it is a {type(result).__name__}") from error
     projections, products, mlp = tokens * width**2, tokens**2 * width, tokens * width * inner
     expected = solutions.block_operations(tokens, width, inner)
     for wrong, hint in (
         (
             expected / 2,
-            "only the multiplications are counted: each one is followed by an addition, so times 2",
+            "only the multiplications are counted: each one is followed by an addition, so multiply by 2",
         ),
         (
             2 * (3 * projections + 2 * products + 2 * mlp),
@@ -276,7 +277,7 @@ def block_operations(answer: Callable[[int, int, int], int]) -> None:
         (2 * (2 * products + 2 * mlp), "the four projections of attention are missing"),
         (
             2 * (4 * projections + 2 * products + 8 * projections),
-            "the MLP is counted with an inner width of 4 D: use intermediate_size, which is not always that",
+            "the MLP is counted with an inner width of 4 D: use intermediate_size, which may differ",
         ),
     ):
         expect(abs(result - wrong) > 0.5, hint)
@@ -284,7 +285,7 @@ def block_operations(answer: Callable[[int, int, int], int]) -> None:
     larger = solutions.block_operations(576, 768, 3072)
     expect(
         abs(float(call(answer, 576, 768, 3072)) - larger) < 0.5,
-        "the numbers fit one size only: does a constant stand where N, D or M should?",
+        "right for one size only: is there a constant where N, D or M should be?",
     )
     right("projections and MLP grow with N, scores and weighted sum with the square of N.")
 

@@ -1,4 +1,4 @@
-"""Checks of 02_clip_and_siglip: cross-entropy of rows, log-sigmoid, log-sum-exp by blocks, zero-shot."""
+"""Checks for 02_clip_and_siglip: cross-entropy of rows, log-sigmoid, log-sum-exp by blocks, zero-shot."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class solutions:
 
 
 def cross_entropy_rows(answer: Callable[..., Any]) -> None:
-    """Logits of usual size, where mistakes show, then logits that overflow."""
+    """Logits of ordinary size, where mistakes show, then logits that overflow."""
     logits = _noise(5, 5) * 3
     result = call(answer, logits.clone())
     rows = logits.logsumexp(dim=1) - logits.diagonal()
@@ -54,11 +54,11 @@ def cross_entropy_rows(answer: Callable[..., Any]) -> None:
     mistakes = {
         "you compared down the columns, which is text -> picture: a row holds all texts of one picture, so "
         "sum over dim=1": columns.mean(),
-        "you took the mean of rows and columns, which is the whole CLIP loss: here we want the rows alone": (
+        "you took the mean of rows and columns, which is the whole CLIP loss: here we want only the rows": (
             rows.mean() + columns.mean()
         )
         / 2,
-        "you added the rows up: take their mean, otherwise the loss grows with the batch": rows.sum(),
+        "you summed the rows: take their mean, otherwise the loss grows with the batch": rows.sum(),
         "you divided by n * n: the sum has n terms, one per row": rows.sum() / 25,
         "the sign is wrong: the loss is -log(probability), a positive number": -rows.mean(),
         "you took the probability itself: the loss is its negative logarithm": -(-rows).exp().mean(),
@@ -79,13 +79,13 @@ def cross_entropy_rows(answer: Callable[..., Any]) -> None:
     result = call(answer, large.clone())
     expect(
         not torch.isnan(result).any(),
-        "right for small logits, but NaN for a logit of 300: exp overflows to infinity. Subtract each row's "
-        "largest logit before exp, and add it again after the logarithm",
+        "right for small logits, but NaN for a logit of 300: exp overflows to infinity. Subtract each "
+        "row's largest logit before exp, and add it back after the logarithm",
     )
     expect(
         not torch.isinf(result).any(),
         "right for small logits, but infinite for large ones: either exp overflows, or a probability is "
-        "rounded to 0 before its logarithm is taken. Stay with logarithms: the loss of a row is "
+        "rounded to 0 before its logarithm is taken. Stay in log space: the loss of a row is "
         "largest + log(sum(exp(row - largest))) - right",
     )
     expect_tensor(result, (large.logsumexp(dim=1) - large.diagonal()).mean(), "the loss of large logits")
@@ -100,7 +100,7 @@ def log_sigmoid(answer: Callable[..., Any]) -> None:
     mistakes = {
         "the sign is wrong: the logarithm of a probability is negative": -truth,
         "this is the sigmoid without the logarithm": usual.sigmoid(),
-        "this is log(sigmoid(-x)), the logarithm of the opposite": (-usual).sigmoid().log(),
+        "this is log(sigmoid(-x)), the log-probability of the opposite": (-usual).sigmoid().log(),
         "this is min(x, 0) alone: the second part, -log(1 + exp(-|x|)), is missing": usual.clamp(max=0),
         "you subtracted log(1 + exp(-|x|)) from x: use min(x, 0), which is 0 where x is positive": (
             usual - torch.log1p((-usual.abs()).exp())
@@ -131,14 +131,14 @@ def log_sigmoid(answer: Callable[..., Any]) -> None:
     result = call(answer, torch.tensor([20.0]))
     expect(
         abs(float(result) / -2.0611537e-09 - 1) < 0.01,
-        f"at x = 20 it should be -2.06e-09, and yours is {float(result):.3g}: 1 + exp(-20) is rounded to 1 "
+        f"at x = 20 it should be -2.06e-09, but yours is {float(result):.3g}: 1 + exp(-20) is rounded to 1 "
         "in fp32. torch.log1p(y) is log(1 + y) without that rounding",
     )
     right("the same as F.logsigmoid: finite for every number, and no digit lost at 20.")
 
 
 def row_log_sum_exp(answer: Callable[..., Any]) -> None:
-    """Blocks of unequal width that can be read once; the largest number comes late."""
+    """Blocks of unequal width that can be read only once; the largest number comes late."""
     whole = _noise(4, 12) * 4
     whole[:, 9] += 6
     widths = [3, 2, 4, 3]
@@ -152,13 +152,13 @@ def row_log_sum_exp(answer: Callable[..., Any]) -> None:
         running = torch.maximum(running, block.max(dim=1).values)
         unscaled = unscaled + (block - running[:, None]).exp().sum(dim=1)
     mistakes = {
-        "when the largest number grows, the sum so far was taken relative to the old one: multiply it by "
+        "when the largest number grows, the sum so far is relative to the old one: multiply it by "
         "exp(old - new) before you add": running + unscaled.log(),
         "you added the log-sum-exp of the blocks: sums of exp add up, their logarithms do not": sum(
             block.logsumexp(dim=1) for block in blocks
         ),
         "this is the log-sum-exp of the last block alone": blocks[-1].logsumexp(dim=1),
-        "this is the logarithm of the sum relative to the largest number: add the largest number again": (
+        "this is the logarithm of the sum relative to the largest number: add the largest number back": (
             truth - largest
         ),
         "this is the largest number of each row, not the log-sum-exp": largest,
@@ -169,7 +169,7 @@ def row_log_sum_exp(answer: Callable[..., Any]) -> None:
     if isinstance(result, Tensor):
         expect(
             tuple(result.shape) != (12,),
-            "there is one number per column: blocks hold columns, so a row goes on from block to block",
+            "there is one number per column: blocks hold columns, so a row continues from block to block",
         )
         expect(
             tuple(result.shape) != (4, 1), "the shape is [n, 1]: drop the last axis, one number per row, [n]"
@@ -179,8 +179,8 @@ def row_log_sum_exp(answer: Callable[..., Any]) -> None:
     result = call(answer, (block.clone() for block in large))
     expect(
         bool(torch.isfinite(result).all()),
-        "right for small numbers, but not finite for large ones: keep the largest number of each row so far, "
-        "and take exp of the differences from it only",
+        "right for small numbers, but not finite for large ones: keep the largest number of each row so "
+        "far, and take exp only of the differences from it",
     )
     expect_tensor(result, (whole * 30).logsumexp(dim=1), "the log-sum-exp of large numbers")
     alive: list[weakref.ref[Tensor]] = []
@@ -198,8 +198,8 @@ def row_log_sum_exp(answer: Callable[..., Any]) -> None:
     call(answer, watched())
     expect(
         most <= 2,
-        f"the result is right, but you kept {most} blocks at the same time: hold two numbers per row, the "
-        "largest so far and the sum so far, and let each block go",
+        f"the result is right, but you kept {most} blocks at the same time: keep two numbers per row, the "
+        "largest so far and the sum so far, and let go of each block",
     )
     right("one block at a time, and the result is that of the whole row.")
 
@@ -240,7 +240,7 @@ def zero_shot(answer: Callable[..., Any]) -> None:
         )
         expect(
             not result.dtype.is_floating_point,
-            "these are similarities or probabilities: argmax gives the number of the class",
+            "these are similarities or probabilities: argmax gives the index of the class",
         )
     expect_tensor(result, solutions.zero_shot(image_embeds, prompt_embeds), "the classes")
     right("a classifier made of sentences, with no training picture of its own.")

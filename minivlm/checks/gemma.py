@@ -1,4 +1,4 @@
-"""Checks of the exercises of 05_gemma."""
+"""Checks for the exercises of 05_gemma."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class solutions:
 
     @staticmethod
     def nucleus(probabilities: Tensor, p: float) -> Tensor:
-        """Marks the most probable tokens that together reach p."""
+        """Mark the most probable tokens that together reach p."""
         ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(dim=0) - ordered
         kept = torch.zeros_like(probabilities, dtype=torch.bool)
@@ -46,12 +46,12 @@ class solutions:
 
 
 def _different(a: Tensor, b: Tensor) -> float:
-    """The share of elements that differ."""
+    """The fraction of elements that differ."""
     return (a != b).float().mean().item()
 
 
 def rms_norm(answer: Callable[..., Any]) -> None:
-    """fp32 first, then very small numbers for eps, then bf16 for the place of the rounding."""
+    """fp32 first, then very small numbers to test eps, then bf16 to test where rounding happens."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 64, generator=generator) * 3 + 1
     weight = torch.randn(64, generator=generator) * 0.3
@@ -68,7 +68,7 @@ def rms_norm(answer: Callable[..., Any]) -> None:
         "you subtracted the mean, as LayerNorm does: RMSNorm only divides by the root of the mean square",
     )
     by_sum = x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6) * (1 + weight)
-    expect(not same(result, by_sum), "you took the sum of the squares: it is the mean over the last axis")
+    expect(not same(result, by_sum), "you took the sum of the squares: take their mean over the last axis")
     whole = x * torch.rsqrt(x.square().mean() + 1e-6) * (1 + weight)
     expect(
         not same(result, whole),
@@ -81,7 +81,7 @@ def rms_norm(answer: Callable[..., Any]) -> None:
     outside = small / (small.square().mean(dim=-1, keepdim=True).sqrt() + 1e-6) * (1 + weight)
     expect(
         not same(result, outside, 1e-4),
-        "eps stands outside the root: it belongs to the mean square, under the root",
+        "eps is outside the root: add it to the mean square, under the root",
     )
     expect_tensor(result, solutions.rms_norm(small, weight), "the result for very small numbers")
 
@@ -90,7 +90,7 @@ def rms_norm(answer: Callable[..., Any]) -> None:
     result = call(answer, x, weight)
     expect(
         result.dtype == torch.bfloat16,
-        f"for a bf16 input your result is {result.dtype}: go back to the dtype of x at the end",
+        f"for a bf16 input your result is {result.dtype}: cast back to the dtype of x at the end",
     )
     expected = solutions.rms_norm(x, weight)
     wide = x.float()
@@ -103,7 +103,7 @@ def rms_norm(answer: Callable[..., Any]) -> None:
     )
     expect(
         _different(result, expected) < 0.02,
-        "right in fp32, but in bf16 too many values differ: turn x and the weight into fp32 first",
+        "right in fp32, but in bf16 too many values differ: convert x and the weight to fp32 first",
     )
     right("a factor of 1 + w, computed in fp32 and rounded once, at the end.")
 
@@ -116,8 +116,8 @@ def half_split_rows(answer: Callable[..., Any]) -> None:
     expect(not same(result, weight), "the rows are still in their old order")
     expect(
         not same(result, weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape)),
-        "this is the way back, from half-split to interleaved: "
-        "the new row i < Dh/2 of a head is its old row 2i",
+        "this is the inverse, from half-split to interleaved: the new row i < Dh/2 of a head is its old "
+        "row 2i",
     )
     over_all = torch.cat([weight[0::2], weight[1::2]])
     expect(
@@ -127,24 +127,24 @@ def half_split_rows(answer: Callable[..., Any]) -> None:
     columns = weight.unflatten(1, (-1, head_dim // 2, 2)).transpose(2, 3).reshape(weight.shape)
     expect(
         not same(result, columns),
-        "you reordered the columns: they belong to the input, the rows are what a head gives out",
+        "you reordered the columns: they belong to the input, and the rows are what a head puts out",
     )
     expect_tensor(result, solutions.half_split_rows(weight, head_dim))
     right("the new rows 0, 1, 2, ... of every head are the old rows 0, 2, 4, ..., then 1, 3, 5, ...")
 
 
 def cache_bytes(answer: Callable[..., Any]) -> None:
-    """A configuration in which every number is different from every other."""
+    """A configuration in which all numbers differ."""
     config = GemmaConfig(
         hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256
     )
     tokens = 1000
     result = call(answer, config, tokens)
-    expect(isinstance(result, int), f"the number of bytes is an int, yours is a {type(result).__name__}")
+    expect(isinstance(result, int), f"the number of bytes is an int, but yours is a {type(result).__name__}")
     expected = solutions.cache_bytes(config, tokens)
     expect(
         result * 2 != expected,
-        "half of what is needed: did you count keys and values, and 2 bytes a number?",
+        "half of what is needed: did you count both keys and values, and 2 bytes per number?",
     )
     expect(
         result != solutions.cache_bytes(replace(config, num_key_value_heads=8), tokens),
@@ -152,17 +152,17 @@ def cache_bytes(answer: Callable[..., Any]) -> None:
     )
     expect(
         result * config.num_hidden_layers != expected,
-        "that is one layer: every layer has keys and values of its own",
+        "that is one layer: every layer has its own keys and values",
     )
     expect(
         result * config.head_dim != expected * (config.hidden_size // config.num_attention_heads),
-        "you took hidden_size / heads as the width of a head: in Gemma head_dim is a number of its own",
+        "you took hidden_size / heads as the width of a head: in Gemma, head_dim is set separately",
     )
     expect(result * tokens != expected, "that is one token: multiply by the number of tokens")
     expect(result == expected, f"expected {expected:,} bytes, got {result:,}")
     expect(
         call(answer, config, 10, 4) == solutions.cache_bytes(config, 10, 4),
-        "right for 2 bytes a number, wrong for 4: use bytes_per_number",
+        "right for 2 bytes per number, wrong for 4: use bytes_per_number",
     )
     right("2 x layers x key/value heads x head_dim numbers for every token.")
 
@@ -178,20 +178,21 @@ def nucleus(answer: Callable[..., Any]) -> None:
     )
     expect(
         result.shape == probabilities.shape,
-        f"one boolean for each token, {list(probabilities.shape)}; yours have shape {list(result.shape)}",
+        f"expected one boolean per token, {list(probabilities.shape)}, got shape {list(result.shape)}",
     )
     found = result.tolist()
     expect(
         found != [True, True, True, False, False],
-        "your marks are in the order of the sorted tokens: put them back where the tokens came from",
+        "your marks are in the order of the sorted tokens: put them back in the original order",
     )
     expect(
         found != [False, True, False, True, False],
-        "the kept tokens have 0.75 together, less than p = 0.8: the one that crosses p belongs to them",
+        "the kept tokens sum to 0.75, less than p = 0.8: keep the one that crosses p as well",
     )
     expect(
         found != (probabilities >= 0.8).tolist(),
-        "you compared single probabilities with p: it is their sum, from the best one on, that reaches p",
+        "you compared single probabilities with p: it is their running sum, starting with the best, that "
+        "must reach p",
     )
     expect(
         found == [True, True, False, True, False], f"for p = 0.8 of {probabilities.tolist()} you keep {found}"

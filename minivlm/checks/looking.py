@@ -1,4 +1,4 @@
-"""Checks of 09_looking_inside: attention distance, entropy, rollout, nearest words."""
+"""Checks for 09_looking_inside: attention distance, entropy, rollout, nearest words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minivlm.looking import measures
 
 
 class solutions:
-    """The answers that the notebook goes on with: the package's."""
+    """The solutions that the notebook continues with: the package's own."""
 
     attention_distance = staticmethod(measures.attention_distance)
     attention_entropy = staticmethod(measures.attention_entropy)
@@ -41,15 +41,15 @@ def attention_distance(answer: Callable[[Tensor], Tensor]) -> None:
     )
     expect(
         not same(result, (weights * distances).sum(dim=(0, 2, 3))),
-        "you summed over the patches that look and over the pictures: take the mean over them",
+        "you summed over the patches that look and over the pictures: average over them",
     )
     expect(
         not same(result, (weights * distances).mean(dim=(0, 2, 3))),
-        "you took the mean over the patches that are seen: the weights are shares already, so sum over them",
+        "you averaged over the patches that are seen: the weights already sum to 1, so sum over them",
     )
     expect(
         not same(result, (weights * distances).sum(dim=-1).mean()),
-        "you took the mean over the heads as well: each head gets a number of its own",
+        "you averaged over the heads as well: each head gets its own number",
     )
     expect(
         not same(result, (weights * distances.square()).sum(dim=-1).mean(dim=(0, 2))),
@@ -58,7 +58,7 @@ def attention_distance(answer: Callable[[Tensor], Tensor]) -> None:
     steps = _city_blocks(3)
     expect(
         not same(result, (weights * steps).sum(dim=-1).mean(dim=(0, 2))),
-        "you added the steps down and the steps across: the straight way is shorter (Pythagoras)",
+        "you added the steps down and the steps across: the straight line is shorter (Pythagoras)",
     )
     expect_tensor(result, reference, "the distance of the heads")
     larger = call(answer, _maps(1, 2, 16, 16))
@@ -78,22 +78,23 @@ def attention_entropy(answer: Callable[[Tensor], Tensor]) -> None:
     result = call(answer, weights.clone())
     expect(
         not same(result, -reference),
-        "your entropy is negative: the logarithm of a share is, so change the sign",
+        "your entropy is negative, as is the logarithm of a weight: change the sign",
     )
     expect(
         not same(result, reference / math.log(2)),
-        "this is in bits, from the logarithm to base 2: take the natural logarithm, for nats",
+        "this is in bits, from the logarithm to base 2: use the natural logarithm, for nats",
     )
     pieces = torch.special.entr(weights)
     expect(
         not same(result, pieces.mean(dim=(0, 2, 3))),
-        "you took the mean over the places that are seen: sum over them, and take the mean over the rest",
+        "you averaged over the places that are seen: sum over them, and average over the rest",
     )
     averaged = torch.special.entr(weights.mean(dim=(0, 2))).sum(dim=-1)
     expect(
         not same(result, averaged),
-        "you averaged the maps before the logarithm: a head that looks at one place, but at another one in "
-        "each picture, would then seem to look everywhere. First the entropy of each row, then the mean",
+        "you averaged the maps before the logarithm: a head that looks at one place, but at a different "
+        "one in each picture, would then seem to look everywhere. Take the entropy of each row first, then "
+        "the mean",
     )
     expect_tensor(result, reference, "the entropy of the heads")
     one_place = call(answer, torch.eye(4)[None, None])
@@ -113,8 +114,8 @@ def attention_rollout(answer: Callable[[Sequence[Tensor]], Tensor]) -> None:
     result = call(answer, [layer.clone() for layer in maps])
     expect(
         not same(result, measures.attention_rollout(maps[::-1])),
-        "the layers are multiplied in the wrong order: the later layer reads what the earlier one wrote, so "
-        "it stands on the left, later @ earlier",
+        "the layers are multiplied in the wrong order: the later layer reads what the earlier one wrote, "
+        "so it goes on the left, later @ earlier",
     )
     means = [layer.mean(dim=1) for layer in maps]
     expect(
@@ -125,16 +126,16 @@ def attention_rollout(answer: Callable[[Sequence[Tensor]], Tensor]) -> None:
     doubled = [mean + identity for mean in means]
     expect(
         not same(result, doubled[2] @ doubled[1] @ doubled[0]),
-        "your rows sum to 8 and not to 1: with the identity added, each layer has to be halved",
+        "your rows sum to 8, not to 1: with the identity added, each layer has to be halved",
     )
     elementwise = [0.5 * mean + 0.5 * identity for mean in means]
     expect(
         not same(result, elementwise[2] * elementwise[1] * elementwise[0]),
-        "you multiplied number by number: ways through the layers need the product of matrices, @",
+        "you multiplied element by element: paths through the layers need the matrix product, @",
     )
     expect(
         getattr(result, "ndim", 3) != 4,
-        "the result still has an axis of heads: take their mean in each layer, before you multiply",
+        "the result still has a head axis: average over the heads of each layer before you multiply",
     )
     expect_tensor(result, reference, "the rollout")
     right("every row sums to 1, and says which input tokens it is made of.")
@@ -152,7 +153,7 @@ def nearest_words(answer: Callable[..., tuple[Tensor, Tensor]]) -> None:
         "return two tensors, separated by a comma: the cosines and the ids",
     )
     values, words = result
-    expect(isinstance(words, Tensor), f"the ids should be a tensor, they are a {type(words).__name__}")
+    expect(isinstance(words, Tensor), f"the ids should be a tensor, but they are a {type(words).__name__}")
     expect(
         not same(values, ids) and not (isinstance(values, Tensor) and values.dtype == torch.int64),
         "ids and cosines are swapped: the cosines come first",
@@ -160,12 +161,12 @@ def nearest_words(answer: Callable[..., tuple[Tensor, Tensor]]) -> None:
     products = (tokens @ table.T).topk(3)
     expect(
         not same(words, products.indices),
-        "you compared by the dot product: a long word vector then wins against a near one, so divide by "
-        "the lengths",
+        "you compared by the dot product: a long word vector then beats a close one, so divide by the "
+        "lengths",
     )
     expect(
         not same(words, (F.normalize(tokens, dim=1) @ F.normalize(table, dim=1).T).topk(3, largest=False)[1]),
-        "these are the words that point away: take the largest cosines",
+        "these are the words that point the other way: take the largest cosines",
     )
     away = torch.cdist(tokens, table).topk(3, largest=False).indices
     expect(

@@ -1,4 +1,4 @@
-"""Checks of 06_merging: three masks, merging, positions, the prefix-LM mask, and a test for leaks."""
+"""Checks for 06_merging: three masks, merging, positions, the prefix-LM mask, and a test for leaks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
 
-IMAGE, PAD = 7, 0  # 7 lies outside the little vocabulary of 0 to 6
+IMAGE, PAD = 7, 0  # 7 is outside the small vocabulary of 0 to 6
 
 # Three rows: a picture of three tokens; text only, padded on the left; a picture, padded on the right.
 IDS = torch.tensor(
@@ -19,7 +19,7 @@ IDS = torch.tensor(
 
 
 class solutions:
-    """The answers that the notebook goes on with."""
+    """The solutions that the notebook continues with."""
 
     @staticmethod
     def three_masks(input_ids: Tensor, image_id: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +51,7 @@ class solutions:
     def count_leaks(
         logits_of: Callable[[Tensor], Tensor], input_ids: Tensor, token_type_ids: Tensor, other_id: int
     ) -> int:
-        """How many answer positions notice that the last token was replaced by another."""
+        """How many answer positions change when the last token is replaced by another."""
         changed = input_ids.clone()
         changed[0, -1] = other_id
         moved = (logits_of(input_ids) - logits_of(changed)).abs().amax(dim=-1)[0]
@@ -70,10 +70,11 @@ def three_masks(answer: Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tenso
     image, text, pad = solutions.three_masks(IDS, IMAGE, PAD)
     names = ("image_mask", "text_mask", "padding_mask")
     for name, mask in zip(names, result, strict=True):
-        expect(isinstance(mask, Tensor), f"{name} should be a tensor, it is a {type(mask).__name__}")
+        expect(isinstance(mask, Tensor), f"{name} should be a tensor, but it is a {type(mask).__name__}")
         expect(
             mask.dtype == torch.bool,
-            f"{name} has dtype {mask.dtype}: a mask is boolean, leave the result of the comparison as it is",
+            f"{name} has dtype {mask.dtype}: a mask is boolean, so keep the result of the comparison as it "
+            "is",
         )
     given = dict(zip(names, result, strict=True))
     expect(
@@ -125,7 +126,7 @@ def merge_with_where(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None
     expect(
         not same(result, torch.where(is_image[..., None], flat[per_row], words)),
         "the second picture's row got the features of the first picture again: count the placeholders "
-        "through the whole batch, not anew in each row",
+        "across the whole batch, not separately in each row",
     )
     late = is_image.flatten().cumsum(0).view_as(is_image).clamp(max=len(flat) - 1)
     expect(
@@ -167,8 +168,8 @@ def number_positions(answer: Callable[[Tensor], Tensor]) -> None:
     )
     expect(
         bool((result >= 0).all()),
-        "padding on the left got a negative position: nobody reads it, but a table of positions would fail "
-        "on it, so stop at 0",
+        "padding on the left got a negative position: it is never read, but a position table would fail on "
+        "it, so stop at 0",
     )
     right("a row has the same positions wherever its padding is.")
 
@@ -207,7 +208,7 @@ def block_mask(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
     )
     expect(
         not alike((blocks[:, None, :] < blocks[:, :, None]) & keys),
-        "nobody sees the own block, so the prefix is blind: use <= instead of <",
+        "no token sees its own block, so the prefix is blind: use <= instead of <",
     )
     reference = solutions.block_mask(types, mask)
     expect_tensor(result[real], reference[real], "the mask at the rows of real tokens")
@@ -252,7 +253,7 @@ def count_leaks(answer: Callable[..., Any]) -> None:
         )
         expect(
             isinstance(result, int) and not isinstance(result, bool),
-            f"expected a whole number, got a {type(result).__name__}: int(...) makes one of a tensor",
+            f"expected a whole number, got a {type(result).__name__}: int(...) converts a tensor",
         )
         return result
 
@@ -263,14 +264,16 @@ def count_leaks(answer: Callable[..., Any]) -> None:
     )
     expect(
         found != 4,
-        "you counted the last position: it reads the token that was replaced, so it may move",
+        "you counted the last position: it reads the token that was replaced, so it may change",
     )
-    expect(found == 3, f"where everyone sees everyone, 3 positions of the answer leak, you found {found}")
+    expect(
+        found == 3, f"where every token sees every other, 3 positions of the answer leak; you found {found}"
+    )
     found = run(one_ahead)
-    expect(found == 1, f"a model that sees one token ahead has 1 leak, you found {found}")
+    expect(found == 1, f"a model that sees one token ahead has 1 leak; you found {found}")
     for name, model in (("causal", causal), ("prefix-LM", prefix_lm)):
         found = run(model)
-        expect(found == 0, f"a {name} model has no leak, you found {found}")
+        expect(found == 0, f"a {name} model has no leak; you found {found}")
     expect(
         run(noisy) == 0,
         "logits that differ by 1e-7 are the same up to rounding: compare with a tolerance such as 1e-4",

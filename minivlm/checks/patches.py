@@ -1,4 +1,4 @@
-"""Checks of 01_patches: counting patches, putting them back, a class token, positions for another size."""
+"""Checks for 01_patches: counting patches, putting them back, a class token, positions for another size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class solutions:
 
 
 def patch_count(answer: Callable[..., Any]) -> None:
-    """Sizes that divide and sizes that do not, square and not."""
+    """Sizes that patches divide evenly and sizes that they do not, square and not square."""
     for height, width, patch in ((224, 224, 16), (384, 384, 14), (250, 100, 16), (100, 250, 16)):
         result = call(answer, height, width, patch)
         truth = solutions.patch_count(height, width, patch)
@@ -55,10 +55,10 @@ def patch_count(answer: Callable[..., Any]) -> None:
             columns: f"{case} you counted one row of patches: multiply the rows by the columns",
             -(-height // patch) * -(-width // patch): f"{case} you counted the pieces at the right and "
             'lower edge as whole patches. padding="valid" drops them: round down',
-            height * width // patch**2: f"{case} you divided the areas, which makes patches "
-            "of the leftovers at both edges: divide each side alone, and round down each time",
+            height * width // patch**2: f"{case} you divided the areas, which turns the leftovers "
+            "at both edges into patches: divide each side separately, and round down each time",
             round(height / patch) * round(width / patch): f"{case} you rounded to the nearest number: an "
-            "incomplete patch is never counted, round down",
+            "incomplete patch is never counted, so round down",
             rows * rows: f"{case} you used the height twice: pictures need not be square",
             columns * columns: f"{case} you used the width twice: pictures need not be square",
             truth + 1: f"{case} you counted one token too many: SigLIP has no class token",
@@ -84,18 +84,18 @@ def unpatchify(answer: Callable[..., Any]) -> None:
     result = call(answer, patches, rows, columns)
     pixels_first = patches.reshape(2, rows, columns, P, P, 3).permute(0, 5, 1, 3, 2, 4)
     mistakes = {
-        "the numbers were poured into the new shape in the order in which they lay, row of pixels by row of "
-        "pixels, but a patch holds pieces of several rows: a permute is missing between two reshapes": (
+        "the numbers fill the new shape in memory order, one row of pixels after another, but a patch "
+        "holds pieces of several rows: a permute is missing between two reshapes": (
             patches.reshape(2, 3, rows * P, columns * P)
         ),
-        "the patches lie column by column: patch number 1 belongs to the right of patch 0, so rows come "
-        "before columns when you split N": (
+        "the patches are placed column by column: patch number 1 belongs to the right of patch 0, so rows "
+        "come before columns when you split N": (
             patches.reshape(2, columns, rows, 3, P, P).permute(0, 3, 2, 4, 1, 5).reshape(pictures.shape)
         ),
-        "each patch lies at its place, but is flipped across its diagonal: the row inside the patch comes "
-        "before the column, also in the permute": grid.permute(0, 3, 1, 5, 2, 4).reshape(pictures.shape),
-        "the patches lie right, but their pixels do not: a patch holds all of its red numbers first, so "
-        "split it into (3, P, P), not (P, P, 3)": pixels_first.reshape(pictures.shape),
+        "each patch is in its place, but flipped across its diagonal: inside a patch the row comes before "
+        "the column, in the permute too": grid.permute(0, 3, 1, 5, 2, 4).reshape(pictures.shape),
+        "the patches are in place, but their pixels are not: a patch holds all of its red numbers first, "
+        "so split it into (3, P, P), not (P, P, 3)": pixels_first.reshape(pictures.shape),
     }
     for hint, mistake in mistakes.items():
         expect(not same(result, mistake), hint)
@@ -106,7 +106,7 @@ def unpatchify(answer: Callable[..., Any]) -> None:
         )
         expect(
             tuple(result.shape) != (2, 3, columns * P, rows * P),
-            "height and width are exchanged: the height is rows * P",
+            "height and width are swapped: the height is rows * P",
         )
     expect_tensor(result, pictures, "the picture")
     right("the pictures come back exactly, so cutting into patches loses nothing.")
@@ -120,13 +120,13 @@ def add_class_token(answer: Callable[..., Any]) -> None:
     except NotYet as error:
         if "Sizes of tensors must match" in str(error) or "Tensors must have same number" in str(error):
             raise NotYet(
-                "torch.cat wants the same batch size on both sides: give every picture its copy of the class "
-                "token first, with class_token.expand(B, -1, -1)"
+                "torch.cat needs the same batch size on both sides: give every picture its own copy of the "
+                "class token first, with class_token.expand(B, -1, -1)"
             ) from error
         if "must match the size of tensor" in str(error):
             raise NotYet(
-                "there are N + 1 positions, one for the class token as well: put the class token in front of "
-                "the patches first, then add the positions to all of them"
+                "there are N + 1 positions, including one for the class token: put the class token in "
+                "front of the patches first, then add the positions to all of them"
             ) from error
         raise
     tokens = token.expand(2, -1, -1)
@@ -134,7 +134,7 @@ def add_class_token(answer: Callable[..., Any]) -> None:
         "the class token is last: it comes first and has position 0": (
             torch.cat([patches, tokens], dim=1) + positions
         ),
-        "the class token is last, and position 0 with it: it comes first": (
+        "the class token is last, with position 0: it comes first": (
             torch.cat([patches + positions[1:], tokens + positions[0]], dim=1)
         ),
         "the class token has no position: add `positions` after torch.cat, to all N + 1 tokens": (
@@ -156,7 +156,7 @@ def add_class_token(answer: Callable[..., Any]) -> None:
 
 
 def resize_positions(answer: Callable[..., Any]) -> None:
-    """The table is resized as a grid, along both sides, and not along the sequence."""
+    """The table is resized as a grid, along both sides, not along the sequence."""
     table = _noise(16, 6)
     grid = table.T.reshape(1, 6, 4, 4)
 
@@ -174,14 +174,14 @@ def resize_positions(answer: Callable[..., Any]) -> None:
             "numbers of a vector were laid out as neighbors in space": resized(
                 table.reshape(1, 6, 4, 4), side, "bilinear"
             ),
-            "rows and columns are exchanged: positions are counted row by row": (
+            "rows and columns are swapped: positions are counted row by row": (
                 resized(grid.mT, side, "bilinear")
             ),
-            'this is mode="nearest", F.interpolate\'s default, which copies vectors: take mode="bilinear"': (
+            'this is mode="nearest", F.interpolate\'s default, which copies vectors: use mode="bilinear"': (
                 resized(grid, side, "nearest")
             ),
             'this is mode="bicubic": the exercise asks for mode="bilinear"': resized(grid, side, "bicubic"),
-            "with align_corners=True the middles of the corner patches stay where they are, as if a patch "
+            "with align_corners=True the centers of the corner patches stay where they are, as if a patch "
             "were a point; a patch is an area, so leave that option out": resized(
                 grid, side, "bilinear", True
             ),

@@ -1,4 +1,4 @@
-"""Checks of the exercises of 04_processor."""
+"""Checks for the exercises of 04_processor."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class solutions:
 
 
 def normalize(answer: Callable[..., Any]) -> None:
-    """A picture that is higher than wide, with every byte."""
+    """A picture that is taller than wide, with bytes from 0 to 255."""
     array = np.arange(8 * 4 * 3, dtype=np.uint8).reshape(8, 4, 3) * np.uint8(2)
     array[0, 0, 0], array[-1, -1, -1] = 0, 255
     expected = solutions.normalize(array)
@@ -58,7 +58,7 @@ def normalize(answer: Callable[..., Any]) -> None:
         reshaped = expected.permute(1, 2, 0).reshape(3, 8, 4)
         expect(
             not same(result, reshaped),
-            "reshape only renames the axes of memory, it does not move them: use permute(2, 0, 1)",
+            "reshape gives the axes of memory new names but does not move them: use permute(2, 0, 1)",
         )
         expect(
             not same(result, expected * 0.5 + 0.5),
@@ -67,7 +67,7 @@ def normalize(answer: Callable[..., Any]) -> None:
         expect(not same(result, expected * 0.5), "the numbers go from -0.5 to 0.5: divide by 0.5 as well")
         expect(
             result.dtype == torch.float32,
-            f"the tensor is {result.dtype}, the tower computes in torch.float32",
+            f"the tensor is {result.dtype}, but the tower computes in torch.float32",
         )
     expect_tensor(result, expected)
     right("0 became -1, 255 became 1, and the channels come first.")
@@ -82,18 +82,19 @@ def prompt_ids(answer: Callable[..., Any]) -> None:
         "the ids are nested: join the lists with +, or use extend instead of append",
     )
     expect(
-        result.count(900) == 3, f"there are {result.count(900)} placeholders, the picture has 3 image tokens"
+        result.count(900) == 3,
+        f"there are {result.count(900)} placeholders, but the picture has 3 image tokens",
     )
-    expect(2 in result, "<bos> is missing: it stands between picture and prompt")
+    expect(2 in result, "<bos> is missing: it goes between picture and prompt")
     expect(result[0] != 2, "<bos> comes after the placeholders, not before them")
     expect(7 in result, "the newline is missing: it tells the model that the answer comes next")
-    expect(result[-1] == 7, "the newline is the last token of the prompt")
-    expect(result == expected, f"expected {expected}, you get {result}")
+    expect(result[-1] == 7, "the newline must be the last token of the prompt")
+    expect(result == expected, f"expected {expected}, got {result}")
     right("picture, <bos>, prompt, newline: the form that the model was trained on.")
 
 
 def pad_left(answer: Callable[..., Any]) -> None:
-    """Three rows, one of which holds the id of the padding as a word."""
+    """Three rows, one of which contains the padding id as a word."""
     rows = [[5, 6, 7, 8], [9], [4, 0]]
     expected_ids, expected_mask = solutions.pad_left(rows, 0)
     result = call(answer, [list(row) for row in rows], 0)
@@ -107,7 +108,7 @@ def pad_left(answer: Callable[..., Any]) -> None:
     expect(not same(mask, 1 - expected_mask), "the mask is inverted: 1 marks real tokens, 0 padding")
     expect(
         not same(mask, (expected_ids != 0).long()),
-        "comparing with pad_id is not enough: a row may hold that id as a real token; use the lengths",
+        "comparing with pad_id is not enough: a row may contain that id as a real token; use the lengths",
     )
     expect_tensor(mask, expected_mask, "the mask")
     expect(
@@ -118,7 +119,7 @@ def pad_left(answer: Callable[..., Any]) -> None:
 
 
 def box_to_bins(answer: Callable[..., Any]) -> None:
-    """A box inside a wide picture, and one that reaches over the edge."""
+    """A box inside a wide picture, and one that extends beyond the edge."""
     box, width, height = (100.0, 50.0, 333.0, 200.0), 640, 400
     expected = solutions.box_to_bins(box, width, height)
     result = list(call(answer, box, width, height))
@@ -127,26 +128,26 @@ def box_to_bins(answer: Callable[..., Any]) -> None:
     for wrong, hint in (
         (
             [box[1] / height, box[0] / width, box[3] / height, box[2] / width],
-            "these are shares: times 1023, rounded",
+            "these are shares: multiply by 1023 and round",
         ),
         (
             [int(v / s * 1023) for v, s in zip((50, 100, 200, 333), (400, 640) * 2, strict=True)],
-            "int() cuts off: use round",
+            "int() truncates: use round",
         ),
         (
             [round(v / s * 1024) for v, s in zip((50, 100, 200, 333), (400, 640) * 2, strict=True)],
-            "times 1023, not 1024: the far edge is bin 1023",
+            "multiply by 1023, not 1024: the far edge is bin 1023",
         ),
         (
             [round(v / s * 1023) for v, s in zip((50, 100, 200, 333), (640, 400) * 2, strict=True)],
-            "y is a share of the height and x of the width: you have them exchanged",
+            "y is a share of the height and x of the width: you swapped them",
         ),
     ):
         expect(result != wrong, hint)
-    expect(result == expected, f"expected {expected}, you get {result}")
+    expect(result == expected, f"expected {expected}, got {result}")
     outside = list(call(answer, (-20.0, 10.0, 700.0, 380.0), width, height))
     expect(
         outside == solutions.box_to_bins((-20.0, 10.0, 700.0, 380.0), width, height),
-        f"a box that reaches over the edge gives {outside}: clip the bins to 0 ... 1023",
+        f"a box that extends beyond the edge gives {outside}: clip the bins to 0 ... 1023",
     )
     right("four words, y before x, whatever the picture's size.")

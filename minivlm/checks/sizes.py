@@ -1,4 +1,4 @@
-"""Checks of 11_real_checkpoints: a file's header, names, what fits, a floor, int8, soft-capping."""
+"""Checks for 11_real_checkpoints: a file's header, names, what fits, a floor, int8, soft-capping."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Names = tuple[list[str], list[str], list[str]]
 
 
 class solutions:
-    """The answers that the notebook goes on with."""
+    """The solutions that the notebook continues with."""
 
     @staticmethod
     def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -34,7 +34,7 @@ class solutions:
 
     @staticmethod
     def compare_shapes(found: Shapes, wanted: Shapes) -> Names:
-        """Names that are missing, unexpected, and there with another shape, each list sorted."""
+        """Names that are missing, unexpected, and present with another shape, each list sorted."""
         missing = sorted(wanted.keys() - found.keys())
         unexpected = sorted(found.keys() - wanted.keys())
         both = found.keys() & wanted.keys()
@@ -43,13 +43,13 @@ class solutions:
 
     @staticmethod
     def rows_that_fit(config: PaliGemmaConfig, memory: int, tokens: int, dtype: torch.dtype) -> int:
-        """How many rows of `tokens` tokens fit into `memory` bytes beside the weights."""
+        """How many rows of `tokens` tokens fit into `memory` bytes next to the weights."""
         left = memory - weight_bytes(config, dtype)
         return max(0, left // cache_bytes(config, tokens, 1, dtype))
 
     @staticmethod
     def shortest_time(operations: float, num_bytes: float, peak: float, bandwidth: float) -> float:
-        """Seconds that a step takes at least, with `peak` operations/s and `bandwidth` bytes/s."""
+        """The least seconds a step can take, with `peak` operations/s and `bandwidth` bytes/s."""
         return max(operations / peak, num_bytes / bandwidth)
 
     @staticmethod
@@ -77,7 +77,7 @@ def read_header(answer: Callable[[Path], tuple[dict[str, Any], int]]) -> None:
         except NotYet as error:
             if isinstance(error.__cause__, OverflowError | MemoryError):
                 raise NotYet(
-                    "the length comes out enormous: the first 8 bytes are little-endian, the lowest first"
+                    "the length comes out enormous: the first 8 bytes are little-endian, lowest byte first"
                 ) from error
             if isinstance(error.__cause__, ValueError) and "json" in type(error.__cause__).__module__:
                 raise NotYet(
@@ -86,25 +86,29 @@ def read_header(answer: Callable[[Path], tuple[dict[str, Any], int]]) -> None:
                 ) from error
             if isinstance(error.__cause__, UnicodeDecodeError):
                 raise NotYet(
-                    "you gave bytes to json.loads that are no text: the JSON begins at byte 8 and ends where "
-                    "the numbers begin"
+                    "you passed bytes to json.loads that are not text: the JSON begins at byte 8 and ends "
+                    "where the numbers begin"
                 ) from error
             raise
     expect(
         isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], dict),
-        "return two things, separated by a comma: the header, a dict, and the place where the numbers begin",
+        "return two things, separated by a comma: the header, a dict, and the position where the numbers "
+        "begin",
     )
     given, place = result
     expect(
         "__metadata__" not in given,
-        "your header still holds __metadata__, which is no tensor: take it out",
+        "your header still contains __metadata__, which is not a tensor: remove it",
     )
-    expect(given == header, f"the header should name the tensors {sorted(header)}, yours {sorted(given)}")
+    expect(
+        given == header,
+        f"the header should name the tensors {sorted(header)}, but yours names {sorted(given)}",
+    )
     expect(
         place != start - 8,
         "the numbers begin after the 8 bytes of the length *and* the header: add 8",
     )
-    expect(place == start, f"the numbers begin at byte {start} of this file, you say {place}")
+    expect(place == start, f"the numbers begin at byte {start} of this file, but you say {place}")
     right("with 8 bytes and some JSON you know what is in a file without reading a single weight.")
 
 
@@ -121,7 +125,7 @@ def compare_shapes(answer: Callable[[Shapes, Shapes], Names]) -> None:
     lists = [list(names) for names in result]
     expect(
         lists[:2] != [unexpected, missing],
-        "missing and unexpected are swapped: missing is what the model wants and the file lacks",
+        "missing and unexpected are swapped: missing is what the model needs and the file lacks",
     )
     expect(
         "down" in lists[2],
@@ -129,7 +133,7 @@ def compare_shapes(answer: Callable[[Shapes, Shapes], Names]) -> None:
     )
     expect(
         "down" not in lists[0] + lists[1],
-        "`down` is in the file and in the model, only with another shape: it belongs to misshapen alone",
+        "`down` is in the file and in the model, but with another shape: it belongs only in misshapen",
     )
     expect(
         lists[2] == misshapen,
@@ -160,19 +164,19 @@ def rows_that_fit(answer: Callable[[PaliGemmaConfig, int, int, torch.dtype], int
     )
     expect(
         result != memory // row,
-        "you filled all of the memory with rows: the weights have to be there as well",
+        "you filled all of the memory with rows: the weights need memory as well",
     )
     expect(
         result not in (memory // (weights + row), memory // weights),
         "you counted the weights once for each row: all rows share them",
     )
-    expect(result != 11, "you rounded up: the last row has only two thirds of its place")
-    expect(result == 10, f"10 rows fit in this case, you found {result}")
+    expect(result != 11, "you rounded up: the last row has only two thirds of the memory it needs")
+    expect(result == 10, f"10 rows fit in this case; you found {result}")
     double = memory + weights + 11 * row
     found = call(answer, config, double, 300, torch.float32)
-    expect(found == 10, "with 4 bytes a number the answer is wrong: give the dtype to both functions")
+    expect(found == 10, "with 4 bytes per number the answer is wrong: pass the dtype to both functions")
     nothing = call(answer, config, weights // 2, 300, dtype)
-    expect(nothing == 0, f"where not even the weights fit, the answer is 0 rows, you found {nothing}")
+    expect(nothing == 0, f"if not even the weights fit, the answer is 0 rows; you found {nothing}")
     right("the weights are paid once, the cache by every row.")
 
 
@@ -182,15 +186,18 @@ def shortest_time(answer: Callable[[float, float, float, float], float]) -> None
         result = call(answer, operations, num_bytes, 100.0, 10.0)
         compute, read = operations / 100, num_bytes / 10
         for wrong, hint in (
-            (compute + read, "you added the two times: reading and computing go on at the same time"),
-            (min(compute, read), "you took the smaller time: the step ends when the slower part has ended"),
-            (max(100 / operations, 10 / num_bytes), "upside down: time is work divided by speed"),
+            (compute + read, "you added the two times: reading and computing happen at the same time"),
+            (min(compute, read), "you took the smaller time: the step ends when the slower part is done"),
+            (
+                max(100 / operations, 10 / num_bytes),
+                "your fractions are upside down: time is work divided by speed",
+            ),
         ):
             expect(abs(result - wrong) > 1e-9, hint)
         expect(
             abs(result - max(compute, read)) < 1e-9,
             f"{operations:.0f} operations at 100/s and {num_bytes:.0f} bytes at 10/s take at least "
-            f"{max(compute, read):.1f} s, you found {result:.4g}",
+            f"{max(compute, read):.1f} s; you found {result:.4g}",
         )
     right("a step cannot be faster than the slower of its two halves.")
 
@@ -214,7 +221,7 @@ def quantize_rows(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     )
     expect(
         scales.numel() != 1,
-        "one scale for the whole matrix: take the largest magnitude of each row, amax(dim=1)",
+        "you used one scale for the whole matrix: take the largest magnitude of each row, amax(dim=1)",
     )
     expect(
         not same(scales.flatten(), weight.abs().amax(dim=0) / 127),
@@ -224,24 +231,24 @@ def quantize_rows(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     for most in (128, 255):
         expect(
             not same(scales, weight.abs().amax(dim=1) / most),
-            f"you divided by {most}: int8 goes from -128 to 127, so the largest weight has to become 127",
+            f"you divided by {most}: int8 goes from -128 to 127, so the largest weight should become 127",
         )
     expect(
         not same(scales, weight.amax(dim=1) / 127),
-        "the largest magnitude of a row may be a negative number: take abs() first",
+        "the number of largest magnitude in a row may be negative: take abs() first",
     )
     live = slice(0, 3)
     expect_tensor(scales[live], scale[live], "the scales of the rows that are not zero")
     expect(
         not torch.equal(given[live], (weight / scale[:, None])[live].to(torch.int8)),
-        "your values are cut off toward zero: round() to the nearest before .to(torch.int8)",
+        "your values are truncated toward zero: round() to the nearest before .to(torch.int8)",
     )
     expect_tensor(given[live], values[live], "the values")
     back = given[3].float() * scales[3]
     expect(
         bool(torch.isfinite(scales[3])) and bool((back == 0).all()),
-        "a row of zeros does not come back as zeros: its scale is 0, and 0 / 0 is no number. Divide by at "
-        "least a tiny number, clamp(min=1e-12)",
+        "a row of zeros does not come back as zeros: its scale is 0, and 0 / 0 is not a number. Divide by "
+        "at least a tiny number: clamp(min=1e-12)",
     )
     right("one byte for each weight, one scale for each row, and the largest weight of every row is 127.")
 
@@ -257,8 +264,8 @@ def capped_scores(answer: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     late = 5 * torch.tanh(scores.masked_fill(~mask, -torch.inf) / 5)
     expect(
         not same(result, late),
-        "you masked first: tanh turns minus infinity into -cap, a score like another, and the softmax gives "
-        "it a share. Cap first, then mask",
+        "you masked first: tanh turns minus infinity into -cap, a score like any other, and the softmax "
+        "gives it a share. Cap first, then mask",
     )
     hidden = result[~mask]
     expect(
@@ -277,7 +284,7 @@ def capped_scores(answer: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     )
     expect(
         not same(seen, scores.clamp(-5, 5)[mask]),
-        "clamp cuts hard and has no slope beyond the cap: use cap * tanh(score / cap)",
+        "clamp cuts off hard and has no slope beyond the cap: use cap * tanh(score / cap)",
     )
     expect_tensor(seen, reference[mask], "the scores that are seen")
     right("small scores pass as they are, large ones stop at the cap, hidden ones stay hidden.")

@@ -1,4 +1,4 @@
-"""Checks of the exercises of 00_tour."""
+"""Checks for the exercises of 00_tour."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ask(answer: Callable[..., Any]) -> None:
     )
     expect(
         isinstance(result, str),
-        f"your function returns a {type(result).__name__}: turn the ids into words with processor.decode",
+        f"your function returns a {type(result).__name__}: decode the ids into words with processor.decode",
     )
     expect(result == "red", f"about a red circle, your function answers {result!r} instead of 'red'")
     caption = call(answer, model, processor, picture, "caption en")
@@ -56,7 +56,7 @@ def ask(answer: Callable[..., Any]) -> None:
 
 
 def sequence_length(answer: Callable[..., Any]) -> None:
-    """Several sizes, one of which the patches do not divide."""
+    """Several sizes, one of which the patches do not divide evenly."""
     for image_size, patch_size, prompt_tokens in ((64, 8, 5), (224, 14, 7), (230, 16, 3)):
         expected = solutions.sequence_length(image_size, patch_size, prompt_tokens)
         result = call(answer, image_size, patch_size, prompt_tokens)
@@ -65,7 +65,7 @@ def sequence_length(answer: Callable[..., Any]) -> None:
         mistakes = {
             expected - 2: "the processor adds two tokens, <bos> before the prompt and a newline after it",
             expected - 1: "one of the two tokens that the processor adds is missing: <bos> and the newline",
-            side + prompt_tokens + 2: "there is a row of patches for each row: the number is squared",
+            side + prompt_tokens + 2: "the patches form a square grid, so square the number per side",
             side**2 + 2: "the prompt's own tokens are missing",
         }
         expect(
@@ -78,7 +78,7 @@ def sequence_length(answer: Callable[..., Any]) -> None:
 
 
 def to_pixels(answer: Callable[..., Any]) -> None:
-    """A box that is wider than high, in a picture that is wider than high."""
+    """A box that is wider than tall, in a picture that is wider than tall."""
     bins, width, height = (100, 200, 300, 1023), 640, 480
     expected = solutions.to_pixels(bins, width, height)
     result = [float(value) for value in call(answer, bins, width, height)]
@@ -106,7 +106,5 @@ def to_pixels(answer: Callable[..., Any]) -> None:
         not near([expected[0], expected[1] * width / height, expected[2], expected[3] * width / height]),
         "y is a share of the height: multiply it by the height",
     )
-    expect(
-        near(expected), f"expected {[round(v, 1) for v in expected]}, you get {[round(v, 1) for v in result]}"
-    )
+    expect(near(expected), f"expected {[round(v, 1) for v in expected]}, got {[round(v, 1) for v in result]}")
     right("a coordinate word means a share of the picture, so it fits pictures of any size.")

@@ -1,4 +1,4 @@
-"""Checks of 10_contrastive_training: ranks, the modality gap, the ring, equal captions."""
+"""Checks for 10_contrastive_training: ranks, the modality gap, the ring, equal captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from minivlm.checks import call, expect, expect_tensor, right, same
 from minivlm.losses import l2_normalize, siglip_loss
 
-# Right answers on the diagonal: place 2, place 1, place 4, and a draw for the first place.
+# Right answers are on the diagonal: place 2, place 1, place 4, and a draw for first place.
 COSINES = torch.tensor(
     [[0.5, 0.9, 0.1, 0.2], [0.1, 0.8, 0.3, 0.4], [0.6, 0.7, 0.0, 0.2], [0.3, 0.3, 0.3, 0.3]]
 )
@@ -20,7 +20,7 @@ CAPTIONS = ["a red star", "a blue star", "a red star", "a red circle", "a red st
 
 
 class solutions:
-    """The answers that the notebook goes on with."""
+    """The solutions that the notebook continues with."""
 
     @staticmethod
     def find_ranks(similarity: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def find_ranks(answer: Callable[[Tensor], Tensor]) -> None:
     )
     expect(
         not same(result, kind),
-        "a draw counts in favor of the model: in row 4 all captions are equally similar, and the right one "
-        "stands last. Compare with >=",
+        "a draw counts in the model's favor: in row 4 all captions are equally similar, and the right one "
+        "should come last. Compare with >=",
     )
     expect(
         not same(result, solutions.find_ranks(COSINES.T)),
@@ -87,11 +87,11 @@ def find_ranks(answer: Callable[[Tensor], Tensor]) -> None:
         not any(
             same(result, column) or same(result, column + 1) for column in (order.diagonal(), order[:, 0])
         ),
-        "argsort says which caption stands at a place: we want the place at which the own caption stands",
+        "argsort says which caption is at each place: we want the place of the picture's own caption",
     )
     expect(
         not same(result, solutions.find_ranks(-COSINES)),
-        "the least similar caption comes first in your order: count those that are as similar or more",
+        "the least similar caption comes first in your order: count those that are at least as similar",
     )
     expect_tensor(result, reference, "the ranks")
     expect(not result.is_floating_point(), f"ranks have dtype {result.dtype}: they are whole numbers")
@@ -114,7 +114,7 @@ def modality_gap(answer: Callable[[Tensor, Tensor], float]) -> None:
     expect(isinstance(result, int | float), f"expected a number, got a {type(result).__name__}")
     a, b = l2_normalize(images), l2_normalize(texts)
     mistakes = {
-        "the vectors are not of length 1: normalize each before the mean, or long ones decide": (
+        "the vectors are not of length 1: normalize each before the mean, or long ones dominate": (
             images.mean(0) - texts.mean(0)
         ).norm(),
         "you normalized the means: then a wide cloud counts like a narrow one. Normalize the vectors, not "
@@ -163,22 +163,22 @@ def ring_loss(answer: Callable[..., Any]) -> None:
     expect(
         not any(a < 0 or b < 0 for a, b in pairs),
         "block_loss got something that is not the whole block of one device: pass images[r] and the texts "
-        "that are there now",
+        "that device r holds now",
     )
     expect(
         len(set(pairs)) == 9 or len(pairs) != 9,
-        "some pictures meet the same texts again, and others never: all texts move at the same moment, so "
+        "some pictures meet the same texts twice, and others never: all texts move at the same moment, so "
         "build the new list from the old one before you replace anything",
     )
     expect(
         len(pairs) >= 9,
-        f"{len(pairs)} blocks were computed, and 3 devices have 9: the own block counts as well, "
-        "so there are as many rounds as devices",
+        f"{len(pairs)} blocks were computed, and 3 devices have 9: a device's own block counts as well, so "
+        "there are as many rounds as devices",
     )
     expect(
         len(pairs) == 9,
-        f"{len(pairs)} blocks were computed, and 3 devices have 9: after as many rounds as devices, texts "
-        "are at home again and would count twice",
+        f"{len(pairs)} blocks were computed, and 3 devices have 9: after as many rounds as devices, the "
+        "texts are back home and would count twice",
     )
     expect(
         all(own == (a == b) for a, b, own in calls),
@@ -198,12 +198,13 @@ def ring_loss(answer: Callable[..., Any]) -> None:
     met = [list(one) for one in met]
     expect(
         met != [[0, 1, 2], [1, 2, 0], [2, 0, 1]],
-        "your texts move to the left: device r gets what device r - 1 had, so after one round device 1 has "
-        "the texts of device 0",
+        "your texts move to the left: device r should get what device r - 1 had, so after one round device "
+        "1 has the texts of device 0",
     )
     expect(
         met != [[0, 1, 2]] * 3,
-        "these are the owners in the order of their numbers: write down what each device met, round by round",
+        "these are the owners in the order of their numbers: record whose texts each device met, round by "
+        "round",
     )
     expect(met == expected, f"the owners are {met}, expected {expected}")
     right("every device met every text, and the loss is that of the whole batch.")
@@ -223,8 +224,8 @@ def sigmoid_of_equals(answer: Callable[[Tensor, list[str]], Tensor]) -> None:
             -F.logsigmoid(torch.where(diagonal, logits, -logits)).sum() / n
         ),
         "equal captions off the diagonal are left out: that is another way to avoid wrong labels, but here "
-        "they shall count as right": terms[diagonal | ~equal].sum() / n,
-        "only the right pairs are in the sum: the wrong ones have the term logsigmoid(-logit)": (
+        "they should count as right": terms[diagonal | ~equal].sum() / n,
+        "only the right pairs are in the sum: the wrong ones add the term logsigmoid(-logit)": (
             terms[equal].sum() / n
         ),
         "wrong pairs have the sign 0, which makes their term a constant: give them -1": (

@@ -1,4 +1,4 @@
-"""Checks of 07_training: labels, the packed mask, learning rates and their groups, gradients in parts."""
+"""Checks for 07_training: labels, the packed mask, learning rates and their groups, gradients in parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKED_TYPES = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 
 
 
 class solutions:
-    """The answers that the notebook goes on with."""
+    """The solutions that the notebook continues with."""
 
     @staticmethod
     def make_labels(input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class solutions:
 
     @staticmethod
     def rate_factor(step: int, steps: int, warmup: int) -> float:
-        """The share of the highest learning rate at a step, counted from 0."""
+        """The fraction of the peak learning rate at a step, counted from 0."""
         return min(1.0, (step + 1) / warmup) * (1.0 - step / steps)
 
     @staticmethod
@@ -84,25 +84,25 @@ def make_labels(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
     )
     expect(
         not same(result, IDS * TYPES),
-        "the prompt is labeled 0, which is a word of the vocabulary: use -100, which F.cross_entropy skips",
+        "the prompt is labeled 0, which is a word of the vocabulary: use -100, which F.cross_entropy ignores",
     )
     expect(
         not same(result, IDS)
         and not same(result, IDS.masked_fill(IDS == 7, -100))
         and not same(result, IDS.masked_fill((IDS == 7) | (IDS == 0), -100)),
-        "the prompt has labels: nobody asks the model to predict it, so -100 stands wherever the type is 0",
+        "the prompt has labels: the model is not asked to predict it, so use -100 wherever the type is 0",
     )
     moved = F.pad(reference[:, 1:], (0, 1), value=-100)
     expect(
         not same(result, moved) and not same(result, reference.roll(-1, dims=1)),
-        "your labels are moved by one: a label stands beside its own token, and the loss does the shift",
+        "your labels are shifted by one: a label sits at its own token, and the loss does the shift",
     )
     expect(
         not same(result, reference.masked_fill(IDS == 1, -100)),
         "<eos> has no label: it belongs to the answer, and without it the model never learns to stop",
     )
     expect_tensor(result, reference, "labels")
-    expect(result.dtype == torch.long, f"labels have dtype {result.dtype}: ids are whole numbers, torch.long")
+    expect(result.dtype == torch.long, f"labels have dtype {result.dtype}: ids are integers, torch.long")
     right("only the answer has labels, and <eos> is a part of it.")
 
 
@@ -131,12 +131,12 @@ def packed_mask(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     )
     expect(
         not alike(image | own),
-        "the tokens of an answer see each other in both directions, and with that their own labels: among "
-        "answers, only the past may be seen",
+        "the tokens of an answer see each other in both directions, and so their own labels: within an "
+        "answer, only the past may be seen",
     )
     expect(
         not alike(image | (own & past)),
-        "the tokens of a prompt see only their past: within a question, a prompt is seen by everyone",
+        "the tokens of a prompt see only their past: within a question, every token sees the prompt",
     )
     expect(
         not alike(reference.mT),
@@ -151,12 +151,13 @@ def packed_mask(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     )
     expect(
         not bool((result & ~keys)[real].any()),
-        "real tokens see padding: it has block -1, so comparing blocks hides it, if nothing opens it again",
+        "real tokens see padding: it has block -1, so comparing blocks hides it, unless something else "
+        "lets it through",
     )
     from_image = (BLOCKS == 0)[:, :, None] & ~image
     expect(
         not bool((result & from_image).any()),
-        "the picture sees a question: what it makes of one would be seen by all the others",
+        "the picture sees a question: what it takes from one would be seen by all the others",
     )
     expect_tensor(result[real], reference[real], "the mask at the rows of real tokens")
     right("every question sees the picture and itself, as if it stood in the row alone.")
@@ -223,7 +224,7 @@ def rate_groups(answer: Callable[[nn.Module, float, float], list[dict[str, Any]]
         for parameter in group["params"]:
             expect(
                 isinstance(parameter, nn.Parameter) and id(parameter) in names,
-                'the "params" of a group are the parameters themselves, and not their names or modules',
+                'the "params" of a group are the parameters themselves, not their names or modules',
             )
             name = names[id(parameter)]
             expect(name not in rates, f"{name} is in two groups: an optimizer would refuse that")
@@ -236,9 +237,10 @@ def rate_groups(answer: Callable[[nn.Module, float, float], list[dict[str, Any]]
     missing = [name for name in wanted if name not in rates]
     expect(
         not any("projector" in name for name in missing),
-        "the projector is in no group, and would stay as it is: all that is not the tower belongs together",
+        "the projector is in no group, and would not be trained: everything outside the tower belongs "
+        "together",
     )
-    expect(not missing, f"these parameters are in no group, and would stay as they are: {', '.join(missing)}")
+    expect(not missing, f"these parameters are in no group, and would not be trained: {', '.join(missing)}")
     of_tower = {rates[name] for name in wanted if name.startswith("vision_tower.")}
     of_others = {rates[name] for name in wanted if not name.startswith("vision_tower.")}
     expect(of_tower != {rate}, "the tower's rate is not lowered: it is rate * tower_factor")
@@ -293,11 +295,11 @@ def backward_in_parts(answer: Callable[..., float]) -> None:
     )
     expect(
         not same(found, gradient(counts)),
-        "each loss is multiplied by its number of tokens, but never divided by the number of all of them",
+        "each loss is multiplied by its number of tokens, but never divided by the total number",
     )
     expect(
         not same(found, gradient([0, 0, 0.5])) and not same(found, gradient([0, 0, 1])),
-        "only the last part has left a gradient: call backward for each, and zero_grad for none",
+        "only the last part has left a gradient: call backward for each, and never zero_grad",
     )
     expect_tensor(found, reference, "the gradient")
     total = float(result)

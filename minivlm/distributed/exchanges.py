@@ -49,7 +49,7 @@ def bidirectional(texts: Tensor, place: Place) -> Blocks:
     to_left = to_right = texts
     pairs, one_left = divmod(place.size - 1, 2)
     for step in range(1, pairs + 1):
-        to_right, to_left = _Both.apply(to_left, to_right, place)  # what came from the left goes on right
+        to_right, to_left = _Both.apply(to_left, to_right, place)  # sent to both, received from both
         yield (place.rank - step) % place.size, to_right
         yield (place.rank + step) % place.size, to_left
     if one_left:

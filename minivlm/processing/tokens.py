@@ -130,7 +130,7 @@ class Tokenizer:
         return [self.image_id] * image_seq_len + [self.bos_id] + self.encode(prefix + "\n")
 
     def encode_suffix(self, suffix: str) -> list[int]:
-        """The second segment (token type 1): the answer and `<eos>`, which training teaches to write."""
+        """The second segment (token type 1): the answer and `<eos>`, the targets of training."""
         return [*self.encode(suffix), self.eos_id]
 
 

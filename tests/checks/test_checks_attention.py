@@ -20,7 +20,7 @@ def heads_of(
     merge: Answer,
     scale: Callable[[int, int], float] = lambda width, head_width: head_width**-0.5,
 ) -> Answer:
-    """Multi-head attention with its three places for mistakes: cutting, scaling, putting together."""
+    """Multi-head attention with its three places for mistakes: splitting, scaling, merging."""
 
     def answer(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
         width = q.shape[-1]
@@ -87,7 +87,7 @@ def in_the_sequence(grid: int, radius: int) -> Tensor:
 
 
 WINDOWS: list[tuple[Answer, str]] = [
-    (windowed(lambda row, column, r: (row > r) | (column > r)), "upside down"),
+    (windowed(lambda row, column, r: (row > r) | (column > r)), "inverted"),
     (in_the_sequence, "neighbors in the sequence"),
     (windowed(lambda row, column, r: (row < r) & (column < r)), "<="),
     (windowed(lambda row, column, r: (row <= r) | (column <= r)), "cross"),
@@ -134,10 +134,10 @@ NORMS: list[tuple[Answer, str]] = [
     (norm_with(lambda x, c, eps: c / variance(c).sqrt()), "eps is missing"),
     (norm_with(lambda x, c, eps: x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()), "RMSNorm"),
     (lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], eps=eps), "weight and bias"),
-    (norm_over((0,)), "last axis only"),
-    (norm_over((0, 1, 2)), "last axis only"),
-    (norm_over((-2,)), "last axis only"),
-    (norm_over((-2, -1)), "last axis only"),
+    (norm_over((0,)), "only the last axis"),
+    (norm_over((0, 1, 2)), "only the last axis"),
+    (norm_over((-2,)), "only the last axis"),
+    (norm_over((-2, -1)), "only the last axis"),
     (lambda x, weight, bias, eps: x.view(-1, 7), "RuntimeError"),
 ]
 

@@ -41,7 +41,7 @@ def _naive_softmax(logits: Tensor) -> Tensor:
 
 ROWS: list[tuple[Answer, str]] = [
     (lambda logits: _rows(logits.T).mean(), "down the columns"),
-    (lambda logits: (_rows(logits).mean() + _rows(logits.T).mean()) / 2, "the rows alone"),
+    (lambda logits: (_rows(logits).mean() + _rows(logits.T).mean()) / 2, "only the rows"),
     (lambda logits: _rows(logits).sum(), "grows with the batch"),
     (lambda logits: _rows(logits).sum() / logits.numel(), "one per row"),
     (lambda logits: -_rows(logits).mean(), "sign"),
@@ -106,7 +106,7 @@ BLOCKS: list[tuple[Answer, str]] = [
     (lambda blocks: _streamed(blocks, rescale=False), "multiply it by"),
     (lambda blocks: sum(block.logsumexp(dim=1) for block in blocks), "their logarithms do not"),
     (lambda blocks: [block.logsumexp(dim=1) for block in blocks][-1], "last block alone"),
-    (lambda blocks: _streamed(blocks, again=False), "add the largest number again"),
+    (lambda blocks: _streamed(blocks, again=False), "add the largest number back"),
     (lambda blocks: _joined(blocks).max(dim=1).values, "largest number of each row, not"),
     (lambda blocks: _joined(blocks).exp().sum(dim=1), "logarithm is missing"),
     (lambda blocks: _joined(blocks).logsumexp(dim=0), "one number per column"),
@@ -157,7 +157,7 @@ ZERO_SHOTS: list[tuple[Answer, str]] = [
     (lambda images, prompts: similarity(images, l2_normalize(prompts).mean(1)).argmax(0), "best picture"),
     (
         lambda images, prompts: similarity(images, l2_normalize(prompts).mean(1)).amax(1),
-        "number of the class",
+        "index of the class",
     ),
     (lambda images, prompts: similarity(images, prompts[:, 0]).argmax(1), "off by"),
 ]
@@ -170,7 +170,7 @@ def test_zero_shot_names_the_mistake(answer: Answer, hint: str) -> None:
 
 
 def test_zero_shot_accepts_unnormalized_pictures() -> None:
-    """The length of a picture's vector does not change which class is the most similar."""
+    """The length of a picture's vector does not change which class is most similar."""
 
     def answer(images: Tensor, prompts: Tensor) -> Tensor:
         return (images @ l2_normalize(l2_normalize(prompts).mean(dim=1)).T).argmax(dim=1)

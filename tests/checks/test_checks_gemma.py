@@ -49,7 +49,7 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     ],
     "half_split_rows": [
         ("old order", lambda w, d: w),
-        ("the way back", lambda w, d: w.unflatten(0, (-1, 2, d // 2)).transpose(1, 2).reshape(w.shape)),
+        ("the inverse", lambda w, d: w.unflatten(0, (-1, 2, d // 2)).transpose(1, 2).reshape(w.shape)),
         ("all rows at once", lambda w, d: torch.cat([w[0::2], w[1::2]])),
         (
             "the columns",
@@ -68,7 +68,7 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ),
         ("one layer", lambda c, n, b=2: 2 * c.num_key_value_heads * c.head_dim * n * b),
         (
-            "number of its own",
+            "set separately",
             lambda c, n, b=2: (
                 2
                 * c.num_hidden_layers
@@ -90,7 +90,7 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("reach p = 0.75 exactly", lambda q, p: scattered(q, lambda o: o.cumsum(0) - o <= p)),
         ("return booleans", lambda q, p: gemma.solutions.nucleus(q, p).float()),
         ("a tensor of booleans", lambda q, p: gemma.solutions.nucleus(q, p).tolist()),
-        ("one boolean for each token", lambda q, p: gemma.solutions.nucleus(q, p)[:2]),
+        ("one boolean per token", lambda q, p: gemma.solutions.nucleus(q, p)[:2]),
         ("the best token alone", lambda q, p: gemma.solutions.nucleus(q, max(p, 0.6))),
     ],
 }

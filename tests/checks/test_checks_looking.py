@@ -40,8 +40,8 @@ def weighted(weights: Tensor) -> Tensor:
         (distance_with(on_a_line), "a new row begins between them"),
         (distance_with(city_blocks), "Pythagoras"),
         (distance_with(lambda n: measures.patch_distances(n).square()), "squared"),
-        (lambda w: weighted(w).sum(dim=(0, 2, 3)), "mean over them"),
-        (lambda w: weighted(w).mean(dim=(0, 2, 3)), "shares already"),
+        (lambda w: weighted(w).sum(dim=(0, 2, 3)), "average over them"),
+        (lambda w: weighted(w).mean(dim=(0, 2, 3)), "already sum to 1"),
         (lambda w: weighted(w).sum(dim=-1).mean(), "each head"),
         (lambda w: weighted(w).sum(dim=-1).mean(dim=0), "has shape"),
         (distance_with(lambda n: measures.patch_distances(9)), "stops with RuntimeError"),
@@ -97,8 +97,8 @@ def half(weights: Tensor) -> Tensor:
         (rolled(half, lambda later, earlier: earlier @ later), "wrong order"),
         (rolled(lambda w: w.mean(dim=1)), "residual path"),
         (rolled(lambda w: w.mean(dim=1) + torch.eye(4)), "sum to 8"),
-        (rolled(half, torch.mul), "number by number"),
-        (rolled(lambda w: 0.5 * w + 0.5 * torch.eye(4)), "axis of heads"),
+        (rolled(half, torch.mul), "element by element"),
+        (rolled(lambda w: 0.5 * w + 0.5 * torch.eye(4)), "head axis"),
     ],
 )
 def test_attention_rollout(answer: Callable[[Sequence[Tensor]], Tensor], hint: str) -> None:
@@ -123,7 +123,7 @@ def cosine(tokens: Tensor, table: Tensor) -> Tensor:
     [
         (top(lambda tokens, table: tokens @ table.T), "dot product"),
         (top(torch.cdist, largest=False), "by distance"),
-        (top(cosine, largest=False), "point away"),
+        (top(cosine, largest=False), "point the other way"),
         (top(lambda tokens, table: tokens @ F.normalize(table, dim=1).T), "larger than 1"),
         (lambda tokens, table, k=1: top(cosine)(tokens, table, k)[::-1], "swapped"),
         (lambda tokens, table, k=1: top(cosine)(tokens, table, k)[1], "two tensors"),

@@ -106,7 +106,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_says_that_an_exercise_is_blank(name: str) -> None:
-    with pytest.raises(NotYet, match=r"still blank: replace the line that raises by your own$"):
+    with pytest.raises(NotYet, match=r"still blank: replace the line that raises with your own$"):
         getattr(checks.merging, name)(blank)
 
 

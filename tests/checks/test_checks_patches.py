@@ -68,7 +68,7 @@ PICTURES: list[tuple[Answer, str]] = [
     (_flipped_patches, "diagonal"),
     (_channel_inside, "red numbers first"),
     (lambda x, r, c: patches.solutions.unpatchify(x, r, c).permute(0, 2, 3, 1), "channels are last"),
-    (lambda x, r, c: patches.solutions.unpatchify(x, r, c).mT, "exchanged"),
+    (lambda x, r, c: patches.solutions.unpatchify(x, r, c).mT, "swapped"),
     (lambda x, r, c: patches.solutions.unpatchify(x, r, c)[0], "shape"),
     (lambda x, r, c: x.reshape(7, 7), "stops with RuntimeError"),
 ]
@@ -124,7 +124,7 @@ def _exchanged(table: Tensor, side: int) -> Tensor:
 TABLES: list[tuple[Answer, str]] = [
     (lambda t, s: F.interpolate(t.T[None], size=s * s, mode="linear")[0].T, "along the sequence"),
     (_without_transpose, "without a transpose"),
-    (_exchanged, "exchanged"),
+    (_exchanged, "swapped"),
     (lambda t, s: _resize(t, s, "nearest"), "nearest"),
     (lambda t, s: _resize(t, s, "bicubic"), "bicubic"),
     (lambda t, s: _resize(t, s, align_corners=True), "align_corners"),

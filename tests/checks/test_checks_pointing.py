@@ -65,7 +65,7 @@ def iou_with(cut: bool = True, one: float = 0.0, guard: bool = True) -> Callable
 
 
 def cut_late(a: Edges, b: Edges) -> float:
-    """Only one of the two overlaps is cut at 0."""
+    """Only one of the two overlaps is clamped at 0."""
     across = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     down = min(a[3], b[3]) - max(a[1], b[1])
     either = area(a) + area(b) - across * down
@@ -159,9 +159,9 @@ def exchanged_size(values: np.ndarray, box: Edges, width: int, height: int) -> n
 paste = checks.pointing.solutions.paste_mask
 
 WRONG: list[tuple[str, Callable[..., Any], str]] = [
-    ("tokens_to_box", read_as("x0 y0 x1 y1"), "mirrored on the diagonal"),
+    ("tokens_to_box", read_as("x0 y0 x1 y1"), "mirrored about the diagonal"),
     ("tokens_to_box", returned_yx, "return x0, y0, x1, y1"),
-    ("tokens_to_box", read_as("y0 x0 y1 x1", swap=True), "width and height are exchanged"),
+    ("tokens_to_box", read_as("y0 x0 y1 x1", swap=True), "width and height are swapped"),
     ("tokens_to_box", read_as("y0 x0 y1 x1", steps=1024), "divide by 1024"),
     ("tokens_to_box", read_as("y0 x0 y1 x1", pixels=False), "shares of the picture"),
     ("tokens_to_box", read_as("y0 x0 y1 x1", steps=1, pixels=False), "numbers of the words"),
@@ -175,10 +175,10 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("iou", iou_with(cut=False), "product of two negative"),
     ("iou", cut_late, "negative IoU"),
     ("iou", enclosing, "inside a box of area 100"),
-    ("iou", iou_with(guard=False), "divide by zero"),
+    ("iou", iou_with(guard=False), "division by zero"),
     ("iou", lambda a, b: 0.5, "not 0.5"),
     ("iou", lambda a, b: (a, b), "one number"),
-    ("precision_over_recalls", precision_with(best=False), "best precision at it or beyond"),
+    ("precision_over_recalls", precision_with(best=False), "best precision at that recall or beyond"),
     ("precision_over_recalls", precision_with(of="found"), "no recall beyond 2/3"),
     ("precision_over_recalls", reached_only, "no recall beyond 2/3"),
     ("precision_over_recalls", precision_with(recalls=11), "PASCAL VOC"),
@@ -198,23 +198,23 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("paste_mask", exchanged_size, "resize takes \\(width, height\\)"),
     ("paste_mask", lambda v, b, w, h: v, "drawing alone"),
     ("paste_mask", lambda v, b, w, h: paste(v, b, w, h).T, "rows first"),
-    ("paste_mask", lambda v, b, w, h: paste(v, b, w, h).astype(int), "mask of bools"),
+    ("paste_mask", lambda v, b, w, h: paste(v, b, w, h).astype(int), "should hold bools"),
     ("paste_mask", lambda v, b, w, h: paste(v, b, w, h)[:-1], "expected \\[50, 90\\]"),
     ("paste_mask", paste_with(threshold=0.5), "outline is at 0"),
     ("paste_mask", paste_with(early="float"), "compare with 0 first"),
     ("paste_mask", paste_with(early="bytes"), "compare with 0 first"),
     ("paste_mask", paste_with(early="float", threshold=0.5), "compare with 0 first"),
-    ("paste_mask", paste_with(how=Image.Resampling.NEAREST), "has steps"),
+    ("paste_mask", paste_with(how=Image.Resampling.NEAREST), "is jagged"),
     ("paste_mask", paste_with(place="yx"), "\\(y, x\\) instead of \\(x, y\\)"),
     ("paste_mask", paste_with(inside=False), "inside and outside"),
-    ("paste_mask", lambda v, b, w, h: ~paste(v, b, w, h), "outside of the box"),
-    ("paste_mask", paste_with(rounding=round), "pixels of 4500|outside of the box"),
+    ("paste_mask", lambda v, b, w, h: ~paste(v, b, w, h), "outside the box"),
+    ("paste_mask", paste_with(rounding=round), "of 4500 pixels|outside the box"),
 ]
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_says_that_an_exercise_is_blank(name: str) -> None:
-    with pytest.raises(NotYet, match=r"still blank: replace the line that raises by your own$"):
+    with pytest.raises(NotYet, match=r"still blank: replace the line that raises with your own$"):
         getattr(checks.pointing, name)(blank)
 
 

@@ -54,7 +54,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
         "y comes before x",
     ),
     ("box_to_bins", lambda b, w, h: bins(b, w, h, 1024), "1023, not 1024"),
-    ("box_to_bins", lambda b, w, h: bins(b, h, w), "exchanged"),
+    ("box_to_bins", lambda b, w, h: bins(b, h, w), "swapped"),
     ("box_to_bins", bins, "clip"),
 ]
 

@@ -29,7 +29,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("ask", ask_one_prompt, "every prompt"),
     ("sequence_length", lambda i, p, t: (i // p) ** 2 + t, "two tokens"),
     ("sequence_length", lambda i, p, t: (i // p) ** 2 + t + 1, "one of the two"),
-    ("sequence_length", lambda i, p, t: i // p + t + 2, "squared"),
+    ("sequence_length", lambda i, p, t: i // p + t + 2, "so square the number"),
     ("sequence_length", lambda i, p, t: (i / p) ** 2 + t + 2, "dropped"),
     (
         "to_pixels",

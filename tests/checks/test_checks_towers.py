@@ -23,10 +23,10 @@ ranks, ring, equals = (
 RANKS: list[tuple[Answer, str]] = [
     (lambda s: ranks(s) - 1, "count from 0"),
     (lambda s: 1 + (s >= s.diagonal()[:, None]).sum(1), "one too large"),
-    (lambda s: 1 + (s > s.diagonal()[:, None]).sum(1), "in favor of the model"),
+    (lambda s: 1 + (s > s.diagonal()[:, None]).sum(1), "in the model's favor"),
     (lambda s: ranks(s.T), "ranks of the pictures"),
-    (lambda s: s.argsort(dim=1, descending=True, stable=True).diagonal(), "which caption stands"),
-    (lambda s: s.argsort(dim=1, descending=True, stable=True)[:, 0], "which caption stands"),
+    (lambda s: s.argsort(dim=1, descending=True, stable=True).diagonal(), "which caption is at each place"),
+    (lambda s: s.argsort(dim=1, descending=True, stable=True)[:, 0], "which caption is at each place"),
     (lambda s: ranks(-s), "least similar"),
     (lambda s: ranks(s).float(), "whole numbers"),
 ]
@@ -77,7 +77,7 @@ def _turn(
     step: int = -1,
     own: Callable[[int, int, int], bool] = lambda device, owner, turn: device == owner,
 ) -> tuple[Tensor, list[list[int]]]:
-    """A ring with something wrong about it. Every device gets what the one `step` further had."""
+    """A ring with something wrong. Every device gets what the one `step` further had."""
     held = list(enumerate(texts))
     met: list[list[int]] = [[] for _ in images]
     total = torch.tensor(0.0)
@@ -112,7 +112,7 @@ def _changed(change: Callable[[Tensor, list[list[int]]], Any]) -> Answer:
 RINGS: list[tuple[Answer, str]] = [
     (_one_after_the_other, "at the same moment"),
     (lambda *args: _turn(*args, rounds=2), "own block counts as well"),
-    (lambda *args: _turn(*args, rounds=4), "at home again"),
+    (lambda *args: _turn(*args, rounds=4), "back home"),
     (lambda *args: _turn(*args, step=1), "to the left"),
     (lambda *args: _turn(*args, own=lambda device, owner, turn: True), "`own` is wrong"),
     (lambda images, texts, loss: ring([x[:1] for x in images], texts, loss), "whole block"),

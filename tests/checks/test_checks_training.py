@@ -101,9 +101,13 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("make_labels", lambda i, t: i.masked_fill_(t == 0, -100), "writes into the input_ids"),
     ("make_labels", lambda i, t: i.masked_fill(t == 1, -100), "other way around"),
     ("make_labels", lambda i, t: i * t, "a word of the vocabulary"),
-    ("make_labels", lambda i, t: i.clone(), "the prompt has labels: nobody asks"),
-    ("make_labels", lambda i, t: i.masked_fill(i == 7, -100), "the prompt has labels: nobody asks"),
-    ("make_labels", lambda i, t: labeled(i, t).roll(-1, dims=1), "moved by one"),
+    ("make_labels", lambda i, t: i.clone(), "the prompt has labels: the model is not asked"),
+    (
+        "make_labels",
+        lambda i, t: i.masked_fill(i == 7, -100),
+        "the prompt has labels: the model is not asked",
+    ),
+    ("make_labels", lambda i, t: labeled(i, t).roll(-1, dims=1), "shifted by one"),
     ("make_labels", lambda i, t: labeled(i, t).masked_fill(i == 1, -100), "never learns to stop"),
     ("make_labels", lambda i, t: labeled(i, t).float(), "torch.long"),
     ("make_labels", lambda i, t: labeled(i, t)[:, 1:], "shape"),
@@ -142,7 +146,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_says_that_an_exercise_is_blank(name: str) -> None:
-    with pytest.raises(NotYet, match=r"still blank: replace the line that raises by your own$"):
+    with pytest.raises(NotYet, match=r"still blank: replace the line that raises with your own$"):
         getattr(checks.training, name)(blank)
 
 

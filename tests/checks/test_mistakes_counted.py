@@ -2,7 +2,8 @@
 
 The wrong answers and what the checks say about them are in test_checks_*.py. Here they are counted: each is
 given to its check once more, and a hint counts if it names a mistake. "Your code stops with" and the message
-about a blank do not, since every check has them, and neither does what `expect_tensor` says of any tensor.
+about a blank do not count, since every check has them, and neither does what `expect_tensor` says about any
+tensor.
 """
 
 from __future__ import annotations

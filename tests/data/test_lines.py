@@ -90,7 +90,7 @@ def test_good_lines(read: Callable[..., list[Sample]], folder: Path) -> None:
         b'\xef\xbb\xbf{"image": "a.png", "prefix": "p", "suffix": "s"}\n',  # a BOM
         b'\r\n\n{"image": "a.png", "prefix": "p", "suffix": "s"}\r\n\r\n   \n\n',
         b'  {"image": "a.png", "prefix": "p", "suffix": "s"}  ',
-        '\n{"image": "a.png", "prefix": "p", "suffix": "s\u2028\x85"}'.encode(),  # no ends of a JSON line
+        '\n{"image": "a.png", "prefix": "p", "suffix": "s\u2028\x85"}'.encode(),  # not line ends in JSON
     ],
 )
 def test_blank_lines_and_a_bom(content: bytes, read: Callable[..., list[Sample]]) -> None:

@@ -1,5 +1,4 @@
-"""Augmentations change what they claim to and nothing else: things stay in place, and what is true stays
-true."""
+"""Augmentations change what they claim to and nothing else: things stay in place, the truth stays true."""
 
 from __future__ import annotations
 
