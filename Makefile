@@ -23,7 +23,7 @@ NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbva
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-browser lab notebooks workshop doctor wheelhouse book wheel clean
+.PHONY: help demo test lint unit nbval test-browser lab notebooks workshop doctor wheelhouse book wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,13 +31,21 @@ help: ## show this list
 demo: $(READY) ## answer questions about pictures with the shipped model
 	$(BIN)/minivlm demo
 
-test: $(DEV) ## check style, types and spelling, build the book, then run every test
+test: $(DEV) ## run lint, unit and nbval; all three, also where one of them fails
+	@failed=; for part in lint unit nbval; do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+	if [ -n "$$failed" ]; then echo "make test: failed in:$$failed" >&2; exit 1; fi
+
+lint: $(DEV) ## check style, types and spelling
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m codespell_lib
+
+unit: $(DEV) ## build the book, then run the tests
 	$(BIN)/python docs/book/build.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+nbval: $(DEV) ## run every notebook and compare what comes out with what is stored
 	$(NBVAL) notebooks/
 
 # BROWSER_ARGS="-m 'not slow'" leaves out the notebooks that take longest.

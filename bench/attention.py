@@ -1,4 +1,4 @@
-"""Times the three forms of attention in minivlm/layers.py, plain, in blocks and fused, in turns.
+"""Times the three forms of attention in minivlm/attention.py, plain, in blocks and fused, in turns.
 
 Run: OMP_NUM_THREADS=1 python bench/attention.py | tee bench/results/attention.txt
 

@@ -42,8 +42,7 @@ from matplotlib.figure import Figure
 from minivlm.checkpoints.hub import read_config
 from minivlm.models.paligemma import PaliGemmaConfig
 from minivlm.models.sizes import decode_bytes, image_operations, prefill_operations
-from minivlm.speed.one_row import at_the_speed_of_memory
-from minivlm.speed.packing import can_pack
+from minivlm.speed.one_row import linear, onednn_has_bf16
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -95,9 +94,9 @@ def ceilings(threads: int, device: str) -> tuple[float, float]:
 
     # A product of one row reads at least as fast as a sum does, on the machines tried.
     table = numbers.view(torch.bfloat16).view(-1, 2048)
-    with at_the_speed_of_memory(torch.ones(1)):
-        row = torch.ones(1, 2048, dtype=torch.bfloat16, device=device)
-        best = min(seconds(numbers.sum), seconds(lambda: torch.nn.functional.linear(row, table)))
+    row = torch.ones(1, 2048, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        best = min(seconds(numbers.sum), seconds(lambda: linear(row, table)))
     return numbers.nbytes / best, 2 * 4096**3 / seconds(lambda: a @ a)
 
 
@@ -159,7 +158,8 @@ def limits(folder: Path, results: Rounds, bandwidth: float, operations: float) -
     picture = image_operations(config)
     ours = picture + prefill_operations(config, prompt)
     # transformers leaves nothing out of the last layer
-    work = {OURS: ours, PACKED: ours, PEER: picture + prefill_operations(config, prompt, wanted=prompt)}
+    peers = picture + prefill_operations(config, prompt, last_mlp_tokens=prompt)
+    work = {OURS: ours, PACKED: ours, PEER: peers}
     yield (
         f"A token must read {needed / 1e9:.2f} GB; the prompt takes {ours / 1e12:.2f} * 10^12 operations "
         f"({PEER}: {work[PEER] / 1e12:.2f}).\n"
@@ -267,7 +267,7 @@ def main() -> None:
         f"{transformers.__version__}, {platform.system()}"
     )
     say("Numbers: median (least to most) over rounds; ratio = transformers / this side in the same round\n")
-    packed = [PACKED] if options.device == "cpu" and can_pack() else []
+    packed = [PACKED] if options.device == "cpu" and onednn_has_bf16() else []
     ours = [OURS, *packed, "minivlm compiled", "minivlm int8", "minivlm int8 compiled"]
     peers = [PEER] + (["transformers static"] if options.device == "cuda" else [])
     with tempfile.TemporaryDirectory() as scratch:

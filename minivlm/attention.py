@@ -1,8 +1,8 @@
 """Attention: where queries meet keys.
 
-`attend` is the one place for it. It has a plain form that can be read, the same in blocks for long rows, and
-a fused form (`scaled_dot_product_attention`); tests prove them equal. The mask is always explicit: a boolean
-tensor, True = may look, or None when everything may.
+All attention goes through `attend`. It has a plain form that is easy to read, the same in blocks for long
+rows, and a fused form (`scaled_dot_product_attention`); tests show that they are equal. The mask is always
+explicit: a boolean tensor, True = may look, or None if everything may.
 
 Shape comments in the whole package use one legend: B batch, N image tokens, T text tokens (or queries),
 S all tokens (or keys), D width, H heads, K key/value heads, Dh head width, P patch side, C channels,
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 2**21  # scores held at a time by `attend_in_blocks`: 8 MiB in fp32
+SCORES_PER_BLOCK = 2**21  # held at a time by `attend_in_blocks`: 8 MiB in fp32
 
 
 _recorded: ContextVar[list[Tensor] | None] = ContextVar("recorded", default=None)
@@ -51,9 +51,9 @@ def attend(
         q: [B, H, T, Dh].
         k, v: [B, K, S, Dh]; each of the K heads serves H / K query heads.
         mask: broadcastable to [B, 1, T, S], boolean (True = may look) or in its `additive` form, which
-            saves time where one mask serves many layers. Every query must see at least one key.
+            saves time if many layers share one mask. Every query must see at least one key.
         scale: usually Dh ** -0.5.
-        softcap: bound the scores smoothly to +-softcap (Gemma 2), before the mask.
+        softcap: limit the scores smoothly to +-softcap (Gemma 2), before the mask.
 
     Returns:
         [B, H, T, Dh].
@@ -63,8 +63,8 @@ def attend(
         weights = attention_weights(q, k, mask, scale, softcap)
         maps.append(weights.detach())
         return weighted_sum(weights, v)
-    # Which form runs is decided here and nowhere else, by measurement (bench/attention.py): on a CPU the
-    # plain form is the faster one with gradients, and in bf16 where there are many queries.
+    # The form is chosen here and nowhere else, based on measurements (bench/attention.py): on a CPU, the
+    # plain form is faster with gradients, and in bf16 with many queries.
     on_cpu, needs_gradient = q.device.type == "cpu", torch.is_grad_enabled() and q.requires_grad
     if on_cpu and needs_gradient:
         return attend_plain(q, k, v, mask, scale, softcap)
@@ -79,7 +79,7 @@ def attention_weights(
     """Where each query looks: [B, H, T, S], every row sums to 1."""
     B, H, T, Dh = q.shape
     K, S = k.shape[1], k.shape[2]
-    # The H / K queries of a group share their keys: as one tall matrix, nothing has to be copied.
+    # The H / K query heads of a group share their keys: stacked as one tall matrix, no key is copied.
     scores = (q * scale).reshape(B, K, H // K * T, Dh) @ k.mT
     scores = scores.view(B, H, T, S)
     if softcap is not None:
@@ -90,12 +90,12 @@ def attention_weights(
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same mask as numbers to add to the scores: 0 where a query may look, else the lowest number."""
+    """The mask as numbers to add to the scores: 0 where a query may look, otherwise the lowest number."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
-    """The mean of the values under the weights: [B, H, T, S], [B, K, S, Dh] -> [B, H, T, Dh]."""
+    """The mean of the values with these weights: [B, H, T, S], [B, K, S, Dh] -> [B, H, T, Dh]."""
     B, H, T, S = weights.shape
     K, Dh = v.shape[1], v.shape[3]
     return (weights.reshape(B, K, H // K * T, S) @ v).view(B, H, T, Dh)
@@ -104,33 +104,33 @@ def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
 def attend_plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """`attend` as its formula says. Arguments and result as there."""
+    """The plain formula of `attend`. Same arguments and result."""
     return weighted_sum(attention_weights(q, k, mask, scale, softcap), v)
 
 
 def attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """`attend_plain`, some rows of the batch, some heads or some queries at a time.
+    """`attend_plain` on a few rows of the batch, heads or queries at a time.
 
     The scores of a long row would fill gigabytes (4,096 image tokens: 16 heads * 4096 * 4096). A block of
-    them fits into the processor's cache, and is gone before the next one comes.
+    them fits in the processor's cache, and is freed before the next one is computed.
     """
     B, H, T, _ = q.shape
     K, S = k.shape[1], k.shape[2]
-    if B * H * T * S <= BLOCK:
+    if B * H * T * S <= SCORES_PER_BLOCK:
         return attend_plain(q, k, v, mask, scale, softcap)
-    group = H // K  # queries that share a key
-    rows_at_once = max(1, BLOCK // (H * T * S))
-    heads = min(K, max(1, BLOCK // (group * T * S)))
-    queries = max(1, BLOCK // (heads * group * S))
+    group = H // K  # query heads that share keys
+    rows_at_once = max(1, SCORES_PER_BLOCK // (H * T * S))
+    heads = min(K, max(1, SCORES_PER_BLOCK // (group * T * S)))
+    queries = max(1, SCORES_PER_BLOCK // (heads * group * S))
     mask = None if mask is None else mask.expand(B, 1, T, S)
     out = torch.empty_like(q)
     for row, head, start in product(range(0, B, rows_at_once), range(0, K, heads), range(0, T, queries)):
         rows, keys = slice(row, row + rows_at_once), slice(head, head + heads)
-        some = (rows, slice(head * group, (head + heads) * group), slice(start, start + queries))
+        part = (rows, slice(head * group, (head + heads) * group), slice(start, start + queries))
         seen = None if mask is None else mask[rows, :, start : start + queries]
-        out[some] = attend_plain(q[some], k[rows, keys], v[rows, keys], seen, scale, softcap)
+        out[part] = attend_plain(q[part], k[rows, keys], v[rows, keys], seen, scale, softcap)
     return out
 
 
@@ -138,7 +138,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
     """`attend` through PyTorch's fused kernel, which never holds the whole [T, S] matrix of scores."""
     B, H, T, Dh = q.shape
     K = k.shape[1]
-    if T == 1:  # the queries of a group stand in the place of T, and no key is copied for them
+    if T == 1:  # a group's query heads take the place of T, so that no key is copied for them
         q = q.view(B, K, H // K, Dh)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != K)
     return out.reshape(B, H, T, Dh)
@@ -147,9 +147,9 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
 class Attention(nn.Module):
     """Multi-head attention with grouped queries (https://arxiv.org/abs/2305.13245).
 
-    K = H is ordinary multi-head attention, K = 1 multi-query attention. What depends on the model comes
-    in as functions: `rotary` turns queries and keys, `update_cache` stores keys and values and gives back
-    all of them.
+    K = H is ordinary multi-head attention, K = 1 multi-query attention. What depends on the model is passed
+    as functions: `rotary` rotates queries and keys, `update_cache` stores keys and values and returns all of
+    them.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""The key/value cache: what attention needs to remember of the tokens that are already read.
+"""The key/value cache: what attention needs to remember about the tokens read so far.
 
-Decoding one token needs the keys and values of all earlier tokens, and these never change: so they are
-computed once and kept. The memory is allocated ahead and written by index. Growing it with `torch.cat`
-would copy everything at every token.
+Decoding one token needs the keys and values of all earlier tokens. These never change, so they are computed
+once and kept. Memory is allocated ahead and written by index; growing it with `torch.cat` would copy
+everything for every token.
 
-A slot is a position: token number p of a row lies in slot p, and padding is never written. A left-padded, a
-right-padded and an unpadded row therefore leave the same cache behind, and rows may differ in length.
+A slot is a position: token number p of a row is in slot p, and padding is never written. So a left-padded, a
+right-padded and an unpadded row leave the same cache, and rows may differ in length.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class KVCache:
 
     Args:
         num_layers, batch_size, num_key_value_heads, head_dim: the shape of what is kept.
-        dtype, device: as the model computes.
-        step: slots are allocated in multiples of this number; each time at least twice as many as before, so
-            that all the copying together stays linear in the number of tokens.
+        dtype, device: those of the model.
+        step: slots are allocated in multiples of this number and at least doubled each time, so that the
+            total cost of copying stays linear in the number of tokens.
 
     Use: `position_ids = cache.reserve(attention_mask)` once per forward pass, then
     `keys, values = cache.write(layer, keys, values)` in every layer.
@@ -52,14 +52,14 @@ class KVCache:
         return self.keys[0].shape[2]
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
-        """Make room for the real tokens of a new piece of input and number them.
+        """Reserve slots for the real tokens of new input, and number them.
 
         Args:
             attention_mask: [B, T], 1 for a token, 0 for padding (a finished row is all padding).
 
         Returns:
-            position_ids [B, T]. Padding gets the position before it (at least 0): harmless, since it is
-            never written and its output is never read.
+            position_ids [B, T]. Padding gets the position of the token before it (at least 0), which is
+            harmless: it is never written and its output is never read.
         """
         mask = attention_mask.bool()
         counts = mask.cumsum(dim=1)
@@ -77,8 +77,8 @@ class KVCache:
         """Store keys and values [B, K, T, Dh] of the reserved tokens.
 
         Returns:
-            All keys and values so far, [B, K, S, Dh], as views. Slots beyond a row's length hold
-            leftovers: mask them with `key_is_real`.
+            All keys and values so far, [B, K, S, Dh], as views. Slots beyond a row's length hold stale
+            values: mask them with `key_is_real`.
         """
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
             store[self._rows, :, self._slots] = new[self._rows, :, self._columns]
@@ -95,7 +95,7 @@ class KVCache:
         return self.key_positions < self.lengths[:, None]
 
     def reset(self) -> None:
-        """Forget every token and keep the memory."""
+        """Forget all tokens, but keep the memory."""
         self.lengths = torch.zeros_like(self.lengths)
         self._used = 0
 

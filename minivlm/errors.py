@@ -1,10 +1,11 @@
-"""The one exception that is the user's to fix.
+"""The one exception that a user can fix.
 
-Everything that can go wrong with a picture, a prompt or a folder given from outside is raised as an
-`InputError`: one line that says what was wrong, what was expected and what to do. It is a `ValueError`, so
-that library users need not know it; the command line prints it without a traceback and exits with 2.
+Whatever is wrong with a picture, a prompt or a folder that a user supplies is raised as an `InputError`: one
+line that says what was wrong, what was expected and what to do. It is a `ValueError`, so library users need
+not know it; the command line prints it without a traceback and exits with status 2.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ class InputError(ValueError):
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Around the imports of packages that belong to an extra of pyproject.toml.
+    """Wrap imports of packages that belong to an extra in pyproject.toml.
 
     Raises InputError: one of them is not installed.
     """
@@ -23,6 +24,6 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{error.name} is not installed, which the extra [{name}] brings: "
-            f"python -m pip install 'minivlm[{name}]'"
+            f"{error.name} is not installed, but comes with the extra [{name}]: "
+            f"{sys.executable} -m pip install 'minivlm[{name}]'"
         ) from error

@@ -1,8 +1,8 @@
-"""Writing a file so that it is either the old one or the new one, never half of each.
+"""Write a file so that it is either the old one or the new one, never a mixture.
 
-The new content goes into a file beside the old one, is forced to the disk, and then takes the old one's
-name in one step, which the file system does completely or not at all. A full disk, a crash or a power cut
-in the middle therefore leaves the old file as it was.
+The new content is written to a file next to the old one and flushed to disk. Then it replaces the old one in
+a single step, which the file system does completely or not at all. So a full disk, a crash or a power cut in
+the middle leaves the old file as it was.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from minivlm.errors import InputError
 
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; at the end of the block it becomes `path`.
+    """Yield a temporary path to write to; at the end of the block it becomes `path`.
 
     >>> with write_aside(folder / "config.json") as temporary:
     ...     temporary.write_text(text)
 
-    Missing folders are made. When the block raises, `path` is untouched and the temporary file is removed.
-    A file that someone has open or memory-mapped stays whole for them: they keep the old one.
+    Missing folders are created. If the block raises, `path` is untouched and the temporary file is removed.
+    Whoever has the old file open or memory-mapped keeps it, complete.
 
     Raises:
         InputError: the file cannot be written (disk full, no permission, not a folder).
@@ -35,7 +35,7 @@ def write_aside(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # as files are usually made here; safetensors makes private ones
+        mode = temporary.stat().st_mode  # of an ordinary new file; safetensors creates private ones
         yield temporary
         temporary.chmod(mode)
         _flush(temporary)
@@ -48,14 +48,14 @@ def write_aside(path: Path) -> Iterator[Path]:
             "permissions, or choose another folder"
         ) from error
     finally:
-        with suppress(OSError):  # gone, or never made
+        with suppress(OSError):  # already renamed, or never created
             temporary.unlink()
 
 
 def _flush(path: Path) -> None:
-    """Wait until the disk has what was written to a file, or which names a folder holds."""
+    """Wait until the content of a file, or a folder's list of names, is on disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

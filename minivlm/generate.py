@@ -1,12 +1,12 @@
 """From logits to an answer: prefill once, then one token at a time.
 
-The model is asked for two things only (`Decodable`): read the whole prompt and give the last hidden state
-with a filled cache, and read one more token per row. The picture is therefore encoded once per answer, and
-logits exist for one position at a time: [B, V], never [B, S, V].
+The model has to do only two things (`Decodable`): read the whole prompt and return the last hidden state with
+a filled cache, and read one more token per row. So the picture is encoded once per answer, and logits exist
+for one position at a time: [B, V], never [B, S, V].
 
-A row that has produced an end-of-sequence token is finished: it is fed as padding, which the cache does not
-store, until the last row is done. Rows never influence each other, so that a row of a padded batch gives
-the same answer as the row alone.
+A row that has produced an end-of-sequence token is finished: it gets padding, which the cache does not store,
+until the last row is done. Rows never influence each other, so a row of a padded batch gives the same answer
+as the row alone.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from minivlm.errors import InputError
 
 
 class Decodable(Protocol):
-    """What a model must offer to be generated from."""
+    """What a model must provide for generation."""
 
     def prefill(self, *args: Any, **kwargs: Any) -> tuple[Tensor, KVCache]:
-        """Read the prompt: input_ids, attention_mask, and what else the model takes.
+        """Read the prompt: input_ids, attention_mask, and whatever else the model takes.
 
         Returns the hidden state [B, D] of each row's last real token, and the cache.
         """
         ...
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
-        """Read one token [B] of each row where `unfinished` [B] is true. Returns hidden states [B, D]."""
+        """Read one token [B] per row where `unfinished` [B] is true. Returns hidden states [B, D]."""
         ...
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states [B, D] to scores [B, V]."""
+        """Hidden states [B, D] -> scores [B, V]."""
         ...
 
 
@@ -62,15 +62,15 @@ def stream(
         input_ids, attention_mask: [B, T], padded on either side.
         max_new_tokens: stop after this many tokens, whether or not every row has ended.
         eos_token_id: ends a row; afterwards the row yields `pad_token_id`.
-        max_length: the model's context; prompt and answer must fit.
+        max_length: the model's context length; prompt and answer must fit in it.
         temperature: 0 takes the most probable token; above 0 samples from softmax(logits / temperature).
-        top_k, top_p: restrict sampling to the k best tokens, to the smallest set of probability p.
-        seed: makes sampling repeatable. Each row has its own random numbers, seeded with seed + row.
-            Without it, PyTorch's own generator gives one (`torch.manual_seed`).
-        **inputs: handed to the model's prefill (pixel_values, token_type_ids).
+        top_k, top_p: restrict sampling to the k best tokens, and to the smallest set with probability p.
+        seed: makes sampling reproducible. Each row has its own random numbers, seeded with seed + row.
+            Without it, a seed is drawn from PyTorch's global generator (`torch.manual_seed`).
+        **inputs: passed to the model's prefill (pixel_values, token_type_ids).
 
     Raises:
-        InputError: a number is out of range, or a weight of the model is not a number.
+        InputError: an argument is out of range, or the first logits are not finite.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -96,7 +96,7 @@ def stream(
 
 
 def generate(model: Decodable, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """All new tokens at once, [B, n]: `stream`, collected. Arguments as there."""
+    """All new tokens at once, [B, n]: `stream`, collected. Same arguments."""
     return torch.stack(list(stream(model, input_ids, *args, **kwargs)), dim=1)
 
 
@@ -110,7 +110,7 @@ def sample(
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        # A token stays when the better ones together have not reached p: the best one always stays.
+        # A token stays if the better ones together have not reached p, so the best one always stays.
         outside = ordered.cumsum(dim=-1) - ordered >= top_p
         probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(dim=-1)), 0.0)
     rows = [
@@ -138,7 +138,7 @@ def _check(
     prompt = int(attention_mask.sum(dim=1).max())
     if max_length is not None and prompt >= max_length:
         raise InputError(
-            f"the prompt has {prompt} tokens with its picture, and with one for the answer that is more than "
+            f"the prompt has {prompt} tokens including its picture; with 1 for the answer, that is more than "
             f"the model's context of {max_length}: shorten the prompt by {prompt - max_length + 1} or more"
         )
     if max_length is not None and prompt + max_new_tokens > max_length:
@@ -163,5 +163,5 @@ def _explain_nonfinite(model: Decodable) -> str:
         names = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if names:
         listed = ", ".join(names[:5])
-        return f"the weights hold NaN or infinity in {listed}: the checkpoint is damaged, get it again"
+        return f"the weights hold NaN or infinity in {listed}: the checkpoint is damaged, download it again"
     return "the logits are not finite although all weights are: the numbers overflow, try dtype=torch.float32"

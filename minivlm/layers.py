@@ -1,8 +1,8 @@
-"""The parts that every model here is made of, beside attention: norms, MLPs, the pre-norm encoder block.
+"""The parts that all models here are made of, besides attention: norms, MLPs, the pre-norm encoder block.
 
-A block is the same in ViT, CLIP and SigLIP but for the function between the two linear layers of its MLP.
-Which one it is stands in config.json as `hidden_act`. The three are close to each other, and a model with
-the wrong one still gives sensible answers, only worse ones: the name in the file has to be obeyed.
+ViT, CLIP and SigLIP use the same block, except for the activation between the two linear layers of its MLP.
+config.json names it as `hidden_act`. The three activations are similar, and a model with the wrong one still
+gives sensible answers, but worse ones: always use the one in the file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from minivlm.attention import Attention
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the cheaper GELU of CLIP; up to 0.02 away from the exact one."""
+    """x * sigmoid(1.702 x), CLIP's cheaper GELU; up to 0.02 away from the exact one."""
     return x * torch.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,  # CLIP as OpenAI trained it
-    "gelu": F.gelu,  # the exact one, by the error function: ViT, and CLIP as retrained by others
+    "gelu": F.gelu,  # the exact one, with the error function: ViT, and CLIP as retrained by others
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),  # SigLIP
 }
 
@@ -63,8 +63,8 @@ class GatedMLP(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm (https://arxiv.org/abs/1910.07467) in Gemma's convention.
 
-    The stored weight w means a factor of (1 + w), so that weights of zero are the identity, and the
-    product is rounded to the dtype of x only at the end.
+    The stored weight w stands for a factor of (1 + w), so zero weights are the identity. The product is
+    rounded to the dtype of x only at the end.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -96,7 +96,7 @@ def _unit_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class EncoderConfig(Protocol):
-    """What a block asks of the config of its tower."""
+    """What a block reads from the config of its tower."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -113,8 +113,8 @@ class EncoderConfig(Protocol):
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block with LayerNorm, as in ViT, CLIP and SigLIP.
 
-    The norm stands before each part and the residual path is never normalized, so a signal can pass from
-    the first block to the last unchanged (https://arxiv.org/abs/2002.04745).
+    There is a norm before each part, and the residual path is never normalized, so a signal can pass from the
+    first block to the last unchanged (https://arxiv.org/abs/2002.04745).
     """
 
     def __init__(self, config: EncoderConfig) -> None:

@@ -1,14 +1,14 @@
-"""Contrastive losses: a picture's vector should meet the vector of its own caption, and no other.
+"""Contrastive losses: a picture's vector should be close to that of its own caption, and to no other.
 
 - CLIP (https://arxiv.org/abs/2103.00020, section 2.3): a softmax over every row and every column of the
-  matrix of cosines. Which of n captions is it?
+  matrix of cosines. Which of the n captions is it?
 - SigLIP (https://arxiv.org/abs/2303.15343, section 3.2): a sigmoid for every pair. Do these two belong
   together?
-- Distillation: a teacher's rows and columns take the place of "one caption is right, all others are wrong".
+- Distillation: a teacher's rows and columns replace the labels "one caption is right, all others are wrong".
 
 Pure functions of embeddings [n, D]: row i of the pictures belongs to row i of the captions. Embeddings may
-have any length, they are normalized here. `logit_scale` is the logarithm of the factor, a tensor of one
-element, as checkpoints store it. What several devices exchange goes around these functions, not into them.
+have any length; they are normalized here. `logit_scale` is the logarithm of the factor, a tensor of one
+element, as checkpoints store it. What several devices exchange belongs around these functions, not in them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Vectors in the last axis, scaled to length 1. A vector of zeros stays as it is."""
+    """Vectors along the last axis, scaled to length 1. A zero vector stays zero."""
     return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
@@ -40,14 +40,14 @@ def check_pairs(image_embeds: Tensor, text_embeds: Tensor) -> None:
     """Raise ValueError unless there are as many texts as pictures, and at least one."""
     n, m = len(image_embeds), len(text_embeds)
     if n != m or n == 0:
-        raise ValueError(f"{n} pictures and {m} texts: row i of both must belong together")
+        raise ValueError(f"{n} pictures and {m} texts: expected the same number of both, at least 1")
 
 
 def clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """Find the text of each picture, and the picture of each text: the mean of two cross-entropies.
+    """Match each picture to its text, and each text to its picture: the mean of two cross-entropies.
 
     Args:
-        image_embeds, text_embeds: [n, D], row i of both belongs together.
+        image_embeds, text_embeds: [n, D], row i of one matches row i of the other.
         logit_scale: logarithm of the inverse temperature.
     """
     check_pairs(image_embeds, text_embeds)
@@ -63,13 +63,13 @@ def siglip_loss(
     logit_bias: Tensor,
     negative_only: bool = False,
 ) -> Tensor:
-    """Decide for every pair whether it belongs together: the sum over all pairs, divided by the pictures.
+    """Decide for every pair whether it matches: the sum over all pairs, divided by the number of pictures.
 
     Args:
-        image_embeds, text_embeds: [n, D], row i of both belongs together.
+        image_embeds, text_embeds: [n, D], row i of one matches row i of the other.
         logit_scale: logarithm of the inverse temperature.
-        logit_bias: added to every logit; negative, because most pairs are wrong.
-        negative_only: no pair belongs together. For a block of texts [m, D] that belong to other pictures.
+        logit_bias: added to every logit; negative, because most pairs do not match.
+        negative_only: no pair matches. For a block of texts [m, D] that belong to other pictures.
     """
     logits = pair_logits(image_embeds, text_embeds, logit_scale, logit_bias)  # [n, n]
     labels = torch.full_like(logits, -1)
@@ -87,10 +87,10 @@ def distillation_loss(
     teacher_text_embeds: Tensor,
     teacher_logit_scale: Tensor,
 ) -> Tensor:
-    """Cross-entropy of the student's softmax with the teacher's: over rows, over columns, and their mean.
+    """Cross-entropy of the student's softmax against the teacher's, over rows and columns: their mean.
 
-    Only the [n, n] matrices meet, so the embeddings of the two may differ in width. The teacher gets no
-    gradient. The smallest possible value is the entropy of the teacher's own rows and columns, not 0.
+    Only the [n, n] matrices are compared, so the embeddings of the two may differ in width. The teacher gets
+    no gradient. The smallest possible value is the entropy of the teacher's own rows and columns, not 0.
     """
     check_pairs(image_embeds, text_embeds)
     logits = pair_logits(image_embeds, text_embeds, logit_scale)

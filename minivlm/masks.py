@@ -1,11 +1,11 @@
-"""Attention masks: boolean, True where a query may look at a key.
+"""Attention masks: boolean, True where a query may attend to a key.
 
-Every function compares *positions* of queries with positions of keys, never indices of a tensor. The same
-few lines then serve training, prefill, decoding with a cache, and padded batches. Combine them with `&`
-and `|`, and add the axis of heads at the end: `mask[:, None]`.
+Every function compares *positions* of queries with positions of keys, never tensor indices, so the same few
+lines serve training, prefill, decoding with a cache, and padded batches. Combine masks with `&` and `|`, then
+add the head axis: `mask[:, None]`.
 
-Drawings: rows are queries, columns are keys, 1 = may look.
-Source of the prefix-LM form: PaliGemma, section 3.1 (https://arxiv.org/abs/2407.07726).
+In the drawings, rows are queries, columns are keys, and 1 means may attend. Source of the prefix-LM form:
+PaliGemma, section 3.1 (https://arxiv.org/abs/2407.07726).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def causal(query_positions: Tensor, key_positions: Tensor) -> Tensor:
 
 
 def prefix_lm(query_positions: Tensor, key_positions: Tensor, prefix_lengths: Tensor) -> Tensor:
-    """Causal, and the first `prefix_lengths` tokens are seen by everyone. [B, T], [B, S], [B] -> [B, T, S]
+    """Causal, but every token sees the first `prefix_lengths` tokens. [B, T], [B, S], [B] -> [B, T, S]
 
     With a prefix of 3 (image and prompt) and a suffix of 2 (the answer):
 
@@ -40,9 +40,9 @@ def prefix_lm(query_positions: Tensor, key_positions: Tensor, prefix_lengths: Te
 
 
 def padding(key_is_real: Tensor) -> Tensor:
-    """Nobody sees padding. [B, S] -> [B, 1, S]
+    """No token sees padding. [B, S] -> [B, 1, S]
 
-    With one pad on the left of four tokens:
+    Four tokens, the first of which is padding:
 
         0 1 1 1
         0 1 1 1
@@ -53,7 +53,7 @@ def padding(key_is_real: Tensor) -> Tensor:
 
 
 def sliding(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
-    """Each token sees the last `window` positions, itself included. [B, T], [B, S] -> [B, T, S]
+    """Each token sees the last `window` positions, including its own. [B, T], [B, S] -> [B, T, S]
 
     window = 2, combined with `causal`:
 
@@ -66,7 +66,7 @@ def sliding(query_positions: Tensor, key_positions: Tensor, window: int) -> Tens
 
 
 def block_diagonal(query_blocks: Tensor, key_blocks: Tensor) -> Tensor:
-    """Tokens see their own block only. [B, T], [B, S] block numbers -> [B, T, S]
+    """Tokens see only their own block. [B, T], [B, S] block numbers -> [B, T, S]
 
     Blocks 0 0 1 1:
 

@@ -1,12 +1,12 @@
 """Rotary position embedding (RoPE, https://arxiv.org/abs/2104.09864) as pure functions.
 
-A head's vector is read as pairs of numbers, and each pair is turned by an angle proportional to its
-position. A dot product of two turned vectors then depends only on the difference of their positions: shift
-every position by the same amount and nothing changes, which is why positions may start anywhere.
+A head's vector is read as pairs of numbers, and each pair is rotated by an angle proportional to the token's
+position. The dot product of two rotated vectors then depends only on the difference of their positions:
+shifting all positions by the same amount changes nothing, so positions may start anywhere.
 
-Half-split, as in Gemma and Llama checkpoints: the partner of element i is element i + Dh/2. The paper
-pairs neighbors (2i, 2i + 1). The two differ by a fixed permutation of the rows of q_proj and k_proj, so
-each is right only with weights that were trained with it.
+The pairs are half-split, as in Gemma and Llama checkpoints: the partner of element i is element i + Dh/2. The
+paper pairs neighbors (2i, 2i + 1). The two differ by a fixed permutation of the rows of q_proj and k_proj, so
+each is right only for weights that were trained with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float = 10000.0) -
         theta: base of the geometric series of wavelengths, from 2 pi to nearly 2 pi theta positions.
 
     Returns:
-        cos, sin: [B, 1, T, Dh] in fp32; the axis of size 1 stands for all heads.
+        cos, sin: [B, 1, T, Dh] in fp32; the axis of size 1 broadcasts over heads.
     """
     # fp32 whatever the model's dtype: bf16 cannot tell position 256 from 257.
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
@@ -40,5 +40,5 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys x [B, H, T, Dh] by their angles; the dtype of x is kept."""
+    """Rotate queries or keys x [B, H, T, Dh] by their angles; the dtype of x is kept."""
     return x * cos.to(x.dtype) + rotate_half(x) * sin.to(x.dtype)

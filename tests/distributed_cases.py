@@ -19,7 +19,7 @@ from minivlm import distributed
 from minivlm.distributed import EXCHANGES
 from minivlm.speed.chunked_loss import chunked_siglip_loss
 
-N, D = 12, 8  # pairs in all: 2, 3 and 4 processes get as many
+N, D = 12, 8  # pairs in total: 2, 3 and 4 processes get equal parts
 Found = dict[str, Tensor]  # loss and gradients by name
 
 
@@ -36,7 +36,7 @@ def tensors(n: int = N) -> dict[str, Tensor]:
 
 
 def gradients(loss: Callable[..., Tensor], inputs: dict[str, Tensor], frozen: tuple[str, ...] = ()) -> Found:
-    """Of a loss by its inputs."""
+    """Gradients of a loss with respect to its inputs."""
     leaves = {name: x.clone().requires_grad_(name not in frozen) for name, x in inputs.items()}
     value = loss(*leaves.values())
     value.backward()
@@ -52,7 +52,7 @@ def share(n: int = N) -> dict[str, Tensor]:
 
 
 def message(function: Callable[[], Any]) -> str:
-    """What the error says, with its kind."""
+    """The error's type and message."""
     try:
         function()
     except (RuntimeError, ValueError) as error:
@@ -61,7 +61,7 @@ def message(function: Callable[[], Any]) -> str:
 
 
 def all_cases() -> dict[str, Any]:
-    """By name, what this process finds."""
+    """What this process finds, by name."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = share()
     pair = {name: mine[name] for name in ("images", "texts", "scale")}
@@ -95,18 +95,18 @@ def all_cases() -> dict[str, Any]:
     found["precision"] = message(lambda: distributed.siglip_loss(images, low, scale, bias))
     grad = texts.clone().requires_grad_(rank == 1)
     found["gradients"] = message(lambda: distributed.siglip_loss(images, grad, scale, bias))
-    # With no_grad nobody waits for gradients, whatever requires them.
+    # With no_grad no process waits for gradients, whatever requires them.
     with torch.no_grad():
         found["no_grad"] = distributed.siglip_loss(images, grad, scale, bias)
 
-    # A group of some of the processes: they share, the others are alone.
+    # A group of the last two processes: they share a batch, the others are no members.
     last = dist.new_group([size - 2, size - 1])
     if rank >= size - 2:
         found["group"] = gradients(lambda *x: distributed.siglip_loss(*x, group=last), mine)
     else:
         found["group"] = message(lambda: distributed.siglip_loss(images, texts, scale, bias, group=last))
 
-    # A neighbor that is alive and does not come.
+    # A neighbor that is alive but does not show up.
     hasty = dist.new_group(timeout=timedelta(seconds=1))
     if rank == 1:
         time.sleep(2)
@@ -119,7 +119,7 @@ def all_cases() -> dict[str, Any]:
 
 
 def dies_in_the_middle(moment: str) -> str:
-    """Process 1 ends between two exchanges; the others say what they see, or it is their error."""
+    """Process 1 ends between two exchanges; the others return what they see, or fail with it."""
     images, texts, scale, bias = share().values()
     texts.requires_grad_()
     exchange = distributed.shift

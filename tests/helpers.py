@@ -122,3 +122,7 @@ def make_batch(
     if any(pictures):
         batch["pixel_values"] = torch.randn(sum(pictures), 3, 28, 28, generator=generator)
     return batch
+
+
+def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values for name, values in batch.items() if name != "labels"}

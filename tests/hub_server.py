@@ -36,7 +36,7 @@ class Repo:
 
 @dataclass
 class Request:
-    """One that the server got, and how many bytes of a file it sent as an answer."""
+    """A request that the server received, and how many bytes of a file it sent in response."""
 
     method: str
     path: str
@@ -51,7 +51,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
-        self.cuts: dict[str, int] = {}  # how often the connection breaks in the middle of a file
+        self.cuts: dict[str, int] = {}  # how often the connection breaks off in the middle of a file
         self.ignores_ranges = False
 
     @property
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not _is_large(file):
             return self._send(files[file], headers, counted=True)
         headers |= {"X-Linked-Etag": f'"{_sha(files[file])}"', "X-Linked-Size": str(len(files[file]))}
-        # Another host than the Hub's, as in life: the library asks for the headers of the Hub alone.
+        # A different host than the Hub's, as in reality: the library uses only the Hub's headers.
         store = f"http://localhost:{self.server.server_port}/{name}/store/{sha}/{file}"
         headers |= {"Location": store, "Content-Length": "0"}
         return self._begin(302, headers)
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.cuts.get(file, 0):
             self.server.cuts[file] -= 1
             data = data[: len(data) // 2]
-            self.close_connection = True  # before all of Content-Length is there
+            self.close_connection = True  # before all of Content-Length was sent
         self.request_seen.sent = len(data)
         self.wfile.write(data)
 

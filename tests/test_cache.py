@@ -1,4 +1,4 @@
-"""The key/value cache: a token number p of a row lies in slot p, whatever the padding, and stays there."""
+"""The key/value cache: token number p of a row is in slot p, whatever the padding, and stays there."""
 
 import itertools
 
@@ -40,13 +40,13 @@ def test_positions_go_on_where_they_stopped():
     ids=["left", "right"],
 )
 def test_padding_is_not_stored(mask: list[list[int]], values: list[list[int]]):
-    """Both sides leave the same behind, and rows differ in length."""
+    """Padding on either side leaves the same cache, and rows differ in length."""
     cache = make(2)
     keys = feed(cache, mask, values)
     assert cache.lengths.tolist() == [3, 1]
     assert cache.key_is_real.int().tolist() == [[1, 1, 1], [1, 0, 0]]
     assert keys[cache.key_is_real].tolist() == [1, 2, 3, 4]
-    # The shorter row goes on in its own next slot; a finished row is padding.
+    # The shorter row continues in its own next slot; a finished row is padding.
     keys = feed(cache, [[0], [1]], [[9], [5]])
     assert cache.lengths.tolist() == [3, 2]
     assert keys[cache.key_is_real].tolist() == [1, 2, 3, 4, 5]
@@ -61,7 +61,7 @@ def test_growth_keeps_what_was_written():
         assert keys[0].tolist() == list(range(1, number + 1))
         assert cache.capacity == (4 if number <= 4 else 8 if number <= 8 else 16)  # twice as many each time
         addresses.append(cache.keys[0].data_ptr())
-    # Memory is asked for at tokens 1, 5 and 9 only: not one copy per token.
+    # Memory is allocated only at tokens 1, 5 and 9: not one copy per token.
     assert [after != before for before, after in itertools.pairwise(addresses)] == [
         number in (5, 9) for number in range(2, 11)
     ]

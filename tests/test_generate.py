@@ -1,7 +1,7 @@
 """Decoding: greedy, temperature, top-k, top-p, ends of rows, and every refusal.
 
-The model here is a table: the logits of the next token depend on the last token alone, so that every answer
-can be read off.
+The model here is a table: the logits of the next token depend only on the last token, so every answer is
+known in advance.
 """
 
 import math
@@ -81,7 +81,7 @@ def test_finished_rows_are_padded_and_no_longer_read():
 def test_max_new_tokens():
     model = countdown()
     assert run(model, [[7], [6]], max_new_tokens=2) == [[6, 5], [5, 4]]
-    assert len(model.fed) == 1  # the last token is given out, not read
+    assert len(model.fed) == 1  # the last token is returned, not read
 
 
 def test_padding_on_either_side_is_ignored():
@@ -98,7 +98,7 @@ def test_stream_gives_each_token_as_soon_as_it_is_known():
     for number, expected in enumerate([4, 3, 2, 1]):
         assert next(tokens).tolist() == [expected]
         assert len(model.fed) == number
-        assert torch.is_grad_enabled()  # what goes on between two tokens is the caller's business
+        assert torch.is_grad_enabled()  # between two tokens, the caller's gradients are on
     with pytest.raises(StopIteration):
         next(tokens)
 
@@ -106,8 +106,8 @@ def test_stream_gives_each_token_as_soon_as_it_is_known():
 # Sampling
 
 
-def many(logits: list[float], count: int = 4000, **limits: Any) -> Tensor:
-    """How often each token is drawn, as a share [V]."""
+def shares_drawn(logits: list[float], count: int = 4000, **limits: Any) -> Tensor:
+    """The share of draws that each token gets [V]."""
     generator = torch.Generator().manual_seed(0)
     limits = {"top_k": None, "top_p": None} | limits
     rows = torch.tensor(logits).expand(count, -1)
@@ -119,14 +119,14 @@ HALVES = [math.log(p) for p in (0.125, 0.5, 0.25, 0.125)]  # exact in binary, an
 
 
 def test_sampling_follows_the_probabilities():
-    torch.testing.assert_close(many(HALVES), torch.tensor(HALVES).exp(), rtol=0, atol=0.03)
+    torch.testing.assert_close(shares_drawn(HALVES), torch.tensor(HALVES).exp(), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize(
     ("top_k", "expected"), [(1, {1}), (2, {1, 2}), (4, {0, 1, 2, 3}), (99, {0, 1, 2, 3})]
 )
 def test_top_k_keeps_the_best(top_k: int, expected: set[int]):
-    shares = many(HALVES, top_k=top_k)
+    shares = shares_drawn(HALVES, top_k=top_k)
     assert set(shares.nonzero().flatten().tolist()) == expected
     kept = torch.tensor(HALVES).exp() * (shares > 0)
     torch.testing.assert_close(shares, kept / kept.sum(), rtol=0, atol=0.03)
@@ -144,7 +144,7 @@ def test_top_k_keeps_the_best(top_k: int, expected: set[int]):
     ],
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, expected: set[int]):
-    shares = many(HALVES, top_p=top_p)
+    shares = shares_drawn(HALVES, top_p=top_p)
     found = set(shares.nonzero().flatten().tolist())
     # Of the two tokens with 0.125 either may complete a set of three.
     assert found == expected or (len(expected) == 3 and found == {1, 2, 3})
@@ -154,8 +154,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, expected: set
 
 def test_top_p_looks_at_what_top_k_left():
     # Of the best two, renormalized to 2/3 and 1/3, the first alone reaches 0.6; of all four it does not.
-    assert set(many(HALVES, top_k=2, top_p=0.6).nonzero().flatten().tolist()) == {1}
-    assert set(many(HALVES, top_p=0.6).nonzero().flatten().tolist()) == {1, 2}
+    assert set(shares_drawn(HALVES, top_k=2, top_p=0.6).nonzero().flatten().tolist()) == {1}
+    assert set(shares_drawn(HALVES, top_p=0.6).nonzero().flatten().tolist()) == {1, 2}
 
 
 def test_temperature_sharpens_and_flattens():
@@ -170,14 +170,14 @@ def test_temperature_sharpens_and_flattens():
     assert distinct(0.1) < distinct(1.0) < distinct(100.0)
 
 
-def test_a_seed_makes_sampling_repeatable():
+def test_a_seed_makes_sampling_reproducible():
     def answer(seed: int | None) -> list[list[int]]:
         return run(random_table(), [[7], [7]], max_new_tokens=20, temperature=1.0, seed=seed)
 
     assert answer(3) == answer(3)
     assert answer(3) != answer(4)
     assert answer(None) != answer(None)
-    assert answer(3)[0] != answer(3)[1]  # rows have random numbers of their own
+    assert answer(3)[0] != answer(3)[1]  # each row has its own random numbers
     torch.manual_seed(0)
     first = answer(None)
     torch.manual_seed(0)
@@ -249,7 +249,7 @@ class Weighted(Table, torch.nn.Module):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_weights_that_are_no_numbers_are_named(bad: float):
+def test_nonfinite_weights_are_named(bad: float):
     with pytest.raises(InputError, match="NaN or infinity in table: the checkpoint is damaged"):
         run(Weighted(torch.full((8, 8), bad)), [[5]])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minivlm import layers, masks
+from minivlm import SiglipVisionConfig, attention, masks
 from minivlm.attention import (
     Attention,
     additive,
@@ -19,7 +19,7 @@ from minivlm.attention import (
     attention_weights,
     record_attention,
 )
-from minivlm.layers import MLP, EncoderBlock, in_pieces
+from minivlm.layers import EncoderBlock
 
 SCALE = 8**-0.5
 
@@ -90,7 +90,7 @@ def test_one_query_with_many_keys():
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @torch.no_grad()
 def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monkeypatch: pytest.MonkeyPatch):
-    """However few scores are held at a time: one query, some, one head, some, one row, some, everything."""
+    """For any number of scores at a time: of one query, several, one head, several, one row, several, all."""
     rows = [0, 1, 1, 0, 1]
     q, k, v = (x[rows] for x in qkv(kv_heads=kv_heads))
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as it comes from the projection
@@ -102,8 +102,8 @@ def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monke
         held.append(args[0].shape[0] * args[0].shape[1] * args[0].shape[2] * args[1].shape[2])
         return attend_plain(*args)
 
-    monkeypatch.setattr(layers, "BLOCK", block)
-    monkeypatch.setattr(layers, "attend_plain", plain)
+    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", block)
+    monkeypatch.setattr(attention, "attend_plain", plain)
     for cap in (None, 0.5):
         expected = attend_plain(q, k, v, seen, SCALE, cap)
         torch.testing.assert_close(attend_in_blocks(q, k, v, seen, SCALE, cap), expected)
@@ -119,20 +119,20 @@ def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monke
 
 @torch.no_grad()
 def test_no_matrix_of_scores_of_a_long_row(monkeypatch: pytest.MonkeyPatch):
-    """In bf16 on a CPU, 2,000 tokens never hold 4 heads * 2,000 * 2,000 scores."""
+    """In bf16 on a CPU, 4 heads * 2,000 * 2,000 scores are never held at once."""
     q, k, v = (torch.randn(1, heads, 2000, 8, dtype=torch.bfloat16) for heads in (4, 1, 1))
     sizes = []
-    weights_of = layers.attention_weights
+    weights_of = attention.attention_weights
 
     def watched(*args: Any) -> Tensor:
         weights = weights_of(*args)
         sizes.append(weights.numel())
         return weights
 
-    monkeypatch.setattr(layers, "attention_weights", watched)
+    monkeypatch.setattr(attention, "attention_weights", watched)
     out = attend(q, k, v, None, SCALE)
     assert sum(sizes) == 4 * 2000 * 2000
-    assert max(sizes) <= layers.BLOCK
+    assert max(sizes) <= attention.SCORES_PER_BLOCK
     torch.testing.assert_close(out, attend_fused(q, k, v, None, SCALE), rtol=0.02, atol=0.005)
 
 
@@ -153,27 +153,14 @@ def test_one_query_is_answered_without_copies_of_keys(monkeypatch: pytest.Monkey
     assert seen == [((2, 2, 2, 8), False)] * 2
 
 
-@pytest.mark.parametrize("length", [1, 300, 600, 1000])
-def test_pieces_agree_with_the_whole(length: int):
-    torch.manual_seed(0)
-    layer, sizes = MLP(8, 16), []
-    layer.register_forward_hook(lambda module, args, out: sizes.append(len(args[0].flatten(0, -2))))
-    x = torch.randn(2, length, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(in_pieces(layer, x), layer(x))
-    assert max(sizes[:-1]) <= 1.5 * layers.PIECE
-    assert min(sizes[:-1]) >= min(2 * length, layers.PIECE // 2)  # no small piece is left over
-    sizes.clear()
-    in_pieces(layer, x)
-    assert sizes == [2 * length]  # with gradients, everything is kept anyway
-
-
 @pytest.mark.parametrize("grad", [True, False])
 def test_attend_chooses_a_form_and_both_agree(grad: bool, monkeypatch: pytest.MonkeyPatch):
     q, k, v = qkv(kv_heads=2)
     expected = attend_plain(q, k, v, mask_of("causal"), SCALE)
     calls = []
-    monkeypatch.setattr(layers, "attend_fused", lambda *args: (calls.append("fused"), attend_fused(*args))[1])
+    monkeypatch.setattr(
+        attention, "attend_fused", lambda *args: (calls.append("fused"), attend_fused(*args))[1]
+    )
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(attend(q, k, v, mask_of("causal"), SCALE), expected)
     assert calls == ([] if grad else ["fused"])
@@ -207,7 +194,8 @@ def test_softcap():
 
 def blocks() -> list[EncoderBlock]:
     torch.manual_seed(0)
-    return [EncoderBlock(16, 32, num_attention_heads=2) for _ in range(3)]
+    config = SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    return [EncoderBlock(config) for _ in range(3)]
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -232,7 +220,7 @@ def test_recording_gives_each_layers_map_and_changes_nothing(grad: bool):
 def test_recording_ends_with_the_block_even_after_an_error():
     block, x = blocks()[0], torch.randn(1, 5, 16)
     with pytest.raises(RuntimeError), record_attention() as maps:
-        block(x[..., :7])  # a width that does not fit
+        block(x[..., :7])  # the wrong width
     block(x)
     assert maps == []
 

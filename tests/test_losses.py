@@ -23,7 +23,7 @@ EOS = 119
 
 
 def outputs(kind: str, n: int = 6) -> tuple[Any, Tensor, Tensor | None]:
-    """What a tiny random reference gives for n pairs, with its scale and bias."""
+    """What a tiny random reference model returns for n pairs, with its scale and bias."""
     generator = torch.Generator().manual_seed(1)
     text = SHARED | {"vocab_size": 120, "max_position_embeddings": 8}
     if kind == "clip":
@@ -58,7 +58,7 @@ def siglip() -> tuple[Any, Tensor, Tensor]:
 
 
 def embeddings(n: int = 5, dim: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Pictures and texts of different lengths, that do not match yet, and take gradients."""
+    """Pictures and texts of different lengths that do not match yet and need gradients."""
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(n, dim, generator=generator) * 3).to(dtype).requires_grad_() for _ in range(2)]
 
@@ -101,7 +101,7 @@ def test_gradients_reach_the_reference_s_towers_alike(clip: tuple[Any, Tensor]) 
     for gradient, reference in zip(
         torch.autograd.grad(ours, inputs, retain_graph=True), expected, strict=True
     ):
-        # The reference's embeddings have length 1 already; our own normalization removes the part along them.
+        # The reference's embeddings have length 1 already; our normalization removes the gradient along them.
         along = reference * 0
         if reference.dim() == 2:
             embeds = inputs[0] if reference is expected[0] else inputs[1]
@@ -330,7 +330,7 @@ def test_what_does_not_pair_is_refused(pictures: int, texts: int) -> None:
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 6])
 def test_siglip_is_a_sum_over_blocks(devices: int) -> None:
-    """Each device divides by its own pictures: the mean over devices is the loss of the whole batch."""
+    """Each device divides by its number of pictures: the mean over devices is the loss of the whole batch."""
     images, texts = embeddings(12)
     s, b = scale(), bias()
     whole = siglip_loss(images, texts, s, b)
@@ -416,7 +416,7 @@ def test_a_teacher_without_doubt_gives_the_clip_loss() -> None:
 
 
 def test_nothing_is_left_on_the_cpu() -> None:
-    """Labels live where the embeddings do. The meta device has shapes only, and refuses a mixture."""
+    """Labels live where the embeddings do. The meta device has only shapes, and rejects a mixture."""
     images, texts = (x.to("meta") for x in embeddings())
     s, b = scale().to("meta"), bias().to("meta")
     for loss in (

@@ -28,9 +28,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "bench/README.md",
-    "docs/teaching.md",
-    "docs/common-mistakes.md",
-    "docs/training-log.md",
+    *(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")) if path.name != "index.md"),
 )
 LINK = re.compile(r"\]\(([^)#\s]+)")
 STAMP = ".sources"
@@ -178,12 +176,12 @@ def write_answers(source: Path) -> None:
     import torch
 
     from minivlm.cli.pictures import draw_answers
-    from minivlm.models.load import load_paligemma
+    from minivlm.models.load import load_answering
     from minivlm.processing import load_picture, to_rgb
     from minivlm.world.demo import read_samples
 
     torch.set_num_threads(1)  # the same answers as in the notebooks, to the last bit
-    model, processor = load_paligemma()
+    model, processor = load_answering()
     folder = source / "answers"
     folder.mkdir()
     lines = ["::::{container} answers", ""]

@@ -1,10 +1,10 @@
-"""What a device can compute with and hold, asked before gigabytes are downloaded and read.
+"""What a device can compute and hold, checked before gigabytes are downloaded and read.
 
-Weights in the file's own dtype on the CPU need no memory of their own: they are pages of a mapped file, which
-the system drops and reads again as it needs. With less memory than the file is long, answering is slow, since
-every token reads every weight, and yet nothing breaks. A copy cannot be dropped: weights of another dtype or
-on another device must fit, or the system ends the process in the middle of loading, without a word. So copies
-are counted, mapped weights are not, and what does not fit is refused.
+Weights on the CPU in the file's own dtype need no memory of their own: they are pages of a memory-mapped
+file, which the system drops and reads again as needed. If the file is larger than memory, answering is slow,
+since every token reads every weight, but nothing breaks. A copy cannot be dropped: weights in another dtype
+or on another device must fit, or the system kills the process in the middle of loading, without a message. So
+copies are counted, mapped weights are not, and what does not fit is refused.
 """
 
 from __future__ import annotations
@@ -21,26 +21,34 @@ from torch import Tensor
 from minivlm.errors import InputError
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Activations, the cache of keys and values and the logits come on top of the weights, and depend on pictures
-# and prompts: for a picture of 224 pixels and 3 billion weights they are well below this share.
-ROOM = 0.1
+# Activations, the key/value cache and the logits come on top of the weights, and depend on pictures and
+# prompts: for a picture of 224 pixels and 3 billion weights they are well below this fraction of the weights.
+HEADROOM = 0.1
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Raises InputError: there is no such device here, or one that cannot hold numbers."""
+    try:
+        one = torch.ones(1, device=device)
+        one.item()  # the meta device has shapes alone
+        return one.device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {str(device)!r} cannot be used here ({_reason(error)}): use device 'cpu' (--device cpu)"
+        ) from error
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device | str) -> None:
-    """Raises InputError: there is no such device here, or it cannot compute a model in this dtype.
+    """Raises InputError: there is no such device here, or it cannot run a model in this dtype.
 
-    What a device computes changes from one version of PyTorch to the next, so a few numbers are tried.
+    What a device supports changes from one version of PyTorch to the next, so a few operations are tried.
     """
     if not dtype.is_floating_point:
         raise InputError(
             f"dtype is {dtype}: models compute in torch.float32, torch.bfloat16 or torch.float16"
         )
-    try:
-        torch.ones(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {str(device)!r} cannot be used here ({_reason(error)}): use device 'cpu'"
-        ) from error
+    if str(device) != "meta":  # on which a model can be built and counted, though not run
+        check_device(device)
     try:
         x = torch.ones(1, 1, 2, 2, dtype=dtype, device=device)
         x = F.conv2d(x, x[..., :1, :1])
@@ -58,11 +66,11 @@ def bytes_needed(
     device: torch.device | str,
     bytes_per_weight: float | None = None,
 ) -> int:
-    """Memory for the copies of tensors of mapped files; those that stay in their file take none.
+    """Memory for copies of tensors from mapped files; tensors that stay in their file need none.
 
     Args:
         dtype: what they are converted to; None keeps the file's.
-        bytes_per_weight: of a format that is no dtype of PyTorch, in which everything is a copy.
+        bytes_per_weight: of a format that is not a PyTorch dtype, in which everything is a copy.
     """
     if bytes_per_weight is not None:
         return round(bytes_per_weight * sum(tensor.numel() for tensor in tensors))
@@ -75,33 +83,33 @@ def bytes_needed(
 
 
 def require_memory(needed: int, device: torch.device | str, what: str, advice: str) -> None:
-    """Raises InputError: so many bytes, and some room to work in, are not free on the device.
+    """Raises InputError: the device does not have that many bytes free, plus headroom for the work itself.
 
-    Where the system does not say what is free, nothing is refused.
+    If the system does not say what is free, nothing is refused.
 
     Args:
-        what: what needs the memory, as the beginning of a sentence.
+        what: what needs the memory, as the start of a sentence.
         advice: what to do instead.
     """
     free = free_memory(device) if needed else None
-    if free is not None and needed * (1 + ROOM) > free:
+    if free is not None and needed * (1 + HEADROOM) > free:
         raise InputError(
-            f"{what} take {gigabytes(needed)} of memory on {device}, {gigabytes(needed * (1 + ROOM))} with "
-            f"room to work, and {gigabytes(free)} are free: {advice}"
+            f"{what} take {gigabytes(needed)} of memory on {device}, {gigabytes(needed * (1 + HEADROOM))} "
+            f"with room to work, but only {gigabytes(free)} is free: {advice}"
         )
 
 
 def gigabytes(number: float) -> str:
-    """Bytes as people read them, in units of 10^9."""
+    """Bytes for people to read, in units of 10^9."""
     return f"{number / 1e9:.1f} GB"
 
 
 def free_memory(device: torch.device | str) -> int | None:
-    """Bytes that a process can have on a device without anything being ended or swapped; None: unknown.
+    """Bytes that a process can use on a device without anything being killed or swapped; None if unknown.
 
-    On Linux, the least of what the system has, what its control groups leave (the limits of containers and
-    batch systems) and what `ulimit -v` leaves; file pages in memory count as free. On other systems that tell
-    how much is built in, that.
+    On Linux, the smallest of what the system has, what its control groups leave (the limits of containers and
+    batch systems) and what `ulimit -v` leaves; file pages in memory count as free. On other systems, the
+    total memory, if they report it.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -123,7 +131,7 @@ def _of_the_system() -> Iterator[int]:
 
 
 def _of_control_groups() -> Iterator[int]:
-    """The limit of a group holds for all groups inside it together."""
+    """The limit of a group applies to all groups inside it together."""
     for line in _read(PROC / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", maxsplit=2)
         if not controllers:  # version 2

@@ -1,4 +1,4 @@
-"""From a name to a folder: a local one, or a repo of the Hub, and the JSON files in it."""
+"""From a name to a folder, local or from the Hub, and to the JSON files in it."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def find_folder(
     name: str | Path, revision: str | None = None, *, files: Sequence[str] = ("*.json", "*.safetensors")
 ) -> Path:
-    """The folder of a checkpoint: a local one, or a repo id of the Hub like "google/paligemma-3b-mix-224".
+    """The folder of a checkpoint: a local one, or a Hub repo id such as "google/paligemma-3b-mix-224".
 
-    A repo is downloaded once, into the Hub's own cache, and found there without a network afterwards. What is
-    cut in the middle is no part of the cache: the next call gets the files that are missing.
+    A repo is downloaded once, into the Hub's own cache, and found there without a network afterwards. An
+    interrupted download leaves no partial file in the cache: the next call downloads what is missing.
 
     Args:
         revision: a branch, tag or commit of the repo; without one, its main branch.
         files: patterns of the files to download.
 
     Raises:
-        InputError: there is no such folder, repo or revision, it may not be read, the Hub is out of reach, or
-            a local folder has a revision or was cloned without its large files.
+        InputError: there is no such folder, repo or revision, access is denied, the Hub is out of reach, or a
+            local folder is given with a revision or was cloned without its large files.
     """
     folder = Path(name)
     if folder.is_dir():
         if revision is not None:
             raise InputError(
-                f"{folder} is a folder here, and revision {revision!r} belongs to a repo of the Hub: leave "
-                "the revision out, or give a repo id"
+                f"{folder} is a local folder, but revision {revision!r} belongs to a repo of the Hub: omit "
+                "the revision, or give a repo id"
             )
         _check_pointers(folder)
         return folder
     if folder.exists():
-        raise InputError(f"{folder} is a file: give the folder that holds config.json")
+        raise InputError(f"{folder} is a file: give the folder that contains config.json")
     if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise InputError(f"{name} is neither a folder nor a repo id (owner/name) of the Hub: check the name")
+        raise InputError(f"{name} is neither a folder nor a repo id (owner/name) on the Hub: check the name")
     return _download(name, revision, files)
 
 
 def _check_pointers(folder: Path) -> None:
-    """git clones large files as pointers of some 130 bytes, where git-lfs is not installed."""
+    """Without git-lfs, git clones large files as pointers of some 130 bytes."""
     pointers = []
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".safetensors") and path.is_file():
@@ -56,13 +56,13 @@ def _check_pointers(folder: Path) -> None:
                     pointers.append(path.name)
     if pointers:
         raise InputError(
-            f"{folder} has only pointers of Git LFS in place of {few(pointers)}: run `git lfs install` and "
+            f"{folder} has only Git LFS pointers in place of {few(pointers)}: run `git lfs install` and "
             "`git lfs pull` there, or give the repo id instead"
         )
 
 
 def _download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
-    # Imported where it is needed: most loads are local, and this import is slow.
+    # Imported only when needed: most loads are local, and this import is slow.
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -85,12 +85,13 @@ def _download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
     except Exception as error:  # whatever its HTTP library raises, which changes from version to version
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise InputError(
-                f"the Hub refuses {repo_id} to you ({_first_line(error)}): log in anew with `hf auth login`, "
-                "with a token that may read it"
+                f"the Hub denies you access to {repo_id} ({_first_line(error)}): log in again with "
+                "`hf auth login`, with a token that may read it"
             ) from error
         raise InputError(
-            f"there is no folder {repo_id}, and it cannot be had from the Hub or its cache on this machine "
-            f"({type(error).__name__}: {_first_line(error)}): check the connection, or copy the folder here"
+            f"there is no folder {repo_id}, and it is not available from the Hub or its cache on this "
+            f"machine ({type(error).__name__}: {_first_line(error)}): check the connection, or copy the "
+            "folder here"
         ) from error
     return Path(folder)
 
@@ -101,16 +102,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object in a file of a folder. Raises InputError: no such file, or something else in it."""
+    """The JSON object in a file of a folder. Raises InputError: no such file, or not a JSON object."""
     try:
         values = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {name}: is it the folder of a checkpoint?") from error
+        raise InputError(f"{folder} has no {name}: is it a checkpoint folder?") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / name} cannot be read ({error}): get the file again") from error
+        raise InputError(f"{folder / name} cannot be read ({error}): download the file again") from error
     if not isinstance(values, dict):
         raise InputError(
-            f"{folder / name} holds a {type(values).__name__}, expected a JSON object: get the file again"
+            f"{folder / name} contains a {type(values).__name__}, expected a JSON object: download the file "
+            "again"
         )
     return values
 
@@ -119,8 +121,8 @@ def require_equal(folder: Path, what: str, expected: int, found: int, file: str)
     """Raises InputError: a number differs between config.json and another file of a folder."""
     if found != expected:
         raise InputError(
-            f"in {folder}, {what} is {expected} by config.json and {found} by {file}: take all files "
-            "from the same checkpoint"
+            f"in {folder}, {what} is {expected} in config.json and {found} in {file}: take all files from "
+            "the same checkpoint"
         )
 
 

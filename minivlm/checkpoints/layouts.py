@@ -1,10 +1,9 @@
 """How checkpoint files name their tensors, as tables.
 
-The same PaliGemma is found under four sets of names, depending on which version of transformers wrote it,
-the same ViT under four, CLIP and SigLIP under one.
-A layout is a list of rows: what the name begins with in the file, and what it begins with in our modules.
-`*` stands for the number of a layer. The first row that fits is used, in both directions, so the more
-special rows come first.
+The same PaliGemma exists under four sets of names, depending on which version of transformers wrote it, the
+same ViT under four, CLIP and SigLIP under one. A layout is a list of rows: how a name begins in the file, and
+how it begins in our modules. `*` stands for a layer number. The first row that matches is used, in both
+directions, so more specific rows come first.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def _siglip(file: str, ours: str) -> Layout:
     ]
 
 
-# Only a model whose head is not the embedding table has a head in its file. Both names occur.
+# Only a model whose head is not tied to the embedding table has a head in its file. Both names occur.
 _HEAD_OLD = [("language_model.lm_head.", "language_model.lm_head."), ("lm_head.", "language_model.lm_head.")]
 _HEAD_NEW = _HEAD_OLD[::-1]
 
@@ -50,7 +49,7 @@ PALIGEMMA_LAYOUTS: dict[str, Layout] = {
         *_HEAD_NEW,
         ("model.language_model.", "language_model."),
     ],
-    # The names of the modules in transformers 5: a state_dict that was saved as it is.
+    # The names of the modules in transformers 5: a state_dict saved as it is.
     "runtime": [
         *_siglip("model.vision_tower.", "vision_tower."),
         ("model.multi_modal_projector.linear.", "multi_modal_projector."),
@@ -85,7 +84,7 @@ SIGLIP_LAYOUTS: dict[str, Layout] = {
 
 
 def _vit(tower: str, block: str, parts: dict[str, str]) -> Layout:
-    """`tower` stands before everything but the classifier, `block` before what is in a block."""
+    """`tower` prefixes everything but the classifier, `block` everything inside a block."""
     return [
         *((f"{tower}{block}{file}.", f"vision_model.layers.*.{ours}.") for ours, file in parts.items()),
         (f"{tower}embeddings.patch_embeddings.projection.", "vision_model.embeddings.patch_embedding."),
@@ -112,14 +111,14 @@ VIT_LAYOUTS: dict[str, Layout] = {
     # What the published checkpoints use and transformers 5 writes.
     "hub": _vit("vit.", "encoder.layer.*.", _VIT_HUB),
     "hub without classifier": _vit("", "encoder.layer.*.", _VIT_HUB),
-    # The names of the modules in transformers 5: a state_dict that was saved as it is.
+    # The names of the modules in transformers 5: a state_dict saved as it is.
     "runtime": _vit("vit.", "layers.*.", _VIT_RUNTIME),
     "runtime without classifier": _vit("", "layers.*.", _VIT_RUNTIME),
 }
 
 
 def to_ours(name: str, layout: Layout) -> str | None:
-    """Our name of a tensor in a file, or None when no row of the layout fits.
+    """Our name for a tensor in a file, or None if no row of the layout matches.
 
     >>> to_ours("language_model.model.norm.weight", PALIGEMMA_LAYOUTS["hub"])
     'language_model.norm.weight'
@@ -128,10 +127,10 @@ def to_ours(name: str, layout: Layout) -> str | None:
 
 
 def to_file(name: str, layout: Layout) -> str:
-    """The other way around. Raises KeyError when no row of the layout fits."""
+    """The other way around. Raises KeyError if no row of the layout matches."""
     renamed = _rename(name, [(ours, file) for file, ours in layout])
     if renamed is None:
-        raise KeyError(f"no row of the layout fits {name!r}")
+        raise KeyError(f"no row of the layout matches {name!r}")
     return renamed
 
 

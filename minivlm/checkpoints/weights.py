@@ -1,11 +1,11 @@
 """Checkpoint folders in the Hub's format: config.json, and tensors in *.safetensors.
 
-Only safetensors are read, because a pickle may run code. The files are memory-mapped: a tensor of a loaded
-model *is* a piece of the file, read from the disk when it is first used, so that no second copy is held.
-The mapping is private: training changes the memory of the model and never the file.
+Only safetensors are read, because a pickle can run code. The files are memory-mapped: a tensor of a loaded
+model *is* a part of the file, read from disk when it is first used, so there is no second copy. The mapping
+is private: training changes the model's memory, never the file.
 
-Nothing is loaded by halves. A tensor that is missing, left over or of another shape is an error that names
-it, since a model with some random weights still answers, only wrongly.
+Loading is all or nothing. A tensor that is missing, unexpected or misshapen is an error that names it, since
+a model with a few random weights still answers, only wrongly.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from minivlm.files import write_aside
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Looking for NaN reads every byte. Up to this size (bytes) it costs nothing to speak of; above, `generate`
-# looks at its first logits instead.
+# Looking for NaN reads every byte. Up to this size (bytes) it is cheap; above it, `generate` checks its first
+# logits instead.
 CHECKED_SIZE = 256 * 2**20
 
-# Old files hold this buffer. It counts from 0 on, and no model here reads it from a file.
-COUNTED = re.compile(r"(^|\.)embeddings\.position_ids$")
+# A buffer in old files that counts 0, 1, 2, ...; no model here reads it from a file.
+IGNORED_BUFFER = re.compile(r"(^|\.)embeddings\.position_ids$")
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,8 +58,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"{path} does not fit into the address space of this process: raise the limit (`ulimit -v`)"
             ) from error
         except (SafetensorError, OSError) as error:
-            # A file of the Hub's cache is a link. Without the link alone, the same file would be linked anew.
-            remedy = f"delete {path.resolve()} and get it again" if path.is_symlink() else "get it again"
+            # A file in the Hub's cache is a link. If only the link is deleted, the same file is linked again.
+            remedy = (
+                f"delete {path.resolve()} and download it again" if path.is_symlink() else "download it again"
+            )
             raise InputError(f"{path} is damaged or incomplete ({error}): {remedy}") from error
     return tensors
 
@@ -70,7 +72,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder, INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / INDEX} has no weight_map: get the file again")
+            raise InputError(f"{folder / INDEX} has no weight_map: download the file again")
         shards = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
@@ -78,9 +80,9 @@ def _weight_files(folder: Path) -> list[Path]:
             raise InputError(
                 f"{folder} lacks {few(missing)}, named in {INDEX}: "
                 + (
-                    "its download was cut, run the same `hf download` again"
+                    "its download was interrupted, run the same `hf download` again"
                     if cut
-                    else "get the folder again"
+                    else "download the folder again"
                 )
             )
         return shards
@@ -88,7 +90,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickled:
         raise InputError(
             f"{folder} has its weights in {few(pickled)}: a pickle can run code that is hidden in it, so it "
-            "is refused. Get the safetensors version, or convert it on a machine that holds no secrets"
+            "is refused. Download the safetensors version, or convert it on a machine without secrets"
         )
     raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}: download the weights as well")
 
@@ -105,26 +107,26 @@ def load_model(
     """Build `cls(config)` with the weights of a folder, in evaluation mode and ready to be trained.
 
     Args:
-        layouts: the names that the file may use; the one that fits best is taken.
-        dtype: None keeps what the file has. A conversion makes a copy, one tensor at a time.
+        layouts: the names that the file may use; the layout that matches best is taken.
+        dtype: None keeps the file's. A conversion copies, one tensor at a time.
         device: where the weights go; on "cpu" and in the file's dtype they stay in the mapped file.
 
     Raises:
-        InputError: the tensors do not fit the config, or hold NaN or infinity (folders up to 256 MB); the
+        InputError: the tensors do not fit the config, or contain NaN or infinity (folders up to 256 MB); the
             device cannot compute in the dtype, or has too little memory free for the copies.
     """
     found = read_tensors(folder)
     layout_name, layout = max(
         layouts.items(), key=lambda item: sum(to_ours(name, item[1]) is not None for name in found)
     )
-    with torch.device("meta"), _Uninitialized():  # shapes without memory: the numbers come from the file
+    with torch.device("meta"), _Uninitialized():  # shapes without memory: the values come from the file
         model = cls(config)
     tensors, problems = _fit(found, layout, model.state_dict())
     if problems:
         raise InputError(
-            f"the tensors of {folder} do not fit its config.json (nearest of the layouts "
+            f"the tensors of {folder} do not fit its config.json (closest of the layouts "
             f"{', '.join(layouts)}: {layout_name}): {'; '.join(problems)}. All files must come from one "
-            "checkpoint: get it again"
+            "checkpoint: download it again"
         )
     _check_device(folder, found, dtype, device)
     converted = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
@@ -133,14 +135,14 @@ def load_model(
     model.load_state_dict(converted, assign=True)
     for module in model.modules():
         reset_buffers = getattr(module, "reset_buffers", None)
-        if reset_buffers is not None:  # what no file holds is still on the meta device
+        if reset_buffers is not None:  # buffers that are in no file are still on the meta device
             reset_buffers()
     return model.eval()
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Skips what `torch.nn.init` does. Drawing random numbers on the meta device would only cost time, and
-    the first draw imports PyTorch's compiler, which takes longer than all the rest of loading.
+    """Skips `torch.nn.init`. Drawing random numbers on the meta device would be a waste of time, and the
+    first draw imports PyTorch's compiler, which takes longer than the rest of loading.
     """
 
     def __torch_function__(
@@ -155,11 +157,11 @@ class _Uninitialized(TorchFunctionMode):
 def _fit(
     found: Mapping[str, Tensor], layout: Layout, wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under our names, and a line for each kind of problem, in the names of the file."""
+    """The tensors under our names, and a line for each kind of problem, with the file's names."""
     tensors: dict[str, Tensor] = {}
     unexpected, misshapen = [], []
     for name, tensor in found.items():
-        if COUNTED.search(name):
+        if IGNORED_BUFFER.search(name):
             continue
         ours = to_ours(name, layout)
         if ours is None or ours not in wanted or ours in tensors:
@@ -183,9 +185,11 @@ def _check_device(
         check_dtype(kind, device)
     needed = bytes_needed(found.values(), dtype, device)
     smaller = bytes_needed(found.values(), torch.bfloat16, device)
-    advice = "use a smaller checkpoint, or a machine with more"
+    advice = "use a smaller checkpoint, or a machine with more memory"
     if smaller < needed:
-        takes = f"which takes {gigabytes(smaller)}" if smaller else "which stays in the file and takes none"
+        takes = (
+            f"which takes {gigabytes(smaller)}" if smaller else "which stays in the file and needs no memory"
+        )
         advice = f"load it as bfloat16 (dtype=torch.bfloat16, --dtype bfloat16), {takes}; or {advice}"
     require_memory(needed, device, f"the weights of {folder}" + (f" as {dtype}" if dtype else ""), advice)
 
@@ -194,30 +198,34 @@ def _check_finite(folder: Path, before: Mapping[str, Tensor], after: Mapping[str
     bad = [name for name, tensor in after.items() if not torch.isfinite(tensor).all()]
     damaged = [name for name in bad if not torch.isfinite(before[name]).all()]
     if damaged:
-        raise InputError(f"{folder} holds NaN or infinity in {few(damaged)}: it is damaged, get it again")
+        raise InputError(
+            f"{folder} contains NaN or infinity in {few(damaged)}: it is damaged, download it again"
+        )
     if bad:
         raise InputError(
-            f"{few(bad)} of {folder}: numbers too large for {after[bad[0]].dtype}. Use torch.bfloat16 or "
+            f"{few(bad)} in {folder}: numbers too large for {after[bad[0]].dtype}. Use torch.bfloat16 or "
             "torch.float32"
         )
 
 
 def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout: Layout) -> None:
-    """Write config.json and model.safetensors under the names of a layout.
+    """Write config.json and model.safetensors with the names of a layout.
 
-    Both are complete before either takes the place of an old one, so that a failure leaves the old folder as
-    it was, and a model may be saved into the folder that its own weights are mapped from. A head that is the
+    Both are complete before either replaces an old one, so a failure leaves the old folder as it was, and a
+    model may be saved into the folder that its own weights are mapped from. A head that is tied to the
     embedding table is not written twice.
 
     Raises:
-        InputError: the folder cannot be written, for instance because the disk is full; the model is
+        InputError: the folder cannot be written, for example because the disk is full; the model is
             quantized or packed.
     """
     state = model.state_dict()
     if any(tensor.dtype == torch.int8 for tensor in state.values()):
-        raise InputError("a quantized model cannot be saved: save it before, and quantize when it is loaded")
+        raise InputError(
+            "a quantized model cannot be saved: save it before quantizing, and quantize it when loading"
+        )
     if any(tensor.is_mkldnn for tensor in state.values()):
-        raise InputError("a packed model cannot be saved: save it before, and pack when it is loaded")
+        raise InputError("a packed model cannot be saved: save it before packing, and pack it when loading")
     tensors = {to_file(name, layout): tensor.contiguous() for name, tensor in state.items()}
     with write_aside(folder / "config.json") as config_path, write_aside(folder / WEIGHTS) as weights_path:
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -199,11 +199,11 @@ def precision_over_recalls(answer: Callable[[Sequence[bool], int], Any]) -> None
         ([True, False, False], 1, 1.0),
         ([False, True], 1, 0.5),
     ]
-    for some, number, value in cases:
-        mine = of(some, number)
+    for ranked, number, value in cases:
+        mine = of(ranked, number)
         expect(
             abs(mine - value) < 1e-6,
-            f"for hits {some} and {number} wanted it is {value:.4f}, yours is {mine:.4f}",
+            f"for hits {ranked} and {number} wanted it is {value:.4f}, yours is {mine:.4f}",
         )
     right("the mean precision over 101 recalls, as COCO counts it.")
 

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from minivlm.checks import NotYet, call, expect, right
-from minivlm.models.load import load_paligemma
+from minivlm.models.load import load_answering
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 from minivlm.world.scenes import Scene, Thing
@@ -37,7 +37,7 @@ class solutions:
 
 def ask(answer: Callable[..., Any]) -> None:
     """One large red circle, asked for its color and for a caption."""
-    model, processor = load_paligemma()
+    model, processor = load_answering()
     thing = Thing("circle", "red", "large", 32.0, 32.0, 14.0, (214, 40, 40))
     picture = Scene((thing,), background=210, noise=0.0, noise_seed=0).draw(128)
     result = call(answer, model, processor, picture, "what color is the circle?")

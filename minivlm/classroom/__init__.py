@@ -1,1 +1,1 @@
-"""For a class: student copies of the notebooks, their progress, and whether a machine is ready."""
+"""For a class: student copies of the notebooks, the students' progress, and whether a machine is ready."""

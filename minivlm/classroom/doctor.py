@@ -21,7 +21,7 @@ import torch
 import minivlm
 from minivlm.checkpoints.devices import free_memory
 from minivlm.errors import InputError, extra
-from minivlm.models.load import load_paligemma
+from minivlm.models.load import load_answering
 from minivlm.world.demo import sample_scene
 
 OLDEST_PYTHON = (3, 11)
@@ -183,7 +183,7 @@ def memory() -> Finding:
 def model() -> Finding:
     """The shipped model answers a question about a picture, and right."""
     scene, (_, example, *_) = sample_scene(0)
-    paligemma, processor = load_paligemma()
+    paligemma, processor = load_answering()
     inputs: dict[str, Any] = processor([scene.draw(256)], [example.prefix])
     answer = processor.decode(paligemma.generate(**inputs))[0]
     found = f"{example.prefix} {answer}"

@@ -1,13 +1,13 @@
-"""What a student's notebook has solved. This file runs code of others: only in a process made for it.
+"""What a student's notebook has solved. This file runs other people's code, so only in a process of its own.
 
 `minivlm progress` (see progress.py) starts
 
     python -m minivlm.classroom.grading NOTEBOOK --report DESCRIPTOR
 
-once for each notebook, and reads what it reports as lines of JSON, the last of them empty. The answers are
-judged by the checks of the installed package, and neither by the notebook's check cells nor by its stored
-outputs. What a notebook computes between its exercises takes minutes and matters to no check, so of those
-cells only imports, definitions and constants are run, unless `--whole` asks for everything.
+once for each notebook, and reads its report: lines of JSON, the last of them an empty object. Answers are
+judged by the checks of the installed package, not by the notebook's check cells or its stored outputs. What a
+notebook computes between its exercises takes minutes and matters to no check, so of those cells only imports,
+definitions and constants are run, unless `--whole` asks for everything.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 LONGEST_REMARK = 300  # characters
 LARGEST_FILE = 200 * 2**20  # bytes
-DEVICES = (Path("/dev/null"), Path("/dev/shm"))  # what processes write to that work together
-# What an expression without names and calls is made of.
+DEVICES = (Path("/dev/null"), Path("/dev/shm"))  # what cooperating processes write to
+# The parts of an expression without names and calls.
 CONSTANT = (
     ast.Constant,
     ast.Tuple,
@@ -50,11 +50,11 @@ CONSTANT = (
 
 
 def judge(notebook: NotebookNode, whole: bool = False, seconds: float = 0) -> Iterator[dict[str, Any]]:
-    """Run a notebook, and report {"cell": number} before each cell and, for each exercise in it,
-    {"name": str, "passed": bool, "remark": str}, where the remark is the hint of the check.
+    """Run a notebook. Yields {"cell": number} before each cell and, for each exercise in it,
+    {"name": str, "passed": bool, "remark": str}, where the remark is the check's hint.
 
     An answer is what a name is bound to right before its catch-up cell, which binds it to the solution.
-    A cell or a check that takes longer than `seconds` (0: no limit) is interrupted, and the next ones run.
+    A cell or check that takes longer than `seconds` (0: no limit) is interrupted, and the next ones run.
     """
     with extra("notebooks"):
         from IPython.core.interactiveshell import InteractiveShell
@@ -90,14 +90,14 @@ def judge(notebook: NotebookNode, whole: bool = False, seconds: float = 0) -> It
         answered |= answers
         if answers or caught_up or whole:
             with suppress(TimeoutError), _at_most(seconds):
-                shell.run_cell(cell.source)  # which shows errors of the cell and does not raise them
+                shell.run_cell(cell.source)  # shows errors of the cell without raising them
         else:
             _run_definitions(tree, shell.user_ns, seconds)
     yield from verdicts(answered)
 
 
 def _run_definitions(tree: ast.Module, scope: dict[str, Any], seconds: float) -> None:
-    """The imports, definitions and constants of a cell. Where one fails, the next ones are run as well."""
+    """Run the imports, definitions and constants of a cell. If one fails, the next ones still run."""
     for node in filter(_defines, tree.body):
         with suppress(Exception, SystemExit), _at_most(seconds):
             exec(compile(ast.Module([node], []), "notebook", "exec"), scope)
@@ -110,7 +110,7 @@ def _ask_check(check: Callable[[Any], None], answer: Any, seconds: float) -> tup
     try:
         with _at_most(seconds):
             check(answer)
-    except (Exception, SystemExit) as error:  # of NotYet, the hint; other errors are the answer's as well
+    except (Exception, SystemExit) as error:  # NotYet has the hint; other errors are the answer's too
         hint = str(error) if isinstance(error, checks.NotYet) else f"{type(error).__name__}: {error}"
         return False, " ".join(hint.split())[:LONGEST_REMARK]
     return True, ""
@@ -118,7 +118,7 @@ def _ask_check(check: Callable[[Any], None], answer: Any, seconds: float) -> tup
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block when it takes longer. Code that catches everything goes on."""
+    """Raise TimeoutError in a block that takes longer. Code that catches everything keeps running."""
 
     def stop(signal_number: int, frame: object) -> None:
         raise TimeoutError(f"more than {seconds:g} seconds: an endless loop?")
@@ -148,7 +148,7 @@ def _defines(node: ast.stmt) -> bool:
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Limit this process and all that it starts: processor time, memory (bytes) and the size of a file."""
+    """Limit this process and all that it starts: CPU time (seconds), memory and file size (bytes)."""
     try:
         import resource
     except ImportError:  # Windows has none of these
@@ -159,12 +159,12 @@ def limit(seconds: int, memory: int) -> None:
         (resource.RLIMIT_FSIZE, LARGEST_FILE),
         (resource.RLIMIT_CORE, 0),
     ):
-        with suppress(ValueError, OSError):  # macOS knows RLIMIT_AS and refuses it
+        with suppress(ValueError, OSError):  # macOS has RLIMIT_AS but rejects it
             resource.setrlimit(kind, (value, value))
 
 
 def main() -> None:
-    """Judge one notebook and end the process, whatever threads the notebook has left running."""
+    """Judge one notebook and end the process, whatever threads the notebook left running."""
     parser = argparse.ArgumentParser()
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="where files may be changed")

@@ -1,10 +1,10 @@
-"""Linux: a process that changes no files but those below some folders, nor does anything that it starts.
+"""Linux: restrict a process, and all that it starts, to changing files below some folders.
 
 With Landlock (https://docs.kernel.org/userspace-api/landlock.html), in the kernel since version 5.13, a
-process gives up rights for good, and needs none to do so. Given up here is every way to write, create, move
-and delete files. Reading, the network, other processes, and the owner, mode and dates of files stay as they
-were. The C library has no functions for it, so the system calls are made by their numbers, which are the same
-on all processors.
+process gives up rights for good, and needs no privilege to do so. What is given up here is every way to
+write, create, move and delete files. Reading, the network, other processes, and the owner, mode and dates of
+files are not restricted. The C library has no functions for it, so the system calls are made by number; the
+numbers are the same on all processors.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CREATE, ADD, RESTRICT = 444, 445, 446  # system calls
-VERSION = 1  # a flag of the first: return which version there is
-BENEATH = 1  # a kind of rule: a folder with all in it
-NO_NEW_PRIVILEGES = 38  # of prctl: no program may bring back what was given up
+VERSION = 1  # a flag of the first: return the version
+BENEATH = 1  # a kind of rule: a folder and everything in it
+NO_NEW_PRIVILEGES = 38  # for prctl: no program may regain what was given up
 
 # Rights, one bit each, from linux/landlock.h.
 WRITE_FILE = 1 << 1
-FOLDER_RIGHTS = 1 << 4 | 1 << 5 | sum(1 << bit for bit in range(6, 13))  # to remove, and to make of any kind
+FOLDER_RIGHTS = 1 << 4 | 1 << 5 | sum(1 << bit for bit in range(6, 13))  # to remove, and to create any kind
 MOVE = 1 << 13  # to another folder; since version 2, and before that never allowed
 TRUNCATE = 1 << 14  # since version 3
 
 
 def version() -> int:
-    """Of Landlock in this kernel; 0 where there is none."""
+    """The version of Landlock in this kernel; 0 if there is none."""
     if sys.platform != "linux":
         return 0
     return max(0, _library().syscall(CREATE, None, ctypes.c_size_t(0), VERSION))
 
 
 def change_only(folders: Sequence[Path]) -> bool:
-    """From now on this thread, and what it starts, changes no files outside of these; False: no Landlock.
+    """From now on this thread, and what it starts, can change no files outside these. False: no Landlock.
 
-    Raises OSError: one is not there, or the kernel refuses.
+    Raises OSError: a folder does not exist, or the kernel refuses.
     """
     known = version()
     if not known:

@@ -1,4 +1,4 @@
-"""Reading notebooks that others wrote, of which some will be broken."""
+"""Read notebooks that other people wrote, some of which will be broken."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from minivlm.errors import InputError, extra
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-LARGEST = 50_000_000  # bytes: one that stores more prints too much to be read
+MAX_BYTES = 50_000_000  # a larger notebook prints too much to be read
 
 
 def read_notebook(path: Path) -> NotebookNode:
     """A notebook in format 4.
 
-    Raises InputError: it is no file that can be read, too large, not JSON, or not a notebook.
+    Raises InputError: the file cannot be read, is too large, is not JSON, or is not a notebook.
     """
     with extra("notebooks"):
         import nbformat
     try:
-        if path.stat().st_size > LARGEST:
-            raise InputError(f"{path} is larger than {LARGEST // 10**6} MB: clear its outputs and save it")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES // 10**6} MB: clear its outputs and save it")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of cells without ids, which get some
+            warnings.simplefilter("ignore")  # about cells without ids, which get some
             notebook = nbformat.read(path, as_version=4)
             nbformat.validate(notebook)
     except OSError as error:
@@ -39,13 +39,13 @@ def read_notebook(path: Path) -> NotebookNode:
         raise InputError(f"{path} is not JSON, so it is not a notebook: save it again in Jupyter") from error
     except InputError:
         raise
-    except Exception as error:  # JSON of any other kind ends in any kind of error inside nbformat
+    except Exception as error:  # other JSON can raise any kind of error inside nbformat
         raise InputError(f"{path} is JSON, but not a notebook: save it again in Jupyter") from error
     return notebook
 
 
 def module_of(notebook: NotebookNode) -> str | None:
-    """The module of `minivlm.checks` that most cells use: which notebook of the course this is."""
+    """The module of `minivlm.checks` that most cells use: it tells which notebook of the course this is."""
     modules = {module.name for module in pkgutil.iter_modules(checks.__path__)}
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     used = Counter(name for source in sources for name in re.findall(r"\bchecks\.(\w+)", source))
@@ -54,6 +54,6 @@ def module_of(notebook: NotebookNode) -> str | None:
 
 
 def exercises_of(module: str) -> list[str]:
-    """Names of the exercises of a module of checks."""
+    """Names of the exercises in a module of checks."""
     solutions = importlib.import_module(f"minivlm.checks.{module}").solutions
     return [name for name, member in vars(solutions).items() if isinstance(member, staticmethod)]

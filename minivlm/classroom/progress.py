@@ -1,11 +1,11 @@
-"""How far the students are: runs the notebooks that they hand in, and counts the exercises that pass.
+"""How far the students are: run the notebooks that they hand in, and count the exercises that pass.
 
-Running a notebook is running code that others wrote. Each gets a process of its own (grading.py) with a time
-limit, a memory limit, a home and a working folder that are copies, and an environment without the secrets of
-this one; on Linux it can change no file outside of its folder (landlock.py). That limits accidents: endless
-loops, a full memory, a deleted folder. It is no sandbox. Code that means harm can read any file and use any
-connection that the user who runs it can, start a process that outlives its group, fill a disk with many
-files, and write the report itself, so the table is no exam.
+Running a notebook means running other people's code. Each notebook gets a process of its own (grading.py)
+with a time limit, a memory limit, copies for a home and a working folder, and an environment without the
+secrets of this one; on Linux it cannot change any file outside its folder (landlock.py). That limits
+accidents: endless loops, exhausted memory, a deleted folder. It is not a sandbox. Malicious code can read any
+file and use any connection that the user who runs it can, start a process that outlives its group, fill a
+disk with many files, and write the report itself, so the table is not an exam.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from minivlm.checks import STILL_BLANK
 from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
 from minivlm.errors import InputError
 
-KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of this environment
-MARK = "MINIVLM_PROGRESS"  # an environment variable by which leftover processes are known
+INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # environment variables
+RUN_ID = "MINIVLM_PROGRESS"  # the environment variable by which leftover processes are recognized
 LONGEST_REPORT = 100_000  # bytes
 SECONDS_TO_START = 300.0  # for the imports of the process, on a slow machine
 
@@ -41,31 +41,31 @@ class HandedIn:
 
     path: Path
     student: str
-    notebook: str  # "" where only the content says which one it is
+    notebook: str  # "" if only the content says which one it is
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one notebook has solved. No exercises: it could not be read, and `remark` says why."""
+    """What one notebook has solved. Without exercises, it could not be read, and `remark` says why."""
 
     student: str
     notebook: str
     passed: list[str]
     exercises: list[str]
-    remark: str  # what stopped the run, or what is wrong with the first exercise tried and not solved
+    remark: str  # what stopped the run, or what is wrong with the first exercise tried but not solved
 
 
 @dataclass(frozen=True)
 class Limits:
     """For each notebook."""
 
-    seconds: float = 120  # from the first cell on
+    seconds: float = 120  # counted from the first cell
     memory: int = 4 * 2**30  # bytes of address space
-    whole: bool = False  # run also what is no definition, exercise or check
+    whole: bool = False  # also run what is not a definition, exercise or check
 
 
 def find_handed_in(folder: Path) -> list[HandedIn]:
-    """The notebooks of a class, in order of students:
+    """The notebooks of a class, sorted by student:
 
         folder/<student>/00_tour.ipynb     or deeper, as in folder/<student>/notebooks/00_tour.ipynb
         folder/<student>.ipynb             one notebook each
@@ -80,16 +80,16 @@ def find_handed_in(folder: Path) -> list[HandedIn]:
         inside = parts[1:] if parts[1:2] != ("notebooks",) else parts[2:]
         found.append(HandedIn(path, parts[0], "/".join(inside)))
     if not found:
-        missing = "holds no notebooks" if folder.is_dir() else "is not a folder"
+        missing = "contains no notebooks" if folder.is_dir() else "is not a folder"
         raise InputError(
-            f"{folder} {missing}: put them into {folder}/STUDENT/00_tour.ipynb, or one of each student into "
+            f"{folder} {missing}: put them at {folder}/STUDENT/00_tour.ipynb, or one per student at "
             f"{folder}/STUDENT.ipynb"
         )
     return found
 
 
 def judge_handed_in(handed_in: HandedIn, limits: Limits) -> Result:
-    """Run one notebook within limits. Whatever is wrong with it is a remark, and no error."""
+    """Run one notebook within limits. Whatever is wrong with it becomes a remark, not an error."""
     try:
         notebook = read_notebook(handed_in.path)
     except InputError as error:
@@ -113,7 +113,7 @@ def judge_handed_in(handed_in: HandedIn, limits: Limits) -> Result:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """About one exercise."""
+    """The verdict on one exercise."""
 
     name: str
     passed: bool
@@ -127,7 +127,7 @@ def _run(path: Path, scratch: Path, limits: Limits) -> tuple[list[_Verdict], str
         folder.mkdir(parents=True)
     copied = shutil.copyfile(path, work / "notebook.ipynb")
     _copy_surroundings(path, scratch, limits.whole)
-    mark = secrets.token_hex(8)
+    run_id = secrets.token_hex(8)
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "minivlm.classroom.grading", str(copied), "--report", str(writing)]
     command += ["--folder", str(scratch)]
@@ -136,9 +136,9 @@ def _run(path: Path, scratch: Path, limits: Limits) -> tuple[list[_Verdict], str
     process = subprocess.Popen(
         command,
         cwd=work,
-        env=_environment(scratch) | {MARK: mark},
+        env=_environment(scratch) | {RUN_ID: run_id},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # what is printed goes nowhere, so it may be a gigabyte
+        stdout=subprocess.DEVNULL,  # what is printed is discarded, so it may be a gigabyte
         stderr=subprocess.DEVNULL,
         pass_fds=[writing],
         start_new_session=True,
@@ -148,12 +148,12 @@ def _run(path: Path, scratch: Path, limits: Limits) -> tuple[list[_Verdict], str
         text, late = _read(reading, limits.seconds)
     finally:
         os.close(reading)
-        _kill(process, mark)
+        _kill(process, run_id)
     return _understand(text, late, limits.seconds, process.returncode)
 
 
 def _understand(text: str, late: bool, seconds: float, code: int) -> tuple[list[_Verdict], str]:
-    """A report as the process wrote it, which may be cut anywhere, or written by somebody else."""
+    """Parse a report, which may be cut off anywhere, or be written by the student's code."""
     verdicts: list[_Verdict] = []
     where = "at its start"
     for line in text.splitlines():
@@ -171,13 +171,13 @@ def _understand(text: str, late: bool, seconds: float, code: int) -> tuple[list[
                     return verdicts, ""
     if late:
         return verdicts, f"stopped after {seconds:g} seconds, {where}: an endless loop?"
-    return verdicts, f"Python ended {where} (code {code}): a crash, no memory left, or an exit?"
+    return verdicts, f"Python ended {where} (code {code}): a crash, out of memory, or an exit?"
 
 
 def _read(descriptor: int, seconds: float) -> tuple[str, bool]:
-    """What is written into a pipe until its end, too much, or too late, and whether it was too late.
+    """Read a pipe until it ends, has said too much, or is too late; also return whether it was too late.
 
-    The time is counted from the first word on: a process takes some to import PyTorch.
+    Time counts from the first byte: a process needs some time to import PyTorch.
     """
     text = b""
     deadline = time.monotonic() + SECONDS_TO_START
@@ -196,8 +196,8 @@ def _read(descriptor: int, seconds: float) -> tuple[str, bool]:
 
 def _environment(scratch: Path) -> dict[str, str]:
     """Environment variables of the process: none that may hold a secret."""
-    packages = [path for path in sys.path if os.path.isabs(path)]  # the same minivlm, wherever it lies
-    return {name: os.environ[name] for name in KEPT if name in os.environ} | {
+    packages = [path for path in sys.path if os.path.isabs(path)]  # the same minivlm, wherever it is
+    return {name: os.environ[name] for name in INHERITED if name in os.environ} | {
         "HOME": str(scratch / "home"),
         "TMPDIR": str(scratch / "tmp"),
         "MPLBACKEND": "Agg",
@@ -208,8 +208,8 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 
 def _copy_surroundings(path: Path, scratch: Path, whole: bool) -> None:
-    """What a notebook needs: pictures, and matplotlib's list of fonts, which takes seconds to make."""
-    import matplotlib  # half a second, which no other command should pay
+    """Copy what a notebook needs: pictures, and matplotlib's list of fonts, which takes seconds to build."""
+    import matplotlib  # half a second, so only where it is needed
 
     for fonts in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):
         shutil.copy(fonts, scratch / "home")
@@ -220,12 +220,12 @@ def _copy_surroundings(path: Path, scratch: Path, whole: bool) -> None:
             break
 
 
-def _kill(process: subprocess.Popen[bytes], mark: str) -> None:
-    """End a process and all that it has started: its group, and on Linux what has left the group as well."""
+def _kill(process: subprocess.Popen[bytes], run_id: str) -> None:
+    """Kill a process and all that it has started: its group, and on Linux also what has left the group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for environment in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it has ended, or belongs to somebody else
-            if f"{MARK}={mark}".encode() in environment.read_bytes():
+        with suppress(OSError):  # it has ended, or belongs to another user
+            if f"{RUN_ID}={run_id}".encode() in environment.read_bytes():
                 os.kill(int(environment.parent.name), signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""Notebooks for students: the course's own, with a blank where the solution of an exercise was.
+"""Notebooks for students: the course's own, with a blank in place of each exercise's solution.
 
-A solution stands between two comment lines, which are nbgrader's, so that a teacher may use nbgrader on the
+A solution is enclosed in two comment lines, which are nbgrader's, so that a teacher can use nbgrader on the
 same files:
 
     def patch_count(height, width, patch_size):
@@ -8,11 +8,11 @@ same files:
         return (height // patch_size) * (width // patch_size)
         ### END SOLUTION
 
-In the copy one line that raises takes their place, and the outputs of exercise and check cells are gone: a
-check that says "Right: two lines, and x is only ever added to" tells too much. Everything else stays as it
-is, the catch-up cells too, with which the rest of a notebook runs whatever was written above them. Exercise
-and check cells get the tag `raises-exception`, by which Jupyter goes on after an error: "Run All" reaches the
-end of a notebook that nobody has solved yet.
+In the copy, one line that raises replaces them, and the outputs of exercise and check cells are removed: a
+check that says "Right: two lines, and x is only ever added to" gives too much away. Everything else stays,
+including the catch-up cells, which let the rest of a notebook run whatever was written above them. Exercise
+and check cells get the tag `raises-exception`, with which Jupyter goes on after an error: "Run All" reaches
+the end of a notebook that nobody has solved yet.
 """
 
 from __future__ import annotations
@@ -34,37 +34,35 @@ if TYPE_CHECKING:
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 BLANK = 'raise NotImplementedError("your turn: replace this line, then run the check below")'
 MAY_FAIL = "raises-exception"
-# Whatever looks like a marker: a misspelled one would hand the solution out.
-ALMOST = re.compile(r"#+\s*(begin|end)\s*solutions?\W*", re.IGNORECASE)
+# Whatever looks like a marker: a misspelled one would give the solution away.
+LIKE_A_MARKER = re.compile(r"#+\s*(begin|end)\s*solutions?\W*", re.IGNORECASE)
 README = """\
 # Workshop
 
-Switch on the environment in which minivlm is installed, here called course: `source course/bin/activate`, on
+Activate the environment in which minivlm is installed, here called course: `source course/bin/activate`, on
 Windows `course\\Scripts\\activate`. Then `minivlm doctor` says whether this machine is ready, and what to do
-if it is not, and
+if it is not. To open the first notebook, run this in this folder:
 
 ```
 jupyter-lab notebooks/00_tour.ipynb
 ```
 
-in this folder opens the first notebook.
-
-Each exercise is a cell with a blank, a check that says what is wrong with your answer, and a line with which
-the rest of the notebook runs whether or not you have solved it.
+Each exercise has a cell with a blank, a check that says what is wrong with your answer, and a line that lets
+the rest of the notebook run whether or not you have solved it.
 
 | notebook | minutes | exercises |
 |---|---|---|
 {table}
 """
 # A file that a notebook shows or opens. Braces are those of an f-string.
-SHOWN = re.compile(r"\.\./((?:[\w./-]|{[^}]*})+\.(?:png|jpg|svg|json))")
+SHOWN_FILE = re.compile(r"\.\./((?:[\w./-]|{[^}]*})+\.(?:png|jpg|svg|json))")
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
-    """The notebook with blanks for solutions. The one given is left as it is.
+    """A copy of the notebook with blanks for solutions. The original is not changed.
 
-    Raises InputError: a marker without its partner, misspelled, or outside of a code cell; an exercise
-    without a solution, which would be handed out solved.
+    Raises InputError: a marker without its partner, misspelled, or outside a code cell; an exercise without a
+    marked solution, which would be handed out solved.
     """
     student = copy.deepcopy(notebook)
     for number, cell in enumerate(student.cells, start=1):
@@ -86,7 +84,7 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
 def _blanked(source: str, where: str) -> str:
     """Raises InputError: as `student_copy`."""
     lines: list[str] = []
-    begun = 0  # the line of the marker that is open
+    begun = 0  # the line of the open marker
     for number, line in enumerate(source.split("\n"), start=1):
         text = line.strip()
         at = f"{where}, line {number}"
@@ -99,7 +97,7 @@ def _blanked(source: str, where: str) -> str:
             if not begun:
                 raise InputError(f"{at}: {END} without {BEGIN} above it")
             begun = 0
-        elif ALMOST.fullmatch(text):
+        elif LIKE_A_MARKER.fullmatch(text):
             raise InputError(f"{at}: {text!r} is nearly a marker: write {BEGIN} or {END}")
         elif not begun:
             lines.append(line)
@@ -109,7 +107,7 @@ def _blanked(source: str, where: str) -> str:
 
 
 def find_notebooks() -> Path:
-    """The folder of the course's notebooks: here, or beside the package in a clone.
+    """The folder of the course's notebooks: here, or next to the package in a clone.
 
     Raises InputError: there is none.
     """
@@ -117,29 +115,29 @@ def find_notebooks() -> Path:
         if any(folder.glob("*.ipynb")):
             return folder
     raise InputError(
-        "there is no folder notebooks/ here. An installed minivlm brings none: run this in a clone of the "
+        "there is no folder notebooks/ here, and an installed minivlm has none: run this in a clone of the "
         "repository, or name the folder with --notebooks"
     )
 
 
 def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Path]:
-    """Student copies of all notebooks of a folder, with the pictures that they show; returns the copies.
+    """Write student copies of all notebooks in a folder, with the pictures they show; returns their paths.
 
-    The folder is usable by itself next to the installed package:
+    The result works on its own with the installed package:
 
-        out/README.md       what is in it, and how to begin
+        out/README.md       what is in it, and how to start
         out/notebooks/      the student notebooks
         out/figures/        what they show and open as ../figures/...
 
-    Nothing is written when anything is wrong with any notebook.
+    Nothing is written if anything is wrong with any notebook.
 
-    Raises InputError: no notebooks, one that cannot be read or copied (see `student_copy`), a picture that is
-    not there, or files in `out` that are there already, unless `overwrite`.
+    Raises InputError: no notebooks, one that cannot be read or copied (see `student_copy`), a missing
+    picture, or files that already exist in `out`, unless `overwrite`.
     """
     with extra("notebooks"):
         import nbformat
     if out.resolve() == source.resolve().parent or (out / "notebooks").resolve() == source.resolve():
-        raise InputError(f"{out} holds the notebooks that are to be copied: choose another folder")
+        raise InputError(f"{out} contains the notebooks to be copied: choose another folder")
     copies: dict[Path, str] = {}
     pictures: dict[Path, Path] = {}
     table = []
@@ -154,13 +152,13 @@ def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Pat
         pictures |= {out / name: source.parent / name for name in shown}
         table.append(_row(path.name, student))
     if not copies:
-        raise InputError(f"{source} holds no notebooks: name the folder that does with --notebooks")
+        raise InputError(f"{source} contains no notebooks: name the folder that does with --notebooks")
 
     texts = {out / "README.md": README.format(table="\n".join(table)), **copies}
     there = [path for path in (*texts, *pictures) if path.exists()]
     if there and not overwrite:
         raise InputError(
-            f"{there[0]} is there already, and may hold somebody's answers: choose another folder, or "
+            f"{there[0]} already exists and may contain somebody's answers: choose another folder, or "
             "replace what is there with --overwrite"
         )
     for target, text in texts.items():
@@ -175,21 +173,21 @@ def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Pat
 def _shown(notebook: NotebookNode, root: Path) -> set[str]:
     """Files that a notebook names as ../figures/..., relative to the root.
 
-    Raises InputError: one is not there.
+    Raises InputError: one is missing.
     """
     found: set[str] = set()
     for cell in notebook.cells:
-        for name in SHOWN.findall(cell.source):
+        for name in SHOWN_FILE.findall(cell.source):
             pattern = re.sub(r"{[^}]*}", "*", name)
             files = [str(path.relative_to(root)) for path in root.glob(pattern)]
             if not files:
-                raise InputError(f"it shows ../{name}, which is not there")
+                raise InputError(f"it shows ../{name}, which does not exist")
             found.update(files)
     return found
 
 
 def _row(name: str, notebook: NotebookNode) -> str:
-    """A line of the table of notebooks."""
+    """A row of the table of notebooks."""
     opening = notebook.cells[0].source if notebook.cells else ""
     title = re.match(r"# (.+)", opening)
     minutes = re.search(r"\*\*Minutes:\*\* (\d+)", opening)

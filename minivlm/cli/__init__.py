@@ -1,5 +1,5 @@
-"""The command line: `minivlm demo | ask | look | train | train-masks | eval`, and for a classroom
-`doctor | workshop | progress`, each in a file of its own.
+"""The command line, a file for each command: `minivlm demo | ask | look | eval`, to train
+`train | finetune | train-contrastive | train-codebook`, and for a classroom `doctor | workshop | progress`.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
 output as they are generated; progress bars go to standard error, and only to a terminal.
@@ -14,8 +14,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minivlm.cli import ask, demo, doctor, evaluate, look, progress, train, train_codebook, workshop
+from minivlm.cli import (
+    ask,
+    demo,
+    doctor,
+    evaluate,
+    finetune,
+    look,
+    progress,
+    train,
+    train_codebook,
+    train_contrastive,
+    workshop,
+)
 from minivlm.cli.options import one_line, show
+from minivlm.cli.program import command
 from minivlm.data.lines import BadLines
 from minivlm.errors import InputError
 
@@ -30,9 +43,9 @@ examples:
   minivlm look photo.jpg --prompt "detect red circle" --out look
   minivlm train --out runs/tiny
   minivlm train --out runs/tiny --resume
-  minivlm train --data train.jsonl --validation validation.jsonl --out runs/tuned
-  minivlm train --objective siglip --out runs/siglip
-  minivlm train-masks --out runs/masks.npz
+  minivlm finetune --data train.jsonl --validation validation.jsonl --out runs/tuned
+  minivlm train-contrastive --objective siglip --out runs/siglip
+  minivlm train-codebook --out runs/masks.npz
   minivlm eval --model runs/tiny --scenes 200
   minivlm eval --model runs/siglip
   minivlm doctor
@@ -40,12 +53,20 @@ examples:
   minivlm progress handed_in --yes
 """
 
+MOVED = {  # old spellings, and the commands that took their place
+    ("train", "--objective"): "train-contrastive",
+    ("train", "--data"): "finetune",
+    ("train-masks",): "train-codebook",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """Errors as one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+        self.exit(
+            2, f"{self.prog}: error: {one_line(message)} (see {command(*self.prog.split()[1:], '--help')})\n"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    moved = _moved(arguments)
+    if moved is not None:
+        print(f"minivlm: error: {moved}", file=sys.stderr)
+        return 2
     options = _parser().parse_args(arguments)
     try:
         code = options.run(options) or 0
@@ -83,6 +109,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, ask, look, train, train_codebook, evaluate, doctor, workshop, progress):
-        command.add_to(commands)
+    models = (demo, ask, look, train, finetune, train_contrastive, train_codebook, evaluate)
+    for module in (*models, doctor, workshop, progress):
+        module.add_to(commands)
     return parser
+
+
+def _moved(arguments: Sequence[str]) -> str | None:
+    """What to type instead of an old spelling."""
+    typed = [argument.partition("=")[0] for argument in arguments]
+    for old, new in MOVED.items():
+        if typed[:1] == [old[0]] and set(old) <= set(typed):
+            return f"minivlm {' '.join(old)} is now minivlm {new}: see minivlm {new} --help"
+    return None

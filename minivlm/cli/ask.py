@@ -15,8 +15,15 @@ from minivlm.cli import options as shared
 from minivlm.cli.pictures import check_picture_name, draw_answers, run_lengths, save_picture
 from minivlm.errors import InputError
 from minivlm.looking import side_by_side
-from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor, load_picture, text_to_boxes, text_to_masks, to_rgb
+from minivlm.models.protocols import Answers
+from minivlm.processing import (
+    AnswerProcessor,
+    load_picture,
+    text_to_boxes,
+    text_to_masks,
+    to_device,
+    to_rgb,
+)
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
@@ -76,9 +83,9 @@ def run(options: argparse.Namespace) -> None:
         raise InputError('there is nothing to ask: add --prompt "caption en" or --prompts-file FILE')
     if options.draw is not None:
         check_picture_name(options.draw)
-    # Everything that can be refused is looked at before the model is loaded.
+    # Everything that can be refused is checked before the model is loaded.
     pictures = [to_rgb(load_picture(path)) for path in options.pictures]
-    model, processor = shared.open_model(options)
+    model, processor = shared.open_answering(options)
     drawn = []
     for path, picture in zip(options.pictures, pictures, strict=True):
         answers = []
@@ -138,15 +145,17 @@ def _read_prompts(path: Path | None) -> list[str]:
 
 
 def _stream_answer(
-    model: PaliGemma, processor: Processor, picture: Image.Image, prompt: str, options: argparse.Namespace
+    model: Answers,
+    processor: AnswerProcessor,
+    picture: Image.Image,
+    prompt: str,
+    options: argparse.Namespace,
 ) -> Iterator[str]:
-    """The answer in pieces of text, as they are known."""
-    inputs: dict[str, Any] = processor([picture], [prompt])
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    """The answer in pieces of text, as they become known."""
     ids: list[int] = []
     shown = ""
     tokens = model.stream(
-        **inputs,
+        **to_device(processor([picture], [prompt]), model.device),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

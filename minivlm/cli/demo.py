@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.cli.pictures import draw_answers, save_picture
-from minivlm.models.load import load_paligemma
+from minivlm.cli.program import command
+from minivlm.models.load import load_answering
 from minivlm.processing import load_picture, to_rgb
 from minivlm.world.demo import SAMPLES, read_samples, write_samples
 
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     if not folder.is_dir():
         folder = options.out / "samples"
         write_samples(folder)
-    model, processor = load_paligemma()
+    model, processor = load_answering()
     rows = [("picture", "prompt", "answer")]
     for path, prompts in read_samples(folder).items():
         picture = to_rgb(load_picture(path))
@@ -44,9 +45,9 @@ def run(options: argparse.Namespace) -> None:
         if number == 0:
             print(f"{'-' * widths[0]}  {'-' * widths[1]}  {'-' * 40}")
     print(f"\nThe pictures with the boxes that the model pointed at are in {options.out.resolve()}.\n\nNext:")
-    program = ".venv/bin/minivlm" if folder == SAMPLES else "minivlm"
-    print(f'  ask your own question      {program} ask {folder}/scene_1.png --prompt "caption en"')
-    print(f"  measure the model          {program} eval")
-    print(f"  train your own             {program} train --out runs/mine")
+    sample = folder / "scene_1.png"
+    print(f"  ask your own question      {command('ask', sample, '--prompt', 'caption en')}")
+    print(f"  measure the model          {command('eval')}")
+    print(f"  train your own             {command('train', '--out', 'runs/mine')}")
     if folder == SAMPLES:  # the course is in the repository alone
         print("  read how it works          make lab, from 00_tour on")

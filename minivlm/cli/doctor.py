@@ -23,6 +23,7 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """A line for each finding, and what to do about those that are wrong."""
     from minivlm.classroom.doctor import examine
+    from minivlm.cli.program import command
 
     wrong = 0
     for finding in examine():
@@ -30,5 +31,5 @@ def run(options: argparse.Namespace) -> int:
         if not finding.ok:
             print(f"      what to do: {finding.advice}", flush=True)
         wrong += not finding.ok
-    print("This machine is ready." if not wrong else f"{wrong} to mend, then run minivlm doctor again.")
+    print(f"{wrong} to fix, then run {command('doctor')} again." if wrong else "This machine is ready.")
     return int(wrong > 0)

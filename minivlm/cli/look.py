@@ -15,10 +15,8 @@ from torch import Tensor
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
 from minivlm.files import write_aside
-from minivlm.models.clip import CLIP
-from minivlm.models.paligemma import PaliGemma
-from minivlm.models.siglip import SigLIP
-from minivlm.processing import PairProcessor, load_picture, to_rgb
+from minivlm.models.protocols import Answers, Matches, Tower
+from minivlm.processing import AnswerProcessor, PairProcessor, load_picture, to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +38,7 @@ def add_to(commands: Commands) -> None:
     look.add_argument(
         "--out", type=Path, default=Path("look"), metavar="FOLDER", help="where to write (default: look)"
     )
-    shared.add_model(look)
+    shared.add_model(look, "a PaliGemma, CLIP or SigLIP checkpoint")
     look.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="length of an answer (default: 64)"
     )
@@ -54,30 +52,31 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Answer, draw, and print what each file shows."""
-    # Drawing takes half a second to import, which no other command should pay.
-    from minivlm.looking import measures, plots
-    from minivlm.looking.hover import hover_page
-    from minivlm.looking.inspection import inspect_answer
-
     if not options.prompt.strip():
         raise InputError('--prompt is empty: ask something, such as "caption en"')
     picture = to_rgb(load_picture(options.picture))
     _make_folder(options.out)
-    model, processor = shared.open_any(options)
-    if isinstance(model, CLIP | SigLIP):
-        _look_at_towers(model, processor, picture, options)
-        return
-    if not isinstance(model, PaliGemma):
-        raise InputError(
-            f"{options.model} holds a model that reads no text: choose a folder of PaliGemma, CLIP or SigLIP"
-        )
+    kind, model, processor = shared.open_reading(options)
+    look_at = _look_at_answer if kind == "answers" else _look_at_match
+    look_at(model, processor, picture, options)
+    print(f"drawn: {options.out}")
+
+
+# Drawing takes half a second to import, which no other command should pay: so each function imports it.
+
+
+def _look_at_answer(
+    model: Answers, processor: AnswerProcessor, picture: Image.Image, options: argparse.Namespace
+) -> None:
+    """A model that answers: its answer, and where the words come from."""
+    from minivlm.looking import measures, plots
+    from minivlm.looking.hover import hover_page
+    from minivlm.looking.inspection import inspect_answer
+
     seen = inspect_answer(model, processor, picture, options.prompt, options.max_new_tokens)
     print(f"{options.picture} | {options.prompt}\n{seen.answer}")
+    _draw_tower(model.vision_tower, seen.tower, options.out)
 
-    embeddings = model.vision_tower.embeddings
-    _draw_tower(
-        embeddings.patch_embedding.weight, embeddings.position_embedding.weight, seen.tower, options.out
-    )
     by_word = seen.attention.mean(dim=(1, 2))  # [A, N]
     maps = {f"{i + 1} {word}": by_word[i] for i, word in enumerate(seen.words[:MOST_MAPS])}
     _save(
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
 
     whole = {"attention": by_word.mean(dim=0), "rollout": seen.rollout.mean(dim=0)}
     if not options.no_occlusion:
-        whole |= _occlusions(seen.sureness, seen.pixel_values, model.config.vision.patch_size)
+        whole |= _occlusions(seen.sureness, seen.pixel_values, model.vision_tower)
     _draw_importance(seen.pixel_values, whole, options.out)
 
     table = model.language_model.embed_tokens.weight.detach()
@@ -105,52 +104,49 @@ def run(options: argparse.Namespace) -> None:
     with write_aside(options.out / "hover.html") as temporary:
         temporary.write_text(f'<!doctype html><meta charset="utf-8">\n{page}\n', encoding="utf-8")
     print("  hover.html      the same to explore: open it in a browser")
-    print(f"drawn: {options.out}")
 
 
-def _look_at_towers(
-    model: CLIP | SigLIP, processor: PairProcessor, picture: Image.Image, options: argparse.Namespace
+def _look_at_match(
+    model: Matches, processor: PairProcessor, picture: Image.Image, options: argparse.Namespace
 ) -> None:
-    """The same for two towers, whose answer is how well the prompt fits the picture."""
+    """A model that matches: how well the prompt fits the picture, and by which patches."""
     from minivlm.looking import plots
     from minivlm.looking.inspection import inspect_match
 
     seen = inspect_match(model, processor, picture, options.prompt)
     print(f"{options.picture} | {options.prompt}\ncosine {seen.cosine:.3f}")
-    embeddings = model.vision_model.embeddings
-    positions = embeddings.position_embedding.weight[-seen.tower.shape[-1] :]  # without a class token's
-    _draw_tower(embeddings.patch_embedding.weight, positions, seen.tower, options.out)
+    _draw_tower(model.vision_model, seen.tower, options.out)
     _save(
         plots.draw_patch_scores(
-            seen.pixel_values, {f"head {i + 1}": one for i, one in enumerate(seen.pooling)}
+            seen.pixel_values, {f"head {i + 1}": scores for i, scores in enumerate(seen.pooling)}
         ),
         options.out / "attention.png",
         "from which patches the picture's vector is made, by head",
     )
     whole = {"attention": seen.pooling.mean(dim=0), "rollout": seen.rollout}
     if not options.no_occlusion:
-        whole |= _occlusions(seen.match, seen.pixel_values, model.config.vision.patch_size)
+        whole |= _occlusions(seen.match, seen.pixel_values, model.vision_model)
     _draw_importance(seen.pixel_values, whole, options.out)
-    print(f"drawn: {options.out}")
 
 
-def _draw_tower(filters: Tensor, positions: Tensor, maps: Tensor, out: Path) -> None:
-    """Filters [D, C, P, P], positions [N, D], attention maps [layers, H, N, N]."""
+def _draw_tower(tower: Tower, maps: Tensor, out: Path) -> None:
+    """Filters, positions and heads of an image tower, with its attention maps [layers, H, N, N]."""
     from minivlm.looking import measures, plots
 
-    filters = filters.detach().float()
+    filters = tower.embeddings.patch_embedding.weight.detach().float()
     components, shares = measures.filter_components(filters)
     _save(
         plots.draw_filters({"filters": filters, "components": components}),
         out / "filters.png",
         f"12 components explain {float(shares[:12].sum()):.0%} of the filters' variance",
     )
+    count = maps.shape[-1]
+    positions = tower.embeddings.position_embedding.weight[-count:].detach()  # without a class token's
     _save(
-        plots.draw_positions({"positions": measures.position_similarity(positions.detach())}),
+        plots.draw_positions({"positions": measures.position_similarity(positions)}),
         out / "positions.png",
         "similarity of each position with all others",
     )
-    count = maps.shape[-1]
     distances = torch.stack([measures.attention_distance(layer[None]) for layer in maps])
     entropies = torch.stack([measures.attention_entropy(layer[None]) for layer in maps])
     evenly = float(measures.patch_distances(count).mean())
@@ -161,12 +157,11 @@ def _draw_tower(filters: Tensor, positions: Tensor, maps: Tensor, out: Path) -> 
     )
 
 
-def _occlusions(
-    score: Callable[[Tensor], Tensor], pixel_values: Tensor, patch_size: int
-) -> dict[str, Tensor]:
+def _occlusions(score: Callable[[Tensor], Tensor], pixel_values: Tensor, tower: Tower) -> dict[str, Tensor]:
     """How much the score of a picture falls where one patch, or three by three, are hidden: [N] each."""
     from minivlm.looking.measures import occlusion
 
+    patch_size = tower.embeddings.patch_embedding.kernel_size[0]
     return {
         "occlusion": occlusion(score, pixel_values, patch_size),
         "occlusion, 3 x 3": occlusion(score, pixel_values, patch_size, reach=1),
@@ -177,7 +172,7 @@ def _draw_importance(pixel_values: Tensor, scores: dict[str, Tensor], out: Path)
     """Maps [N] of one picture side by side."""
     from minivlm.looking import plots
 
-    where = {name: divmod(int(one.argmax()), math.isqrt(len(one))) for name, one in scores.items()}
+    where = {name: divmod(int(values.argmax()), math.isqrt(len(values))) for name, values in scores.items()}
     listed = ", ".join(f"{name} {row + 1}/{column + 1}" for name, (row, column) in where.items())
     _save(
         plots.draw_patch_scores(pixel_values, scores),

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import Field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minivlm.checkpoints.devices import check_device
 from minivlm.data.lines import BadLines
 from minivlm.errors import InputError
-from minivlm.models.load import SHIPPED, load, load_paligemma
-from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
+from minivlm.models.load import SHIPPED, SYSTEMS, Kind, LoadOptions, kind_of, load
+from minivlm.models.protocols import Answers
+from minivlm.processing import AnswerProcessor
 from minivlm.speed.compiled import compile_parts
-
-Model = TypeVar("Model", bound=torch.nn.Module)
+from minivlm.training.loop import Loop
 
 if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+SHARED = ("seed", "warmup_steps", "bf16")  # options of `add_run` that are fields of every recipe
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoint") -> None:
@@ -35,7 +44,7 @@ def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoi
         "--pack", action="store_true", help="a copy of the weights that is faster for prompts and batches"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="use torch.compile, which pays for many answers"
+        "--compile", action="store_true", help="use torch.compile, which helps with many answers"
     )
 
 
@@ -44,47 +53,114 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
 
 
-def open_any(options: argparse.Namespace) -> tuple[Any, Any]:
-    """As `open_model`, of whatever kind the folder is: see `minivlm.load`."""
-    model, processor = load(options.model or SHIPPED, **_choices(options))
-    return _compiled(model, options), processor
+def open_answering(options: argparse.Namespace) -> tuple[Answers, AnswerProcessor]:
+    """The model that the options of `add_model` name, and its processor.
+
+    Raises InputError: it writes no answers; otherwise as `load`.
+    """
+    return _open(options, "answers", _choices(options))
 
 
-def open_model(options: argparse.Namespace) -> tuple[PaliGemma, Processor]:
-    """The model that the options of `add_model` name. Raises InputError: as `check_device` and `load`."""
-    model, processor = load_paligemma(options.model or SHIPPED, **_choices(options))
-    return _compiled(model, options), processor
+def open_reading(options: argparse.Namespace) -> tuple[Kind, Any, Any]:
+    """The kind of the model that the options of `add_model` name, the model, and its processor.
+
+    Raises InputError: it reads no text; otherwise as `load`.
+    """
+    choices, name = _choices(options), options.model or SHIPPED
+    kind = kind_of(name, options.revision)
+    if kind == "classifies":
+        readers = [row for row, system in SYSTEMS.items() if system.kind != kind]
+        raise InputError(f"{name} holds a model that reads no text: choose a folder of {', '.join(readers)}")
+    return kind, *_open(options, kind, choices)
 
 
-def _compiled(model: Model, options: argparse.Namespace) -> Model:
+def _open(options: argparse.Namespace, kind: Kind, choices: LoadOptions) -> tuple[Any, Any]:
+    model, processor = load(options.model or SHIPPED, kind=kind, **choices)
     if options.compile:
         compile_parts(model)
-    return model
+    return model, processor
 
 
-def _choices(options: argparse.Namespace) -> dict[str, Any]:
+def _choices(options: argparse.Namespace) -> LoadOptions:
     """What the options of `add_model` say about loading."""
     if options.model is None:
         refuse(options, ("revision",), "is of a repo of the Hub: add --model OWNER/NAME, or leave it out")
-    device = check_device(options.device)
     return {
         "dtype": getattr(torch, options.dtype),
-        "device": device,
+        "device": check_device(options.device),
         "revision": options.revision,
         "quantize": options.quantize,
         "pack": options.pack,
     }
 
 
-def check_device(name: str) -> torch.device:
-    """Raises InputError: no such device, or none that can be computed on here."""
-    try:
-        one = torch.ones(1, device=name)
-        one.item()  # some devices exist but hold no numbers
-        return one.device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise InputError(f"device {name!r} cannot be used here ({reason}): try --device cpu") from error
+# ---- a training run ----------------------------------------------------------------------------------------
+
+
+def add_run(
+    parser: argparse.ArgumentParser, out: str, measure_every: int, measured: str, warmup: str = "100"
+) -> None:
+    """--out, --resume, --save-every, --measure-every, --device, --threads, --workers, and those in `SHARED`.
+
+    Args:
+        out: the default folder.
+        measure_every: the default number of steps.
+        measured: what metrics are taken on.
+        warmup: the default number of steps.
+    """
+    number = partial(parser.add_argument, metavar="N")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the model (default: {out})")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    number("--save-every", type=at_least_1, default=250, help="steps (default: 250)")
+    number(
+        "--measure-every",
+        type=at_least_0,
+        help=f"steps between metrics for log.csv, on {measured} (default: {measure_every}; 0: never)",
+    )
+    add_device(parser)
+    number("--threads", type=at_least_1, help="to compute with (default: all cores)")
+    number("--workers", type=at_least_0, default=1, help="processes that prepare batches (default: 1)")
+    number("--seed", type=int, help="(default: 0)")
+    number("--warmup-steps", type=int, help=f"(default: {warmup})")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bf16, with weights in fp32 (default: where the device has instructions for it)",
+    )
+
+
+def add_field(parser: argparse._ActionsContainer, field: Field[Any]) -> None:
+    """An option for a number of a recipe."""
+    parser.add_argument(
+        option_of(field.name), type=type(field.default), metavar="N", help=f"(default: {field.default})"
+    )
+
+
+def prepare_loop(options: argparse.Namespace) -> Loop:
+    """Set the number of threads, and return what the options of `add_run` say about the loop.
+
+    Raises InputError: the device cannot be used.
+    """
+    loop = Loop(
+        resume=options.resume,
+        save_every=options.save_every,
+        measure_every=options.measure_every,  # None: as often as suits the kind of run
+        workers=options.workers,
+        device=check_device(options.device),
+    )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return loop
+
+
+def print_end(started: float, out: Path, what_next: str) -> None:
+    """The last lines of a run that began at `started`, a time of `time.monotonic`."""
+    minutes = (time.monotonic() - started) / 60
+    print(f"Trained for {minutes:.1f} minutes with {torch.get_num_threads()} threads.")
+    print(f"The model is in {out}. {what_next}")
+
+
+# ---- single options ----------------------------------------------------------------------------------------
 
 
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -118,14 +194,17 @@ def at_least_0(text: str) -> int:
 
 
 def at_least_1(text: str) -> int:
-    """The type of numbers of things."""
+    """The type of counts."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
+# ---- messages ----------------------------------------------------------------------------------------------
+
+
 def one_line(message: str) -> str:
-    """The name of a file, for instance, may have several."""
+    """The message without line breaks, which the name of a file, for instance, may bring in."""
     return " ".join(message.splitlines())
 
 

@@ -29,7 +29,7 @@ def draw_answers(picture: Image.Image, answers: Iterable[str]) -> Image.Image:
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
     """A mask [height, width] as COCO writes it in JSON, uncompressed.
 
-    `counts` are lengths of runs of pixels that are alike, column by column from the left, each from the top.
+    `counts` are lengths of runs of equal pixels, column by column from the left, each from the top.
     The first run is outside the mask, and may be 0 long. `pycocotools.mask.frPyObjects` reads it.
 
     >>> run_lengths(np.array([[0, 1, 1], [0, 0, 1]], dtype=bool))
@@ -53,6 +53,6 @@ def check_picture_name(path: Path) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture in the format that the name's ending says. Raises InputError: it cannot be written."""
+    """Write a picture in the format that its name's ending says. Raises InputError: it cannot be written."""
     with write_aside(path) as temporary:
         picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from minivlm.classroom import landlock
 from minivlm.classroom.progress import Limits, find_handed_in, judge_handed_in
 from minivlm.cli import options as shared
+from minivlm.cli.program import command
 from minivlm.errors import InputError, extra
 
 if TYPE_CHECKING:
@@ -68,9 +69,10 @@ def run(options: argparse.Namespace) -> None:
     risk = "" if landlock.version() else " Nothing on this system keeps it from changing your files."
     risk += " YOU ARE ROOT: it could change everything on this machine." if os.geteuid() == 0 else ""
     if not options.yes:
+        more = command("progress", "--help")
         raise InputError(
             f"this runs code that others wrote, in {len(found)} notebooks, as you. Limits make accidents "
-            f"harmless, but it is no sandbox (see minivlm progress --help).{risk} If you want that, add --yes"
+            f"harmless, but it is no sandbox (see {more}).{risk} If you want that, add --yes"
         )
     print(f"minivlm: running the code of {len(found)} notebooks, as you.{risk}", file=sys.stderr)
     limits = Limits(options.seconds, options.memory * 2**30, options.whole)

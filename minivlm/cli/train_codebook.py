@@ -1,4 +1,4 @@
-"""`minivlm train-masks`: the codebook that makes words of masks, from nothing."""
+"""`minivlm train-codebook`: the codebook that turns masks into words, from nothing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ STEPS = inspect.signature(train_masks).parameters["steps"].default
 def add_to(commands: Commands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
-        "train-masks",
+        "train-codebook",
         help="train the codebook of masks from nothing",
-        description="Train the small codebook that makes words of masks; the defaults made the shipped one.",
+        description="Train the codebook that turns masks into words; the defaults made the shipped one.",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="the codebook, an npz file")
     parser.add_argument(

@@ -1,10 +1,7 @@
-"""A user's own pictures: one JSON object a line, as data for tuning PaliGemma is usually written.
+"""Read a JSONL file about a user's own pictures: one JSON object per line, each line checked.
 
-    {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a teapot"}
-    {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
-
-`prefix` is the prompt, `suffix` the answer, and a picture's path is relative to the file's folder. A mistake
-in the thousandth line should not show after an hour of training, so all lines are looked at before it begins.
+What an object holds is up to samples.py (a prompt and its answer) and pairs.py (a caption). All lines are
+checked before training begins: a mistake in the thousandth line should not surface after an hour.
 """
 
 from __future__ import annotations
@@ -20,17 +17,19 @@ from PIL import Image
 from minivlm.errors import InputError
 from minivlm.processing import load_picture
 
-SHOWN = 10  # bad lines named in a message
+MAX_REASONS = 10  # bad lines named in a message
 
 Item = TypeVar("Item")
 
 
 class BadLines(InputError):
-    """Lines of a file that cannot be trained on. `reasons` has the first ones, one each."""
+    """Lines of a file that training cannot use. `reasons` names the first of them, one each."""
 
     def __init__(self, path: Path, bad: list[str], advice: str) -> None:
         self.summary = f"{path} has {len(bad)} bad line{'s' * (len(bad) > 1)}"
-        self.reasons = bad[:SHOWN] + ([f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else [])
+        self.reasons = bad[:MAX_REASONS] + (
+            [f"and {len(bad) - MAX_REASONS} more"] if len(bad) > MAX_REASONS else []
+        )
         self.advice = advice
         super().__init__(f"{self.summary}: {'; '.join(self.reasons)}. {advice}")
 
@@ -41,18 +40,20 @@ def read_lines(
     keys: Sequence[str],
     warn: Callable[[BadLines], object] | None = None,
 ) -> list[Item]:
-    """What `read_line` makes of each line of a file; it gets the line, its number and the file's folder.
+    """Apply `read_line` to each line of a file; it gets the line, its number and the file's folder.
 
     Args:
         read_line: raises InputError for a bad line.
-        keys: of an object, for the message of a file that has no good line.
-        warn: as in `read_samples`; the errors are the same, too.
+        keys: of an object, for the message about a file without a good line.
+        warn: as in `read_samples`; so are the errors.
     """
     path = Path(path)
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a file with JSON lines") from error
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): expected a file with one JSON object per line"
+        ) from error
     good, bad = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -62,21 +63,21 @@ def read_lines(
         except InputError as error:
             bad.append(f"line {number}: {error}")
     if bad and warn is None:
-        raise BadLines(path, bad, "Mend them, or leave them out with --on-bad-line skip")
+        raise BadLines(path, bad, "Fix them, or skip them with --on-bad-line skip")
     if not good:
         why = f"every line is bad, the first is {bad[0]}" if bad else "it is empty"
         raise InputError(
-            f"{path} holds nothing to train on: {why}. Write {_object_of(keys)}, one object a line"
+            f"{path} contains nothing to train on: {why}. Write {_object_of(keys)}, one object per line"
         )
     if bad and warn is not None:
-        warn(BadLines(path, bad, "They are left out"))
+        warn(BadLines(path, bad, "They are skipped"))
     return good
 
 
 def read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
     """The values of the keys in one line.
 
-    Raises InputError: it is not UTF-8 or no JSON object; a key is missing, empty or no text.
+    Raises InputError: it is not UTF-8 or not a JSON object; a key is missing, empty or not text.
     """
     try:
         values = json.loads(line.decode("utf-8"))
@@ -84,7 +85,7 @@ def read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
         raise InputError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON ({error.msg} at character {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # numbers and brackets without end
+    except (ValueError, RecursionError) as error:  # endless numbers or brackets
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise InputError(f"not an object but {type(values).__name__}: write {_object_of(keys)}")
@@ -107,7 +108,7 @@ def _text(values: dict[str, Any], key: str) -> str:
 
 
 def check_picture(path: Path, known: set[Path]) -> None:
-    """Look at a picture without decoding it, where its format allows, unless it is one of `known`.
+    """Check a picture, without decoding it if its format allows, unless it is in `known`.
 
     Raises InputError: as `load_picture`.
     """
@@ -118,7 +119,7 @@ def check_picture(path: Path, known: set[Path]) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a picture is surely complete: a PNG with the right checksums, a JPEG with its end."""
+    """Whether a picture is certainly complete: a PNG with the right checksums, a JPEG with its end marker."""
     if not path.is_file():
         return False
     try:

@@ -1,9 +1,10 @@
-"""A user's own pictures with captions: one JSON object a line, for the training of two towers.
+"""A user's own pictures with captions: one JSON object per line, for training two towers.
 
     {"image": "photos/1.jpg", "text": "a cup of tea on a red table"}
 
-A picture's path is relative to the file's folder. A picture may have several lines with a caption each. As in
-`minivlm.data.lines`, whose lines have a prompt and an answer, all lines are looked at before training begins.
+A picture's path is relative to the file's folder. A picture may have several lines, each with a caption. As
+in `minivlm.data.samples`, whose lines have a prompt and an answer, all lines are checked before training
+begins. A batch has no line twice; lines with equal captions are the user's choice.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ def read_pairs(
     tokenizers: Sequence[CaptionTokenizer],
     warn: Callable[[BadLines], object] | None = None,
 ) -> list[Pair]:
-    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are passed over.
+    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are skipped.
 
     Args:
-        tokenizers: of the models that will read the captions, which have to be short enough for each.
-        warn: told what is wrong with bad lines, which are then left out; without it they are refused.
+        tokenizers: of the models that will read the captions, which must be short enough for each.
+        warn: told what is wrong with bad lines, which are then skipped; without it they are refused.
 
     Raises:
-        BadLines: a line is no JSON object, or a key is missing, empty or no text; its caption is too long;
-            its picture is missing or damaged.
-        InputError: the file cannot be read, or no good line is in it.
+        BadLines: a line is not a JSON object, or a key is missing, empty or not text; its caption is too
+            long; its picture is missing or damaged.
+        InputError: the file cannot be read, or has no good line.
     """
     known: set[Path] = set()
 
@@ -59,7 +60,7 @@ def read_pairs(
             room = tokenizer.form.max_length - len(tokenizer.before) - 1
             if length > room:
                 raise InputError(
-                    f"its text has {length} tokens, and the model reads {room} at most: shorten it (new "
+                    f"its text has {length} tokens, but the model reads at most {room}: shorten it (new "
                     "towers read more with a larger --max-length)"
                 )
         check_picture(folder / image, known)
@@ -69,7 +70,7 @@ def read_pairs(
 
 
 def read_captions(path: str | Path) -> list[str]:
-    """The captions alone, of all lines that have one, for making a tokenizer before the lines are judged.
+    """Only the captions, of all lines that have one, for building a tokenizer before the lines are checked.
 
     Raises InputError: the file cannot be read, or no line has a caption.
     """
@@ -79,20 +80,21 @@ def read_captions(path: str | Path) -> list[str]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError("half a surrogate pair in its text") from error
+            raise InputError("its text contains half a surrogate pair") from error
         return text
 
     return read_lines(path, read_line, KEYS, warn=lambda bad: None)
 
 
-Inputs = dict[str, Tensor]  # pixel_values [n, C, H, W] and input_ids [n, T]; row i of both belongs together
+# pixel_values [n, C, H, W] and input_ids [n, T]; row i of one matches row i of the other
+Inputs = dict[str, Tensor]
 
 
 class FilePairs(Dataset[list[Inputs] | InputError]):
-    """Item number n: the batch of step n, once for each processor.
+    """Item number n is the batch of step n, once for each processor.
 
-    All lines in random order, then all of them in another one, and so on. What is left over at the end of
-    such a round, being less than a batch, waits for another round.
+    Each epoch goes through all lines in another random order. The lines left over at the end, fewer than a
+    batch, are skipped until a later epoch.
     """
 
     def __init__(
@@ -108,8 +110,8 @@ class FilePairs(Dataset[list[Inputs] | InputError]):
         self.seed, self.steps, self.batch_size = seed, steps, batch_size
         if len(pairs) < batch_size:
             raise InputError(
-                f"batch_size is {batch_size}, and there are {len(pairs)} pairs: a pair would be in a batch "
-                "twice and count as wrong, choose a smaller batch"
+                f"batch_size is {batch_size}, but there are {len(pairs)} pairs: a pair would be in a batch "
+                "twice and count as wrong. Choose a smaller batch"
             )
 
     def __len__(self) -> int:
@@ -119,7 +121,7 @@ class FilePairs(Dataset[list[Inputs] | InputError]):
         chosen = self.choose(step)
         try:
             pictures = [open_picture(pair) for pair in chosen]
-        except InputError as error:  # handed over: raised in a worker process it would come with a traceback
+        except InputError as error:  # returned: raised in a worker process it would come with a traceback
             return error
         return [processor(pictures, [pair.text for pair in chosen]) for processor in self.processors]
 
@@ -132,7 +134,7 @@ class FilePairs(Dataset[list[Inputs] | InputError]):
 
 
 def open_picture(pair: Pair) -> Image.Image:
-    """Raises InputError: it turns out to be damaged, or has gone since it was looked at."""
+    """Raises InputError: it turns out to be damaged, or is gone since it was checked."""
     try:
         return to_rgb(load_picture(pair.path))
     except InputError as error:

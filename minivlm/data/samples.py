@@ -1,10 +1,10 @@
-"""A user's own pictures: one JSON object a line, as data for tuning PaliGemma is usually written.
+"""A user's own pictures with prompts and answers: one JSON object per line, the usual form for PaliGemma.
 
     {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a teapot"}
     {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
 
-`prefix` is the prompt, `suffix` the answer, and a picture's path is relative to the file's folder. A mistake
-in the thousandth line should not show after an hour of training, so all lines are looked at before it begins.
+`prefix` is the prompt, `suffix` the answer, and a picture's path is relative to the file's folder. All lines
+are checked before training begins: a mistake in the thousandth line should not surface after an hour.
 """
 
 from __future__ import annotations
@@ -16,28 +16,19 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from minivlm.data.lines import BadLines, check_picture, read_lines, read_texts
 from minivlm.errors import InputError
-from minivlm.processing import Processor, load_picture, text_to_boxes, to_rgb
+from minivlm.processing import AnswerProcessor, load_picture, text_to_boxes, to_rgb
+from minivlm.processing.inputs import Inputs
 
 KEYS = ("image", "prefix", "suffix")
 
-
 _WORD = re.compile(r"<(loc|seg)([0-9]+)(>?)")
-
-
-_WORDS = {"loc": (4, 1024), "seg": (3, 128)}  # digits, and how many there are
-
-
+_WORDS = {"loc": (4, 1024), "seg": (3, 128)}  # number of digits, number of words
 _SEG = re.compile(r"<seg[0-9]{3}>")
-
-
 _OBJECT = re.compile(r"((?:<loc[0-9]{4}>)+)((?:<seg[0-9]{3}>)*)")
-
-Inputs = dict[str, Tensor]  # what the processor gives and the model takes
 
 
 @dataclass(frozen=True)
@@ -52,20 +43,23 @@ class Sample:
 
 
 def read_samples(
-    path: str | Path, processor: Processor, max_length: int, warn: Callable[[BadLines], object] | None = None
+    path: str | Path,
+    processor: AnswerProcessor,
+    max_length: int,
+    warn: Callable[[BadLines], object] | None = None,
 ) -> list[Sample]:
-    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are passed over.
+    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are skipped.
 
     Args:
-        processor: of the model that will be trained; it says how many tokens a line has.
-        max_length: tokens at most for picture, prompt and answer together.
-        warn: told what is wrong with bad lines, which are then left out; without it they are refused.
+        processor: of the model that will be trained; it determines how many tokens a line has.
+        max_length: most tokens for picture, prompt and answer together.
+        warn: told what is wrong with bad lines, which are then skipped; without it they are refused.
 
     Raises:
-        BadLines: the file has some. What makes a line bad: see `_read_line`.
-        InputError: the file cannot be read, or no good line is in it.
+        BadLines: the file has bad lines; for what makes a line bad, see `_read_line`.
+        InputError: the file cannot be read, or has no good line.
     """
-    known: set[Path] = set()  # pictures that were looked at already
+    known: set[Path] = set()  # pictures that have been checked
 
     def read_line(line: bytes, number: int, folder: Path) -> Sample:
         return _read_line(line, number, folder, processor, max_length, known)
@@ -74,9 +68,9 @@ def read_samples(
 
 
 def _read_line(
-    line: bytes, number: int, folder: Path, processor: Processor, max_length: int, known: set[Path]
+    line: bytes, number: int, folder: Path, processor: AnswerProcessor, max_length: int, known: set[Path]
 ) -> Sample:
-    """One line, looked at from all sides.
+    """Read one line and check all of it.
 
     Raises InputError: as `read_texts`; its text is too long, or has malformed boxes; its picture is missing
     or damaged.
@@ -98,7 +92,7 @@ def _read_line(
 
 
 def _check_words(text: str) -> None:
-    """Raises InputError: a `<loc>` or `<seg>` that is none of the vocabulary, and so would be spelled out."""
+    """Raises InputError: a `<loc>` or `<seg>` that is not in the vocabulary, and so would be spelled out."""
     for match in _WORD.finditer(text):
         digits, count = _WORDS[match[1]]
         first, last = (f"<{match[1]}{number:0{digits}}>" for number in (0, count - 1))
@@ -115,32 +109,32 @@ def _check_boxes(suffix: str) -> None:
         count = locs.count("<")
         if count != 4:
             raise InputError(
-                f"{count} <loc> in a row, in {locs}: a box has four without spaces between, y0 x0 y1 x1"
+                f"{count} <loc> in a row, in {locs}: a box has four, without spaces between them: y0 x0 y1 x1"
             )
         if not text_to_boxes(locs, 1, 1):
             raise InputError(f"the box {locs} has no area: expected y0 < y1 and x0 < x1, as y0 x0 y1 x1")
         if segs.count("<") not in (0, 16):
             raise InputError(f"{segs.count('<')} <seg> after the box {locs}: a mask has 16")
     if _SEG.search(_OBJECT.sub("", suffix)):
-        raise InputError("<seg> that do not follow a box: a mask fills the box before it")
+        raise InputError("<seg> without a box before it: a mask fills the box before it")
 
 
 class SampleBatches(Dataset[list[Inputs] | InputError]):
-    """Item number n: the batches of step n, a function of (seed, n) alone.
+    """Item number n is the batches of step n, a function of (seed, n) alone.
 
-    The rows of a run are all examples in random order, then all of them in another one, and so on. Steps cut
-    them into equal pieces, of which only the last one of the run may be smaller.
+    The rows of a run are all samples in random order, then all of them in another random order, and so on.
+    Steps divide them into equal parts, of which only the last of the run may be smaller.
 
     Args:
-        rows: of the whole run.
-        batch_size: rows of a batch.
-        accumulate: batches of a step.
+        rows: in the whole run.
+        batch_size: rows per batch.
+        accumulate: batches per step.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        processor: Processor,
+        processor: AnswerProcessor,
         *,
         seed: int,
         rows: int,
@@ -149,7 +143,7 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
     ) -> None:
         self.samples, self.processor = samples, processor
         self.seed, self.rows, self.batch_size, self.accumulate = seed, rows, batch_size, accumulate
-        self._order: tuple[int, list[int]] = (-1, [])  # the epoch asked for last, and its order
+        self._order: tuple[int, list[int]] = (-1, [])  # the epoch used last, and its order
 
     def __len__(self) -> int:
         return -(-self.rows // (self.batch_size * self.accumulate))
@@ -161,11 +155,11 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         pieces = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
         try:
             return [make_inputs(self.processor, piece) for piece in pieces]
-        except InputError as error:  # handed over: raised in a worker process it would come with a traceback
+        except InputError as error:  # returned: raised in a worker process it would come with a traceback
             return error
 
     def sample(self, row: int) -> Sample:
-        """The example in a row of the run."""
+        """The sample in a row of the run."""
         epoch, place = divmod(row, len(self.samples))
         if self._order[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
@@ -173,10 +167,10 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         return self.samples[self._order[1][place]]
 
 
-def make_inputs(processor: Processor, samples: Sequence[Sample]) -> Inputs:
+def make_inputs(processor: AnswerProcessor, samples: Sequence[Sample]) -> Inputs:
     """A batch with labels, padded on the right.
 
-    Raises InputError: a picture turns out to be damaged, or has gone since it was looked at.
+    Raises InputError: a picture turns out to be damaged, or is gone since it was checked.
     """
     return processor(
         [_open(sample) for sample in samples],

@@ -1,8 +1,8 @@
-"""Contrastive losses whose batch is spread over several processes, and a way to start such processes.
+"""Contrastive losses for a batch spread over several processes, and a way to start such processes.
 
-- `siglip_loss`: the texts travel, in one of four exchanges (exchanges.py); the pictures stay where they are.
+- `siglip_loss`: texts travel, in one of four exchanges (exchanges.py); pictures stay where they are.
 - `clip_loss`: a softmax needs whole rows and columns, so every process gathers both.
-- `run`: starts processes on this machine, also from a notebook, and returns what each of them found.
+- `run`: starts processes on this machine, even from a notebook, and returns the result of each.
 - `costs`: bytes sent and bytes held, as formulas.
 """
 

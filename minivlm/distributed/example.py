@@ -1,4 +1,4 @@
-"""One step of the sigmoid loss in each process that `run` starts: what a notebook shows of the ring.
+"""One step of the sigmoid loss in each process that `run` starts, for a notebook that shows the ring.
 
 >>> steps = run(3, siglip_step, images, texts, logit_scale, logit_bias, shift)
 >>> [step.owners for step in steps]
@@ -18,13 +18,13 @@ from minivlm.distributed.siglip import siglip_loss
 
 
 class Step(NamedTuple):
-    """What one process sees and finds. W processes, n pairs in all."""
+    """What one process sees and computes. W processes, n pairs in total."""
 
-    owners: tuple[int, ...]  # whose texts it met, in this order
+    owners: tuple[int, ...]  # whose texts it saw, in order
     loss: Tensor  # its share: the mean over processes is the loss of all pairs
     images: Tensor  # gradient of its pictures [n / W, D]: W times that of the loss of all pairs
-    texts: Tensor  # of its texts [n / W, D], likewise
-    logit_scale: Tensor  # its share of this gradient, as of the loss
+    texts: Tensor  # gradient of its texts [n / W, D], likewise
+    logit_scale: Tensor  # its share of this gradient, as with the loss
     logit_bias: Tensor
 
 
@@ -35,9 +35,9 @@ def siglip_step(
     logit_bias: Tensor,
     exchange: Exchange = bidirectional,
 ) -> Step:
-    """Loss and gradients of this process's rows of a batch [n, D] that all processes are given.
+    """Loss and gradients of this process's rows of a batch [n, D], which every process receives in full.
 
-    Raises ValueError: the processes cannot share n pairs equally.
+    Raises ValueError: n pairs cannot be divided equally among the processes.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     n = len(image_embeds)

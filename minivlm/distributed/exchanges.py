@@ -1,22 +1,22 @@
-"""Four ways in which every process gets to see the texts of all others, with gradients.
+"""Four ways for every process to see the texts of all others, with gradients.
 
 For the sigmoid loss of SigLIP (https://arxiv.org/abs/2303.15343, section 3.3): pictures stay, texts travel.
-Every process has its own texts [b, D] and W - 1 others to meet. open_clip offers the same four:
+Every process has its own texts [b, D] and needs those of W - 1 others. open_clip offers the same four:
 
-    exchange        rounds           drawn for 3 processes with texts A, B, C
-    bidirectional   ceil((W-1)/2)    a ring, both ways at once
-    shift           W - 1            a ring, one way
-    reduce          W                one after the other tells all
-    gather          1                all tell all
+    exchange        rounds           drawn below for 3 processes with texts A, B, C
+    bidirectional   ceil((W-1)/2)    a ring, in both directions at once
+    shift           W - 1            a ring, in one direction
+    reduce          W                one after the other sends to all
+    gather          1                all send to all
 
-Each function here is a generator of pairs (owner, texts), own texts included, so that a loss can be computed
-from a block before the next one is fetched. `costs.py` counts what each of them sends.
+Each function here is a generator of pairs (owner, texts), including the process's own texts, so that a loss
+can be computed from one block before the next is fetched. `costs.py` counts what each of them sends.
 
-Backward, the gradient travels the other way: what process 0 finds about the texts of process 2 goes back to
-process 2. A sum arrives there, over all W processes, and not a mean.
+In the backward pass the gradient travels the other way: what process 0 computes for the texts of process 2
+goes back to process 2. What arrives there is a sum over all W processes, not a mean.
 
-Communication is part of autograd's graph. If one process leaves out a node, all others wait for it: every
-process has to take all blocks, use each of them, and call `backward`.
+Communication is part of autograd's graph. If one process skips a node, all others wait for it. Every process
+must take all blocks, use each of them, and call `backward`.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from torch.autograd.function import once_differentiable
 
 from minivlm.distributed.places import Place
 
-Blocks = Iterator[tuple[int, Tensor]]  # number of the process they belong to, texts [b, D]
+Blocks = Iterator[tuple[int, Tensor]]  # rank of the process they belong to, texts [b, D]
 Exchange = Callable[[Tensor, Place], Blocks]
 
 
 def bidirectional(texts: Tensor, place: Place) -> Blocks:
-    """A ring, both ways at once: half as many rounds as `shift`, for the same number of bytes.
+    """A ring, in both directions at once: half as many rounds as `shift`, for the same number of bytes.
 
              ┌─────────────────────┐
              ▼                     ▼
             (0) ◄──────► (1) ◄──► (2)        round 1:  0 gets C from its left, B from its right
 
-    Of 4 processes one is left over after round 1, the one opposite: it comes in a round of `shift`.
+    With 4 processes, the one opposite is left over after round 1: its texts come in a round of `shift`.
     """
     yield place.rank, texts
     to_left = to_right = texts
     pairs, one_left = divmod(place.size - 1, 2)
     for step in range(1, pairs + 1):
-        to_right, to_left = _Both.apply(to_left, to_right, place)  # from the left, and on to the right
+        to_right, to_left = _Both.apply(to_left, to_right, place)  # what came from the left goes on right
         yield (place.rank - step) % place.size, to_right
         yield (place.rank + step) % place.size, to_left
     if one_left:
@@ -57,7 +57,7 @@ def bidirectional(texts: Tensor, place: Place) -> Blocks:
 
 
 def shift(texts: Tensor, place: Place) -> Blocks:
-    """A ring, one way: everyone passes on to the right what came from the left.
+    """A ring, in one direction: each process passes on to the right what came from the left.
 
     (0) ──A──► (1) ──B──► (2) ──C──┐     round 1:  0 gets C        (0) ──C──► (1) ──A──► ...
      ▲                             │     round 2:  0 gets B
@@ -70,34 +70,35 @@ def shift(texts: Tensor, place: Place) -> Blocks:
 
 
 def reduce(texts: Tensor, place: Place) -> Blocks:
-    """One after the other tells all: a sum over processes, to which only the owner adds more than zeros.
+    """One after the other sends to all: a sum over processes, to which all but the owner add zeros.
 
             (0)  A              (0)  0              (0)  0
             (1)  0  ─ sum ► A   (1)  B  ─ sum ► B   (1)  0  ─ sum ► C
             (2)  0              (2)  0              (2)  C
              round 1             round 2             round 3
 
-    A sum of W tensors costs twice the bytes of passing one on. The owner takes its own texts from the sum
-    too: a sum that it leaves unused would have no backward pass there, and the others would wait for it.
+    A sum over W processes costs twice the bytes of passing a tensor on. The owner takes its own texts from
+    the sum too: if it left the sum unused, there would be no backward pass there, and the others would wait
+    for it.
     """
     for owner in range(place.size):
         yield owner, _Sum.apply(texts * (owner == place.rank), place)
 
 
 def gather(texts: Tensor, place: Place) -> Blocks:
-    """All tell all, in one round: the whole [W * b, D] is in memory before the first block is used.
+    """All send to all, in one round: the whole [W * b, D] is in memory before the first block is used.
 
-    (0)  A             (0)  A B C            (0)  a a a            (0)  a + a + a
-    (1)  B  ─ gather ► (1)  A B C  backward: (1)  b b b  where     (1)  b + b + b
-    (2)  C             (2)  A B C            (2)  c c c  it ends   (2)  c + c + c
+    (0)  A             (0)  A B C            (0)  a b c                (0)  a + a + a
+    (1)  B  ─ gather ► (1)  A B C  backward: (1)  a b c  ─ to owners ► (1)  b + b + b
+    (2)  C             (2)  A B C            (2)  a b c                (2)  c + c + c
     """
     yield from enumerate(_Gather.apply(texts, place))
 
 
 def gather_rows(x: Tensor, place: Place, with_grad: bool) -> Tensor:
-    """The rows of all processes, in the order of their numbers. [b, D] -> [W * b, D]
+    """The rows of all processes, in the order of their ranks. [b, D] -> [W * b, D]
 
-    Without gradients they are numbers, nothing goes back through them, and nothing is sent back.
+    Without gradients the rows are constants, and nothing is sent back in the backward pass.
     """
     if with_grad:
         return torch.cat(_Gather.apply(x, place))
@@ -107,11 +108,11 @@ def gather_rows(x: Tensor, place: Place, with_grad: bool) -> Tensor:
 EXCHANGES: tuple[Exchange, ...] = (bidirectional, shift, reduce, gather)
 
 
-# ---- the same, backward ------------------------------------------------------------------------------------
+# ---- the same with a backward pass -------------------------------------------------------------------------
 
 
 class _Shift(Function):
-    """To the right; the gradient to the left."""
+    """Send to the right; the gradient goes to the left."""
 
     @staticmethod
     def forward(ctx: Any, texts: Tensor, place: Place) -> Tensor:
@@ -125,7 +126,7 @@ class _Shift(Function):
 
 
 class _Both(Function):
-    """To both sides; gradients go back to the side that the texts came from, with the same exchange."""
+    """Send to both sides; gradients go back to the side the texts came from, with the same exchange."""
 
     @staticmethod
     def forward(ctx: Any, to_left: Tensor, to_right: Tensor, place: Place) -> tuple[Tensor, ...]:
@@ -142,7 +143,7 @@ class _Both(Function):
 
 
 class _Sum(Function):
-    """The sum over processes. Each term has part in every process's sum: its gradient is a sum again."""
+    """The sum over processes. Each term is part of every process's sum, so its gradient is a sum again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Place) -> Tensor:
@@ -156,7 +157,7 @@ class _Sum(Function):
 
 
 class _Gather(Function):
-    """All tell all; then each sends every gradient to the process it belongs to, which adds what it gets."""
+    """All send to all; in the backward pass every gradient goes to its owner, which adds up what it gets."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Place) -> tuple[Tensor, ...]:
@@ -178,7 +179,7 @@ class _Gather(Function):
 
 
 def _move(place: Place, *moves: tuple[Tensor, int]) -> list[Tensor]:
-    """Send each tensor so many places to the right; what arrives there from the other side, in this order."""
+    """Send each tensor that many places to the right; return what arrives from the other side, in order."""
     operations, arrived = [], []
     for x, steps in moves:
         x = x.contiguous()

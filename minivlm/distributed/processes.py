@@ -1,13 +1,13 @@
-"""Starts some processes on this machine, runs one function in all of them, and returns what each found.
+"""Start processes on this machine, run one function in all of them, and return each one's result.
 
     >>> from minivlm import distributed
     >>> distributed.run(3, "torch.distributed:get_rank")
     [0, 1, 2]
 
-Real processes, which talk over gloo on the CPU. For lessons, tests and measurements; training on several
-devices is started by `torchrun`, and the losses do not care which of the two it was. Works from a notebook:
-the function has to stand in a module, because the processes import it from there. What they print does not
-reach the notebook, so a function returns what it has to say.
+These are real processes that communicate over gloo on the CPU, for lessons, tests and measurements. Training
+on several devices is started by `torchrun`; to the losses it makes no difference. `run` works from a
+notebook, but the function must be in a module, because the processes import it from there. What they print
+does not reach the notebook, so a function returns what it has to say.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ import torch.distributed as dist
 
 from minivlm.distributed.places import ExchangeError
 
-GRACE = 2.0  # seconds in which the others may tell what happened to them, once one has failed
-ADVICE = {  # for one that said nothing, by its exit code
-    -9: "Something killed it: often the system, for want of memory.",
+GRACE = 2.0  # seconds for the others to report what happened to them, once one has failed
+ADVICE = {  # for a process that reported nothing, by exit code
+    -9: "Something killed it, often the system because memory ran out.",
     1: "A script that calls `run` when it is imported does so again in each new process: put the call "
     'under `if __name__ == "__main__":`.',
 }
 
 
 class ProcessError(RuntimeError):
-    """A process that was started failed: `rank` says which, `reports` what each of those that failed said."""
+    """A started process failed: `rank` says which, and `reports` has the error of each that failed."""
 
     def __init__(self, message: str, rank: int, reports: dict[int, str]) -> None:
         super().__init__(message)
@@ -70,20 +70,20 @@ def run(
     timeout: float = 120.0,
     exchange_timeout: float = 30.0,
 ) -> list[Any]:
-    """Call `function(*args)` in `size` new processes that form a process group. Results in order of rank.
+    """Call `function(*args)` in `size` new processes that form a process group; results in order of rank.
 
-    Each uses one thread. The function learns its number from `torch.distributed.get_rank()`. Arguments and
-    results travel pickled. No process is left behind, however this ends.
+    Each process uses one thread. The function gets its rank from `torch.distributed.get_rank()`. Arguments
+    and results are pickled. No process is left behind, however this ends.
 
     Args:
         size: number of processes.
-        function: of a module, or its name as "package.module:function".
-        timeout: seconds for everything, the start of the processes included (a few seconds each).
+        function: one defined in a module, or its name as "package.module:function".
+        timeout: seconds for everything, including the start of the processes (a few seconds each).
         exchange_timeout: seconds that one process waits for another.
 
     Raises:
-        ProcessError: one failed, or the time was over. The message names the rank that failed first.
-        ValueError: the function is one that new processes cannot import, or there are to be no processes.
+        ProcessError: a process failed, or time ran out. The message names the rank that failed first.
+        ValueError: new processes cannot import the function, or `size` is less than 1.
     """
     if size < 1:
         raise ValueError(f"{size} processes: expected 1 or more")
@@ -110,7 +110,7 @@ def run(
 
 
 def _name_of(function: Callable[..., Any] | str) -> str:
-    """As "module:name". New processes import it by this name."""
+    """The name by which new processes import a function: "module:name"."""
     if not isinstance(function, str):
         function = f"{function.__module__}:{function.__qualname__}"
     module, _, name = function.partition(":")
@@ -128,7 +128,7 @@ def _name_of(function: Callable[..., Any] | str) -> str:
 
 
 def _context() -> BaseContext:
-    """How processes start. On Linux a server imports torch once, and each start after the first is quick."""
+    """How processes start. On Linux a server imports torch once, so that starts after the first are quick."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -167,13 +167,13 @@ def _work(
         pipe.send_bytes(report)
         if not failed:  # others may still be reading what this one has sent: stay until the end of the run
             pipe.recv_bytes()
-    # Not by the interpreter's end, where the group may wait for those that are gone. The connections of
-    # one that failed close at once, and the others learn of it.
+    # Skip the interpreter's shutdown, where the group may wait for processes that are gone. The connections
+    # of a failed process close at once, and the others notice.
     sys.stdout.flush()
     os._exit(0)
 
 
-# ---- in the one that waits ---------------------------------------------------------------------------------
+# ---- in the process that waits -----------------------------------------------------------------------------
 
 
 def _collect(children: list[_Child], timeout: float) -> None:
@@ -195,9 +195,9 @@ def _collect(children: list[_Child], timeout: float) -> None:
         return
     if not failed:
         names = ", ".join(str(rank) for rank in late)
-        message = f"after {timeout:g} s, {len(late)} of {len(children)} processes are not done: {names}"
+        message = f"after {timeout:g} s, {len(late)} of {len(children)} processes have not finished: {names}"
         raise ProcessError(f"{message}. They were stopped; allow more time with `timeout`", late[0], {})
-    # The one that failed by itself comes before those that waited for it.
+    # A process that failed by itself comes before those that waited for it.
     first = min(failed, key=lambda child: child.follows)
     rank = children.index(first)
     raise ProcessError(
@@ -208,7 +208,7 @@ def _collect(children: list[_Child], timeout: float) -> None:
 
 
 def _receive(child: _Child) -> None:
-    """What a process reports; one that says nothing has died."""
+    """Read the report of a process; one that reports nothing has died."""
     child.ended = True
     try:
         kind, *content = pickle.loads(child.pipe.recv_bytes())

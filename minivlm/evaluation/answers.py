@@ -1,4 +1,4 @@
-"""How good the answers are: the table that `minivlm eval` prints.
+"""How good a model's answers are: the table that `minivlm eval` prints.
 
 Rows are measures: exact match for words, overlap for boxes and masks. Columns are ways to ask: scenes from
 seeds that training never uses, scenes with pairs of color and shape that training never showed, and the
@@ -9,7 +9,6 @@ them stands what can be reached without looking (baselines.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import get_args
 
 import numpy as np
 import torch
@@ -18,14 +17,16 @@ from tqdm import tqdm
 
 from minivlm.errors import InputError
 from minivlm.evaluation.baselines import text_only_answers
-from minivlm.evaluation.columns import CHANGES, COLUMNS, EVALUATION_STREAM, Column
-from minivlm.evaluation.scoring import Metric, Question, score
-from minivlm.evaluation.tables import Table
-from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor, Tokenizer, box_to_tokens, text_to_boxes
+from minivlm.evaluation.columns import COLUMNS, Column
+from minivlm.evaluation.scoring import Question, score
+from minivlm.evaluation.tables import Metric, Table
+from minivlm.models.protocols import Answers
+from minivlm.processing import AnswerProcessor, Tokenizer, box_to_tokens, text_to_boxes, to_device
 from minivlm.world.questions import TASKS, Example, ask
 from minivlm.world.renderers import find_browser
 from minivlm.world.scenes import Scene, Split, make_scene
+
+LONGEST_ANSWER = 96  # tokens; three things to segment take 69
 
 
 def make_questions(scenes: int, seed: int, split: Split, pixels: int) -> list[Question]:
@@ -36,30 +37,27 @@ def make_questions(scenes: int, seed: int, split: Split, pixels: int) -> list[Qu
 def questions_of(column: Column, scenes: int, seed: int, pixels: int) -> list[Question]:
     """One prompt of each task about each scene, as a column of the table asks.
 
-    Other looks have random numbers of their own, so that every column asks the same questions. What is asked
-    depends on names and places, which no column changes; boxes and outlines turn with the things.
+    What is asked depends on names and places, which no column changes: every column of a split asks the same
+    questions. Only boxes and outlines turn with the things.
     """
     shown: list[Scene] = []
     asked: list[list[Example]] = []
     for number in range(scenes):
-        stream = EVALUATION_STREAM + get_args(Split).index(column.split)
-        rng = np.random.default_rng([seed, stream, number])
-        scene = make_scene(rng, column.split)
-        if column.change is not None:
-            scene = column.change(scene, np.random.default_rng([seed, EVALUATION_STREAM + CHANGES, number]))
+        rng = np.random.default_rng([seed, column.stream, number])
+        scene = column.changed(make_scene(rng, column.split), seed, number)
         shown.append(scene)
         asked.append([example for task in TASKS if (example := ask(scene, task, rng)) is not None])
     pictures = column.draw(shown, pixels)
     return [
         Question(scene, picture, example)
-        for scene, picture, some in zip(shown, pictures, asked, strict=True)
-        for example in some
+        for scene, picture, examples in zip(shown, pictures, asked, strict=True)
+        for example in examples
     ]
 
 
 def evaluate(
-    model: PaliGemma,
-    processor: Processor,
+    model: Answers,
+    processor: AnswerProcessor,
     scenes: int = 2000,
     seed: int = 1,
     progress: bool | None = None,
@@ -90,7 +88,11 @@ def evaluate(
 
 
 def _examine(
-    model: PaliGemma, processor: Processor, questions: Sequence[Question], progress: bool | None, label: str
+    model: Answers,
+    processor: AnswerProcessor,
+    questions: Sequence[Question],
+    progress: bool | None,
+    label: str,
 ) -> dict[str, Metric]:
     """Metrics of the model's answers; it is also asked how sure it is of the boxes that it detects."""
     pictures = [question.picture for question in questions]
@@ -113,15 +115,9 @@ def _examine(
     return score(questions, answers, sureness)
 
 
-# ---- the table as text -------------------------------------------------------------------------------------
-
-
-LONGEST_ANSWER = 96  # tokens; three things to segment take 69
-
-
 def answer_all(
-    model: PaliGemma,
-    processor: Processor,
+    model: Answers,
+    processor: AnswerProcessor,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
     batch_size: int = 64,
@@ -135,7 +131,7 @@ def answer_all(
         progress: True shows a bar, False none, None only on a terminal.
         label: what the bar is called.
         expected: answers of about the same length, where they are known. A batch takes as long as its longest
-            answer, so that rows are sorted by them; they change nothing but the time.
+            answer, so rows are sorted by them; nothing but the time depends on it.
     """
     answer_lengths = [0] * len(prompts) if expected is None else [len(answer) for answer in expected]
     order = sorted(
@@ -145,8 +141,7 @@ def answer_all(
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, label, unit="batch", disable=None if progress is None else not progress):
         rows = order[start : start + batch_size]
-        inputs = processor([pictures[i] for i in rows], [prompts[i] for i in rows])
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        inputs = to_device(processor([pictures[i] for i in rows], [prompts[i] for i in rows]), model.device)
         texts = processor.decode(model.generate(**inputs, max_new_tokens=LONGEST_ANSWER))
         for i, text in zip(rows, texts, strict=True):
             answers[i] = text
@@ -155,8 +150,8 @@ def answer_all(
 
 @torch.inference_mode()
 def box_scores(
-    model: PaliGemma,
-    processor: Processor,
+    model: Answers,
+    processor: AnswerProcessor,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
     answers: Sequence[str],
@@ -175,7 +170,7 @@ def box_scores(
         inputs = processor(
             [pictures[i] for i in rows], [prompts[i] for i in rows], [answers[i] for i in rows]
         )
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        inputs = to_device(inputs, model.device)
         words = inputs["labels"][:, 1:]  # [B, S - 1], each predicted by the logits before it
         log_probs = model(**inputs).logits[:, :-1].float().log_softmax(dim=-1)  # [B, S - 1, V]
         log_probs = log_probs.gather(-1, words.clamp(min=0)[..., None])[..., 0]  # [B, S - 1], of these words

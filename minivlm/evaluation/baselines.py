@@ -1,8 +1,8 @@
-"""What can be reached without looking at the picture: .60 on yes-or-no questions can be worse than nothing.
+"""What can be reached without looking at the picture: next to it, .60 on yes-or-no questions may be poor.
 
 Both baselines are lists of answers, which are scored like those of a model. To `detect` and `segment` they
-give one box always, since they do not know how many things there are, nor whether there is one: the mean of
-all boxes, for `segment` filled to its edges.
+always give one box, since they cannot know how many things there are, if any: the mean of all boxes, for
+`segment` filled to its edges.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from minivlm.processing import box_to_tokens, codes_to_text, load_codebook
-from minivlm.processing.codebook import SIDE
+from minivlm.processing.codebook import MASK_SIDE
 from minivlm.world.questions import TASKS, Example, ask
 from minivlm.world.scenes import WORLD, make_scene
 
-TRAINING_SCENES = 4000  # that the text-only answerer has read the questions and answers of
+TRAINING_SCENES = 4000  # whose questions and answers the text-only baseline has read
 WITH_BOXES = ("detect", "segment")
 
 
@@ -54,15 +54,16 @@ def _learned() -> tuple[dict[str, str], dict[str, str]]:
     for example in examples:
         if example.task not in WITH_BOXES:
             answers[example.prefix][example.suffix] += 1
-    return {prompt: some.most_common(1)[0][0] for prompt, some in answers.items()}, _most_frequent(examples)
+    to_prompt = {prompt: counts.most_common(1)[0][0] for prompt, counts in answers.items()}
+    return to_prompt, _most_frequent(examples)
 
 
 def _most_frequent(examples: Sequence[Example]) -> dict[str, str]:
-    """Of each task the most frequent answer, or the mean box."""
+    """The most frequent answer to each task, or the mean box."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for example in examples:
         answers[example.task][example.suffix] += 1
-    guesses = {task: some.most_common(1)[0][0] for task, some in answers.items()}
+    guesses = {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
     for task in WITH_BOXES:
         boxes = [thing.box for example in examples if example.task == task for thing in example.things]
         if boxes:
@@ -75,4 +76,4 @@ def _most_frequent(examples: Sequence[Example]) -> dict[str, str]:
 @cache
 def _filled() -> str:
     """The `<seg>` tokens of a mask that fills its box."""
-    return codes_to_text(load_codebook().encode(torch.ones(1, SIDE, SIDE))[0])
+    return codes_to_text(load_codebook().encode(torch.ones(1, MASK_SIDE, MASK_SIDE))[0])

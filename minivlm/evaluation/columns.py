@@ -1,4 +1,4 @@
-"""The columns of the table: ways to ask, each with scenes of its own or its own way to draw them."""
+"""The columns of a table: which scenes a model is measured on, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from minivlm.world.augmentations import as_jpeg, on_gray, turned
 from minivlm.world.renderers import draw_with_browser, draw_with_matplotlib
 from minivlm.world.scenes import Scene, Split
 
-EVALUATION_STREAM = 2**31  # keeps the seeds of evaluation apart from those of training, which count steps
-
-
-CHANGES = len(get_args(Split))  # number of the stream that changes scenes; those before it make them
+# Random numbers come from streams: [seed, number of the stream, number of the scene].
+EVALUATION_STREAM = 2**31  # the first; training counts steps there, and never comes so far
+CHANGES = len(get_args(Split))  # after a stream for each split's scenes, one for what changes them
 
 
 def draw(scenes: Sequence[Scene], pixels: int) -> list[Image.Image]:
@@ -32,12 +31,26 @@ def draw_jpegs(scenes: Sequence[Scene], pixels: int) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Column:
-    """A way to ask: about which scenes, changed how before anything is asked, and drawn by whom."""
+    """A way to measure: which scenes, changed how before anything is asked, and drawn by whom."""
 
     title: str
     split: Split = "test"
     change: Callable[[Scene, np.random.Generator], Scene] | None = None
     draw: Callable[[Sequence[Scene], int], list[Image.Image]] = draw
+
+    @property
+    def stream(self) -> int:
+        """The stream that makes the scenes, the same for all columns of a split."""
+        return EVALUATION_STREAM + get_args(Split).index(self.split)
+
+    def changed(self, scene: Scene, seed: int, number: int) -> Scene:
+        """The scene as this column shows it.
+
+        Changes have random numbers of their own, so that every column starts from the same scenes.
+        """
+        if self.change is None:
+            return scene
+        return self.change(scene, np.random.default_rng([seed, EVALUATION_STREAM + CHANGES, number]))
 
 
 # All but the second show the same scenes, and ask the same questions about them.

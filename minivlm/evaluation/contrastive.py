@@ -1,8 +1,8 @@
 """How well two towers find each other: the table that `minivlm eval` prints for a CLIP or SigLIP folder.
 
 The scenes are those of answers.py, in the same columns, but each caption comes once: two scenes that one
-sentence describes could not be told apart by it. In retrieval every picture looks for its caption
-among all of them, and the other way round. Zero-shot classification shows one thing alone and asks for its
+sentence describes could not be told apart by it. In retrieval every picture looks for its caption among all
+of them, and the other way round. Zero-shot classification shows one thing alone and asks for its
 color and its shape, with sentences for classes (models/zero_shot.py).
 
 The same numbers of retrieval come out of a user's own pairs, where a picture may have several captions.
@@ -11,8 +11,6 @@ The same numbers of retrieval come out of a user's own pairs, where a picture ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 from minivlm.data.pairs import Pair
 from minivlm.errors import InputError
-from minivlm.evaluation.columns import CHANGES, COLUMNS, EVALUATION_STREAM, Column
+from minivlm.evaluation.columns import CHANGES, COLUMNS, Column
 from minivlm.evaluation.retrieval import (
     RECALL_AT,
     accuracy,
@@ -32,45 +30,33 @@ from minivlm.evaluation.retrieval import (
     ranks,
     recall,
 )
+from minivlm.evaluation.tables import Metric, Table
 from minivlm.losses import similarity
-from minivlm.models.clip import CLIP
-from minivlm.models.siglip import SigLIP
+from minivlm.models.protocols import Matches
 from minivlm.models.zero_shot import class_embeddings
 from minivlm.processing import PairProcessor
-from minivlm.processing.paligemma import Picture
-from minivlm.world.renderers import BROWSERS, CHROMIUM, find_browser
-from minivlm.world.scenes import COLORS, SHAPES, SIZES, Scene, Split, make_scene
+from minivlm.processing.inputs import Picture
+from minivlm.world.renderers import find_browser
+from minivlm.world.scenes import COLORS, SHAPES, SIZES, Scene, make_scene
 
 PAIR_COLUMNS = tuple(name for name in COLUMNS if name != "text_only")  # without a picture nothing is found
 BATCH = 100  # pictures encoded at once
-SINGLE = CHANGES + 1  # number of the first stream of scenes with one thing, behind all others
+SINGLE = CHANGES + 1  # from a split's stream to that of its scenes with one thing, after all others
 
 # Every sentence that a class can be part of; the vectors of a class are averaged.
 COLOR_TEMPLATES = tuple(f"a {size} {{}} {shape}" for size in SIZES for shape in SHAPES)
 SHAPE_TEMPLATES = tuple(f"a {size} {color} {{}}" for size in SIZES for color in COLORS)
 
 
-@dataclass(frozen=True)
-class Score:
-    """One number of the table, what guessing reaches there, and over how many cases."""
-
-    value: float
-    chance: float
-    cases: int
-
-
-Table = dict[str, dict[str, Score]]  # column -> row -> number
-
-
 def evaluate_pairs(
-    model: CLIP | SigLIP,
+    model: Matches,
     processor: PairProcessor,
     scenes: int = 2000,
     seed: int = 1,
     progress: bool | None = None,
     columns: Sequence[str] = PAIR_COLUMNS,
 ) -> Table:
-    """The table, or some of its columns: by column the scores by name.
+    """The table, or some of its columns: by column the metrics by name.
 
     Where there is no browser, its column is empty.
 
@@ -104,37 +90,29 @@ def evaluate_pairs(
 
 def distinct_scenes(column: Column, scenes: int, seed: int) -> list[Scene]:
     """The first scenes of a column, each with a caption of its own."""
-    stream = get_args(Split).index(column.split)
     found: dict[str, Scene] = {}
     number = 0
     while len(found) < scenes:
-        scene = make_scene(np.random.default_rng([seed, EVALUATION_STREAM + stream, number]), column.split)
-        found.setdefault(scene.caption(), _changed(column, scene, seed, number))
+        scene = make_scene(np.random.default_rng([seed, column.stream, number]), column.split)
+        found.setdefault(scene.caption(), column.changed(scene, seed, number))
         number += 1
     return list(found.values())
 
 
 def single_things(column: Column, scenes: int, seed: int) -> list[Scene]:
     """Scenes of a column's split with one thing each."""
-    stream = SINGLE + get_args(Split).index(column.split)
     found = []
     for number in range(scenes):
-        rng = np.random.default_rng([seed, EVALUATION_STREAM + stream, number])
+        rng = np.random.default_rng([seed, column.stream + SINGLE, number])
         while len((scene := make_scene(rng, column.split, easy=True)).things) > 1:
             pass
-        found.append(_changed(column, scene, seed, number))
+        found.append(column.changed(scene, seed, number))
     return found
-
-
-def _changed(column: Column, scene: Scene, seed: int, number: int) -> Scene:
-    if column.change is None:
-        return scene
-    return column.change(scene, np.random.default_rng([seed, EVALUATION_STREAM + CHANGES, number]))
 
 
 @torch.no_grad()
 def encode(
-    model: CLIP | SigLIP,
+    model: Matches,
     processor: PairProcessor,
     pictures: Sequence[Picture],
     texts: Sequence[str],
@@ -158,10 +136,11 @@ def encode(
     return torch.cat(embeds["image"]), torch.cat(embeds["text"])
 
 
-def retrieval_scores(similarity: Tensor, right: Tensor | None = None) -> dict[str, Score]:
+def retrieval_scores(similarity: Tensor, right: Tensor | None = None) -> dict[str, Metric]:
     """Recall and median rank in both directions, of pictures [n] down and texts [m] across.
 
-    right: [n, m] bool, which belong together; None: row i to column i.
+    Args:
+        right: [n, m] bool, which belong together; None: row i to column i.
     """
     if right is None:
         right = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
@@ -173,17 +152,17 @@ def retrieval_scores(similarity: Tensor, right: Tensor | None = None) -> dict[st
         places = ranks(matrix, answers)
         for k in RECALL_AT:
             chance = chance_of_recall(answers, k)
-            scores[f"{way} recall@{k}"] = Score(recall(places, k), chance, len(places))
-        scores[f"{way} median rank"] = Score(
+            scores[f"{way} recall@{k}"] = Metric(recall(places, k), chance, len(places))
+        scores[f"{way} median rank"] = Metric(
             float(median_rank(places)), float(chance_of_median_rank(answers)), len(places)
         )
     return scores
 
 
 def zero_shot_scores(
-    model: CLIP | SigLIP, processor: PairProcessor, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
-) -> dict[str, Score]:
-    """How often the color and the shape of a scene's one thing are named rightly."""
+    model: Matches, processor: PairProcessor, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
+) -> dict[str, Metric]:
+    """How often the color and the shape of a scene's one thing are named correctly."""
     images, _ = encode(model, processor, pictures, ["a"])
     scores = {}
     for name, names, templates, labels in (
@@ -193,13 +172,13 @@ def zero_shot_scores(
         classes = class_embeddings(model, processor.tokenizer, names, templates)
         wanted = torch.tensor([names.index(label) for label in labels], device=images.device)
         right = accuracy(similarity(images, classes.float()), wanted)
-        scores[f"zero-shot {name}"] = Score(right, 1 / len(names), len(scenes))
+        scores[f"zero-shot {name}"] = Metric(right, 1 / len(names), len(scenes))
     return scores
 
 
 def evaluate_own_pairs(
-    model: CLIP | SigLIP, processor: PairProcessor, pairs: Sequence[Pair], progress: bool | None = None
-) -> dict[str, Score]:
+    model: Matches, processor: PairProcessor, pairs: Sequence[Pair], progress: bool | None = None
+) -> dict[str, Metric]:
     """Retrieval among the pictures and captions of a file. Equal pictures or captions count as one.
 
     Raises InputError: a picture turns out to be damaged.
@@ -213,32 +192,3 @@ def evaluate_own_pairs(
         right[row[pair.path], column[pair.text]] = True
     images, captions = encode(model, processor, pictures, texts, progress, "own pairs")
     return retrieval_scores(similarity(images, captions), right.to(images.device))
-
-
-def as_json(table: Table) -> dict[str, Any]:
-    """The table as plain numbers, rounded to four decimals."""
-    return {
-        column: {
-            name: {key: round(number, 4) for key, number in asdict(score).items()}
-            for name, score in scores.items()
-        }
-        for column, scores in table.items()
-    }
-
-
-def as_text(table: Table) -> str:
-    """The table as Markdown. Chance and cases are those of its first column."""
-    shown = {name: scores for name, scores in table.items() if scores}
-    first = next(iter(shown.values()), {})
-    titles = [COLUMNS[name].title if name in COLUMNS else name for name in shown]
-    lines = [f"| | {' | '.join([*titles, 'chance', 'cases'])} |", "|---" * (len(titles) + 3) + "|"]
-    for row, score in first.items():
-        values = [*(scores[row].value for scores in shown.values()), score.chance]
-        cells = [f"{value:.0f}" if row.endswith("rank") else f"{value:.3f}" for value in values]
-        lines.append(f"| {row} | {' | '.join(cells)} | {score.cases} |")
-    if table.get("browser") == {}:
-        lines += [
-            "",
-            f"The column browser is left out: no {', '.join(BROWSERS)} was found, and {CHROMIUM} is not set.",
-        ]
-    return "\n".join(lines)

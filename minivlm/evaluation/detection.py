@@ -1,8 +1,8 @@
 """How well found things fit the wanted ones: overlaps, matching, and COCO's average precision.
 
 Recall asks how many of the wanted things were found, precision how many of the found ones were wanted. A
-model can buy one with the other by pointing at more or at fewer things. Average precision looks at the whole
-trade: it takes the boxes from the surest to the least sure, and asks at each recall how precise one can be.
+model can trade one for the other by pointing at more or at fewer things. Average precision looks at the whole
+trade-off: it takes boxes from the surest to the least sure, and asks at each recall how precise one can be.
 The definition is that of COCO (https://arxiv.org/abs/1405.0312), whose program gives the same numbers.
 """
 
@@ -73,8 +73,8 @@ def average_precision(
     by_name: dict[str, list[Detection]] = defaultdict(list)
     for detection in detections:
         by_name[detection.name].append(detection)
-    wanted = [some for some in by_name.values() if any(detection.wanted for detection in some)]
-    return float(np.mean([_of_one_name(some, t) for some in wanted for t in thresholds])) if wanted else 0.0
+    wanted = [group for group in by_name.values() if any(detection.wanted for detection in group)]
+    return float(np.mean([_of_one_name(group, t) for group in wanted for t in thresholds])) if wanted else 0.0
 
 
 def _of_one_name(detections: Sequence[Detection], threshold: float) -> float:

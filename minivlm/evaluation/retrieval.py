@@ -1,7 +1,7 @@
 """How good a matrix of similarities is: where the right answer stands among all.
 
 A query may have several right answers (a picture with five captions, a caption that two pictures share). As
-usual, the best placed of them counts. Recall@k is the share of queries that have a right answer among their
+usual, the best placed one counts. Recall@k is the share of queries that have a right answer among their
 first k; it gets harder with every item that is searched, so it means nothing without their number or chance.
 """
 
@@ -18,8 +18,8 @@ RECALL_AT = (1, 5, 10)
 def ranks(similarity: Tensor, right: Tensor | None = None) -> Tensor:
     """The place, from 1, of the best right answer of each query: [n, m] -> [n] int64.
 
-    A wrong answer that is as similar as the right one stands before it. Towers that have collapsed, for which
-    everything is alike, are therefore last, and not first.
+    A wrong answer that is as similar as the right one comes before it. Collapsed towers, for which everything
+    is alike, are therefore last, not first.
 
     Args:
         similarity: queries down, answers across.
@@ -70,6 +70,6 @@ def chance_of_median_rank(right: Tensor) -> int:
 
 
 def accuracy(similarity: Tensor, labels: Tensor) -> float:
-    """The share of rows whose most similar column is the label's: [n, classes], [n]. A draw is a mistake."""
+    """The share of rows whose most similar column is the label's: [n, classes], [n]. A tie is a mistake."""
     right = torch.nn.functional.one_hot(labels, similarity.shape[1]).bool()
     return recall(ranks(similarity, right), 1)

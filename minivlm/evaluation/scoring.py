@@ -14,12 +14,13 @@ from PIL import Image
 
 from minivlm.evaluation.baselines import WITH_BOXES, majority_answers
 from minivlm.evaluation.detection import Detection, average_precision, match, match_boxes
+from minivlm.evaluation.tables import Metric
 from minivlm.processing import mask_iou, text_to_boxes, text_to_masks
 from minivlm.world.questions import QUESTION_TASKS, TASKS, Example
 from minivlm.world.scenes import WORLD, Scene
 
-# Masks are compared in pixels of a picture larger than the model's: the edge of a small mask is not a matter
-# of rounding then. Even so, the true answers themselves overlap by .94 with the things: 16 words say no more.
+# Masks are compared in a picture larger than the model's, where the edge of a small mask is no matter of
+# rounding. Even so, the true answers overlap by only .94 with the things: 16 words cannot say more.
 MASK_SIDE = 4 * int(WORLD)
 
 
@@ -32,21 +33,13 @@ class Question:
     example: Example
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One number of the table, what the majority baseline reaches there, and over how many cases."""
-
-    value: float
-    majority: float
-    cases: int
-
-
 def score(
     questions: Sequence[Question], answers: Sequence[str], sureness: Sequence[Sequence[float]] | None = None
 ) -> dict[str, Metric]:
-    """Metrics of answers to questions.
+    """Metrics of answers to questions, with those of the majority baseline.
 
-    sureness: for each answer to `detect`, the scores of its boxes; None takes all boxes as equally sure.
+    Args:
+        sureness: for each answer to `detect`, the scores of its boxes; None takes all boxes as equally sure.
     """
     examples = [question.example for question in questions]
     values = _values(examples, answers, sureness)
@@ -65,7 +58,7 @@ def _values(
         if example.task in WITH_BOXES and not example.things:
             nothing.append(not text_to_boxes(answer, WORLD, WORLD))
     values = {task: _mean(right[task]) for task in QUESTION_TASKS}
-    values["all questions"] = _mean([one for task in QUESTION_TASKS for one in right[task]])
+    values["all questions"] = _mean([hit for task in QUESTION_TASKS for hit in right[task]])
     values["exact caption"] = _mean(right["caption"])
     values |= _box_values(examples, answers, sureness)
     values["nothing to detect"] = _mean(nothing)
@@ -96,7 +89,7 @@ def _box_values(
 
 
 def _mask_ious(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-    """Of each thing to segment, 0 where no mask was given for it."""
+    """One for each thing to segment, 0 where no mask was given for it."""
     ious = []
     for example, answer in zip(examples, answers, strict=True):
         if example.task == "segment" and example.things:
@@ -107,7 +100,7 @@ def _mask_ious(examples: Sequence[Example], answers: Sequence[str]) -> list[floa
 
 @lru_cache(maxsize=8)
 def _masks(answer: str) -> list[np.ndarray]:
-    """The masks in an answer; kept for a while, since a baseline gives the same answer again and again."""
+    """The masks in an answer; cached, since a baseline gives the same answer again and again."""
     return [found.mask for found in text_to_masks(answer, MASK_SIDE, MASK_SIDE)]
 
 

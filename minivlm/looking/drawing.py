@@ -11,20 +11,20 @@ from minivlm.errors import InputError
 from minivlm.processing import Box, Mask
 
 BOX_COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-SHORTEST_SIDE = 320  # pixels; smaller pictures are enlarged, so that a label can be read
+SHORTEST_SIDE = 320  # pixels; smaller pictures are enlarged, so that labels are readable
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of the picture, enlarged where it is small, with each box and its name. Pixels of `picture`."""
+    """A copy of the picture, enlarged if small, with boxes (in pixels of `picture`) and their names."""
     canvas, scale = _enlarged(picture)
     _add_boxes(canvas, boxes, scale)
     return canvas
 
 
 def draw_masks(picture: Image.Image, masks: Sequence[Mask]) -> Image.Image:
-    """As `draw_boxes`, with the shape of each thing tinted and outlined inside its box.
+    """Like `draw_boxes`, with the shape of each thing tinted and outlined inside its box.
 
-    Raises InputError: a mask that is not as large as the picture.
+    Raises InputError: a mask is not the size of the picture.
     """
     canvas, scale = _enlarged(picture)
     for number, (_, mask) in enumerate(masks):
@@ -41,9 +41,9 @@ def draw_masks(picture: Image.Image, masks: Sequence[Mask]) -> Image.Image:
 
 
 def _enlarged(picture: Image.Image) -> tuple[Image.Image, float]:
-    """A copy of the picture, and how many times larger it is."""
+    """An RGB copy of the picture, enlarged if small, and the scale."""
     scale = max(1.0, SHORTEST_SIDE / min(picture.size))
-    # A strip a few pixels high would grow beyond all measure.
+    # A strip a few pixels high would become enormous.
     scale = min(scale, max(1.0, 4096 / max(picture.size)))
     size = (round(picture.width * scale), round(picture.height * scale))
     return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), scale
@@ -54,7 +54,7 @@ def _line_width(canvas: Image.Image) -> int:
 
 
 def _add_boxes(canvas: Image.Image, boxes: Sequence[Box], scale: float) -> None:
-    """Draw boxes, in pixels of a picture `scale` times smaller, and their names onto the canvas."""
+    """Draw boxes, in pixels of a picture `scale` times smaller, and their names on the canvas."""
     size = canvas.size
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=max(12, min(size) // 24))
@@ -71,7 +71,7 @@ def _add_boxes(canvas: Image.Image, boxes: Sequence[Box], scale: float) -> None:
 
 
 def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One picture of several, left to right on white, tops aligned."""
+    """Several pictures as one, left to right on white, tops aligned."""
     gap = 8
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")

@@ -1,7 +1,7 @@
-"""A picture to explore with the mouse: one piece of HTML that needs nothing from outside.
+"""A picture to explore with the mouse: one self-contained piece of HTML.
 
-Inline SVG with a few lines of script. Buttons choose what the patches are colored by; the patch under the
-mouse says what is known of it. Where no script runs, each patch still has its text as a tooltip (`title`).
+Inline SVG with a few lines of script. Buttons choose which score colors the patches; the text below describes
+the patch under the mouse. Without scripts, each patch still has its text as a tooltip (`title`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minivlm.looking.plots import to_image
 
-SIDE = 360  # pixels of the drawing; the picture inside is stored as small as the model sees it
-LARGEST = 224  # pixels of the stored picture
+DRAWING_SIDE = 360  # pixels; the picture inside is stored as small as the model sees it
+STORED_SIDE = 224  # pixels of the stored picture, at most
 
 _PAGE = """<div id="{id}" style="font:14px sans-serif;max-width:{width}px;background:#fff;color:#222">
 <div>{buttons}</div>
@@ -52,13 +52,13 @@ _PAGE = """<div id="{id}" style="font:14px sans-serif;max-width:{width}px;backgr
 def hover_page(
     pixel_values: Tensor, scores: Mapping[str, Tensor], words: Sequence[Sequence[str]], label: str
 ) -> str:
-    """HTML of a picture [C, height, width] whose patches tell about themselves.
+    """HTML of a picture [C, height, width] that describes its patches.
 
     Args:
-        scores: by name, one number a patch [N]. They are shown as shares of the largest, in whole percent,
-            and numbers below 0 as 0: rounded so, the page is the same on every machine.
-        words: for each patch its nearest words.
-        label: what the picture is, for those who cannot see it, such as the prompt and the answer.
+        scores: by name, one number per patch [N]. Shown in whole percent of the largest, and as 0 if
+            negative. Rounding makes the page the same on every machine.
+        words: the nearest words of each patch.
+        label: a description for people who cannot see the picture, such as the prompt and the answer.
     """
     side = math.isqrt(len(words))
     shares = {name: _percent(values) for name, values in scores.items()}
@@ -77,27 +77,27 @@ def hover_page(
         "buttons": buttons,
         "picture": _picture(pixel_values),
         "patches": "\n".join(patches),
-        # A script ends at the first "</", whatever stands around it: only numbers are inside.
+        # A script ends at the first "</", even inside a string, so it contains only numbers.
         "maps": json.dumps(list(shares.values()), separators=(",", ":")),
         "label": html.escape(label),
     }
     # Two pages in one notebook must not share an id, and the same page must have the same id every time.
     digest = hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:12]
-    return _PAGE.format(id=f"look-{digest}", side=side, size=SIDE, width=SIDE + 40, **parts)
+    return _PAGE.format(id=f"look-{digest}", side=side, size=DRAWING_SIDE, width=DRAWING_SIDE + 40, **parts)
 
 
 def _percent(values: Tensor) -> list[int]:
-    """Shares of the largest value, 0 to 100; all 0 where nothing is positive."""
+    """Percentages of the largest value, 0 to 100; all 0 if nothing is positive."""
     values = values.float().cpu().clamp(min=0)
     largest = float(values.max())
     return [round(100 * value / largest) if largest > 0 else 0 for value in values.tolist()]
 
 
 def _picture(pixel_values: Tensor) -> str:
-    """The picture as a data address. A BMP, since compressed bytes differ between versions of a library."""
+    """The picture as a data URL. A BMP, since compressed bytes differ between library versions."""
     pixels = (to_image(pixel_values).numpy() * 255).round().astype(np.uint8)
     picture = Image.fromarray(pixels)
-    picture.thumbnail((LARGEST, LARGEST))
+    picture.thumbnail((STORED_SIDE, STORED_SIDE))
     content = io.BytesIO()
     picture.save(content, format="BMP")
     return "data:image/bmp;base64," + base64.b64encode(content.getvalue()).decode()

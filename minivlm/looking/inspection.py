@@ -1,9 +1,11 @@
-"""One picture, one prompt, one answer, and what went on inside: the tensors that measures.py measures.
-For two towers: one picture, one text, and how well they fit.
+"""What goes on inside a model: the tensors that measures.py measures, about one picture.
 
-The model answers as always. Then it reads picture, prompt and its own answer once more in one pass, with
-every attention map kept. A word is written by the position before it, so the row of attention that belongs
-to a word is that of the token before.
+Of a model that answers: one prompt, its answer, and where each word of it comes from. The model answers as
+always. Then it reads picture, prompt and its own answer once more in one pass, with every attention map kept.
+A word is written by the position before it, so the row of attention that belongs to a word is that of the
+token before.
+
+Of a model that matches: one text, and how well it fits.
 """
 
 from __future__ import annotations
@@ -15,14 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minivlm import masks
 from minivlm.attention import record_attention
 from minivlm.looking.measures import attention_rollout, log_odds
 from minivlm.losses import similarity
-from minivlm.models.clip import CLIP
-from minivlm.models.paligemma import PaliGemma
-from minivlm.models.siglip import SigLIP
-from minivlm.processing import PairProcessor, Processor
+from minivlm.models.protocols import Answers, Matches
+from minivlm.processing import AnswerProcessor, PairProcessor, to_device
+
+MOST_LOGITS = 2**28  # at a time, of all positions of several pictures: 1 GiB in fp32
 
 
 @dataclass(frozen=True)
@@ -41,39 +42,59 @@ class Inspection:
 
 @torch.no_grad()  # and not inference_mode, whose tensors would shut gradients out of `sureness`
 def inspect_answer(
-    model: PaliGemma, processor: Processor, picture: Image.Image, prompt: str, max_new_tokens: int = 64
+    model: Answers,
+    processor: AnswerProcessor,
+    picture: Image.Image,
+    prompt: str,
+    max_new_tokens: int = 64,
 ) -> Inspection:
     """Let the model answer, and keep what went on inside.
 
-    Raises InputError: as the processor and `PaliGemma.generate`.
+    Raises InputError: as the processor and the model's `generate`.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in processor([picture], [prompt]).items()}
+    tokenizer = processor.tokenizer
+    inputs = to_device(processor([picture], [prompt]), model.device)
     written = model.generate(**inputs, max_new_tokens=max_new_tokens)[0].clone()  # [A]
-    ids = written[written != model.config.eos_token_id]
+    ids = written[written != tokenizer.eos_id]
     ids = ids if len(ids) else written[:1]  # an empty answer is the word <eos>
     answer = processor.decode(written[None])[0]
-    words = [processor.tokenizer.decode([i], skip_special_tokens=False).strip(" ") for i in ids.tolist()]
+    words = [tokenizer.decode([i], skip_special_tokens=False).strip(" ") for i in ids.tolist()]
 
-    prompt_ids = inputs["input_ids"]  # [1, S - A]
+    prompt_ids, pixel_values = inputs["input_ids"], inputs["pixel_values"]  # [1, T]
+    input_ids = torch.cat([prompt_ids, ids[None]], dim=1)  # [1, T + A]
+    token_type_ids = torch.zeros_like(input_ids)
+    token_type_ids[:, prompt_ids.shape[1] :] = 1  # the answer, which is read from left to right
+    writers = slice(prompt_ids.shape[1] - 1, input_ids.shape[1] - 1)
+
+    def logits_of_words(pixel_values: Tensor) -> Tensor:
+        """Where the words of the answer are written: [B, C, height, width] -> [B, A, V]."""
+        rows = (len(pixel_values), -1)
+        output = model(
+            input_ids.expand(rows), pixel_values=pixel_values, token_type_ids=token_type_ids.expand(rows)
+        )
+        return output.logits[:, writers]
+
+    with record_attention() as tower:
+        image_tokens = model.encode_image(pixel_values)
     with record_attention() as maps:
-        image_tokens = model.encode_image(inputs["pixel_values"])
-        _read(model, prompt_ids, ids, image_tokens)
-    layers = model.config.vision.num_hidden_layers
-    tower, decoder = maps[:layers], maps[layers:]
+        vocabulary = logits_of_words(pixel_values).shape[-1]
+    decoder = maps[len(tower) :]  # before them come those of the tower, once more
 
-    writers = slice(prompt_ids.shape[1] - 1, prompt_ids.shape[1] - 1 + len(ids))
-    is_image = torch.cat([prompt_ids[0] == model.config.image_token_id, torch.zeros_like(ids).bool()])
+    is_image = (input_ids == tokenizer.image_id)[0]
+    is_image[prompt_ids.shape[1] :] = False
     attention = torch.stack([layer[0, :, writers][..., is_image] for layer in decoder])  # [layers, H, A, N]
     rollout = attention_rollout(decoder)[0, writers][:, is_image] @ attention_rollout(tower)[0]
+    at_once = max(1, MOST_LOGITS // (input_ids.shape[1] * vocabulary))  # pictures
 
     def sureness(pixel_values: Tensor) -> Tensor:
-        logits = _read(model, prompt_ids, ids, model.encode_image(pixel_values))
-        return log_odds(logits, ids.expand(len(pixel_values), -1)).sum(dim=1)
+        pieces = pixel_values.split(at_once)
+        odds = [log_odds(logits_of_words(piece), ids.expand(len(piece), -1)) for piece in pieces]
+        return torch.cat(odds).sum(dim=1)
 
     return Inspection(
         answer=answer,
         words=words,
-        pixel_values=inputs["pixel_values"][0],
+        pixel_values=pixel_values[0],
         tower=torch.stack([layer[0] for layer in tower]).float(),
         attention=attention.permute(2, 0, 1, 3).float(),
         rollout=rollout,
@@ -95,25 +116,24 @@ class Match:
 
 
 @torch.no_grad()
-def inspect_match(model: CLIP | SigLIP, processor: PairProcessor, picture: Image.Image, text: str) -> Match:
+def inspect_match(model: Matches, processor: PairProcessor, picture: Image.Image, text: str) -> Match:
     """Compare a picture with a text, and keep what went on inside the image tower.
 
     Raises InputError: as the processor.
     """
-    inputs = processor(images=[picture], texts=[text])
-    pixel_values, input_ids = (inputs[name].to(model.device) for name in ("pixel_values", "input_ids"))
-    text_embeds = model.encode_text(input_ids)
+    inputs = to_device(processor(images=[picture], texts=[text]), model.device)
+    pixel_values, text_embeds = inputs["pixel_values"], model.encode_text(inputs["input_ids"])
     with record_attention() as maps:
         image_embeds = model.encode_image(pixel_values)
-    layers = model.config.vision.num_hidden_layers
-    if isinstance(model, CLIP):  # the class token is the first, and reads patches in every layer
-        pooling = maps[layers - 1][0, :, 0, 1:]
-        rollout = attention_rollout(maps)[0, 0, 1:]
+    if model.has_class_token:  # the first token, which reads the patches in every layer
         tower = torch.stack([layer[0, :, 1:, 1:] for layer in maps])
-    else:  # the pooling head comes after the last layer, with one query
-        pooling = maps[layers][0, :, 0]
-        rollout = pooling.mean(dim=0) @ attention_rollout(maps[:layers])[0]
-        tower = torch.stack([layer[0] for layer in maps[:layers]])
+        pooling = maps[-1][0, :, 0, 1:]
+        rollout = attention_rollout(maps)[0, 0, 1:]
+    else:  # the pooling head, one query after the last layer
+        *layers, head = maps
+        tower = torch.stack([layer[0] for layer in layers])
+        pooling = head[0, :, 0]
+        rollout = pooling.mean(dim=0) @ attention_rollout(layers)[0]
     return Match(
         cosine=float(similarity(image_embeds, text_embeds)),
         pixel_values=pixel_values[0],
@@ -122,16 +142,3 @@ def inspect_match(model: CLIP | SigLIP, processor: PairProcessor, picture: Image
         rollout=rollout.float(),
         match=lambda pictures: model.logits(model.encode_image(pictures), text_embeds)[:, 0],
     )
-
-
-def _read(model: PaliGemma, prompt_ids: Tensor, answer_ids: Tensor, image_features: Tensor) -> Tensor:
-    """Logits where the words of an answer are written: [1, S - A], [A], [B, N, D] -> [B, A, V].
-
-    `PaliGemma.forward` would give the logits of all positions, most of which nobody asked for.
-    """
-    input_ids = torch.cat([prompt_ids, answer_ids[None]], dim=1).expand(len(image_features), -1)
-    position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    prefix_lengths = torch.tensor([prompt_ids.shape[1]], device=input_ids.device)
-    mask = masks.prefix_lm(position_ids, position_ids, prefix_lengths)
-    hidden_states = model.language_model(model.merge(input_ids, image_features), position_ids, mask[:, None])
-    return model.logits(hidden_states[:, prompt_ids.shape[1] - 1 : -1])

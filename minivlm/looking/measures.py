@@ -1,8 +1,8 @@
-"""Numbers about the inside of a model: filters, positions, attention maps, image tokens, hidden patches.
+"""Measures of a model's internals: filters, positions, attention maps, image tokens, hidden patches.
 
-Pure functions of tensors, for any model whose image tokens form a square grid. What they are taken from
-stands in inspection.py, how they are drawn in plots.py. `occlusion` is the odd one out: it needs
-pictures and a score instead of weights, and is the only one that asks what the answer *depends* on.
+Pure functions of tensors, for any model whose image tokens form a square grid. inspection.py collects their
+inputs, and plots.py draws their results. `occlusion` is the exception: it needs pictures and a score instead
+of weights, and only it measures what the answer *depends* on.
 
 Sources: filters, positions and attention distance, section 4.5 of ViT (https://arxiv.org/abs/2010.11929);
 rollout, https://arxiv.org/abs/2005.00928; occlusion, https://arxiv.org/abs/1311.2901, section 4.2.
@@ -22,12 +22,12 @@ def filter_components(filters: Tensor) -> tuple[Tensor, Tensor]:
     """What a layer's filters have in common: their principal components.
 
     Args:
-        filters: [D, C, P, P], one small picture for each number of a patch's vector.
+        filters: [D, C, P, P], one small picture for each entry of a patch's vector.
 
     Returns:
         The components as pictures [n, C, P, P] of length 1, most important first, and the share of the
-        filters' variance that each explains [n]; n is the smaller of D and C * P * P. The sign of a
-        component means nothing.
+        filters' variance that each explains [n]; n = min(D, C * P * P). The sign of a component has no
+        meaning.
     """
     flat = filters.flatten(1).float()
     _, strengths, directions = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
@@ -42,22 +42,22 @@ def position_similarity(table: Tensor) -> Tensor:
 
 
 def patch_distances(num_patches: int) -> Tensor:
-    """How far the patches of a square grid lie from each other, in patches: [N, N].
+    """The distances between the patches of a square grid, in patches: [N, N].
 
-    Raises ValueError: the number is not a square.
+    Raises ValueError: the number of patches is not a square.
     """
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise ValueError(f"{num_patches} patches do not form a square grid")
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()  # [N, 2], row and column
-    return torch.cdist(places, places)
+    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()  # [N, 2], row and column
+    return torch.cdist(grid, grid)
 
 
 def attention_distance(weights: Tensor) -> Tensor:
     """How far each head looks on average, in patches: [B, H, N, N] -> [H].
 
-    The mean over all pictures and all patches that look, of the distance to the patches that are seen,
-    weighted by attention (ViT, figure 7, right; there in pixels).
+    The distance from a patch to the patches that it sees, weighted by attention and averaged over all patches
+    and pictures (ViT, figure 7, right; there in pixels).
     """
     distances = patch_distances(weights.shape[-1]).to(weights.device)
     return (weights.float() * distances).sum(dim=-1).mean(dim=(0, 2))
@@ -66,18 +66,18 @@ def attention_distance(weights: Tensor) -> Tensor:
 def attention_entropy(weights: Tensor) -> Tensor:
     """How widely each head spreads its attention, in nats: [B, H, T, S] -> [H].
 
-    0 for a head that looks at one place only, log(S) for one that looks everywhere alike. exp(entropy) is
-    the number of places among which an even attention of this entropy would be spread.
+    0 for a head that looks at a single position, log(S) for uniform attention. exp(entropy) is the number of
+    positions over which uniform attention has this entropy.
     """
     return torch.special.entr(weights.float()).sum(dim=-1).mean(dim=(0, 2))
 
 
 def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
-    """Attention through all layers: maps of each layer [B, H, S, S], first layer first -> [B, S, S].
+    """Attention through all layers: one map [B, H, S, S] per layer, first layer first -> [B, S, S].
 
-    Each layer is taken as half the mean of its heads, half the identity, which stands for the residual
-    path, and the layers are multiplied. Row i says how much each input token would have gone into token i
-    at the top, if attention and residual path were all there is. Rows sum to 1.
+    Each layer counts as half the mean of its heads and half the identity, for the residual path, and the
+    layers are multiplied. Row i says how much each input token would contribute to output token i if
+    attention and the residual path were all there is. Rows sum to 1.
     """
     identity = torch.eye(maps[0].shape[-1], device=maps[0].device)
     rolled = identity.expand(len(maps[0]), -1, -1)
@@ -87,7 +87,7 @@ def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
 
 
 def nearest_words(tokens: Tensor, table: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """The k rows of the embedding table that point most nearly where each token points.
+    """The k rows of the embedding table that point most nearly in the direction of each token.
 
     Args:
         tokens: [N, D].
@@ -103,10 +103,10 @@ def nearest_words(tokens: Tensor, table: Tensor, k: int = 1) -> tuple[Tensor, Te
 
 
 def hide_patches(pixel_values: Tensor, patches: Sequence[int] | Tensor, patch_size: int) -> Tensor:
-    """A copy of a picture [C, height, width] with some patches filled with its median color.
+    """A copy of a picture [C, height, width] with the given patches filled with its median color.
 
-    Patches are numbered row by row. The median of each channel is the color of the ground, where the ground
-    covers more than half of the picture.
+    Patches are numbered row by row. The median of each channel is the color of the background if that covers
+    more than half of the picture.
     """
     hidden = pixel_values.clone()
     ground = pixel_values.flatten(1).median(dim=1).values[:, None, None]  # [C, 1, 1]
@@ -124,11 +124,11 @@ def occlusion(
     """How much a score falls when a patch is hidden: [N], negative where it rises.
 
     Args:
-        score: pictures [B, C, height, width] -> [B], for instance how sure a model is of its answer.
+        score: pictures [B, C, height, width] -> [B], for example how sure a model is of its answer.
         pixel_values: one picture [C, height, width].
-        reach: how many of the neighbors on each side are hidden together with the patch: 0 hides it alone,
-            1 hides three by three patches.
-        batch: pictures at once.
+        reach: how many neighbors on each side are hidden together with the patch: 0 hides the patch alone,
+            1 hides 3 x 3 patches.
+        batch: how many pictures to score at once.
     """
     rows, columns = (side // patch_size for side in pixel_values.shape[1:])
     pictures = [pixel_values]
@@ -140,14 +140,14 @@ def occlusion(
                 for x in range(max(column - reach, 0), min(column + reach + 1, columns))
             ]
             pictures.append(hide_patches(pixel_values, together, patch_size))
-    scores = torch.cat([score(some) for some in torch.stack(pictures).split(batch)])
+    scores = torch.cat([score(part) for part in torch.stack(pictures).split(batch)])
     return scores[0] - scores[1:]
 
 
 def log_odds(logits: Tensor, ids: Tensor) -> Tensor:
-    """How sure logits [..., V] are of words [...]: log(p / (1 - p)) of each, [...].
+    """How sure logits [..., V] are of tokens [...]: the log-odds log(p / (1 - p)) of each, [...].
 
-    A probability of nearly 1 has no room to fall; its log-odds have. The two kinds of number fall together.
+    Near 1, a probability hardly changes, but its log-odds still do. Both rise and fall together.
     """
     logits = logits.float()
     chosen = logits.gather(-1, ids[..., None])
@@ -156,11 +156,11 @@ def log_odds(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def within_picture_share(tokens: Tensor) -> float:
-    """How much of an image tower's output tells patches of one picture apart, from 0 to 1.
+    """The share of an image tower's output that tells patches of one picture apart, from 0 to 1.
 
-    The energy of the tokens, the mean of their squares, is made of what all pictures share, of what tells
-    pictures apart, and of what tells the patches of one picture apart. A decoder that has to point at
-    things lives on the last part. A collapsed tower gives a few hundredths: every patch says the same.
+    The energy of the tokens (the mean of their squares) has three parts: what all pictures share, what tells
+    pictures apart, and what tells the patches of one picture apart. A decoder that must locate things depends
+    on the last part. A collapsed tower gives a few hundredths: all patches look the same.
 
     Args:
         tokens: [P, N, D], the tower's output for P pictures.

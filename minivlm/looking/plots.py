@@ -1,7 +1,7 @@
-"""Figures of what goes on inside a model. Numbers come in as tensors, a matplotlib Figure comes out.
+"""Figures of a model's internals: tensors in, a matplotlib Figure out.
 
-The numbers are made by measures.py and inspection.py. Figures are matplotlib's own and not pyplot's: they
-need no display. A notebook shows them with `display`.
+The numbers come from measures.py and inspection.py. The figures do not use pyplot, so they need no display. A
+notebook shows them with `display`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ DPI = 100
 
 
 def to_image(pixel_values: Tensor) -> Tensor:
-    """pixel_values [C, height, width] from -1 to 1 -> [height, width, C] from 0 to 1, to be shown."""
+    """pixel_values [C, height, width] from -1 to 1 -> [height, width, C] from 0 to 1, for display."""
     return (pixel_values.float().cpu() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
 
 
 def draw_filters(rows: Mapping[str, Tensor], columns: int = 12) -> Figure:
-    """The first filters [n, C, P, P] of each row, each scaled to its own largest value, gray for 0."""
+    """Rows of filters [n, C, P, P], the first of each, each scaled to its own largest value; 0 is gray."""
     figure = Figure(figsize=(8.4, 0.3 + 0.62 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis_row, (name, filters) in zip(axes, rows.items(), strict=True):
@@ -39,8 +39,10 @@ def draw_filters(rows: Mapping[str, Tensor], columns: int = 12) -> Figure:
 
 
 def draw_positions(similarities: Mapping[str, Tensor]) -> Figure:
-    """For each table of positions [N, N]: each place of the grid holds a small map of the grid, which shows
-    the similarity of the position there with all others."""
+    """One grid of small maps for each similarity matrix [N, N] of positions.
+
+    The map at a position shows its similarity to all positions.
+    """
     figure = Figure(figsize=(3.3 * len(similarities) + 0.6, 3.4), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(similarities), squeeze=False)[0].tolist()
     for axis, (name, similarity) in zip(axes, similarities.items(), strict=True):
@@ -59,16 +61,16 @@ def draw_positions(similarities: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def draw_heads(distances: Tensor, entropies: Tensor, evenly: float, most: float) -> Figure:
+def draw_heads(distances: Tensor, entropies: Tensor, even_distance: float, even_entropy: float) -> Figure:
     """Mean attention distance and entropy of every head, [layers, H] each, by layer.
 
-    `evenly` and `most` are the distance and the entropy of a head that looks everywhere alike.
+    `even_distance` and `even_entropy` are those of a head with uniform attention.
     """
     figure = Figure(figsize=(8.4, 3.2), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, 2).tolist()
     for axis, values, limit, label in (
-        (axes[0], distances, evenly, "mean distance in patches"),
-        (axes[1], entropies, most, "entropy in nats"),
+        (axes[0], distances, even_distance, "mean distance in patches"),
+        (axes[1], entropies, even_entropy, "entropy in nats"),
     ):
         for layer, heads in enumerate(values.tolist(), start=1):
             axis.plot([layer] * len(heads), heads, "o", color="tab:blue", alpha=0.7)
@@ -85,10 +87,10 @@ def draw_heads(distances: Tensor, entropies: Tensor, evenly: float, most: float)
 def draw_patch_scores(
     pixel_values: Tensor, scores: Mapping[str, Tensor], marked: Tensor | None = None, columns: int = 6
 ) -> Figure:
-    """The picture, and beside it a map for each kind of score [N], bright where it is large.
+    """The picture, and beside it a map for each kind of score [N], bright where the score is high.
 
-    Each map has its own scale, from 0 (or, where everything is negative, from the smallest value). `marked`
-    [N] says which patches to outline in the maps.
+    Each map has its own scale, from 0 to its largest value; without positive scores, it is dark. `marked` [N]
+    says which patches to outline in the maps.
     """
     total = len(scores) + 1
     columns = min(columns, total)
@@ -110,7 +112,7 @@ def draw_patch_scores(
 
 
 def _outline(axis: Any, patch: int, side: int, marked: Tensor | None) -> None:
-    """Lines where a marked patch borders on an unmarked one."""
+    """Draw lines where a marked patch borders an unmarked one."""
     assert marked is not None
     grid = torch.nn.functional.pad(marked.view(side, side).cpu(), (1, 1, 1, 1))
     row, column = divmod(patch, side)
@@ -136,7 +138,7 @@ def draw_words(pixel_values: Tensor, words: Sequence[str], cosines: Tensor) -> F
         row, column = divmod(number, side)
         axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=0.8))
         shown = word if len(word) <= 9 else word[:8] + "…"
-        # A dollar sign would begin a formula.
+        # A dollar sign would start a formula.
         axis.text(column + 0.5, row + 0.42, shown, ha="center", va="center", fontsize=size, parse_math=False)
         axis.text(
             column + 0.5, row + 0.75, f"{cosines[number]:.2f}", ha="center", va="center", fontsize=0.75 * size
@@ -147,7 +149,7 @@ def draw_words(pixel_values: Tensor, words: Sequence[str], cosines: Tensor) -> F
 
 
 def draw_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], label: str) -> Figure:
-    """Shares from 0 to 1 [rows, columns] as a colored table with the numbers in it."""
+    """Shares from 0 to 1 [rows, columns] as a colored table that also shows the numbers."""
     figure = Figure(
         figsize=(1.6 + 0.72 * len(columns), 0.9 + 0.42 * len(rows)), dpi=DPI, layout="constrained"
     )

@@ -1,1 +1,1 @@
-"""One file per system, each a composition of towers; and `load`, which opens a checkpoint folder."""
+"""One file per system, each built from towers, and `load`, which opens a checkpoint folder."""

@@ -1,11 +1,11 @@
-"""CLIP (https://arxiv.org/abs/2103.00020): a picture and its caption meet in one space.
+"""CLIP (https://arxiv.org/abs/2103.00020): pictures and captions in one space.
 
     picture -> image tower -> class token -> linear ┐
                                                     ├-> cosine, times exp(logit_scale) -> softmax
     text    -> text tower  -> at the eos  -> linear ┘
 
-The logits of one picture over several texts are a choice among exactly these texts, so their softmax is the
-answer to "which of them?". SigLIP's question is another one, see `siglip.py`.
+One picture's logits over several texts are a choice among exactly these texts: their softmax answers "which
+of them?". SigLIP asks a different question, see `siglip.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Two towers and the width of the space in which they meet."""
+    """Two towers and the width of the space that they share."""
 
     vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
@@ -44,10 +44,10 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
-        """From a whole config.json. Raises InputError where it describes another system.
+        """From a whole config.json. Raises InputError: it describes another system.
 
-        The towers' own `projection_dim` are for towers that stand alone and are not read. In old files a
-        `text_config_dict` or `vision_config_dict` takes the place of the part without `_dict`.
+        A tower's own `projection_dim` is for using that tower alone and is ignored. In old files,
+        `text_config_dict` or `vision_config_dict` overrides the part without `_dict`.
         """
         require_system(values, "clip")
         return cls(
@@ -70,7 +70,9 @@ class CLIPConfig:
 
 
 class CLIP(nn.Module):
-    """The whole system. `minivlm.load` gives one with its processor."""
+    """The whole system. `minivlm.load` returns one with its processor."""
+
+    has_class_token = True  # the first token of the image tower, and what the picture's vector is made from
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -83,28 +85,28 @@ class CLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where inputs have to be."""
+        """Where the weights are and the inputs must be."""
         return self.logit_scale.device
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, height, width] -> [B, projection_dim], of any length."""
+        """pixel_values [B, C, height, width] -> [B, projection_dim], not normalized."""
         tokens = self.vision_model(pixel_values.to(self.logit_scale.dtype))
         return self.visual_projection(self.vision_model.pool(tokens))
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T], each row with an eos, padding behind it -> [B, projection_dim], of any length.
+        """input_ids [B, T], each row with an eos before its padding -> [B, projection_dim], not normalized.
 
-        Raises ValueError: a row without eos, or more tokens than the tower reads.
+        Raises ValueError: a row without an eos, or with more tokens than the tower reads.
         """
         return self.text_projection(self.text_model.pool(self.text_model(input_ids), input_ids))
 
     def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """exp(logit_scale) * cosine. [n, D], [m, D] -> [n, m]. Raises ValueError: unequal widths."""
+        """exp(logit_scale) * cosine. [n, D], [m, D] -> [n, m]. Raises ValueError: different widths."""
         check_widths(image_embeds, text_embeds)
         return pair_logits(image_embeds, text_embeds, self.logit_scale)
 
     def probabilities(self, logits_per_image: Tensor) -> Tensor:
-        """How likely each text is the one that fits, of these texts: [n, m] -> [n, m], rows sum to 1."""
+        """How likely each text is the one that fits, among these: [n, m] -> [n, m]; rows sum to 1."""
         return logits_per_image.softmax(dim=-1)
 
     def forward(
@@ -115,10 +117,10 @@ class CLIP(nn.Module):
         Args:
             input_ids: [m, T].
             pixel_values: [n, C, height, width].
-            return_loss: row i of both belongs together; n must be m.
+            return_loss: add the loss of matching picture i with text i; n must equal m.
 
         Raises:
-            ValueError: unequal numbers of pictures and texts with return_loss; otherwise as the towers.
+            ValueError: return_loss with different numbers of pictures and texts; otherwise as the towers.
         """
         image_embeds, text_embeds = self.encode_image(pixel_values), self.encode_text(input_ids)
         logits = self.logits(image_embeds, text_embeds)
@@ -131,7 +133,7 @@ class CLIP(nn.Module):
     def from_pretrained(
         cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
     ) -> CLIP:
-        """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
+        """Load a local folder or a repo of the Hub; dtype None keeps the file's dtype.
 
         Raises InputError: see `minivlm.checkpoints`.
         """
@@ -140,22 +142,22 @@ class CLIP(nn.Module):
         return weights.load_model(cls, config, folder, CLIP_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
+        """Write config.json and model.safetensors in the Hub's layout, which transformers loads too."""
         weights.save_model(self, self.config.to_dict(), Path(folder), CLIP_LAYOUTS["hub"])
 
 
 def open_folder(
     folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
 ) -> tuple[CLIP, PairProcessor]:
-    """The model of a folder, whose config.json holds `values`, and its processor.
+    """Load the model and processor of a folder whose config.json holds `values`.
 
-    Raises InputError: the files do not fit together; otherwise as `CLIP.from_pretrained`.
+    Raises InputError: the files do not match each other; otherwise as in `CLIP.from_pretrained`.
     """
     config = CLIPConfig.from_dict(values)
     processor = PairProcessor.from_pretrained(folder, "clip", config.text.max_position_embeddings)
     side = processor.image_processor.image_size
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
-    # 2 in old files does not say which id ends a text, see `CLIPTextConfig`.
+    # Old files say 2 by mistake, see `CLIPTextConfig`.
     if config.text.eos_token_id != 2:
         eos_id = processor.tokenizer.eos_id
         require_equal(folder, "the id of the end", config.text.eos_token_id, eos_id, TOKENIZER)

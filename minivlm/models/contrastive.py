@@ -1,4 +1,4 @@
-"""What CLIP and SigLIP hand back, and the check that a picture's and a text's vector can be compared."""
+"""The output of CLIP and SigLIP, and the checks that both need."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from minivlm.errors import InputError
 class ContrastiveOutput:
     """n pictures against m texts.
 
-    logits_per_image [n, m] and its transpose; the embeddings [n, D] and [m, D], of length 1; the loss where
-    it was asked for.
+    logits_per_image [n, m] and its transpose; the embeddings [n, D] and [m, D], normalized to length 1; the
+    loss if it was requested.
     """
 
     logits_per_image: Tensor
@@ -26,19 +26,19 @@ class ContrastiveOutput:
 
 
 def check_widths(image_embeds: Tensor, text_embeds: Tensor) -> None:
-    """Raise ValueError unless both are matrices of equally long rows."""
+    """Raise ValueError unless both are matrices with rows of the same width."""
     shapes = list(image_embeds.shape), list(text_embeds.shape)
     if image_embeds.dim() != 2 or text_embeds.dim() != 2 or shapes[0][1] != shapes[1][1]:
         raise ValueError(
-            f"embeddings of pictures {shapes[0]} and of texts {shapes[1]} cannot be compared: expected "
-            "[n, D] and [m, D] from the two towers of one model"
+            f"embeddings of pictures {shapes[0]} and texts {shapes[1]} cannot be compared: expected [n, D] "
+            "and [m, D] from the two towers of one model"
         )
 
 
-def check_vocabulary(folder: Path, known: int, tokens: int) -> None:
-    """Raises InputError: a tokenizer with more tokens than the model has embeddings."""
-    if tokens > known:
+def check_vocabulary(folder: Path, vocab_size: int, tokens: int) -> None:
+    """Raise InputError if the tokenizer has more `tokens` than the model has embeddings."""
+    if tokens > vocab_size:
         raise InputError(
-            f"in {folder}, tokenizer.json has {tokens} tokens and the model knows {known}: take all files "
-            "from the same checkpoint"
+            f"in {folder}, tokenizer.json has {tokens} tokens but the model knows only {vocab_size}: take "
+            "all files from the same checkpoint"
         )

@@ -1,10 +1,10 @@
-"""From a folder's name to a model and its processor: the one table of systems."""
+"""From a folder's name to a model and its processor: the table of systems."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 
@@ -12,19 +12,19 @@ from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memor
 from minivlm.checkpoints.hub import find_folder, read_config
 from minivlm.errors import InputError
 from minivlm.models import clip, paligemma, siglip, vit
-from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
+from minivlm.models.protocols import Answers, Matches
+from minivlm.processing import AnswerProcessor, PairProcessor
 from minivlm.speed import speed_up
 from minivlm.speed.int8 import quantize_decoder
 from minivlm.speed.packing import check_packing, matrices, pack_matrices
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that comes with the package
+SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that ships with the package
 
 Kind = Literal["answers", "matches", "classifies"]
 
 
 class System(NamedTuple):
-    """What opens a folder, and which kind of model comes out."""
+    """How to open a folder, and what kind of model it holds."""
 
     open_folder: Callable[[Path, Mapping[str, Any], torch.dtype | None, torch.device | str], tuple[Any, Any]]
     kind: Kind
@@ -48,29 +48,29 @@ def load(
     pack: bool = False,
     kind: Kind | None = None,
 ) -> tuple[Any, Any]:
-    """Open a checkpoint: a local folder, or a repo id of the Hub such as "google/paligemma-3b-mix-224".
+    """Open a checkpoint: a local folder, or a repo of the Hub such as "google/paligemma-3b-mix-224".
 
     >>> model, processor = load("google/paligemma-3b-mix-224", dtype=torch.bfloat16)
 
     Args:
-        name: folder or repo id; without one, the small model that comes with the package.
-        dtype: what the weights are converted to; None keeps what the files have.
-        device: where the model computes, such as "cpu" or "cuda".
-        revision: of a repo id, a branch, tag or commit; without one, the main branch.
-        quantize: "int8" halves the bytes of a decoder in bf16, see `minivlm.speed.int8`.
-        pack: on a CPU and in bf16, spend memory on faster prompts and batches, see `minivlm.speed.packing`.
-        kind: refuse other models than those that answer, match or classify.
+        name: folder or repo id; by default, the small model that ships with the package.
+        dtype: the dtype of the weights; None keeps that of the files.
+        device: where the model runs, such as "cpu" or "cuda".
+        revision: a branch, tag or commit of a repo; by default, the main branch.
+        quantize: "int8" halves the size of a bf16 decoder, see `minivlm.speed.int8`.
+        pack: on a CPU in bf16, use more memory for faster prompts and batches, see `minivlm.speed.packing`.
+        kind: accept only models that answer, match or classify.
 
     Returns:
-        Which types, the folder's config.json decides: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
+        The types depend on the folder's config.json: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
         `PairProcessor`, `ViT` and `ViTImageProcessor`.
 
     Raises:
-        InputError: the folder cannot be found or read, holds another system than those of `SYSTEMS`, or its
-            files do not fit together; the device does not exist, cannot compute in the dtype, or has too
-            little memory free; there is no such way to quantize, or no decoder; the weights cannot be packed.
+        InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files
+            do not match each other; the device does not exist, does not support the dtype, or has too little
+            free memory; the quantization is unknown, or there is no decoder; the weights cannot be packed.
     """
-    # What can be refused is refused before gigabytes are downloaded.
+    # Reject bad options before gigabytes are downloaded.
     _check_options(dtype, device, quantize, pack)
     values = read_config(find_folder(name, revision, files=["config.json"]))
     system = _system(name, values.get("model_type"), kind, quantize)
@@ -78,7 +78,8 @@ def load(
     if quantize is None:
         model, processor = system.open_folder(folder, values, dtype, device)
     else:
-        model, processor = system.open_folder(folder, values, None, "cpu")  # rounded once, from the file's
+        # In the file's dtype, so that weights are rounded only once.
+        model, processor = system.open_folder(folder, values, None, "cpu")
         _require_memory_for_int8(model, dtype, device)
         quantize_decoder(model)
         model.to(device, dtype)
@@ -89,22 +90,41 @@ def load(
     return speed_up(model), processor
 
 
-def load_paligemma(
-    name: str | Path = SHIPPED,
-    dtype: torch.dtype | None = torch.float32,
-    device: torch.device | str = "cpu",
-    *,
-    revision: str | None = None,
-    quantize: str | None = None,
-    pack: bool = False,
-) -> tuple[PaliGemma, Processor]:
+class LoadOptions(TypedDict, total=False):
+    """The choices of `load` beside the name and the kind."""
+
+    dtype: torch.dtype | None
+    device: torch.device | str
+    revision: str | None
+    quantize: str | None
+    pack: bool
+
+
+def load_answering(
+    name: str | Path = SHIPPED, **options: Unpack[LoadOptions]
+) -> tuple[Answers, AnswerProcessor]:
     """`load` for what needs a model that writes: answering, evaluation, fine-tuning.
 
-    Raises:
-        InputError: as `load`, and where the folder holds a model that writes no text.
+    Raises InputError: as `load`, and where the folder holds a model of another kind.
     """
-    options: dict[str, Any] = {"revision": revision, "quantize": quantize, "pack": pack}
-    return load(name, dtype, device, kind="answers", **options)
+    return load(name, kind="answers", **options)
+
+
+def load_matching(name: str | Path, **options: Unpack[LoadOptions]) -> tuple[Matches, PairProcessor]:
+    """`load` for what needs two towers: retrieval, zero-shot classification.
+
+    Raises InputError: as `load`, and where the folder holds a model of another kind.
+    """
+    return load(name, kind="matches", **options)
+
+
+def kind_of(name: str | Path = SHIPPED, revision: str | None = None) -> Kind:
+    """What kind of model a folder or repo id holds. Nothing but its config.json is looked at.
+
+    Raises InputError: the folder cannot be found or read, or holds another system than those of `SYSTEMS`.
+    """
+    values = read_config(find_folder(name, revision, files=["config.json"]))
+    return _system(name, values.get("model_type"), None, None).kind
 
 
 def _check_options(
@@ -123,7 +143,12 @@ def _check_options(
 def _system(name: str | Path, model_type: object, kind: Kind | None, quantize: str | None) -> System:
     supported = [row for row, system in SYSTEMS.items() if kind in (None, system.kind)]
     if not isinstance(model_type, str) or model_type not in supported:
-        purpose = {None: "can be loaded", "answers": "writes answers"}.get(kind, f"{kind} pictures")
+        purpose = {
+            None: "can be loaded",
+            "answers": "can write answers",
+            "matches": "can match pictures with texts",
+            "classifies": "can classify pictures",
+        }[kind]
         raise InputError(
             f"{name} holds a model of type {model_type!r}, and only {', '.join(supported)} "
             f"{purpose}: choose another checkpoint"

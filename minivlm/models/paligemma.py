@@ -4,13 +4,13 @@
                                                             ├-> Gemma -> answer
     prompt  -> embedding table, times sqrt(D) --------------┘
 
-The input ids hold N placeholders `<image>`, and `merge` replaces their embeddings by the image features.
+The input ids contain N placeholders `<image>`, and `merge` replaces their embeddings with the image features.
 Image and prompt together are the prefix: they see each other in both directions. The answer is the suffix:
 it is causal, and only it has a loss. Image features are *not* multiplied by sqrt(D): the linear layer has
-learned to deliver the right size, and in bf16 a detour by the factor would change the values.
+learned the right scale, and in bf16, dividing by the factor and multiplying again would change the values.
 
-PaliGemma 2 (https://arxiv.org/abs/2412.03555) has Gemma 2 in the place of Gemma, and nothing else changes
-here: the config says which of the two `build_decoder` builds.
+PaliGemma 2 (https://arxiv.org/abs/2412.03555) replaces Gemma with Gemma 2. Nothing else changes here: the
+config tells `build_decoder` which one to build.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 class PaliGemmaConfig:
     """PaliGemma (https://arxiv.org/abs/2407.07726): a SigLIP tower, one linear layer, a Gemma decoder.
 
-    PaliGemma 2 (https://arxiv.org/abs/2412.03555) is the same system with `text` a Gemma2Config; its
+    PaliGemma 2 (https://arxiv.org/abs/2412.03555) is the same system with a Gemma2Config as `text`; its
     published sizes are in `minivlm.models.sizes`.
     """
 
@@ -62,10 +62,10 @@ class PaliGemmaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PaliGemmaConfig:
-        """From a whole config.json. Raises InputError where it describes another system."""
+        """From a whole config.json. Raises InputError: it describes another system."""
         if values.get("model_type") != "paligemma":
             raise InputError(
-                f"config.json says model_type {values.get('model_type')!r}, and this class computes "
+                f"config.json says model_type {values.get('model_type')!r}, but this class is for "
                 "'paligemma': use a PaliGemma folder"
             )
         for part in ("vision_config", "text_config"):
@@ -106,25 +106,25 @@ class PaliGemmaConfig:
 
 @dataclass
 class PaliGemmaOutput:
-    """logits [B, S, V], and the loss where labels were given."""
+    """logits [B, S, V], and the loss if labels were given."""
 
     logits: Tensor
     loss: Tensor | None = None
 
 
 class PaliGemma(nn.Module):
-    """The whole system. `minivlm.load` gives one with its processor."""
+    """The whole system. `minivlm.load` returns one with its processor."""
 
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
         self.config = config
         self.vision_tower = SiglipVisionModel(config.vision)
         self.multi_modal_projector = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
-        self.language_model = build_decoder(config.text)  # a GemmaDecoder; in PaliGemma 2, Gemma 2
+        self.language_model = build_decoder(config.text)  # Gemma, or Gemma 2 in PaliGemma 2
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where inputs have to be."""
+        """Where the weights are and the inputs must be."""
         return self.multi_modal_projector.weight.device
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
@@ -133,16 +133,16 @@ class PaliGemma(nn.Module):
         return self.multi_modal_projector(self.vision_tower(pixel_values))
 
     def merge(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
-        """Embed the words and put the image features in place of the placeholders.
+        """Embed the tokens and replace the placeholders with the image features.
 
         Args:
             input_ids: [B, S], with N times image_token_id for each picture, in order.
-            image_features: [pictures, N, D], or None when there are none. Rows may have no picture.
+            image_features: [pictures, N, D], or None without pictures. A row may have no picture.
 
         Returns:
             [B, S, D].
         Raises:
-            ValueError: the number of placeholders is not the number of image features.
+            ValueError: the numbers of placeholders and image features differ.
         """
         is_image = input_ids == self.config.image_token_id  # [B, S]
         features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
@@ -153,11 +153,11 @@ class PaliGemma(nn.Module):
                 f"features: each picture needs {self.config.vision.num_patches} placeholders; let the "
                 "processor build both"
             )
-        # The placeholder's own id may lie outside the embedding table, so another word stands in for it.
+        # The placeholder's id may be outside the embedding table, so id 0 is looked up in its place.
         inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
         if image_features is None:
             return inputs_embeds
-        # masked_scatter fills the marked places with the features one after the other; torch.where would
+        # masked_scatter fills the marked positions with the features in order; torch.where would
         # need features that already have the shape of the whole sequence.
         return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
 
@@ -169,7 +169,7 @@ class PaliGemma(nn.Module):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> PaliGemmaOutput:
-        """Logits of every position, and the loss when labels are given.
+        """Logits at every position, and the loss if labels are given.
 
         Args:
             input_ids: [B, S].
@@ -185,7 +185,7 @@ class PaliGemma(nn.Module):
             if labels is not None:
                 raise ValueError(
                     "labels without token_type_ids: the answer would be part of the prefix, and every token "
-                    "could read the label that it has to predict. Pass both, as the processor gives them"
+                    "could see the label that it must predict. Pass both, as the processor returns them"
                 )
             token_type_ids = torch.zeros_like(input_ids)
         image_features = None if pixel_values is None else self.encode_image(pixel_values)
@@ -222,7 +222,7 @@ class PaliGemma(nn.Module):
         """Read image and prompt, all of it prefix unless token_type_ids say otherwise.
 
         Returns:
-            The hidden state of each row's last token [B, D], and the cache that `decode` continues.
+            The hidden state of each row's last token [B, D], and the cache for `decode`.
         """
         text = self.config.text
         image_features = None if pixel_values is None else self.encode_image(pixel_values)
@@ -258,7 +258,7 @@ class PaliGemma(nn.Module):
         return generate(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)
 
     def stream(self, input_ids: Tensor, max_new_tokens: int = 64, **kwargs: Any) -> Iterator[Tensor]:
-        """The same, token by token: [B] as soon as it is known."""
+        """The same, token by token: yields [B] as soon as it is known."""
         return stream(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)
 
     def _limits(self) -> dict[str, Any]:
@@ -272,44 +272,45 @@ class PaliGemma(nn.Module):
     def from_pretrained(
         cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
     ) -> PaliGemma:
-        """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
+        """Load a local folder or a repo of the Hub; dtype None keeps the file's dtype.
 
         Raises InputError: see `minivlm.checkpoints`.
         """
         folder = find_folder(name)
-        return _read_model(folder, PaliGemmaConfig.from_dict(read_config(folder)), dtype, device)
+        config = _with_head_of_file(folder, PaliGemmaConfig.from_dict(read_config(folder)))
+        return weights.load_model(cls, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
+        """Write config.json and model.safetensors in the Hub's layout, which transformers loads too."""
         weights.save_model(self, self.config.to_dict(), Path(folder), PALIGEMMA_LAYOUTS["hub"])
 
 
 def build_decoder(config: GemmaConfig | Gemma2Config) -> GemmaDecoder | Gemma2Decoder:
-    """The decoder that a config describes: PaliGemma has Gemma, PaliGemma 2 has Gemma 2."""
+    """The decoder that the config describes: Gemma for PaliGemma, Gemma 2 for PaliGemma 2."""
     return Gemma2Decoder(config) if isinstance(config, Gemma2Config) else GemmaDecoder(config)
 
 
 def open_folder(
     folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
 ) -> tuple[PaliGemma, Processor]:
-    """The model of a folder, whose config.json holds `values`, and its processor.
+    """Load the model and processor of a folder whose config.json holds `values`.
 
-    The processor comes first: a mistake in its small files shows before the large ones are read.
+    The processor comes first: errors in its small files show up before the large ones are read.
 
-    Raises InputError: the files do not fit together; otherwise as `PaliGemma.from_pretrained`.
+    Raises InputError: the files do not match each other; otherwise as in `PaliGemma.from_pretrained`.
     """
     config = PaliGemmaConfig.from_dict(values)
     processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
     image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
     require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
-    return _read_model(folder, config, dtype, device), processor
+    config = _with_head_of_file(folder, config)
+    model = weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
+    return model, processor
 
 
-def _read_model(
-    folder: Path, config: PaliGemmaConfig, dtype: torch.dtype | None, device: torch.device | str
-) -> PaliGemma:
-    # A head in the file beats what the config says.
+def _with_head_of_file(folder: Path, config: PaliGemmaConfig) -> PaliGemmaConfig:
+    """The config with an untied head if the file has one, whatever config.json says."""
     if any(name.endswith("lm_head.weight") for name in weights.read_tensors(folder)):
-        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-    return weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
+        return replace(config, text=replace(config.text, tie_word_embeddings=False))
+    return config

@@ -1,12 +1,12 @@
-"""SigLIP (https://arxiv.org/abs/2303.15343): a picture and its caption meet, and every pair is judged alone.
+"""SigLIP (https://arxiv.org/abs/2303.15343): pictures and captions in one space, each pair judged on its own.
 
-    picture -> image tower -> pooling head        ┐
-                                                  ├-> cosine, times exp(logit_scale), + logit_bias -> sigmoid
-    text    -> text tower  -> last place -> linear ┘
+    picture -> image tower -> pooling head            ┐
+                                                      ├-> cosine * exp(logit_scale) + logit_bias -> sigmoid
+    text    -> text tower  -> last position -> linear ┘
 
-What differs from CLIP in `clip.py`: no class token but a pooling head, no projection of the picture (the
-text comes to the image tower's width), a bias in the logits, and a sigmoid. The answer to "does this text
-fit?" does not depend on which other texts are asked about, and may be no to all of them.
+Differences from CLIP in `clip.py`: a pooling head instead of a class token, no projection of the picture (the
+text is projected to the image tower's width), a bias in the logits, and a sigmoid. The answer to "does this
+text fit?" does not depend on the other texts, and may be no for all of them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 
 @dataclass(frozen=True)
 class SiglipConfig:
-    """Two towers that meet in the width of the image tower.
+    """Two towers whose shared space is as wide as the image tower.
 
-    Raises InputError: the text tower returns another width.
+    Raises InputError: the text tower's output has a different width.
     """
 
     vision: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
@@ -56,11 +56,11 @@ class SiglipConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SiglipConfig:
-        """From a whole config.json. Raises InputError where it describes another system."""
+        """From a whole config.json. Raises InputError: it describes another system."""
         require_system(values, "siglip")
         vision = dict(part_of(values, "vision_config"))
         expect(vision, "vision_config", "vision_use_head", True)
-        vision.pop("vision_use_head", None)  # the tower alone has no head; it belongs to the model
+        vision.pop("vision_use_head", None)  # the head belongs to the model, not to the tower
         return cls(
             vision=SiglipVisionConfig.from_dict(vision),
             text=SiglipTextConfig.from_dict(part_of(values, "text_config")),
@@ -77,7 +77,9 @@ class SiglipConfig:
 
 
 class SigLIP(nn.Module):
-    """The whole system. `minivlm.load` gives one with its processor."""
+    """The whole system. `minivlm.load` returns one with its processor."""
+
+    has_class_token = False  # the pooling head's one query makes the picture's vector
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
@@ -88,36 +90,36 @@ class SigLIP(nn.Module):
             vision.hidden_size, vision.intermediate_size, vision.num_attention_heads, vision.layer_norm_eps
         )
         self.text_model = SiglipTextModel(config.text)
-        # Where training starts (section 3.2): most pairs are wrong, so the first guess is no.
+        # Initial values (section 3.2): most pairs do not match, so the first guess is no.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0]))
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where inputs have to be."""
+        """Where the weights are and the inputs must be."""
         return self.logit_scale.device
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, height, width] -> [B, D], of any length."""
+        """pixel_values [B, C, height, width] -> [B, D], not normalized."""
         return self.head(self.vision_model(pixel_values.to(self.logit_scale.dtype)))
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T], padded on the right to full length -> [B, D], of any length.
+        """input_ids [B, T], padded on the right to full length -> [B, D], not normalized.
 
-        Raises ValueError: another length.
+        Raises ValueError: the texts do not have full length.
         """
         return self.text_model.pool(self.text_model(input_ids))
 
     def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """exp(logit_scale) * cosine + logit_bias. [n, D], [m, D] -> [n, m].
 
-        Raises ValueError: unequal widths.
+        Raises ValueError: different widths.
         """
         check_widths(image_embeds, text_embeds)
         return pair_logits(image_embeds, text_embeds, self.logit_scale, self.logit_bias)
 
     def probabilities(self, logits_per_image: Tensor) -> Tensor:
-        """How likely each text fits, whatever the others are: [n, m] -> [n, m], rows need not sum to 1."""
+        """How likely each text fits, whatever the others are: [n, m] -> [n, m]; rows need not sum to 1."""
         return logits_per_image.sigmoid()
 
     def forward(
@@ -126,12 +128,12 @@ class SigLIP(nn.Module):
         """Every picture against every text.
 
         Args:
-            input_ids: [m, T], T the full length.
+            input_ids: [m, T], padded to full length.
             pixel_values: [n, C, height, width].
-            return_loss: row i of both belongs together; n must be m.
+            return_loss: add the loss of matching picture i with text i; n must equal m.
 
         Raises:
-            ValueError: unequal numbers of pictures and texts with return_loss; otherwise as the towers.
+            ValueError: return_loss with different numbers of pictures and texts; otherwise as the towers.
         """
         image_embeds, text_embeds = self.encode_image(pixel_values), self.encode_text(input_ids)
         logits = self.logits(image_embeds, text_embeds)
@@ -146,7 +148,7 @@ class SigLIP(nn.Module):
     def from_pretrained(
         cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
     ) -> SigLIP:
-        """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
+        """Load a local folder or a repo of the Hub; dtype None keeps the file's dtype.
 
         Raises InputError: see `minivlm.checkpoints`.
         """
@@ -155,16 +157,16 @@ class SigLIP(nn.Module):
         return weights.load_model(cls, config, folder, SIGLIP_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
+        """Write config.json and model.safetensors in the Hub's layout, which transformers loads too."""
         weights.save_model(self, self.config.to_dict(), Path(folder), SIGLIP_LAYOUTS["hub"])
 
 
 def open_folder(
     folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
 ) -> tuple[SigLIP, PairProcessor]:
-    """The model of a folder, whose config.json holds `values`, and its processor.
+    """Load the model and processor of a folder whose config.json holds `values`.
 
-    Raises InputError: the files do not fit together; otherwise as `SigLIP.from_pretrained`.
+    Raises InputError: the files do not match each other; otherwise as in `SigLIP.from_pretrained`.
     """
     config = SiglipConfig.from_dict(values)
     processor = PairProcessor.from_pretrained(folder, "siglip", config.text.max_position_embeddings)

@@ -1,16 +1,16 @@
 """What a model needs, computed from its config alone: parameters, bytes, operations.
 
-No model is built here, so that a laptop can ask about a checkpoint that does not fit on it. The functions
-hold for PaliGemma and PaliGemma 2.
+No model is built here, so a laptop can size up a checkpoint that does not fit on it. The functions cover
+PaliGemma and PaliGemma 2.
 
-Two numbers bound the time of every step. The weights and the cache that it reads have to come from memory
-once, and its multiplications have to be done. The larger of the two times is a floor under the real one
-(the roofline model, https://doi.org/10.1145/1498765.1498785).
+Two quantities bound the time of a step: the bytes of weights and cache that it must read from memory, and the
+operations that it must compute. The larger of the two times is a lower bound on the real one (the roofline
+model, https://doi.org/10.1145/1498765.1498785).
 
-An operation is one multiplication or one addition, so that a multiply-add counts as two. Counted are the
-products of matrices, which is nearly all there is: norms, activations and the softmax are left out, and
-every pair of positions counts, also those that a mask hides, because they are computed as well.
-`torch.utils.flop_counter` counts in the same way.
+An operation is one multiplication or one addition, so a multiply-add counts as two. Only matrix products are
+counted, which are nearly all of the work: norms, activations and the softmax are left out. Every pair of
+positions counts, including those that a mask hides, since they are computed too. `torch.utils.flop_counter`
+counts in the same way.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from minivlm.vision.siglip import SiglipVisionConfig
 
 
 def parameter_counts(config: PaliGemmaConfig) -> dict[str, int]:
-    """Numbers in each part: vision, projector, embedding, decoder (its blocks and last norm), head.
+    """Parameters of each part: vision, projector, embedding, decoder (its blocks and last norm), head.
 
-    The head is 0 where it is the embedding table, as in all published checkpoints.
+    The head is 0 if it is the embedding table, as in all published checkpoints.
     """
     vision, text = config.vision, config.text
     norms_per_block = 4 if isinstance(text, Gemma2Config) else 2
@@ -45,7 +45,7 @@ def parameter_counts(config: PaliGemmaConfig) -> dict[str, int]:
 
 
 def weight_bytes(config: PaliGemmaConfig, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of all weights in one dtype."""
+    """Bytes of all weights in the given dtype."""
     return sum(parameter_counts(config).values()) * dtype.itemsize
 
 
@@ -68,16 +68,16 @@ def decode_bytes(
     batch_size: int = 1,
     cache_dtype: torch.dtype | None = None,
 ) -> int:
-    """Bytes that one step of decoding has to read: every weight of decoder and head, and the cache.
+    """Bytes that one decoding step must read: all weights of decoder and head, and the cache.
 
-    The image tower is not read, and of the embedding table, where it is not the head, one row. Activations
-    are left out: they are small and stay near the processor.
+    The image tower is not read, and only one row of an embedding table that is not the head. Activations
+    are left out: they are small and stay in the processor's cache.
 
     Args:
-        context: tokens in each row's cache. Layers with a sliding window read all of them as well.
+        context: tokens in each row's cache. Layers with a sliding window read all of them, too.
         dtype: of the weights.
-        batch_size: rows that are decoded together; they share the weights, and each has its own cache.
-        cache_dtype: None is the dtype of the weights. With weights in int8, give the dtype of the rest.
+        batch_size: rows decoded together; they share the weights, and each has its own cache.
+        cache_dtype: None means the dtype of the weights. For int8 weights, give the dtype of everything else.
     """
     cache = cache_bytes(config, context, batch_size, cache_dtype or dtype)
     head = config.text.vocab_size * config.text.hidden_size
@@ -94,21 +94,21 @@ def image_operations(config: PaliGemmaConfig) -> int:
     return 2 * N * (patches + blocks + attention + D * config.text.hidden_size)
 
 
-def prefill_operations(config: PaliGemmaConfig, tokens: int, wanted: int = 1) -> int:
-    """Operations that read one row of `tokens` tokens, image tokens included, and score its next word.
+def prefill_operations(config: PaliGemmaConfig, tokens: int, last_mlp_tokens: int = 1) -> int:
+    """Operations to read one row of `tokens` tokens, including image tokens, and score the next one.
 
-    What makes image tokens of a picture, `image_operations`, comes before.
+    Encoding the picture comes on top, see `image_operations`.
 
     Args:
-        wanted: tokens that go through the last MLP. Here it is the last one alone; a program that does not
-            leave out the others has `tokens`.
+        last_mlp_tokens: tokens that go through the last block's MLP. In this package, only the last one; a
+            program that does not skip the others has `tokens`.
     """
     every_token = tokens * (_decoder_matrices(config.text) + _attention(config.text, tokens))
-    return 2 * (every_token - (tokens - wanted) * _mlp(config.text)) + _head(config)
+    return 2 * (every_token - (tokens - last_mlp_tokens) * _mlp(config.text)) + _head(config)
 
 
 def decode_operations(config: PaliGemmaConfig, context: int) -> int:
-    """Operations that read one more token, which sees `context` tokens with itself, and score the next."""
+    """Operations to read one more token, which sees `context` tokens including itself, and score the next."""
     return 2 * (_decoder_matrices(config.text) + _attention(config.text, context)) + _head(config)
 
 
@@ -123,8 +123,8 @@ def _vision_parameters(config: SiglipVisionConfig) -> int:
 
 
 def _decoder_matrices(config: GemmaConfig | Gemma2Config) -> int:
-    # Each number of a matrix is multiplied once for each token, so that this is also the number of
-    # multiply-adds per token.
+    # Each weight is used in one multiply-add per token, so this is also the number of multiply-adds per
+    # token.
     D, Dh = config.hidden_size, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # q and o, k and v
     return config.num_hidden_layers * (D * heads * Dh + _mlp(config))
@@ -184,5 +184,5 @@ def paligemma2_config(size: str = "3b", image_size: int = 224) -> PaliGemmaConfi
             f"there is no PaliGemma 2 of size {size!r} for pictures of {image_size} pixels: choose from "
             f"{', '.join(DECODERS)} and {', '.join(map(str, IMAGE_SIZES))}"
         )
-    first = PaliGemmaConfig()
-    return replace(first, vision=replace(first.vision, image_size=image_size), text=DECODERS[size])
+    base = PaliGemmaConfig()
+    return replace(base, vision=replace(base.vision, image_size=image_size), text=DECODERS[size])

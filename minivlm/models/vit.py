@@ -1,8 +1,8 @@
 """The original Vision Transformer (https://arxiv.org/abs/2010.11929) with one of its two heads.
 
-- A classifier: one linear layer on the class token. These are the models fine-tuned on ImageNet.
+- A classifier: one linear layer on the class token, as in the models fine-tuned on ImageNet.
 - A pooler: tanh of a linear layer on the class token, where pre-training had its classifier. Some published
-  folders have left it out, and then the model has no head at all.
+  folders omit it, and then the model has no head at all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minivlm.vision.vit import VisionTransformer, ViTConfig
 
 @dataclass
 class ViTOutput:
-    """Tokens [B, 1 + N, D]; pooler_output [B, D] or logits [B, classes], by which head there is."""
+    """Tokens [B, 1 + N, D]; pooler_output [B, D] or logits [B, classes], depending on the head."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None
@@ -34,7 +34,7 @@ class ViTOutput:
 
 
 class ViT(nn.Module):
-    """The whole system. `minivlm.load` gives one with its image processor."""
+    """The whole system. `minivlm.load` returns one with its image processor."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class ViT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where inputs have to be."""
+        """Where the weights are and the inputs must be."""
         return self.vision_model.layernorm.weight.device
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
@@ -53,21 +53,23 @@ class ViT(nn.Module):
         return self.forward(pixel_values).last_hidden_state[:, 0]
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ViTOutput:
-        """Every token, and what the head makes of the class token.
+        """All tokens, and the head's output for the class token.
 
         Args:
             pixel_values: [B, C, height, width].
-            labels: [B], the number of each picture's class; gives the mean cross-entropy as loss.
+            labels: [B], the class index of each picture; the loss is then the mean cross-entropy.
 
         Raises:
-            ValueError: labels for a model without classifier, or not one for each picture.
+            ValueError: labels for a model without a classifier, or not one per picture.
         """
         if labels is not None and self.classifier is None:
             raise ValueError(
-                "there are labels, and this ViT has no classifier: load one fine-tuned on classes"
+                "labels were given, but this ViT has no classifier: load one fine-tuned for classification"
             )
         if labels is not None and labels.shape != (len(pixel_values),):
-            raise ValueError(f"{len(pixel_values)} pictures and labels of shape {list(labels.shape)}")
+            raise ValueError(
+                f"{len(pixel_values)} pictures and labels of shape {list(labels.shape)}: give one per picture"
+            )
         tokens = self.vision_model(pixel_values.to(self.vision_model.layernorm.weight.dtype))
         first = tokens[:, 0]
         pooled = None if self.pooler is None else self.pooler(first).tanh()
@@ -81,15 +83,16 @@ class ViT(nn.Module):
     def from_pretrained(
         cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
     ) -> ViT:
-        """Load a checkpoint folder or a repo id of the Hub; dtype None keeps the file's own.
+        """Load a local folder or a repo of the Hub; dtype None keeps the file's dtype.
 
         Raises InputError: see `minivlm.checkpoints`.
         """
         folder = find_folder(name)
-        return _read_model(folder, ViTConfig.from_dict(read_config(folder)), dtype, device)
+        config = _with_pooler_of_file(folder, ViTConfig.from_dict(read_config(folder)))
+        return weights.load_model(cls, config, folder, VIT_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors in the Hub's layout, which transformers loads as well."""
+        """Write config.json and model.safetensors in the Hub's layout, which transformers loads too."""
         layout = VIT_LAYOUTS["hub" if self.config.labels else "hub without classifier"]
         weights.save_model(self, self.config.to_dict(), Path(folder), layout)
 
@@ -97,20 +100,19 @@ class ViT(nn.Module):
 def open_folder(
     folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
 ) -> tuple[ViT, ViTImageProcessor]:
-    """The model of a folder, whose config.json holds `values`, and its image processor.
+    """Load the model and image processor of a folder whose config.json holds `values`.
 
-    Raises InputError: the files do not fit together; otherwise as `ViT.from_pretrained`.
+    Raises InputError: the files do not match each other; otherwise as in `ViT.from_pretrained`.
     """
     config = ViTConfig.from_dict(values)
     processor = ViTImageProcessor.from_pretrained(folder)
     require_equal(folder, "the picture's side", config.image_size, processor.image_size, PICTURES)
-    return _read_model(folder, config, dtype, device), processor
+    config = _with_pooler_of_file(folder, config)
+    return weights.load_model(ViT, config, folder, VIT_LAYOUTS, dtype=dtype, device=device), processor
 
 
-def _read_model(
-    folder: Path, config: ViTConfig, dtype: torch.dtype | None, device: torch.device | str
-) -> ViT:
-    if config.pooler:  # config.json does not say: the tensors do
-        names = weights.read_tensors(folder)
-        config = replace(config, pooler=any(".pooler." in f".{name}" for name in names))
-    return weights.load_model(ViT, config, folder, VIT_LAYOUTS, dtype=dtype, device=device)
+def _with_pooler_of_file(folder: Path, config: ViTConfig) -> ViTConfig:
+    """The config, without a pooler if the file has none: config.json does not say."""
+    names = weights.read_tensors(folder)
+    has_pooler = any(".pooler." in f".{name}" for name in names)
+    return replace(config, pooler=config.pooler and has_pooler)

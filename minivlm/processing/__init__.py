@@ -1,6 +1,6 @@
-"""Pictures, words, boxes and masks as the model reads and writes them. Nothing here knows the model.
+"""Pictures, words, boxes and masks, as the model reads and writes them. Nothing here depends on the model.
 
-The one network is the small codebook that makes words of masks.
+The only network is the small codebook that turns masks into words.
 """
 
 from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_boxes
@@ -8,6 +8,7 @@ from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionF
 from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
+from minivlm.processing.inputs import AnswerProcessor, to_device
 from minivlm.processing.masks import (
     Mask,
     codes_to_text,
@@ -23,6 +24,7 @@ from minivlm.processing.tokens import Tokenizer, add_image_tokens_to_prompt, bui
 __all__ = [
     "CLIP_CAPTIONS",
     "SIGLIP_CAPTIONS",
+    "AnswerProcessor",
     "Box",
     "CLIPImageProcessor",
     "CaptionForm",
@@ -48,5 +50,6 @@ __all__ = [
     "preprocess",
     "text_to_boxes",
     "text_to_masks",
+    "to_device",
     "to_rgb",
 ]

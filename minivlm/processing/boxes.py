@@ -1,11 +1,11 @@
 """Boxes as words: `<loc0256><loc0128><loc0767><loc0895> cat`.
 
-A detector has a head that regresses four numbers; a language model has only words, so PaliGemma
-(https://arxiv.org/abs/2407.07726) makes each coordinate one of 1024 words. A coordinate is a share of the
-picture's side: the words mean the same in a picture of any size or aspect ratio. 1024 bins are about one a
-pixel at the largest resolution (896): finer bins would say more than the tower sees. The order is y before x,
-like rows before columns in an array: y0 x0 y1 x1. Read as x y, boxes come out mirrored on the diagonal.
-Conventions: big_vision, `evaluators/proj/paligemma/transfers/segmentation.py`.
+A detector has a head that regresses four numbers. A language model has only words, so PaliGemma
+(https://arxiv.org/abs/2407.07726) writes each coordinate as one of 1024 words. A coordinate is a fraction of
+the picture's width or height, so the words mean the same at any size or aspect ratio. At the largest
+resolution (896), 1024 bins are about one per pixel; finer bins would be more precise than what the tower
+sees. y comes before x, as rows come before columns in an array: y0 x0 y1 x1. Read as x y, boxes come out
+mirrored about the diagonal. Conventions: big_vision, `evaluators/proj/paligemma/transfers/segmentation.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ NUM_BINS = 1024
 
 _LOC = r"<loc([0-9]{4})>"
 _SEG = r"<seg[0-9]{3}>"
-_OBJECT = re.compile(
+OBJECT = re.compile(
     rf"(?P<locs>(?:{_LOC})+)"
-    rf"(?:{_SEG})*"  # the shape inside the box, which follows the box where it was asked for
+    rf"(?:{_SEG})*"  # the shape inside the box, after the box if it was requested
     rf"(?P<name>[^;]*?)(?=;|{_LOC}|\Z)"
 )
 
@@ -39,15 +39,16 @@ class Box(NamedTuple):
 
 
 def box_to_tokens(box_xyxy: Sequence[float] | Box, width: float, height: float) -> str:
-    """Four tokens, y0 x0 y1 x1, for a box x0, y0, x1, y1 in pixels of a picture of width x height.
+    """Four tokens, y0 x0 y1 x1, for a box x0, y0, x1, y1 in pixels of a width x height picture.
 
-    bin = clip(round(share * 1023), 0, 1023), with halves to the even bin, as Python, NumPy and TensorFlow
-    round. The parts of a box outside the picture are cut off by the clip. Back and forth, an edge moves by
-    at most half a bin.
+    bin = clip(round(share * 1023), 0, 1023); halves round to the even bin, as in Python, NumPy and
+    TensorFlow. The clip cuts off what lies outside the picture. A round trip moves an edge by at most half a
+    bin.
 
-    Raises InputError: a picture without area; a box without area, with too few numbers or an infinite one.
+    Raises InputError: a picture without area; a box without area, with too few numbers or a number that
+    is not finite.
     """
-    _check_size(width, height)
+    check_size(width, height)
     if len(box_xyxy) < 4:
         raise InputError(f"the box has {len(box_xyxy)} numbers: expected x0, y0, x1, y1")
     x0, y0, x1, y1 = (float(value) for value in box_xyxy[:4])
@@ -63,7 +64,7 @@ def box_to_tokens(box_xyxy: Sequence[float] | Box, width: float, height: float) 
 
 
 def boxes_to_text(boxes: Iterable[Box], width: float, height: float) -> str:
-    """Boxes as PaliGemma answers `detect`: "<loc…> name ; <loc…> name"; no boxes are the empty text.
+    """Boxes as PaliGemma answers `detect`: "<loc…> name ; <loc…> name". Without boxes, an empty string.
 
     Raises InputError: as `box_to_tokens`; a name with ";" or a `<loc>` token, which could not be read back.
     """
@@ -71,24 +72,24 @@ def boxes_to_text(boxes: Iterable[Box], width: float, height: float) -> str:
     for box in boxes:
         if ";" in box.name or re.search(f"{_LOC}|{_SEG}", box.name):
             raise InputError(
-                f"the name {box.name!r} has a ';' or a token in it, which separate boxes: leave them out"
+                f"the name {box.name!r} contains ';' or a token, which separate boxes: remove them"
             )
         parts.append(f"{box_to_tokens(box, width, height)} {box.name}".rstrip())
     return " ; ".join(parts)
 
 
 def text_to_boxes(text: str, width: float, height: float) -> list[Box]:
-    """The boxes in an answer, in pixels of a picture of width x height; any text is allowed.
+    """The boxes in an answer, in pixels of a width x height picture. Any text is accepted.
 
-    What a model writes may be malformed. A part counts as a box only with exactly four `<loc>` tokens in a
-    row and a positive area; everything else is left out without an error, since a wrong answer is not a
-    wrong input. `<seg>` tokens between the box and the name are passed over.
+    A model may write malformed text. A part counts as a box only if it has exactly four `<loc>` tokens in a
+    row and a positive area. Everything else is skipped without an error, since a wrong answer is not invalid
+    input. `<seg>` tokens between the box and the name are skipped too.
 
     Raises InputError: a picture without area.
     """
-    _check_size(width, height)
+    check_size(width, height)
     boxes = []
-    for match in _OBJECT.finditer(text):
+    for match in OBJECT.finditer(text):
         bins = [int(digits) for digits in re.findall(_LOC, match["locs"])]
         if len(bins) != 4 or max(bins) >= NUM_BINS or re.search(_SEG, match["name"]):
             continue
@@ -98,7 +99,7 @@ def text_to_boxes(text: str, width: float, height: float) -> list[Box]:
     return boxes
 
 
-def _check_size(width: float, height: float) -> None:
+def check_size(width: float, height: float) -> None:
     if not (width > 0 and height > 0):
         raise InputError(
             f"the picture is {width} x {height}: expected a width and a height above 0, in pixels"

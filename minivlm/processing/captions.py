@@ -1,15 +1,16 @@
 """From captions to the ids that the text towers of CLIP and SigLIP read.
 
-Where Gemma's tokenizer (tokens.py) builds a prompt that the model continues, these make a caption of
+Gemma's tokenizer (tokens.py) builds a prompt for the model to continue. These tokenizers encode a caption of
 bounded length that is read once:
 
-- CLIP (https://arxiv.org/abs/2103.00020): start, words, end, at most 77; the tower reads off the end.
-- SigLIP (https://arxiv.org/abs/2303.15343): words, end, and padding up to exactly 64 (16 in some folders);
-  the tower reads off the last place.
+- CLIP (https://arxiv.org/abs/2103.00020): start, words, end, at most 77 tokens; the end token represents the
+  text.
+- SigLIP (https://arxiv.org/abs/2303.15343): words, end, then padding to exactly 64 tokens (16 in some
+  folders); the last position represents the text.
 
-How text is cut into words stands in tokenizer.json. All of these models were trained on lower-case text and
-padding on the right. Most files say the first themselves; for those that leave it to the program, as SigLIP 2
-does (https://arxiv.org/abs/2502.14786), it is added here.
+tokenizer.json defines how text is split into words. All of these models were trained on lowercase text,
+padded on the right. Most files lowercase the text themselves; for those that leave it to the program, as
+SigLIP 2 does (https://arxiv.org/abs/2502.14786), it is done here.
 """
 
 from __future__ import annotations
@@ -32,26 +33,26 @@ from minivlm.processing.tokens import encode_plain
 
 @dataclass(frozen=True)
 class CaptionForm:
-    """What stands around the words of a caption. The names are of tokens in tokenizer.json."""
+    """What surrounds the words of a caption. Tokens are named as in tokenizer.json."""
 
     bos_token: str | None
     eos_token: str
     pad_token: str
-    max_length: int  # tokens, with bos and eos
-    pad_to_max_length: bool  # else to the longest caption of the batch
-    processor_class: str  # the name of such a processor in transformers
+    max_length: int  # tokens, including bos and eos
+    pad_to_max_length: bool  # otherwise to the longest caption in the batch
+    processor_class: str  # the processor's class in transformers
 
     def changed_by(self, config: Mapping[str, Any], max_length: int | None) -> CaptionForm:
-        """With the names in a tokenizer_config.json, which not every folder has, and another length."""
+        """With the token names of a tokenizer_config.json, if the folder has one, and another length."""
         names: dict[str, Any] = {}
         for field in ("bos_token", "eos_token", "pad_token"):
             name = config.get(field)
-            name = name.get("content") if isinstance(name, Mapping) else name  # old files hold an object
+            name = name.get("content") if isinstance(name, Mapping) else name  # old files store an object
             if isinstance(name, str) and getattr(self, field) is not None:
                 names[field] = name
         if max_length is None:
             length = config.get("model_max_length")
-            # Where there is no limit, transformers writes a number with thirty digits.
+            # If there is no limit, transformers writes a number of thirty digits.
             max_length = int(length) if isinstance(length, int) and length < 10**6 else self.max_length
         return replace(self, **names, max_length=max_length)
 
@@ -61,10 +62,10 @@ SIGLIP_CAPTIONS = CaptionForm(None, "</s>", "</s>", 64, True, "SiglipProcessor")
 
 
 class CaptionTokenizer:
-    """Captions -> ids [B, T]. What a user types is text: "<|endoftext|>" in a caption does not end it.
+    """Captions -> ids [B, T]. User input is plain text: "<|endoftext|>" in a caption does not end it.
 
-    The `tokenizers.Tokenizer` given is taken over; its padding, truncation and automatic special tokens are
-    switched off, and `form` says what is added.
+    This object takes over the given `tokenizers.Tokenizer`: it turns off padding, truncation and automatic
+    special tokens. `form` says what is added instead.
 
     Raises InputError: a token of the form is not in the vocabulary, or max_length leaves no room for a word.
     """
@@ -77,7 +78,7 @@ class CaptionTokenizer:
                 f"the tokenizer has no {' and no '.join(missing)}: take tokenizer.json and "
                 "tokenizer_config.json from the same checkpoint"
             )
-        backend.add_special_tokens(list(dict.fromkeys(names)))  # some files have them as words only
+        backend.add_special_tokens(list(dict.fromkeys(names)))  # in some files they are only words
         _make_lower_case(backend)
         backend.no_padding()
         backend.no_truncation()
@@ -96,15 +97,15 @@ class CaptionTokenizer:
     def from_pretrained(
         cls, folder: str | Path, form: CaptionForm, max_length: int | None = None
     ) -> CaptionTokenizer:
-        """From tokenizer.json and, where there is one, tokenizer_config.json; `max_length` beats the file's.
+        """Load tokenizer.json and, if present, tokenizer_config.json; `max_length` overrides the file's.
 
         Raises InputError: no tokenizer.json, not a tokenizer, or tokens are missing (see the class).
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise InputError(
-                f"{folder} has no tokenizer.json: give a whole checkpoint folder, or let transformers write "
-                "one from its other tokenizer files"
+                f"{folder} has no tokenizer.json: use a complete checkpoint folder, or let transformers "
+                "write one from its other tokenizer files"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -116,9 +117,11 @@ class CaptionTokenizer:
             try:
                 config = json.loads(config_path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise InputError(f"{config_path} cannot be read as JSON ({error}): get it again") from error
+                raise InputError(
+                    f"{config_path} cannot be read as JSON ({error}): download it again"
+                ) from error
             if not isinstance(config, Mapping):
-                raise InputError(f"{config_path} holds no settings: get it again")
+                raise InputError(f"{config_path} contains no settings: download it again")
         return cls(backend, form.changed_by(config, max_length))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -140,20 +143,20 @@ class CaptionTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included: the least number of rows of an embedding for it."""
+        """Number of tokens, including added ones: an embedding needs at least this many rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the words alone. Raises InputError: a string that is no Unicode text."""
+        """The ids of the words alone. Raises InputError: a string that is not valid Unicode."""
         return encode_plain(self.backend, text, self.specials)
 
     def __call__(self, texts: str | Sequence[str], truncate: bool = False) -> Tensor:
         """Captions -> input_ids [B, T] int64, padded on the right.
 
         Args:
-            truncate: cut the words of a caption that is too long; its end token stays.
+            truncate: cut off words of a caption that is too long; its end token stays.
 
-        Raises InputError: no captions, something that is no text, or a caption that is too long.
+        Raises InputError: no captions, something that is not text, or a caption that is too long.
         """
         given = [texts] if isinstance(texts, str) else list(texts)
         if not given:
@@ -162,12 +165,12 @@ class CaptionTokenizer:
         rows = []
         for number, text in enumerate(given):
             if not isinstance(text, str):
-                raise InputError(f"caption {number + 1} is of type {type(text).__name__}: expected a text")
+                raise InputError(f"caption {number + 1} is of type {type(text).__name__}: expected a string")
             words = self.encode(text)
             if len(words) > room and not truncate:
                 raise InputError(
-                    f"caption {number + 1} has {len(words)} tokens, and the model reads {room} at most: "
-                    "shorten it, or have its end cut off with truncate=True"
+                    f"caption {number + 1} has {len(words)} tokens, but the model reads at most {room}: "
+                    "shorten it, or cut off its end with truncate=True"
                 )
             rows.append([*self.before, *words[:room], self.eos_id])
         length = self.form.max_length if self.form.pad_to_max_length else max(len(row) for row in rows)
@@ -175,7 +178,7 @@ class CaptionTokenizer:
 
 
 def _make_lower_case(backend: tokenizers.Tokenizer) -> None:
-    """Put lower case before whatever the file's normalizer does, unless it does that."""
+    """Lowercase text before the file's normalizer runs, unless that already does it."""
     normalizer = backend.normalizer
     if normalizer is None:
         backend.normalizer = normalizers.Lowercase()

@@ -1,7 +1,7 @@
-"""The autoencoder that makes 16 codes of a mask and a mask of 16 codes: a vector-quantized one.
+"""The vector-quantized autoencoder that turns a mask into 16 codes, and 16 codes into a mask.
 
-A mask of 64 x 64 is shrunk to 4 x 4 vectors (https://arxiv.org/abs/2301.02229). A code is not a sixteenth of
-the mask: each sees far beyond its cell, so that only codes that fit together draw a good mask. Layers and
+A 64 x 64 mask is reduced to 4 x 4 vectors (https://arxiv.org/abs/2301.02229). A code is not a sixteenth of
+the mask: each sees far beyond its cell, so only codes that fit together draw a good mask. The layers and
 their names are those of the published codebook (big_vision, `vae-oid.npz`), which can be loaded as well.
 """
 
@@ -24,7 +24,7 @@ from minivlm.errors import InputError
 from minivlm.files import write_aside
 
 NUM_CODES = 128
-SIDE = 64  # pixels of a mask, height = width
+MASK_SIDE = 64  # pixels, height = width
 GRID = 4  # codes, height = width
 CODES_PER_MASK = GRID * GRID
 SHIPPED_MASKS = Path(__file__).parents[1] / "assets" / "masks.npz"
@@ -32,15 +32,15 @@ SHIPPED_MASKS = Path(__file__).parents[1] / "assets" / "masks.npz"
 
 @dataclass(frozen=True)
 class MaskCodebookConfig:
-    """Widths of the autoencoder. The defaults are the shipped one."""
+    """Widths of the autoencoder. The defaults are those of the shipped one."""
 
     encoder_widths: tuple[int, ...] = (8, 16, 32, 32)  # after each of four halvings
-    decoder_widths: tuple[int, ...] = (32, 32, 16, 8, 8)  # before the doublings, and after each of four
+    decoder_widths: tuple[int, ...] = (32, 32, 16, 8, 8)  # before the first of four doublings, and after each
     embedding_dim: int = 16
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> MaskCodebookConfig:
-        """From the shapes of a file. The published decoder has 128, 128, 64, 32, 16, its codes 512."""
+        """From the shapes in a file. The published decoder: 128, 128, 64, 32, 16; its codes: 512."""
         return cls(
             encoder_widths=tuple(shapes[f"encoder.{number}.bias"][0] for number in (0, 2, 4, 6)),
             decoder_widths=tuple(shapes[f"decoder.{number}.bias"][0] for number in (0, 4, 6, 8, 10)),
@@ -49,7 +49,7 @@ class MaskCodebookConfig:
 
 
 class MaskCodebook(nn.Module):
-    """The autoencoder with the codes between its halves. Shapes: M masks, D numbers in a code."""
+    """The autoencoder, with the codes between its two halves. Shapes: M masks, D numbers per code."""
 
     def __init__(self, config: MaskCodebookConfig | None = None) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class MaskCodebook(nn.Module):
         widths = config.encoder_widths
         halvings: list[nn.Module] = []
         for before, after in pairwise((1, *widths)):
-            # What TensorFlow calls SAME is one pixel on every side, for this kernel on an even length.
+            # For this kernel and an even length, TensorFlow's SAME padding is one pixel on each side.
             halvings += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
         self.encoder = nn.Sequential(
             *halvings,
@@ -85,20 +85,20 @@ class MaskCodebook(nn.Module):
         return self._vq_vae._embedding
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Masks [M, 64, 64] of values from 0 to 1 as codes [M, 16], row by row.
+        """Masks [M, 64, 64] with values from 0 to 1 as codes [M, 16], row by row.
 
         Raises InputError: masks of another shape.
         """
-        if masks.shape[1:] != (SIDE, SIDE):
+        if masks.shape[1:] != (MASK_SIDE, MASK_SIDE):
             raise InputError(
-                f"the masks are {list(masks.shape)}: expected [M, {SIDE}, {SIDE}], as crop_mask gives"
+                f"the masks are {list(masks.shape)}: expected [M, {MASK_SIDE}, {MASK_SIDE}], see crop_mask"
             )
         return self.nearest(self.vectors(masks))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [M, 16] as masks [M, 64, 64]: about -1 outside and 1 inside, the outline where they pass 0.
+        """Codes [M, 16] as masks [M, 64, 64]: about -1 outside, 1 inside, and 0 along the outline.
 
-        Raises InputError: another number of codes, or one that is not from 0 to 127.
+        Raises InputError: a wrong number of codes, or a code outside 0 to 127.
         """
         if codes.shape[1:] != (CODES_PER_MASK,):
             raise InputError(f"the codes are {list(codes.shape)}: expected [M, {CODES_PER_MASK}]")
@@ -107,10 +107,10 @@ class MaskCodebook(nn.Module):
         return self._draw(self.codes[codes])
 
     def forward(self, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: drawn masks [M, 64, 64], the encoder's vectors [M, 16, D], the codes nearest to them.
+        """For training: decoded masks [M, 64, 64], the encoder's vectors [M, 16, D] and the nearest codes.
 
-        To choose has no gradient. The gradient of the drawing is handed past it to the encoder, as if its
-        vectors had been drawn themselves (straight-through).
+        Choosing a code has no gradient. The decoder's gradient skips that step and goes to the encoder, as if
+        its own vectors had been decoded (straight-through).
         """
         vectors = self.vectors(masks)
         chosen = self.codes[self.nearest(vectors)]
@@ -122,7 +122,7 @@ class MaskCodebook(nn.Module):
         return grid.flatten(2).transpose(1, 2)
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Numbers [...] of the codes nearest to vectors [..., D]."""
+        """Indices [...] of the codes nearest to vectors [..., D]."""
         # |v - e|^2 without |v|^2, which is the same for all codes
         return (self.codes.square().sum(-1) - 2.0 * vectors @ self.codes.T).argmin(-1)
 
@@ -133,34 +133,34 @@ class MaskCodebook(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path = SHIPPED_MASKS) -> MaskCodebook:
-        """The codebook in an npz file, as wide as the file says.
+        """Load a codebook from an npz file, with the widths that the file has.
 
-        Raises InputError: not such a file, or arrays that are missing, unexpected or misshapen.
+        Raises InputError: not an npz file, or arrays that are missing, unexpected or misshapen.
         """
         arrays = _read(Path(path))
         with torch.device("meta"):  # no weights, only names and shapes
             names = cls().state_dict().keys()
         _refuse(path, "has no", [name for name in names if name not in arrays])
-        # Running sums of its training may lie beside the codes.
+        # Running sums from training may be stored next to the codes.
         others = [name for name in arrays if name not in names and not name.startswith("_vq_vae.")]
-        _refuse(path, "has the unknown", others)
+        _refuse(path, "has the unexpected", others)
         biases = [name for name in names if name.endswith(".bias")]
         shapeless = [name for name in biases if arrays[name].ndim != 1 or arrays[name].size == 0]
-        _refuse(path, "has no list of numbers in", shapeless)
+        _refuse(path, "has no 1-D array of numbers in", shapeless)
         with torch.device("meta"):
             codebook = cls(MaskCodebookConfig.from_shapes({name: arrays[name].shape for name in biases}))
         for name, weight in codebook.state_dict().items():
             array = arrays[name]
             if array.shape != weight.shape:
-                _refuse(path, f"has {list(array.shape)} where {list(weight.shape)} fits, in", [name])
+                _refuse(path, f"has {list(array.shape)} instead of {list(weight.shape)} in", [name])
             if not (np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all()):
-                _refuse(path, "has other things than finite floats in", [name])
+                _refuse(path, "has values other than finite floats in", [name])
         weights = {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in names}
         codebook.load_state_dict(weights, assign=True)
         return codebook.eval().requires_grad_(False)
 
     def save(self, path: str | Path) -> None:
-        """Write an npz file; equal weights give equal bytes. Raises InputError: it cannot be written."""
+        """Write an npz file; equal weights give identical files. Raises InputError: it cannot be written."""
         arrays: dict[str, Any] = {name: value.numpy(force=True) for name, value in self.state_dict().items()}
         with write_aside(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
@@ -195,26 +195,26 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file. Nothing pickled is loaded."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            if arrays.zip.testzip():  # NumPy alone does not always look at the checksums
+            if arrays.zip.testzip():  # NumPy alone does not always verify the checksums
                 raise zipfile.BadZipFile
             return {name: np.asarray(arrays[name]) for name in arrays.files}
     except (OSError, EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or "it is something else, or cut off"
+        reason = getattr(error, "strerror", None) or "it is another kind of file, or truncated"
         raise InputError(
-            f"{path} cannot be read as an npz file ({reason}): expected a codebook of masks"
+            f"{path} cannot be read as an npz file ({reason}): expected a mask codebook"
         ) from error
 
 
 def _refuse(path: str | Path, what: str, names: Sequence[str]) -> None:
     if names:
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise InputError(
-            f"{path} {what} {some}: expected a whole codebook of masks, encoder, codes and decoder, "
+            f"{path} {what} {listed}: expected a complete mask codebook, encoder, codes and decoder, "
             "named as in vae-oid.npz"
         )
 
 
 @functools.cache
 def load_codebook() -> MaskCodebook:
-    """The shipped codebook, read once. Do not change it."""
+    """The shipped codebook, read once and shared: do not modify it."""
     return MaskCodebook.from_file()

@@ -1,8 +1,8 @@
-"""The image processors of CLIP and of the original ViT: what differs from SigLIP's in images.py.
+"""The image processors of CLIP and of the original ViT: how they differ from SigLIP's in images.py.
 
-- ViT: a square, aspect ratio not kept, but by the bilinear filter.
-- CLIP: the short side is resized and the middle square cut out, so shapes stay true and what lies at the
-  ends of a long picture is not seen. Mean and spread are those of CLIP's training pictures, per color.
+- ViT: resized to a square, aspect ratio not kept, but with the bilinear filter.
+- CLIP: the short side is resized and the central square cropped, so shapes are not distorted, but the ends of
+  a long picture are lost. Mean and standard deviation are those of CLIP's training pictures, per channel.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ViTImageProcessor(ImageProcessor):
 
 @dataclass(frozen=True)
 class CLIPImageProcessor(ImageProcessor):
-    """The settings of a CLIP folder's preprocessor_config.json. `image_size` is the side of the cut."""
+    """The settings of a CLIP folder's preprocessor_config.json. `image_size` is the side of the crop."""
 
     kind: ClassVar[str] = "CLIPImageProcessor"
     old_kind: ClassVar[str] = "CLIPFeatureExtractor"
@@ -46,9 +46,9 @@ class CLIPImageProcessor(ImageProcessor):
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Any picture -> RGB of image_size x image_size, its middle.
+        """Any picture -> its center as RGB of image_size x image_size.
 
-        Raises InputError: a picture so narrow that, resized, it would not fit into memory; as `to_rgb`.
+        Raises InputError: a picture so narrow that it would not fit into memory once resized; as `to_rgb`.
         """
         image = to_rgb(image)
         short, long = sorted(image.size)
@@ -57,7 +57,7 @@ class CLIPImageProcessor(ImageProcessor):
         if limit is not None and resized * self.image_size > limit:
             raise InputError(
                 f"the picture has {image.width} x {image.height} pixels, and its long side would become "
-                f"{resized}: cut out the part to look at"
+                f"{resized}: crop it to the part that matters"
             )
         upright = image.height > image.width
         size = (self.image_size, resized) if upright else (resized, self.image_size)
@@ -74,8 +74,8 @@ class CLIPImageProcessor(ImageProcessor):
             crop = crop.get("height")
         if not isinstance(short, int) or short != crop:
             raise InputError(
-                f"size is {values.get('size')!r} and crop_size {values.get('crop_size')!r}: expected one "
-                "number for the short side and for the square cut out of it, such as 224"
+                f"size is {values.get('size')!r} and crop_size {values.get('crop_size')!r}: expected the "
+                "same number for the short side and for the crop, such as 224"
             )
         return short
 

@@ -1,10 +1,10 @@
 """From a picture file to the numbers that the image tower reads: [B, C, H, W], fp32, in [-1, 1].
 
-Open, turn upright, make RGB, resize to a square (the aspect ratio is not kept), rescale to [0, 1],
-normalize. The last three steps equal the PIL image processor of SigLIP (https://arxiv.org/abs/2303.15343)
-in `transformers` bit for bit: the tower was trained on exactly these pixels, and another library's bicubic
-filter gives others (torchvision without antialiasing is off by up to 26 of 255 levels). The first steps
-take any picture a user may have. CLIP and the original ViT resize differently: see crops.py.
+Open, rotate upright, convert to RGB, resize to a square (the aspect ratio is not kept), rescale to [0, 1],
+normalize. The last three steps match the PIL image processor of SigLIP (https://arxiv.org/abs/2303.15343) in
+`transformers` bit for bit. The tower was trained on exactly these pixels, and another library's bicubic
+filter gives different ones (torchvision without antialiasing is off by up to 26 of 255 levels). The first
+steps accept any picture a user may have. CLIP and the original ViT resize differently: see crops.py.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 
 def load_picture(path: str | Path) -> Image.Image:
-    """Open a picture file and read it to its end; of an animation, the first frame.
+    """Open a picture file and decode it completely; of an animation, only the first frame.
 
-    The picture is returned as it was stored: any mode, not yet turned upright. `to_rgb` does both.
+    The picture is returned as it was stored, in any mode and not yet upright: `to_rgb` takes care of both.
 
     Raises InputError: no such file, a folder, an empty file, not a picture, a truncated or damaged picture,
-    a picture with so many pixels that Pillow warns of a decompression bomb, a file that may not be read.
+    a picture with so many pixels that Pillow warns of a decompression bomb, a file without read permission.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -59,7 +59,7 @@ def _decode(file: BinaryIO, path: Path) -> Image.Image:
     try:
         with _quiet_pillow():
             image = Image.open(file)
-            image.load()  # Image.open reads the header only: what is cut off shows here
+            image.load()  # Image.open reads only the header; truncation shows up here
             return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(
@@ -74,7 +74,7 @@ def _decode(file: BinaryIO, path: Path) -> Image.Image:
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """No Pillow warnings on stderr, except that a decompression bomb is an error at once."""
+    """Silence Pillow's warnings, except that a decompression bomb becomes an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -82,16 +82,16 @@ def _quiet_pillow() -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture, upright, as RGB of 8 bits; the picture given is left unchanged.
+    """Any picture as upright 8-bit RGB. The given picture is not changed.
 
-    - A camera stores its pixels as the sensor lay, with the turn as an EXIF note: it is carried out here.
-    - Transparent pixels are blended onto white, as the reference does. (Its older versions and big_vision
-      drop the alpha instead, and what was stored under transparent pixels shows: often black.)
+    - A camera stores pixels in the sensor's orientation and notes the rotation in EXIF: it is applied here.
+    - Transparent pixels are blended onto white, as in the reference. (Its older versions and big_vision drop
+      the alpha channel instead, which reveals the hidden color of transparent pixels, often black.)
     - 16-bit gray (I;16 and its byte orders) is scaled by 255/65535. Pillow's own conversion clips at 255
       instead, which turns nearly all of a 16-bit scan white.
-    - 32-bit integers (I) and floats (F) do not say where white is. White is taken to be the least of 1
-      (only F), 255 and 65535 that holds the brightest pixel, and beyond that the brightest pixel itself.
-      Negative and NaN are black.
+    - 32-bit integers (I) and floats (F) do not define white. White is the smallest of 1 (F only), 255 and
+      65535 that is not below the brightest pixel, or else the brightest pixel itself. Negative values and NaN
+      become black.
 
     Raises InputError: a picture without pixels; a mode that Pillow cannot convert; a picture opened lazily
     by the caller that turns out to be truncated.
@@ -101,7 +101,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     with _quiet_pillow():
         try:
             image.load()
-            with suppress(Exception):  # a damaged note on orientation is no reason to refuse the pixels
+            with suppress(Exception):  # a damaged EXIF note is no reason to reject the pixels
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):
                 return _gray_to_rgb(image, white=65535.0)
@@ -115,7 +115,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # gray with alpha multiplied in: Pillow converts it to LA only
+    if image.mode == "La":  # gray with premultiplied alpha: Pillow converts it only to LA
         image = image.convert("LA")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -132,6 +132,15 @@ def _gray_to_rgb(image: Image.Image, white: float | None) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
+def normalize(
+    picture: Image.Image, mean: Sequence[float], std: Sequence[float], rescale_factor: float
+) -> Tensor:
+    """An RGB picture as fp32 [C, H, W]: rescaled in float64, rounded once, then (pixels - mean) / std."""
+    pixels = (np.asarray(picture).astype(np.float64) * rescale_factor).astype(np.float32)
+    normalized = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(normalized.transpose(2, 0, 1)))  # [H, W, C] -> [C, H, W]
+
+
 def preprocess(
     image: Image.Image,
     image_size: int,
@@ -139,31 +148,29 @@ def preprocess(
     std: Sequence[float] = (0.5,) * 3,
     rescale_factor: float = 1 / 255,
 ) -> Tensor:
-    """A picture of any size and mode as fp32 [C, image_size, image_size]; with the defaults in [-1, 1].
+    """A picture of any size and mode as fp32 [C, image_size, image_size], in [-1, 1] with the defaults.
 
-    Equals `transformers`' SiglipImageProcessorPil on RGB pictures bit for bit. For that the types matter:
-    the rescaling is done in float64 and rounded to float32 once, then mean and std are applied in float32.
+    Matches `transformers`' SiglipImageProcessorPil on RGB pictures bit for bit. The dtypes in `normalize`
+    matter for this.
 
     Raises InputError: as `to_rgb`.
     """
     resized = to_rgb(image).resize((image_size, image_size), BICUBIC)
-    pixels = (np.asarray(resized).astype(np.float64) * rescale_factor).astype(np.float32)
-    normalized = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(normalized.transpose(2, 0, 1)))  # [H, W, C] -> [C, H, W]
+    return normalize(resized, mean, std, rescale_factor)
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The settings of `preprocess`, as the Hub's preprocessor_config.json holds them.
+    """The settings of `preprocess`, as in the Hub's preprocessor_config.json.
 
-    `image_seq_length` is the number of image tokens that one picture becomes, N = (image_size / patch)^2.
-    Pixels do not depend on it, but PaliGemma's file keeps it here, and the prompt needs it. SigLIP's own
-    files lack it: None.
+    `image_seq_length` is the number of image tokens per picture, N = (image_size / patch_size)^2. Pixels do
+    not depend on it, but PaliGemma's file stores it here, and the prompt needs it. SigLIP's own files lack
+    it: None.
     """
 
-    kind: ClassVar[str] = "SiglipImageProcessor"  # image_processor_type, less "Fast" or "Pil"
+    kind: ClassVar[str] = "SiglipImageProcessor"  # image_processor_type without "Fast" or "Pil"
     old_kind: ClassVar[str] = "SiglipFeatureExtractor"  # what old files say instead
-    # Settings that change pixels, with the only values that are computed here.
+    # Settings that affect pixels, each with the only value supported here.
     supported: ClassVar[dict[str, bool]] = {
         "do_resize": True,
         "do_center_crop": False,
@@ -203,15 +210,8 @@ class ImageProcessor:
         """
         if not images:
             raise InputError("there are no pictures: give at least one")
-        return torch.stack(
-            [
-                # Resizing a picture to its own size changes nothing, so `preprocess` only normalizes.
-                preprocess(
-                    self.fit(image), self.image_size, self.image_mean, self.image_std, self.rescale_factor
-                )
-                for image in images
-            ]
-        )
+        settings = self.image_mean, self.image_std, self.rescale_factor
+        return torch.stack([normalize(self.fit(image), *settings) for image in images])
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Any picture -> RGB of image_size x image_size. The aspect ratio is not kept."""
@@ -219,10 +219,9 @@ class ImageProcessor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From the contents of a preprocessor_config.json. Settings left out have the defaults of the class.
+        """From the contents of a preprocessor_config.json. Missing settings take the defaults of the class.
 
-        Raises InputError: a setting that would give other pixels than are computed here, or a value of the
-        wrong kind.
+        Raises InputError: a setting that would give different pixels, or a value of the wrong type.
         """
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or cls.kind
         if kind not in (cls.kind, f"{cls.kind}Fast", f"{cls.kind}Pil", cls.old_kind):
@@ -246,7 +245,7 @@ class ImageProcessor:
         except InputError:
             raise
         except (TypeError, ValueError) as error:
-            raise InputError(f"a value is of the wrong kind: {error}") from error
+            raise InputError(f"a value has the wrong type: {error}") from error
 
     @classmethod
     def _read_size(cls, values: Mapping[str, Any]) -> int:
@@ -263,8 +262,8 @@ class ImageProcessor:
         return {"size": {"height": self.image_size, "width": self.image_size}}
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a preprocessor_config.json that `transformers` reads alike."""
-        # image_seq_length is PaliGemma's own. Other systems name their processor in tokenizer_config.json.
+        """The contents of a preprocessor_config.json, which `transformers` reads the same way."""
+        # Only PaliGemma has image_seq_length. Other systems name their processor in tokenizer_config.json.
         system = {} if self.image_seq_length is None else {"processor_class": "PaliGemmaProcessor"}
         return {
             "image_processor_type": self.kind,
@@ -283,7 +282,7 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """From a folder: its preprocessor_config.json, or the same inside a newer processor_config.json.
+        """Load a folder's preprocessor_config.json, or the same settings from a newer processor_config.json.
 
         Raises InputError: neither file, not JSON, or unsupported settings (see `from_dict`).
         """
@@ -296,20 +295,20 @@ class ImageProcessor:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(
-                f"{folder} has no preprocessor_config.json: give a whole checkpoint folder"
+                f"{folder} has no preprocessor_config.json: use a complete checkpoint folder"
             ) from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as JSON ({error}): download it again") from error
         if path == nested and isinstance(values, dict):
             values = values.get("image_processor")
         if not isinstance(values, dict):
-            raise InputError(f"{path} holds no image processor settings: download it again")
+            raise InputError(f"{path} contains no image processor settings: download it again")
         try:
             return cls.from_dict(values)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json into a folder, which is made when missing."""
+        """Write preprocessor_config.json into a folder, which is created if missing."""
         with write_aside(Path(folder) / "preprocessor_config.json") as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")

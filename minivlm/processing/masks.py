@@ -1,10 +1,10 @@
-"""Masks as words: 16 `<seg>` tokens after the box say what shape a thing has inside it.
+"""Masks as words: 16 `<seg>` tokens after a box describe the shape inside it.
 
 `<loc0256><loc0128><loc0767><loc0895><seg017>...<seg101> cat` is how PaliGemma
-(https://arxiv.org/abs/2407.07726) cuts a cat out of the picture. The box alone tells place and size. The mask
-fills it, resized to 64 x 64 whatever its aspect ratio, and codebook.py makes 16 words of that.
-Conventions: big_vision, `pp/proj/paligemma/segmentation.py` for the way in, and
-`evaluators/proj/paligemma/transfers/segmentation.py` for the way back.
+(https://arxiv.org/abs/2407.07726) segments a cat. The box alone gives position and size. The mask fills the
+box, resized to 64 x 64 whatever its aspect ratio, and codebook.py turns it into 16 words. Conventions:
+big_vision, `pp/proj/paligemma/segmentation.py` for encoding and
+`evaluators/proj/paligemma/transfers/segmentation.py` for decoding.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from minivlm.errors import InputError
-from minivlm.processing.boxes import _OBJECT, Box, _check_size, box_to_tokens, text_to_boxes
+from minivlm.processing.boxes import OBJECT, Box, box_to_tokens, check_size, text_to_boxes
 from minivlm.processing.codebook import (
     CODES_PER_MASK,
+    MASK_SIDE,
     NUM_CODES,
     SHIPPED_MASKS,
-    SIDE,
     MaskCodebook,
     MaskCodebookConfig,
     load_codebook,
@@ -32,9 +32,9 @@ from minivlm.processing.codebook import (
 
 __all__ = [
     "CODES_PER_MASK",
+    "MASK_SIDE",
     "NUM_CODES",
     "SHIPPED_MASKS",
-    "SIDE",
     "Mask",
     "MaskCodebook",
     "MaskCodebookConfig",
@@ -50,43 +50,43 @@ _SEG = r"<seg([0-9]{3})>"
 
 
 class Mask(NamedTuple):
-    """The shape of a named thing: its box, and an array [height, width] of bools, True where the thing is."""
+    """The shape of a named thing: its box, and a bool array [height, width], True where the thing is."""
 
     box: Box
     mask: np.ndarray
 
 
 def crop_mask(mask: np.ndarray, box_xyxy: Sequence[float] | Box) -> np.ndarray:
-    """What a mask [height, width], bools or 0 to 255, shows in a box in pixels: values 0 to 1, [64, 64].
+    """A mask [height, width], bools or 0 to 255, cropped to a box in pixels: values 0 to 1, [64, 64].
 
-    The edges are rounded to whole pixels, halves to the even one, and the part is resized by the bilinear
-    filter, which takes means where it shrinks.
+    The edges are rounded to whole pixels, halves to even, and the crop is resized with the bilinear filter,
+    which averages when it shrinks.
 
-    Raises InputError: a mask of other values or axes, a box without a pixel of the picture, and as
-    `box_to_tokens`.
+    Raises InputError: a mask with other values or axes, a box that covers no pixel of the picture; otherwise
+    as `box_to_tokens`.
     """
     if mask.ndim != 2:
         raise InputError(f"the mask is {list(mask.shape)}: expected [height, width]")
     if mask.dtype != np.bool_:
         low, high = mask.min(initial=0), mask.max(initial=0)
-        if not (low == 0 and (high == 0 or 1 < high <= 255)):  # numbers 0 and 1 would be almost empty
+        if not (low == 0 and (high == 0 or 1 < high <= 255)):  # 0 and 1 as numbers would be almost empty
             raise InputError(
-                f"the mask has values from {low} to {high}: expected bools, or 0 to 255; give `mask > 0`"
+                f"the mask has values from {low} to {high}: expected bools, or 0 to 255; pass `mask > 0`"
             )
     box_to_tokens(box_xyxy, mask.shape[1], mask.shape[0])  # for its checks
     x0, y0, x1, y1 = (max(0, round(float(edge))) for edge in box_xyxy[:4])
     part = mask[y0:y1, x0:x1].astype(np.float32)
     if not part.size:
         raise InputError(
-            f"the box from {x0}, {y0} to {x1}, {y1} has no pixel of a mask {list(mask.shape)}: "
-            "choose a larger box inside the picture"
+            f"the box from {x0}, {y0} to {x1}, {y1} covers no pixel of the mask {list(mask.shape)}: choose "
+            "a larger box inside the picture"
         )
-    resized = np.array(Image.fromarray(part).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    resized = np.array(Image.fromarray(part).resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR))
     return resized if mask.dtype == np.bool_ else resized / np.float32(255)
 
 
 def codes_to_text(codes: Iterable[int] | Tensor | np.ndarray) -> str:
-    """`<seg017><seg003>...` for the codes of one mask. Raises InputError: not 16, or one is not 0 to 127."""
+    """`<seg017><seg003>...` for the codes of one mask. Raises InputError: not 16, or one not in 0 to 127."""
     numbers = [int(code) for code in codes]
     if len(numbers) != CODES_PER_MASK or not 0 <= min(numbers) <= max(numbers) < NUM_CODES:
         raise InputError(f"the codes are {numbers}: expected {CODES_PER_MASK} from 0 to {NUM_CODES - 1}")
@@ -99,7 +99,7 @@ def mask_to_tokens(
 ) -> str:
     """Four `<loc>` and sixteen `<seg>` tokens for a mask [height, width] in a box in pixels.
 
-    codebook: None is the shipped one.
+    codebook: None means the shipped one.
     Raises InputError: as `box_to_tokens` and `crop_mask`.
     """
     inside = torch.from_numpy(crop_mask(mask, box_xyxy))
@@ -110,18 +110,18 @@ def mask_to_tokens(
 
 @torch.no_grad()
 def text_to_masks(text: str, width: int, height: int, codebook: MaskCodebook | None = None) -> list[Mask]:
-    """The masks in an answer, of a picture of width x height pixels; any text is allowed.
+    """The masks in an answer about a width x height picture. Any text is accepted.
 
-    As in `text_to_boxes`, what a model writes may be malformed. A part counts only with a box that counts
-    there, which also holds a pixel when its edges are cut to whole numbers, and exactly 16 `<seg>` tokens
-    after it. Everything else is left out without an error.
+    As in `text_to_boxes`, a model may write malformed text. A part counts only if its box counts there and
+    still contains a pixel after its edges are truncated to integers, and if exactly 16 `<seg>` tokens follow
+    it. Everything else is skipped without an error.
 
-    codebook: None is the shipped one.
+    codebook: None means the shipped one.
     Raises InputError: a picture without area.
     """
-    _check_size(width, height)
+    check_size(width, height)
     boxes, codes = [], []
-    for part in _OBJECT.finditer(text):
+    for part in OBJECT.finditer(text):
         numbers = [int(digits) for digits in re.findall(_SEG, part[0])]
         for box in text_to_boxes(part[0], width, height):
             x0, y0, x1, y1 = (int(edge) for edge in box[:4])
@@ -142,7 +142,7 @@ def text_to_masks(text: str, width: int, height: int, codebook: MaskCodebook | N
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Pixels of both masks over pixels of either; 0 where both are empty. Raises InputError: other shapes."""
+    """Pixels in both masks over pixels in either; 0 if both are empty. Raises InputError: shapes differ."""
     if a.shape != b.shape:
         raise InputError(f"the masks are {list(a.shape)} and {list(b.shape)}: expected the same shape")
     union = np.logical_or(a, b).sum()

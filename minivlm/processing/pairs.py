@@ -1,4 +1,4 @@
-"""Pictures and captions in, what CLIP or SigLIP reads out.
+"""Pictures and captions in, the tensors that CLIP or SigLIP reads out.
 
 Unlike PaliGemma's processor, where a row is a picture with its prompt, the two lists are independent: a
 zero-shot question has one picture and many captions. Only a loss needs them in pairs.
@@ -16,9 +16,9 @@ from minivlm.errors import InputError
 from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.crops import CLIPImageProcessor
 from minivlm.processing.images import ImageProcessor, load_picture
-from minivlm.processing.paligemma import Picture
+from minivlm.processing.inputs import Picture
 
-# By the model_type of config.json: what stands around a caption, and how a picture is brought to size.
+# By model_type in config.json: the form of a caption, and the processor for pictures.
 SYSTEMS: dict[str, tuple[CaptionForm, type[ImageProcessor]]] = {
     "clip": (CLIP_CAPTIONS, CLIPImageProcessor),
     "siglip": (SIGLIP_CAPTIONS, ImageProcessor),
@@ -26,7 +26,7 @@ SYSTEMS: dict[str, tuple[CaptionForm, type[ImageProcessor]]] = {
 
 
 class PairProcessor:
-    """A tokenizer of captions and an image processor."""
+    """A caption tokenizer and an image processor."""
 
     def __init__(self, tokenizer: CaptionTokenizer, image_processor: ImageProcessor) -> None:
         self.tokenizer = tokenizer
@@ -36,11 +36,11 @@ class PairProcessor:
     def from_pretrained(
         cls, folder: str | Path, model_type: str, max_length: int | None = None
     ) -> PairProcessor:
-        """From tokenizer.json, tokenizer_config.json and preprocessor_config.json.
+        """Load tokenizer.json, tokenizer_config.json and preprocessor_config.json.
 
         Args:
             model_type: "clip" or "siglip".
-            max_length: tokens in a caption, by the model's config; None takes it from the tokenizer's.
+            max_length: tokens in a caption, from the model's config; None takes the tokenizer's.
 
         Raises InputError: a file is missing, unreadable or unsupported.
         """
@@ -61,7 +61,7 @@ class PairProcessor:
         texts: str | Sequence[str] | None = None,
         truncate: bool = False,
     ) -> dict[str, Tensor]:
-        """n pictures (PIL images or paths) and m captions; either may be left out.
+        """n pictures (PIL images or paths) and m captions; either may be omitted.
 
         Returns:
           pixel_values  [n, C, H, W] fp32, with pictures
@@ -81,7 +81,7 @@ class PairProcessor:
 
 
 def open_pictures(images: Picture | Sequence[Picture]) -> list[Image.Image]:
-    """Pictures and paths of pictures as a list of pictures.
+    """Pictures or paths of pictures as a list of pictures.
 
     Raises InputError: a picture that cannot be read, or something that is neither.
     """

@@ -1,10 +1,10 @@
 """Pictures and prompts in, the tensors of one batch out.
 
 As in PaliGemma (https://arxiv.org/abs/2407.07726), a row is `<image>` * N, `<bos>`, prompt, newline
-(segment 0, read in full by every position) and, in training, answer and `<eos>` (segment 1, read from left
-to right). The tensors equal those of `PaliGemmaProcessor` in `transformers`, with three differences: text
-typed by a user never becomes a placeholder, rows without a picture are possible, and unequal numbers of
-pictures and prompts are refused rather than guessed at.
+(segment 0, visible to every position) and, in training, answer and `<eos>` (segment 1, causal). The tensors
+equal those of `PaliGemmaProcessor` in `transformers`, with three differences: text typed by a user never
+becomes a placeholder, rows without a picture are possible, and unequal numbers of pictures and prompts are
+refused rather than guessed at.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.processing.images import ImageProcessor, load_picture
+from minivlm.processing.inputs import Picture
 from minivlm.processing.tokens import Tokenizer
 
-Picture = Image.Image | str | Path
-
-IGNORE = -100  # the label that torch's cross-entropy passes over
+IGNORE = -100  # the label that torch's cross-entropy ignores
 
 
 class Processor:
     """A tokenizer and an image processor that agree on the number of image tokens N.
 
-    Raises InputError: the image processor does not say N (`image_seq_length`).
+    Raises InputError: the image processor does not define N (`image_seq_length`).
     """
 
     def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor) -> None:
@@ -44,9 +43,9 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, image_seq_length: int | None = None) -> Processor:
-        """From tokenizer.json and preprocessor_config.json; `image_seq_length` beats the file's.
+        """Load tokenizer.json and preprocessor_config.json; `image_seq_length` overrides the file's.
 
-        Raises InputError: a file is missing, unreadable or unsupported, or nothing says image_seq_length.
+        Raises InputError: a file is missing, unreadable or unsupported, or nothing defines image_seq_length.
         """
         image_processor = ImageProcessor.from_pretrained(folder)
         if image_seq_length is not None:
@@ -66,13 +65,13 @@ class Processor:
         padding_side: str = "left",
         max_length: int | None = None,
     ) -> dict[str, Tensor]:
-        """One batch: as many rows as prompts, each with one picture or none.
+        """One batch: a row for each prompt, with one picture or none.
 
         Pictures are PIL images or paths. A row whose picture is None is text only: it has no image tokens,
-        and pixel_values holds only the pictures that exist, in order. Pad on the left to generate (every
-        row then ends where the answer begins), on either side to train.
+        and pixel_values holds the other pictures in order. Pad on the left for generation, so that every row
+        ends where the answer begins; either side will do for training.
 
-        Returns, with S the longest row and M the number of pictures:
+        Returns, with S the length of the longest row and M the number of pictures:
           input_ids       [B, S] int64
           attention_mask  [B, S] int64, 1 for tokens, 0 for padding
           token_type_ids  [B, S] int64, 0 for the prefix and padding, 1 for the suffix
@@ -80,8 +79,8 @@ class Processor:
           labels          [B, S] int64, ids of the suffix, -100 elsewhere; only with suffixes
 
         Raises InputError: unequal numbers of pictures, prompts and suffixes; an empty prompt; a row longer
-        than max_length (nothing is cut: half a picture or an answer without its end would be trained on in
-        silence); a picture that cannot be read; an argument of another kind.
+        than max_length (nothing is truncated: training would silently use half a picture or an answer without
+        its end); a picture that cannot be read; an argument of the wrong type.
         """
         if padding_side not in ("left", "right"):
             raise InputError(f"padding_side is {padding_side!r}: expected 'left' or 'right'")
@@ -92,7 +91,7 @@ class Processor:
         answers = None if suffixes is None else _as_list(suffixes, "suffix")
         if answers is not None and len(answers) != len(prompts):
             raise InputError(
-                f"got {len(answers)} suffixes for {len(prompts)} prompts: give one suffix for each prompt"
+                f"got {len(answers)} suffixes for {len(prompts)} prompts: give one suffix per prompt"
             )
 
         rows: list[tuple[list[int], list[int]]] = []  # prefix ids, suffix ids
@@ -117,14 +116,12 @@ class Processor:
         return batch
 
     def decode(self, ids: Tensor) -> list[str]:
-        """Generated ids [B, n] -> B texts. Each row ends before its first `<eos>`; specials are dropped.
+        """Ids [B, n] -> B texts. Each row ends before its first `<eos>`; special tokens are dropped.
 
         Raises InputError: another shape.
         """
         if ids.ndim != 2:
-            raise InputError(
-                f"ids have the shape {list(ids.shape)}: expected [B, n], one row for each answer"
-            )
+            raise InputError(f"ids have shape {list(ids.shape)}: expected [B, n], one row per answer")
         texts = []
         for row in ids.tolist():
             end = row.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in row else len(row)
@@ -134,14 +131,14 @@ class Processor:
     def _pictures(
         self, images: Picture | Sequence[Picture | None] | None, num_prompts: int
     ) -> list[Image.Image | None]:
-        """For each prompt one picture, opened, or None."""
+        """One opened picture, or None, for each prompt."""
         if images is None:
             return [None] * num_prompts
         given = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
         if len(given) != num_prompts:
             raise InputError(
-                f"got {len(given)} pictures for {num_prompts} prompts: give one picture for each prompt, the "
-                "same one again where two prompts are about it, or None for a prompt without a picture"
+                f"got {len(given)} pictures for {num_prompts} prompts: give one picture per prompt, the "
+                "same one twice if two prompts are about it, or None for a prompt without a picture"
             )
         opened: list[Image.Image | None] = []
         for number, picture in enumerate(given):
@@ -172,9 +169,9 @@ class Processor:
 
 
 def _as_list(texts: str | Sequence[str], name: str) -> list[str]:
-    """One text or several as a list; `name` is what the error calls them."""
+    """One or several texts as a list; `name` is what the error calls them."""
     given = [texts] if isinstance(texts, str) else list(texts)
     for number, text in enumerate(given):
         if not isinstance(text, str):
-            raise InputError(f"{name} {number + 1} is of type {type(text).__name__}: expected a text")
+            raise InputError(f"{name} {number + 1} is of type {type(text).__name__}: expected a string")
     return given

@@ -1,10 +1,9 @@
-"""From text to token ids and back, in the form of Gemma's and PaliGemma's tokenizer.json.
+"""From text to token ids and back, in the format of Gemma's and PaliGemma's tokenizer.json.
 
-Gemma cuts text by byte-pair encoding (https://arxiv.org/abs/1508.07909) with spaces written as "▁" and, for
-every character outside its vocabulary, the bytes of its UTF-8 form: no text is unknown. PaliGemma adds 1024
-words for positions (`<loc0000>`), 128 for shapes (`<seg000>`) and the placeholder `<image>`, and fixes the
-form of a prompt. The cutting itself is left to the `tokenizers` library; what is here decides which texts
-may become which ids.
+Gemma splits text by byte-pair encoding (https://arxiv.org/abs/1508.07909). It writes spaces as "▁", and
+characters outside its vocabulary as their UTF-8 bytes, so no text is unknown. PaliGemma adds 1024 words for
+coordinates (`<loc0000>`), 128 for shapes (`<seg000>`) and the placeholder `<image>`, and fixes the form of a
+prompt. The `tokenizers` library does the splitting; the code here decides which text may become which ids.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from minivlm.files import write_aside
 
 PAD, EOS, BOS, UNK, IMAGE = "<pad>", "<eos>", "<bos>", "<unk>", "<image>"
 LOC_TOKENS = [f"<loc{i:04}>" for i in range(1024)]  # a coordinate, see boxes.py
-SEG_TOKENS = [f"<seg{i:03}>" for i in range(128)]  # one cell of the shape inside a box
+SEG_TOKENS = [f"<seg{i:03}>" for i in range(128)]  # a code of the shape inside a box, see codebook.py
 
-# One piece is a word or a single other character, with the space before it; newlines and further spaces stand
-# alone.
+# A piece is a word or a single other character, with the space before it. Newlines and extra spaces are
+# pieces of their own.
 _PIECE = r"▁?[\p{L}\p{M}]+|▁?[^▁\n\p{L}\p{M}]|▁|\n"
 
 
 class Tokenizer:
-    """Text -> ids and back, with a wall between what a user types and what only the program may insert.
+    """Text -> ids and back, keeping what a user types apart from what only the program may insert.
 
-    `<pad>`, `<bos>`, `<eos>`, `<image>` steer the model: padding, start, stop, "a picture goes here". Typed
-    by a user, they are plain text and become several ordinary tokens. `<loc>` and `<seg>` are words of the
-    vocabulary, which prompts may use ("segment the thing at <loc0256>..."), so they become their own ids
-    wherever they stand.
+    `<pad>`, `<bos>`, `<eos>` and `<image>` control the model: padding, start, stop, "a picture goes here".
+    Typed by a user, they are plain text and become several ordinary tokens. `<loc>` and `<seg>` are words of
+    the vocabulary that prompts may use ("segment the thing at <loc0256>..."), so they become their own ids
+    wherever they occur.
 
-    The `tokenizers.Tokenizer` given is taken over: missing `<image>`, `<loc>`, `<seg>` tokens are added to
-    it in the order in which PaliGemma's processor in `transformers` adds them (image first), and its
-    padding, truncation and automatic `<bos>` are switched off.
+    This object takes over the given `tokenizers.Tokenizer`: it adds missing `<image>`, `<loc>` and `<seg>`
+    tokens in the order of PaliGemma's processor in `transformers` (image first), and turns off padding,
+    truncation and the automatic `<bos>`.
 
     Raises InputError: no `<pad>`, `<bos>` or `<eos>` in the vocabulary.
     """
@@ -51,7 +50,7 @@ class Tokenizer:
             raise InputError(f"the tokenizer has no {names}: use the tokenizer.json of Gemma or PaliGemma")
         backend = _as_words(backend, {*LOC_TOKENS, *SEG_TOKENS})
         backend.add_special_tokens([PAD, BOS, EOS, AddedToken(IMAGE, special=True, normalized=False)])
-        # Also where the vocabulary has them: only added tokens are looked up before the text is cut up.
+        # Even if the vocabulary has them: only added tokens are matched before the text is split.
         backend.add_tokens([*LOC_TOKENS, *SEG_TOKENS])
         backend.no_padding()
         backend.no_truncation()
@@ -68,13 +67,13 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
-        """From the tokenizer.json of a checkpoint folder.
+        """Load the tokenizer.json of a checkpoint folder.
 
         Raises InputError: no such file, not a tokenizer, or tokens are missing (see the class).
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise InputError(f"{folder} has no tokenizer.json: give a PaliGemma checkpoint folder")
+            raise InputError(f"{folder} has no tokenizer.json: use a PaliGemma checkpoint folder")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -87,7 +86,7 @@ class Tokenizer:
         with write_aside(folder / "tokenizer.json") as temporary:
             self.backend.save(str(temporary))
         config = {
-            # Not "GemmaTokenizer": transformers 5 then builds its own one and adds a `<mask>` past the end.
+            # Not "GemmaTokenizer": transformers 5 would build its own and add a `<mask>` past the end.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "processor_class": "PaliGemmaProcessor",
             "bos_token": BOS,
@@ -102,22 +101,22 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included: the least number of rows of an embedding for it."""
+        """Number of tokens, including added ones: an embedding needs at least this many rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a user's text. Nothing is added; `<image>`, `<bos>`, `<eos>`, `<pad>` in it are text.
 
-        Raises InputError: a string with half a surrogate pair in it, which is no Unicode text.
+        Raises InputError: a string with half a surrogate pair, which is not valid Unicode.
         """
         return encode_plain(self.backend, text, self.specials)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; drops `<pad>`, `<bos>`, `<eos>`, `<image>`, keeps `<loc>` and `<seg>`.
 
-        Undoes `encode` for any text without "▁" (U+2581): Gemma writes spaces with that character, so a
-        literal one comes back as a space. Bytes that form no UTF-8 text come back as "\ufffd", ids outside
-        the vocabulary as nothing.
+        Inverts `encode` for any text without "▁" (U+2581): Gemma writes spaces as that character, so a
+        literal one comes back as a space. Bytes that are not valid UTF-8 become "\ufffd"; ids outside the
+        vocabulary are dropped.
         """
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
@@ -125,29 +124,29 @@ class Tokenizer:
     def encode_prefix(self, prefix: str, image_seq_len: int) -> list[int]:
         """The first segment (token type 0): image tokens, `<bos>`, the prompt and a newline.
 
-        The ids of `add_image_tokens_to_prompt`, but built from ids: an `<image>` or `<bos>` within the
-        prompt cannot add to them. image_seq_len 0 gives a row without a picture.
+        The same as `add_image_tokens_to_prompt`, but built from ids, so that an `<image>` or `<bos>` typed in
+        the prompt cannot add another one. image_seq_len 0 gives a row without a picture.
         """
         return [self.image_id] * image_seq_len + [self.bos_id] + self.encode(prefix + "\n")
 
     def encode_suffix(self, suffix: str) -> list[int]:
-        """The second segment (token type 1): the answer and `<eos>`, which training teaches."""
+        """The second segment (token type 1): the answer and `<eos>`, which training teaches to write."""
         return [*self.encode(suffix), self.eos_id]
 
 
 def encode_plain(backend: tokenizers.Tokenizer, text: str, specials: Mapping[int, str]) -> list[int]:
-    """The ids of a user's text without anything added, in which special tokens do not occur.
+    """The ids of a user's text, with nothing added and no special tokens among them.
 
     Args:
-        backend: with `encode_special_tokens` on, so that typed special tokens are text.
+        backend: has `encode_special_tokens` on, so that typed special tokens are text.
         specials: id and name of each special token.
 
-    Raises InputError: a string with half a surrogate pair in it, which is no Unicode text.
+    Raises InputError: a string with half a surrogate pair, which is not valid Unicode.
     """
 
     def encode(part: str) -> list[int]:
-        # add_special_tokens=False: a file may have a post-processor that would put <bos> first, and what is
-        # added is decided elsewhere.
+        # add_special_tokens=False: the file's post-processor may put <bos> first, but special tokens are
+        # added elsewhere.
         ids: list[int] = backend.encode(part, add_special_tokens=False).ids
         return ids
 
@@ -158,8 +157,8 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str, specials: Mapping[int
     ids = encode(text)
     if specials.keys().isdisjoint(ids):
         return ids
-    # Merges may build "<bos>" from its letters, and a pickled copy of the backend forgets its switch: cut
-    # the text inside such words.
+    # Merges may build "<bos>" from its letters, and a pickled copy of the backend loses
+    # `encode_special_tokens`: split the text inside such words.
     inside = "|".join(
         f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in specials.values() if len(s) > 1
     )
@@ -167,9 +166,9 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str, specials: Mapping[int
 
 
 def _as_words(backend: tokenizers.Tokenizer, tokens: set[str]) -> tokenizers.Tokenizer:
-    """Where a file marks these tokens as special, a tokenizer in which they are words.
+    """A tokenizer in which these tokens are words, even if its file marks them as special.
 
-    The library keeps a token special for good once it was, so the way is through the file's JSON.
+    In the library, a special token stays special, so the file's JSON is edited instead.
     """
     added = backend.get_added_tokens_decoder().values()
     if not any(token.special and token.content in tokens for token in added):
@@ -185,31 +184,30 @@ def add_image_tokens_to_prompt(
 ) -> str:
     """The text of a prompt as PaliGemma saw it in training: `<image>` * N, `<bos>`, the prompt, a newline.
 
-    The image comes before `<bos>`, and the newline is a token of its own that says "now answer". For
-    showing: the package builds ids, where what a user types cannot be taken for a placeholder
-    (`Tokenizer.encode_prefix`).
+    The image comes before `<bos>`, and the newline is a token of its own that says "now answer". This text is
+    for display. The package builds ids instead, so that what a user types cannot be mistaken for a
+    placeholder (`Tokenizer.encode_prefix`).
     """
     return f"{image_token * image_seq_len}{bos_token}{prefix_prompt}\n"
 
 
 def build_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """A small tokenizer in Gemma's form, in which every word of the texts is one token.
+    """A small tokenizer in Gemma's format, in which every word of the texts is one token.
 
     Ids: 0 `<pad>`, 1 `<eos>`, 2 `<bos>`, 3 `<unk>`, then 256 bytes `<0x00>`..., the characters and words of
-    the texts, `<loc0000>`..., `<seg000>`..., and `<image>` last. A word with a space before it and the same
-    word at the start of a line are two tokens ("▁red", "red"), each there if the texts have it. Words
-    outside the texts are cut into pieces, in the end into bytes. The same texts in any order give the same
-    tokenizer.
+    the texts, `<loc0000>`..., `<seg000>`..., and `<image>` last. A word after a space and the same word at
+    the start of a line are two tokens ("▁red", "red"); each exists only if the texts contain it. Other words
+    are split into pieces, down to bytes if necessary. The order of the texts does not matter.
 
-    Gemma has no pre-tokenizer. This one keeps merges inside words while learning; afterwards it changes
-    nothing, since no merge reaches across its cuts.
+    Gemma has no pre-tokenizer. This one keeps merges inside words during training; afterwards it has no
+    effect, since no merge crosses its splits.
     """
     markers = re.compile("<loc[0-9]{4}>|<seg[0-9]{3}>|" + "|".join((PAD, EOS, BOS, UNK, IMAGE)))
     learner = tokenizers.Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     trainer = trainers.BpeTrainer(
-        vocab_size=100_000,  # out of reach for a small world: merging stops when every word is one token
+        vocab_size=100_000,  # never reached: merging stops when every word is one token
         initial_alphabet=["\n", "▁"],
         show_progress=False,
     )

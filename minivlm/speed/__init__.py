@@ -1,6 +1,7 @@
-"""Running fast: what is put on a loaded model from outside, and changes results by rounding at most.
+"""Running fast: changes made to a loaded model from outside, which affect results by rounding at most.
 
-`speed_up` is what every loaded model gets. The rest is chosen: int8.py, packing.py, compiled.py.
+Every loaded model gets `speed_up`. The rest is optional: int8.py, packing.py, compiled.py, and
+chunked_loss.py for training.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ __all__ = ["speed_up"]
 
 
 def speed_up(model: nn.Module) -> nn.Module:
-    """MLPs in pieces, one row at the speed of memory, and nothing computed that nobody reads.
+    """Run MLPs in pieces and single rows at memory speed, and skip outputs that are never read.
 
-    The model that comes back takes the place of the one given. It can be trained and saved like that one.
+    Use the returned model instead of the original. It can be trained and saved in the same way.
     """
     replace_modules(model, {MLP: MLPInPieces, GatedMLP: GatedMLPInPieces, nn.Linear: OneRowLinear})
     for module in list(model.modules()):

@@ -1,10 +1,10 @@
-"""The sigmoid loss of SigLIP in memory that grows with n, and not with n * n.
+"""SigLIP's sigmoid loss in memory that grows with n, not with n * n.
 
-`losses.siglip_loss` holds several [n, n] matrices until the backward pass: 32,768 pairs need 24 GiB. But
-the loss is a sum over pairs, and each summand's derivative is known as soon as its logit is. So texts
-are taken a few at a time, and with each [n, chunk] block of logits the gradients are added up at once; then
-the block is forgotten. The backward pass only multiplies. Value and gradients are those of the plain form,
-the number of products too. A softmax would need two passes: its rows have to be complete first.
+`losses.siglip_loss` keeps several [n, n] matrices until the backward pass: 32,768 pairs need 24 GiB. But the
+loss is a sum over pairs, and the derivative of each term is known as soon as its logit is. So texts are
+processed in chunks: each [n, chunk] block of logits is added to the loss and to the gradients right away, and
+then freed. The backward pass only scales the gradients. Loss, gradients and the number of matrix products are
+those of the plain form. A softmax would need two passes, because it needs complete rows first.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def chunked_siglip_loss(
     negative_only: bool = False,
     chunk: int = 256,
 ) -> Tensor:
-    """As `losses.siglip_loss`, and differentiable once.
+    """Like `losses.siglip_loss`, but differentiable only once.
 
     Args:
-        image_embeds, text_embeds: [n, D], row i of both belongs together.
-        logit_scale: logarithm of the inverse temperature.
+        image_embeds, text_embeds: [n, D]; picture i matches text i.
+        logit_scale: log of the inverse temperature.
         logit_bias: added to every logit.
-        negative_only: no pair belongs together. For a block of texts [m, D] that belong to other pictures.
-        chunk: texts in a block, which is [n, chunk].
+        negative_only: no pair matches. For a block of texts [m, D] that belong to other pictures.
+        chunk: texts per block [n, chunk].
 
-    Raises ValueError: pictures and texts do not pair, or `chunk` is not positive.
+    Raises ValueError: pictures and texts do not pair up, or `chunk` is not positive.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: expected the number of texts in a block, 1 or more")
@@ -54,7 +54,7 @@ def chunked_siglip_loss(
 
 
 class _ChunkedSigmoid(Function):
-    """Of vectors of length 1, [n, D] and [m, D]. The gradients are found in `forward`."""
+    """The loss of vectors of length 1, [n, D] and [m, D]. `forward` computes the gradients, too."""
 
     @staticmethod
     def forward(
@@ -68,7 +68,7 @@ class _ChunkedSigmoid(Function):
         with_grad: bool,
     ) -> Tensor:
         inputs = (images, texts, factor, bias)
-        # Many small numbers are added to one large: bfloat16 would lose most of them.
+        # Many small numbers are added to a large one: bfloat16 would lose most of them.
         sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
         total = sums[2].new_zeros(())
         for start in range(0, len(texts), chunk):
@@ -84,34 +84,34 @@ class _ChunkedSigmoid(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # asked for with create_graph=True
-            raise RuntimeError("the chunked loss is differentiable once: take losses.siglip_loss")
+        if torch.is_grad_enabled():  # requested with create_graph=True
+            raise RuntimeError("the chunked loss is differentiable once: use losses.siglip_loss")
         return *(grad * x for x in ctx.saved_tensors), None, None, None
 
 
 def _add_chunk(
     inputs: tuple[Tensor, ...], chunk: slice, negative_only: bool, sums: list[Tensor] | None
 ) -> Tensor:
-    """The loss of all pictures with some texts, as a sum. Adds to the sums of gradients, if there are any.
+    """The loss of all pictures with one chunk of texts, summed. Also adds to the sums of gradients, if given.
 
-    A function of its own, so that its matrices [n, chunk] are gone before the next ones are made.
+    A separate function, so that its [n, chunk] matrices are freed before the next ones are allocated.
     """
     images, texts, factor, bias = inputs
     texts = texts[chunk]
     cosines = images @ texts.T  # [n, chunk]
-    wrong = factor * cosines + bias  # the logit; where a pair is right, minus the logit
-    right = wrong[chunk].diagonal()  # picture i meets text i
+    logits = factor * cosines + bias  # negated below where a pair matches
+    matching = logits[chunk].diagonal()  # picture i with text i
     if not negative_only:
-        right.neg_()
-    loss = -F.logsigmoid(-wrong).sum()
+        matching.neg_()
+    loss = -F.logsigmoid(-logits).sum()
     if sums is None:
         return loss
-    slope = wrong.sigmoid_()  # derivative of the loss by the logit
+    slope = logits.sigmoid_()  # derivative of the loss with respect to the logits
     if not negative_only:
-        right.neg_()
-    of_images, of_texts, of_factor, of_bias = sums
-    of_images += slope @ texts
-    of_texts[chunk] += slope.T @ images
-    of_factor += (slope * cosines).sum()
-    of_bias += slope.sum()
+        matching.neg_()
+    image_grad, text_grad, factor_grad, bias_grad = sums
+    image_grad += slope @ texts
+    text_grad[chunk] += slope.T @ images
+    factor_grad += (slope * cosines).sum()
+    bias_grad += slope.sum()
     return loss

@@ -1,38 +1,42 @@
-"""torch.compile, where it pays: the parts of a model that hold no state and are repeated in every layer.
+"""torch.compile where it helps: the stateless parts of a model that repeat in every layer.
 
-One norm, one MLP and one int8 product are compiled once and serve all layers, in seconds; compiling the
-whole decoder would take minutes, for every length of the cache anew. Attention stays as it is: its cache
-grows, and its fast forms are ready-made kernels. Nothing is computed differently, only in fewer passes over
-memory, so that results agree up to rounding.
+The norm, the MLP and the int8 product are each compiled once for all layers, which takes seconds. Compiling
+the whole decoder would take minutes, and again for every length of the cache. Attention is not compiled: its
+cache grows, and it already runs on fast kernels. The computation is the same, in fewer passes over memory, so
+results agree up to rounding.
 """
 
 from __future__ import annotations
 
 from shutil import which
 
+import torch
 from torch import nn
 
 from minivlm.errors import InputError
 from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm
 from minivlm.speed.int8 import Int8Linear
 from minivlm.speed.packing import PackedLinear
+from minivlm.speed.pieces import GatedMLPInPieces, MLPInPieces
 
-COMPILERS = ("c++", "g++", "clang++", "cl")  # one of which PyTorch looks for
+COMPILERS = ("c++", "g++", "clang++", "cl")  # PyTorch looks for one of these
 PARTS = (RMSNorm, LlamaRMSNorm, MLP, GatedMLP, Int8Linear)
 
 
 def compile_parts(model: nn.Module) -> None:
-    """Compile these parts in place, when each is first used.
+    """Compile the `PARTS` of a model in place; each is compiled when it is first used.
 
     Raises:
-        InputError: on a CPU, when there is no C++ compiler; the model is packed, in a form that the compiler
-            cannot read.
+        InputError: there is no C++ compiler, on a CPU; the model is packed, which the compiler cannot handle.
     """
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise InputError("a packed model cannot be compiled: choose one of the two")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if on_cpu and not any(which(name) for name in COMPILERS):
-        raise InputError("torch.compile needs a C++ compiler and finds none: install one, or do without")
+        raise InputError("torch.compile needs a C++ compiler and found none: install one, or do not compile")
     for module in model.modules():
-        if isinstance(module, PARTS):
+        if isinstance(module, MLPInPieces | GatedMLPInPieces):
+            # One piece, not the loop over pieces: their number varies from prompt to prompt.
+            module.at_once = torch.compile(module.at_once, dynamic=True)  # type: ignore[method-assign]
+        elif isinstance(module, PARTS):
             module.compile(dynamic=True)

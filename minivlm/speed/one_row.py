@@ -1,14 +1,14 @@
-"""Products of one row with a matrix, at the speed of memory.
+"""Products of a single row with a matrix, at memory speed.
 
-Writing a token multiplies one row with every matrix of the decoder: two operations for each weight that is
-read, so that reading is all it takes. On x86 processors with bf16 instructions, PyTorch gives bf16 products
-to oneDNN, whose kernels are made for many rows: with one row they reach about half of what the memory can
-deliver, and PyTorch's own kernel most of it (bench/inference.py).
+Writing a token multiplies one row by every matrix of the decoder. That is two operations per weight, so
+reading the weights takes nearly all of the time. On x86 processors with bf16 instructions, PyTorch hands bf16
+products to oneDNN, whose kernels are made for many rows: with one row they reach about half of the memory
+bandwidth, and PyTorch's own kernel reaches most of it (bench/inference.py).
 
-PyTorch chooses between the two by a switch of the whole process; no argument of a call reaches it. It is off
-here only while such a product runs, and comes back when the last one that runs at that time has ended. So
-several threads may generate at once: what another thread multiplies in that moment takes the other kernel as
-well, which is equal up to rounding. Where there are no bf16 kernels of oneDNN, nothing is ever switched.
+PyTorch chooses between the two with a process-wide switch, not with an argument. Here, oneDNN is off only
+while such a product runs, and the switch is restored when the last concurrent one ends. So several threads
+may generate at once: what another thread multiplies at that moment uses PyTorch's kernel as well, whose
+results are equal up to rounding. Without bf16 kernels in oneDNN, nothing is ever switched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from threading import Lock
+from threading import Lock, get_ident
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 @cache
 def onednn_has_bf16() -> bool:
-    """Whether this machine's PyTorch gives bf16 products to oneDNN."""
+    """Whether PyTorch hands bf16 products to oneDNN on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -43,7 +43,7 @@ def is_one_row(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, which reads the matrix at the speed of memory where x is one row."""
+    """`F.linear`, at memory speed if x is a single row."""
     if not is_one_row(x):
         return F.linear(x, weight, bias)
     with _without_onednn():
@@ -51,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class OneRowLinear(nn.Linear):
-    """A linear layer that reads its matrix at the speed of memory where it gets one row."""
+    """A linear layer that runs at memory speed on a single row."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
@@ -59,11 +59,11 @@ class OneRowLinear(nn.Linear):
 
 
 class TiedHead(nn.Module):
-    """The head of a decoder that scores words by its embedding table, which stays the decoder's own."""
+    """The tied head of a decoder: it scores tokens with the embedding table, which stays the decoder's."""
 
     def __init__(self, table: nn.Embedding) -> None:
         super().__init__()
-        self.table = (table,)  # in a tuple, it is no part of this module: neither saved nor counted twice
+        self.table = (table,)  # a tuple hides it from this module: neither saved nor counted twice
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> scores [..., V]."""
@@ -71,26 +71,26 @@ class TiedHead(nn.Module):
 
 
 class _Switch:
-    """How many products without oneDNN run now, and what the switch was before the first of them."""
+    """The threads that run a product without oneDNN now, and the switch's setting before the first."""
 
-    lock, running, before = Lock(), 0, True
+    lock, threads, before = Lock(), set[int](), True
 
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     with _Switch.lock:
-        if not _Switch.running:
+        if not _Switch.threads:
             _Switch.before = bool(torch.backends.mkldnn.enabled)
-            _turn(False)
-        _Switch.running += 1
+        _Switch.threads.add(get_ident())  # a set: what an interrupt leaves behind, the next product removes
     try:
+        _set_onednn(False)
         yield
     finally:
         with _Switch.lock:
-            _Switch.running -= 1
-            if not _Switch.running:
-                _turn(_Switch.before)
+            _Switch.threads.discard(get_ident())
+            if not _Switch.threads:
+                _set_onednn(_Switch.before)
 
 
-def _turn(on: bool) -> None:
-    torch.backends.mkldnn.enabled = on  # type: ignore[assignment]
+def _set_onednn(enabled: bool) -> None:
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""MLPs that take some tokens at a time.
+"""MLPs that process their tokens in pieces.
 
-An MLP treats each token alone, and makes a vector of it that is several times as wide, eight times in Gemma.
-All tokens of a long row at once would fill memory for nothing. Piece by piece, what is made on the way stays
-in the processor's cache. The backward pass needs all of it anyway, so with gradients nothing is cut.
+An MLP processes each token on its own and expands it to a vector several times as wide, eight times in Gemma.
+Expanding all tokens of a long row at once would waste memory. In pieces, the intermediate results stay in the
+processor's cache. The backward pass needs all of them anyway, so nothing is split when gradients are needed.
 """
 
 from __future__ import annotations
@@ -14,34 +14,42 @@ from torch import Tensor
 
 from minivlm.layers import MLP, GatedMLP
 
-PIECE = 256  # tokens at a time, about
+TOKENS_PER_PIECE = 256  # approximately
 
 
 def in_pieces(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """layer(x), some tokens at a time where that helps: on a CPU, and when no gradient is needed.
+    """layer(x), in pieces where that helps: on a CPU, when no gradients are needed.
 
     Args:
-        layer: what treats each token alone.
-        x: [..., D] -> [..., D].
+        layer: processes each token on its own.
+        x: [..., D]; the result has the same shape.
     """
     tokens = x.flatten(0, -2)  # [B * T, D]
-    pieces = round(len(tokens) / PIECE)
+    pieces = round(len(tokens) / TOKENS_PER_PIECE)
     if pieces < 2 or x.device.type != "cpu" or torch.is_grad_enabled():
         return layer(x)
     return torch.cat([layer(piece) for piece in tokens.tensor_split(pieces)]).view_as(x)
 
 
 class MLPInPieces(MLP):
-    """The MLP of an encoder, some tokens at a time."""
+    """The MLP of an encoder, in pieces."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return in_pieces(super().forward, x)
+        return in_pieces(self.at_once, x)
+
+    def at_once(self, x: Tensor) -> Tensor:
+        """The MLP itself: x [..., D] -> [..., D]."""
+        return super().forward(x)
 
 
 class GatedMLPInPieces(GatedMLP):
-    """The MLP of a decoder, some tokens at a time."""
+    """The MLP of a decoder, in pieces."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return in_pieces(super().forward, x)
+        return in_pieces(self.at_once, x)
+
+    def at_once(self, x: Tensor) -> Tensor:
+        """The MLP itself: x [..., D] -> [..., D]."""
+        return super().forward(x)

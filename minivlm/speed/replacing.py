@@ -1,8 +1,8 @@
-"""How speed is put on a loaded model: a module gives way to another one that computes the same, faster.
+"""How a loaded model is sped up: a module is replaced by another one that computes the same, faster.
 
-The new module takes over everything that the old one holds, weights, names and settings, and brings only a
-forward of its own. A model's own file therefore holds its formula and nothing else, and what is saved from a
-fast model is what would be saved from a plain one.
+The new module takes over everything that the old one holds (weights, names and settings) and only its forward
+differs. So a model's own file contains its formula and nothing else, and a fast model is saved exactly like a
+plain one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def replaced(module: nn.Module, kind: type[Kind]) -> Kind:
-    """A module of another class with everything that `module` holds, which should no longer be used."""
+    """A module of class `kind` with everything that `module` holds. Do not use `module` afterwards."""
     new = kind.__new__(kind)
     new.__dict__ = module.__dict__
     return new
 
 
 def replace_modules(model: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    """Put a subclass in place of every module of exactly these classes, inside a model."""
+    """Replace every module of exactly these classes inside a model with its subclass."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in kinds:

@@ -1,8 +1,8 @@
 """CLIP's text tower (https://arxiv.org/abs/2103.00020): one vector for a whole text.
 
-What differs from SigLIP's tower in `siglip.py`: attention is causal, as in a language model, and the text's
-vector is the one at the mark of the end (eos), the first token that has seen the whole text. What comes after
-the eos is never read, so padding needs no mask.
+Differences from SigLIP's tower in `siglip.py`: attention is causal, as in a language model, and the text's
+vector is the one at the end-of-text token (eos), the first token that has seen the whole text. Nothing after
+the eos is ever read, so padding needs no mask.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from minivlm.text.embeddings import TextEmbeddings
 class CLIPTextConfig:
     """CLIP's text tower. The defaults are clip-vit-base-patch32.
 
-    `eos_token_id` 2 stands in the files of OpenAI by mistake. It means that the file does not say which id
-    ends a text, and that the end is where the highest id is (see `minivlm.text.clip`).
+    OpenAI's files say `eos_token_id` 2 by mistake. With 2, the file does not say which id ends a text, and
+    the end is the position of the highest id (see `CLIPTextModel.ends`).
     """
 
     hidden_size: int = 512
@@ -38,7 +38,7 @@ class CLIPTextConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     vocab_size: int = 49408
-    max_position_embeddings: int = 77  # tokens, with the marks of start and end
+    max_position_embeddings: int = 77  # tokens, including bos and eos
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
     pad_token_id: int = 1
@@ -51,7 +51,7 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
-        """From the `text_config` part of a config.json. Raises InputError: another tower than CLIP's."""
+        """From the `text_config` part of a config.json. Raises InputError: not CLIP's tower."""
         expect(values, "text_config", "model_type", "clip_text_model")
         return cls(**known(cls, values))
 
@@ -73,23 +73,22 @@ class CLIPTextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_states(self, input_ids: Tensor) -> Iterator[Tensor]:
-        """The embeddings, then the output of each block, before the last norm: each [B, T, D]."""
-        x = self.embeddings(input_ids)
+        """The embeddings, then each block's output, before the last norm: all [B, T, D]."""
+        x, mask = self.embeddings(input_ids), _causal(input_ids)
         yield x
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        mask = masks.causal(positions, positions)[:, None]  # [1, 1, T, T]
         for layer in self.layers:
             x = layer(x, mask)
             yield x
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T], padded on the right -> [B, T, D]."""
-        for x in self.hidden_states(input_ids):
-            last = x
-        return self.final_layer_norm(last)
+        x, mask = self.embeddings(input_ids), _causal(input_ids)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.final_layer_norm(x)
 
     def pool(self, tokens: Tensor, input_ids: Tensor) -> Tensor:
-        """The vector at the end of each text: [B, T, D], [B, T] -> [B, D].
+        """The vector at the eos of each text: [B, T, D], [B, T] -> [B, D].
 
         Raises ValueError: a text has no eos.
         """
@@ -97,11 +96,11 @@ class CLIPTextModel(nn.Module):
         return tokens[torch.arange(len(ends), device=ends.device), ends]
 
     def ends(self, input_ids: Tensor) -> Tensor:
-        """Where the first eos of each text is: [B, T] -> [B]. Raises ValueError: a text has none."""
+        """The position of the first eos in each text: [B, T] -> [B]. Raises ValueError: a text has none."""
         eos = self.config.eos_token_id
         if eos == 2:
-            # OpenAI's files say 2 by mistake. There the eos is the last word of the vocabulary, so it is
-            # where the ids are highest; a row whose highest id is not that of the others lacks it.
+            # OpenAI's files say 2 by mistake. Their eos is the last token of the vocabulary, so it is the
+            # highest id of the batch; a row without that id has no eos.
             is_end = input_ids == input_ids.max()
             eos = int(input_ids.max())
         else:
@@ -109,7 +108,12 @@ class CLIPTextModel(nn.Module):
         without = (~is_end.any(dim=1)).nonzero().flatten().tolist()
         if without:
             raise ValueError(
-                f"row {without[0] + 1} of input_ids has no eos (id {eos}), where CLIP reads off the text: "
-                "let the processor of the same folder build the ids"
+                f"row {without[0] + 1} of input_ids has no eos (id {eos}), where CLIP reads its vector: "
+                "build the ids with the processor from the model's folder"
             )
-        return is_end.int().argmax(dim=1)  # of equal values argmax gives the first
+        return is_end.int().argmax(dim=1)  # argmax returns the first of equal values
+
+
+def _causal(input_ids: Tensor) -> Tensor:
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return masks.causal(positions, positions)[:, None]  # [1, 1, T, T]

@@ -1,4 +1,4 @@
-"""What CLIP's and SigLIP's text towers begin with: words and learned positions."""
+"""The first layer of CLIP's and SigLIP's text towers: token and position embeddings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class TextEmbeddings(nn.Module):
-    """One learned vector per word, plus one per position."""
+    """One learned vector per token of the vocabulary, plus one per position."""
 
     def __init__(self, vocab_size: int, max_position_embeddings: int, hidden_size: int) -> None:
         super().__init__()
@@ -16,13 +16,13 @@ class TextEmbeddings(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T] -> [B, T, D]. Raises ValueError: texts longer than the table of positions."""
+        """input_ids [B, T] -> [B, T, D]. Raises ValueError: texts longer than the position table."""
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, T]")
         longest = self.position_embedding.num_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(
-                f"the texts have {input_ids.shape[1]} tokens, and this tower reads {longest} at most: "
-                "shorten them, or let the tokenizer cut them (truncate=True)"
+                f"the texts have {input_ids.shape[1]} tokens, but this tower reads at most {longest}: "
+                "shorten them, or let the tokenizer truncate them (truncate=True)"
             )
         return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]

@@ -1,11 +1,11 @@
 """Gemma (https://arxiv.org/abs/2403.08295): a causal decoder from embeddings to next-token logits.
 
-What differs from Llama: RMSNorm multiplies by (1 + w), the gate of the MLP is GELU instead of SiLU,
-embeddings are multiplied by sqrt(hidden_size), the head is the embedding table itself (tied), and
-head_dim is free of hidden_size / heads.
+Differences from Llama: RMSNorm multiplies by (1 + w), the MLP's gate is GELU instead of SiLU, embeddings are
+multiplied by sqrt(hidden_size), the head is the embedding table itself (tied), and head_dim need not be
+hidden_size / heads.
 
-The decoder takes embeddings, positions and a mask. Where they come from (text alone, or image and text
-merged; prefix-LM or causal; with or without a cache) is the business of the model above it.
+The decoder takes embeddings, positions and a mask. How they are made (from text alone or from image and text;
+prefix-LM or causal; with or without a cache) is up to the model above it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from minivlm.rope import apply_rotary, rotary_angles
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """Gemma's decoder (https://arxiv.org/abs/2403.08295). The defaults are the text half of paligemma-3b."""
+    """Gemma's decoder (https://arxiv.org/abs/2403.08295). The defaults are those of paligemma-3b."""
 
     hidden_size: int = 2048
     intermediate_size: int = 16384
@@ -53,8 +53,8 @@ class GemmaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> GemmaConfig:
         """From the `text_config` part of a config.json.
 
-        `rope_theta` may stand alone (older files) or inside `rope_parameters` (newer ones).
-        Raises InputError: another decoder than Gemma, another activation, scaled rotary positions.
+        `rope_theta` is its own field in older files and part of `rope_parameters` in newer ones.
+        Raises InputError: not Gemma's decoder, a different activation, or scaled rotary positions.
         """
         expect(values, "text_config", "model_type", "gemma")
         return cls(**known_decoder(cls, values))
@@ -70,7 +70,7 @@ class GemmaConfig:
 
 
 class GemmaBlock(nn.Module):
-    """Pre-norm block. `post_attention_layernorm` is the norm before the MLP; the name is the checkpoints'."""
+    """Pre-norm block. `post_attention_layernorm` is the norm before the MLP; checkpoints call it that."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class GemmaBlock(nn.Module):
 
 
 class GemmaDecoder(nn.Module):
-    """The stack of blocks with the embedding table below it and the head above it."""
+    """The embedding table, the stack of blocks, and the head."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -127,10 +127,10 @@ class GemmaDecoder(nn.Module):
             inputs_embeds: [B, T, D], already scaled.
             position_ids: [B, T].
             mask: boolean [B, 1, T, S], True where a query may look; S = T without a cache.
-            cache: where keys and values are written and read; `cache.reserve` was called before.
+            cache: stores keys and values; `cache.reserve` must have been called.
 
         Returns:
-            [B, T, D]; `logits` turns them into scores of words.
+            Hidden states [B, T, D]; `logits` turns them into scores.
         """
         rotary = _rotary(position_ids, self.config, inputs_embeds.dtype)
         bias = additive(mask, inputs_embeds.dtype)
@@ -141,7 +141,7 @@ class GemmaDecoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., D] -> scores of every word of the vocabulary [..., V]."""
+        """hidden_states [..., D] -> a score for every token of the vocabulary [..., V]."""
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
         return F.linear(hidden_states, self.embed_tokens.weight)

@@ -1,18 +1,18 @@
 """Gemma 2 (https://arxiv.org/abs/2408.00118): the decoder of PaliGemma 2.
 
-What differs from Gemma, in `minivlm.text.gemma`:
+Differences from Gemma in `minivlm.text.gemma`:
 
 - attention scores and the final logits are *soft-capped*: cap * tanh(score / cap) stays within +-cap, and
-  is close to the score itself as long as that is small;
-- every second layer, beginning with the first, looks through a *sliding window*: the last 4096 positions;
-- the queries are scaled by query_pre_attn_scalar ** -0.5, which is head_dim ** -0.5 only in some sizes;
-- attention and MLP have a norm before and a norm after them. `post_attention_layernorm` is therefore
-  another norm than in Gemma, where the same name means the norm before the MLP.
+  is close to the score itself while that is small;
+- every second layer, starting with the first, has a *sliding window*: it sees only the last 4096 positions;
+- queries are scaled by query_pre_attn_scalar ** -0.5, which equals head_dim ** -0.5 only in some sizes;
+- attention and MLP have a norm before and a norm after them. So `post_attention_layernorm` is a different
+  norm than in Gemma, where the same name means the norm before the MLP.
 
-Embeddings, rotary positions, the gated MLP and the (1 + w) norm are those of Gemma.
+Embeddings, rotary positions, the gated MLP and the (1 + w) norm are the same as in Gemma.
 
-PaliGemma 2 was trained with these caps except in the last stage, tuning for a single task (section 3 of
-https://arxiv.org/abs/2412.03555). Each folder's config.json says what holds for its weights; null is no cap.
+PaliGemma 2 was trained with these caps except in the last stage, fine-tuning on a single task (section 3 of
+https://arxiv.org/abs/2412.03555). Each folder's config.json gives the caps of its weights; null means no cap.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Gemma2Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
-    query_pre_attn_scalar: int = 256  # queries are multiplied by its -0.5th power
-    sliding_window: int = 4096  # positions, in the first, third, fifth ... layer
+    query_pre_attn_scalar: int = 256  # queries are multiplied by this ** -0.5
+    sliding_window: int = 4096  # positions, in every second layer from the first
     attn_logit_softcapping: float | None = 50.0  # None: no cap
     final_logit_softcapping: float | None = 30.0
 
@@ -63,21 +63,21 @@ class Gemma2Config:
         check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
         if self.sliding_window < 1:
             raise InputError(
-                f"sliding_window is {self.sliding_window}: a token sees at least itself, give 1 or more"
+                f"sliding_window is {self.sliding_window}: expected at least 1, as every token sees itself"
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Gemma2Config:
         """From the `text_config` part of a config.json.
 
-        Raises InputError: another decoder than Gemma 2, another activation, scaled rotary positions, another
-        order of layers with and without a window, or none with one.
+        Raises InputError: not Gemma 2's decoder, a different activation, scaled rotary positions, no sliding
+        window, or a different pattern of layers with and without one.
         """
         expect(values, "text_config", "model_type", "gemma2")
         known = known_decoder(cls, values)
         for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
             if cap in values:
-                known[cap] = values[cap]  # here null has a meaning of its own
+                known[cap] = values[cap]  # here null is a value: no cap
         if "sliding_window" in values and values["sliding_window"] is None:
             raise InputError("text_config has sliding_window = null; only Gemma 2 with a window is supported")
         config = cls(**known)
@@ -87,7 +87,7 @@ class Gemma2Config:
 
     @property
     def layer_types(self) -> list[str]:
-        """Which layers have a window: every second one, beginning with the first."""
+        """Which layers have a window: every second one, starting with the first."""
         kinds = ("sliding_attention", "full_attention")
         return [kinds[number % 2] for number in range(self.num_hidden_layers)]
 
@@ -103,11 +103,11 @@ class Gemma2Config:
 
 
 def narrow(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
-    """The mask of a layer with a window: who may look at whom, and is near enough. [B, 1, T, S] -> the same
+    """The mask of a layer with a sliding window: [B, 1, T, S] -> [B, 1, T, S].
 
-    The window holds for looks into the past. The prefix of a prefix-LM mask stays as it is, however long:
-    its tokens see each other in both directions, and all of them. With a prefix of 3, a suffix of 3 and
-    window = 2:
+    The window limits how far back a token looks. The prefix of a prefix-LM mask is exempt, however long it
+    is: all of its tokens see each other, in both directions. With a prefix of 3, a suffix of 3 and a window
+    of 2:
 
         1 1 1 0 0 0
         1 1 1 0 0 0
@@ -116,18 +116,18 @@ def narrow(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window:
         0 0 0 1 1 0
         0 0 0 0 1 1
 
-    That is how transformers computes PaliGemma 2: it joins "both in the prefix" to the causal sliding mask
-    by *or*. The original code, in big_vision, has no window at all. The two agree up to 4096 tokens, and
-    differ where the picture has 896 pixels a side: 4096 image tokens, and then the prompt. This file does
-    as transformers does.
+    This is how transformers computes PaliGemma 2: the causal sliding mask *or* "both in the prefix". The
+    original code, in big_vision, has no window at all. The two agree up to 4096 tokens and differ for
+    pictures of 896 x 896 pixels, whose 4096 image tokens are followed by the prompt. This file follows
+    transformers.
 
     Args:
         mask: boolean, causal or prefix-LM, with or without padding.
         query_positions, key_positions: [B, T] and [B, S].
-        window: how many positions a token sees, its own included.
+        window: how many positions a token sees, including its own.
     """
     queries, keys = query_positions[:, None, :, None], key_positions[:, None, None, :]
-    # Nobody but the prefix looks ahead, and the last token that is seen from before is the prefix's last.
+    # Only the prefix looks ahead, so the last token seen by an earlier one is the last of the prefix.
     seen_from_before = (mask & (keys > queries)).any(dim=-2, keepdim=True)  # [B, 1, 1, S]
     prefix_lengths = keys.where(seen_from_before, -1).amax(dim=-1, keepdim=True) + 1  # [B, 1, 1, 1]
     both_in_prefix = (queries < prefix_lengths) & (keys < prefix_lengths)
@@ -136,7 +136,7 @@ def narrow(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window:
 
 
 class Gemma2Attention(Attention):
-    """Grouped-query attention with soft-capped scores and a scale of its own."""
+    """Grouped-query attention with soft-capped scores and its own scale."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__(
@@ -147,7 +147,7 @@ class Gemma2Attention(Attention):
 
 
 class Gemma2Block(nn.Module):
-    """A block with a norm before and a norm after each part; the sums themselves are never normalized."""
+    """A block with a norm before and after each part; the residual path itself is never normalized."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Gemma2Block(nn.Module):
 
 
 class Gemma2Decoder(nn.Module):
-    """The stack of blocks with the embedding table below it and the head above it, as `GemmaDecoder`."""
+    """The embedding table, the stack of blocks, and the head, as in `GemmaDecoder`."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
@@ -206,11 +206,11 @@ class Gemma2Decoder(nn.Module):
             position_ids: [B, T].
             mask: boolean [B, 1, T, S], True where a query may look, causal or prefix-LM, without the
                 window; S = T without a cache.
-            cache: where keys and values are written and read; `cache.reserve` was called before. It keeps
-                all positions in every layer, also those that a window hides.
+            cache: stores keys and values; `cache.reserve` must have been called. It keeps all positions in
+                every layer, including those that a window hides.
 
         Returns:
-            [B, T, D]; `logits` turns them into scores of words.
+            Hidden states [B, T, D]; `logits` turns them into scores.
         """
         cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         rotary = partial(apply_rotary, cos=cos.to(inputs_embeds.dtype), sin=sin.to(inputs_embeds.dtype))
@@ -225,7 +225,7 @@ class Gemma2Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., D] -> scores of every word of the vocabulary [..., V], within the cap."""
+        """hidden_states [..., D] -> a soft-capped score for every token of the vocabulary [..., V]."""
         if self.lm_head is not None:
             logits = self.lm_head(hidden_states)
         else:

@@ -1,8 +1,8 @@
 """SigLIP's text tower (https://arxiv.org/abs/2303.15343): one vector for a whole text.
 
-What differs from CLIP's tower in `clip.py`: attention looks in both directions, and the text's vector is read
-from the last position, whatever token is there. The tower was trained on texts padded to full length and
-*without* a mask on the padding, so it has to get them like that again.
+Differences from CLIP's tower in `clip.py`: attention is bidirectional, and the text's vector is read at the
+last position, whatever token is there. The tower was trained on texts padded to full length *without* a mask
+on the padding, so it needs the same input now.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from minivlm.text.embeddings import TextEmbeddings
 class SiglipTextConfig:
     """SigLIP's text tower (https://arxiv.org/abs/2303.15343). The defaults are siglip-base-patch16-224.
 
-    `projection_size` is the width of what the tower returns; None means hidden_size.
+    `projection_size` is the width of the tower's output; None means hidden_size.
     """
 
     hidden_size: int = 768
@@ -46,14 +46,14 @@ class SiglipTextConfig:
 
     @property
     def output_size(self) -> int:
-        """The width of what the tower returns."""
+        """The width of the tower's output."""
         return self.projection_size or self.hidden_size
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SiglipTextConfig:
         """From the `text_config` part of a config.json.
 
-        Raises InputError: another tower than SigLIP's, or another activation.
+        Raises InputError: not SigLIP's tower, or a different activation.
         """
         expect(values, "text_config", "model_type", "siglip_text_model")
         expect(values, "text_config", "hidden_act", "gelu_pytorch_tanh")
@@ -69,7 +69,7 @@ class SiglipTextConfig:
 
 
 class SiglipTextModel(nn.Module):
-    """SigLIP's text tower, with the linear head that leads to the width of the image tower."""
+    """SigLIP's text tower, with a linear head that projects to the image tower's width."""
 
     def __init__(self, config: SiglipTextConfig) -> None:
         super().__init__()
@@ -82,17 +82,11 @@ class SiglipTextModel(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.output_size)
 
     def hidden_states(self, input_ids: Tensor) -> Iterator[Tensor]:
-        """The embeddings, then the output of each block, before the last norm: each [B, T, D].
+        """The embeddings, then each block's output, before the last norm: all [B, T, D].
 
         Raises ValueError: the texts are not padded to full length.
         """
-        x = self.embeddings(input_ids)
-        length = self.config.max_position_embeddings
-        if input_ids.shape[1] != length:
-            raise ValueError(
-                f"the texts have {input_ids.shape[1]} tokens, expected exactly {length}: SigLIP reads a text "
-                "off its last place and knows only padded texts; let the processor of the folder pad them"
-            )
+        x = self._embed(input_ids)
         yield x
         for layer in self.layers:
             x = layer(x)
@@ -100,10 +94,22 @@ class SiglipTextModel(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T], padded on the right to full length -> [B, T, D]."""
-        for x in self.hidden_states(input_ids):
-            last = x
-        return self.final_layer_norm(last)
+        x = self._embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        x = self.embeddings(input_ids)
+        length = self.config.max_position_embeddings
+        if input_ids.shape[1] != length:
+            raise ValueError(
+                f"the texts have {input_ids.shape[1]} tokens, expected exactly {length}: SigLIP reads a "
+                "text's vector at the last position and was trained only on padded texts; pad them with the "
+                "processor from the model's folder"
+            )
+        return x
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The last place through the head: [B, T, D] -> [B, output_size]."""
+        """The last position through the head: [B, T, D] -> [B, output_size]."""
         return self.head(tokens[:, -1])

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minivlm.errors import InputError
-from minivlm.processing.codebook import NUM_CODES, SIDE, MaskCodebook
+from minivlm.processing.codebook import MASK_SIDE, NUM_CODES, MaskCodebook
 from minivlm.training.schedule import cosine_fall, warm_up
 
 CORNERS = {"circle": 64, "square": 4, "triangle": 3, "star": 10}
@@ -65,7 +65,8 @@ class Figure:
         for outline in self.outlines if self.hole is None else (*self.outlines, self.hole):
             corners = (outline @ rotation - low) * scale - 0.5  # PIL counts from the center of a pixel
             pen.polygon([(x, y) for x, y in corners.tolist()], fill=0 if outline is self.hole else 255)
-        return np.asarray(mask.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+        small = mask.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR)
+        return np.asarray(small, dtype=np.float32) / 255
 
 
 def shape_outline(shape: str, angle: float = 0.0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What contrastive training trains: two towers, every number that decides the result, and their start.
+"""What `minivlm train-contrastive` trains: two towers, every number that decides the result, and their start.
 
 There are four ways to bring pictures and captions together. All compare n pictures with n captions in one
 matrix. They differ in what they ask of it, and in what may change:

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from minivlm.data.lines import BadLines
-from minivlm.data.samples import Inputs, Sample, SampleBatches, make_inputs, read_samples
+from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.errors import InputError
-from minivlm.models.load import SHIPPED, load_paligemma
-from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
+from minivlm.models.load import SHIPPED, load_answering
+from minivlm.models.protocols import Answers
+from minivlm.processing import AnswerProcessor
+from minivlm.processing.inputs import Inputs
 from minivlm.processing.paligemma import IGNORE
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
@@ -74,14 +75,15 @@ class Finetuning(Trainable):
     def __init__(
         self,
         config: FinetuningConfig,
-        model: PaliGemma,
-        processor: Processor,
+        model: Answers,
+        processor: AnswerProcessor,
         samples: Sequence[Sample],
         validation: Sequence[Sample] = (),
         workers: int = 1,
     ) -> None:
         self.config, self.processor, self.workers = config, processor, workers
         self.samples, self.validation = samples, validation
+        assert isinstance(model, nn.Module)  # as every model that is loaded
         self.measures = len(validation) > 0
         self.model = self.masters = model
         self.step = 0
@@ -168,7 +170,7 @@ class Finetuning(Trainable):
         for start in range(0, len(self.validation), size):
             inputs = make_inputs(self.processor, self.validation[start : start + size])
             part = _to_device(inputs, self.model.device)
-            output = self.model(**part)
+            output = self.masters(**part)
             labels = part["labels"][:, 1:]
             hits = (output.logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORE)
             right += int(hits.all(dim=1).sum())
@@ -215,8 +217,8 @@ def finetune(
     if str(out.resolve()) == config.model:
         raise InputError(f"{out} is the model that training starts from: choose another folder")
     check_folder(out, loop.resume)
-    model, processor = load_paligemma(config.model, dtype=torch.float32, device=loop.device)
-    context = model.config.text.max_position_embeddings
+    model, processor = load_answering(config.model, dtype=torch.float32, device=loop.device)
+    context = model.language_model.config.max_position_embeddings
     limit = min(context, config.max_length or context)
     samples = read_samples(data, processor, limit, warn)
     others = read_samples(validation, processor, limit, warn) if validation is not None else []

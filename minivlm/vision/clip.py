@@ -1,10 +1,10 @@
 """CLIP's image tower (https://arxiv.org/abs/2103.00020, section 2.4).
 
-What differs from SigLIP's tower in `siglip.py`: a learned class token in front of the patches, no bias in the
-patch projection, one more LayerNorm before the first block (`pre_layrnorm`, spelled so in all checkpoints),
-QuickGELU, eps 1e-5. The last LayerNorm is applied to the class token alone: it is the picture's vector, and
-the patches are returned as they leave the last block. Models that read the patches, such as LLaVA, take
-them from one of the `hidden_states`.
+Differences from SigLIP's tower in `siglip.py`: a learned class token before the patches, no bias in the patch
+projection, an extra LayerNorm before the first block (`pre_layrnorm`, spelled this way in all checkpoints),
+QuickGELU, and eps 1e-5. The last LayerNorm is applied only to the class token, which becomes the picture's
+vector; the patches are returned as they leave the last block. Models that read the patches, such as LLaVA,
+take them from one of the `hidden_states`.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class CLIPVisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches in a picture; the tower has one token more, the class token."""
+        """Patches in a picture. The tower has one more token, the class token."""
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
-        """From the `vision_config` part of a config.json. Raises InputError: another tower than CLIP's."""
+        """From the `vision_config` part of a config.json. Raises InputError: not CLIP's tower."""
         expect(values, "vision_config", "model_type", "clip_vision_model")
         return cls(**known(cls, values))
 
@@ -63,7 +63,7 @@ class CLIPVisionConfig:
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """One vector per patch behind the class token, plus a learned vector per position."""
+    """The class token, then one vector per patch, plus a learned vector per position."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -103,9 +103,9 @@ class CLIPVisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
-        """The embeddings after `pre_layrnorm`, then the output of each block: each [B, 1 + N, D].
+        """The embeddings after `pre_layrnorm`, then each block's output: all [B, 1 + N, D].
 
-        Raises ValueError when the pictures do not have the size and channels of the config.
+        Raises ValueError: the pictures do not have the config's size and channels.
         """
         check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
         x = self.pre_layrnorm(self.embeddings(pixel_values))
@@ -115,11 +115,13 @@ class CLIPVisionModel(nn.Module):
             yield x
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, height, width], normalized -> [B, 1 + N, D], not yet through the last norm."""
-        for x in self.hidden_states(pixel_values):
-            last = x
-        return last
+        """pixel_values [B, C, height, width], normalized -> [B, 1 + N, D], before the last norm."""
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The class token through the last norm: [B, 1 + N, D] -> [B, D]."""
+        """The class token after the last norm: [B, 1 + N, D] -> [B, D]."""
         return self.post_layernorm(tokens[:, 0])

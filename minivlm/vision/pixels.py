@@ -1,4 +1,4 @@
-"""The check that all image towers make of the pictures that they get."""
+"""The check that every image tower runs on its input."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def check_pixels(pixel_values: Tensor, num_channels: int, image_size: int) -> No
     if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
         raise ValueError(
             f"pixel_values has shape {list(pixel_values.shape)}, expected [B, {str(expected)[1:-1]}]: "
-            "prepare pictures with the processor of the same folder"
+            "prepare the pictures with the processor from the model's folder"
         )

@@ -1,11 +1,11 @@
 """SigLIP's pooling head: one vector per picture by attention ("MAP head", https://arxiv.org/abs/2106.04560).
 
-Instead of a class token that travels through all blocks, one learned query, the probe, looks at the patches
-once, after the last block. What to know about it: the residual sum begins behind the attention, so the
-probe itself is not part of the result.
+Instead of a class token that passes through all blocks, one learned query, the probe, looks at the patches
+once, after the last block. Note that the residual sum starts after attention, so the probe itself is not
+part of the result.
 
-The weights of queries, keys and values lie in one matrix [3 D, D], as in `nn.MultiheadAttention` and in
-every SigLIP file. They are kept so, and cut apart where they are used.
+The query, key and value weights form one matrix [3 D, D], as in `nn.MultiheadAttention` and in every SigLIP
+file. They are stored that way and split where they are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minivlm.layers import MLP
 
 
 class ProbeAttention(nn.Module):
-    """Multi-head attention of a few queries on many tokens; parameters as in `nn.MultiheadAttention`."""
+    """Multi-head attention from a few queries to many tokens; parameters as in `nn.MultiheadAttention`."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()

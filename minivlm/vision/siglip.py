@@ -1,8 +1,8 @@
 """SigLIP's image tower (https://arxiv.org/abs/2303.15343): a Vision Transformer from pixels to image tokens.
 
-What differs from the original ViT (https://arxiv.org/abs/2010.11929): no class token, the tanh form of
-GELU, eps 1e-6, and the output is one vector per patch after a last LayerNorm. Attention is bidirectional:
-every patch sees every other, so no mask is needed.
+Differences from the original ViT (https://arxiv.org/abs/2010.11929): no class token, the tanh form of GELU,
+eps 1e-6, and the output is one vector per patch after a last LayerNorm. Attention is bidirectional: every
+patch sees every other, so no mask is needed.
 
     pixels [B, C, 224, 224] -> patches [B, 196, 768] -> 12 blocks -> LayerNorm -> [B, 196, 768]
 """
@@ -24,6 +24,7 @@ from minivlm.configs import (
     known,
 )
 from minivlm.layers import EncoderBlock
+from minivlm.vision.pixels import check_pixels
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SiglipVisionConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> SiglipVisionConfig:
         """From the `vision_config` part of a config.json.
 
-        Raises InputError: another tower than SigLIP, another activation, or the pooling head.
+        Raises InputError: not SigLIP's tower, a different activation, or a pooling head.
         """
         expect(values, "vision_config", "model_type", "siglip_vision_model")
         expect(values, "vision_config", "hidden_act", "gelu_pytorch_tanh")
@@ -77,7 +78,7 @@ class SiglipVisionEmbeddings(nn.Module):
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
-        # Kernel = stride = patch: each patch is multiplied with the same matrix, and no two overlap.
+        # Kernel = stride = patch: every patch is multiplied by the same matrix, and patches do not overlap.
         self.patch_embedding = nn.Conv2d(
             config.num_channels,
             config.hidden_size,
@@ -91,8 +92,8 @@ class SiglipVisionEmbeddings(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Make `position_ids` [1, N]. Not persistent: it is counted, not learned, and no file holds it."""
-        # Counted on the CPU: on the meta device, counting would import PyTorch's compiler first.
+        """Create `position_ids` [1, N]. Not persistent: counted, not learned, and stored in no file."""
+        # Created on the CPU: on the meta device, arange would first import PyTorch's compiler.
         ids = torch.arange(self.num_positions, device="cpu")[None].to(self.position_embedding.weight.device)
         self.register_buffer("position_ids", ids, persistent=False)
 
@@ -110,7 +111,7 @@ class SiglipVisionModel(nn.Module):
     >>> model(torch.randn(1, 3, 224, 224)).shape
     torch.Size([1, 196, 768])
 
-    For its attention maps, run it inside `minivlm.attention.record_attention()`.
+    To get its attention maps, run it inside `minivlm.attention.record_attention()`.
     """
 
     def __init__(self, config: SiglipVisionConfig) -> None:
@@ -121,17 +122,12 @@ class SiglipVisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
-        """The patch embeddings, then the output of each block: num_hidden_layers + 1 times [B, N, D].
+        """The patch embeddings, then each block's output: num_hidden_layers + 1 tensors [B, N, D].
 
-        The last one is before `post_layernorm`. An iterator, so that only what is kept stays in memory.
-        Raises ValueError when the pictures do not have the size and channels of the config.
+        The last one comes before `post_layernorm`. An iterator: only what the caller keeps stays in memory.
+        Raises ValueError: the pictures do not have the config's size and channels.
         """
-        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values has shape {list(pixel_values.shape)}, expected [B, {str(expected)[1:-1]}]: "
-                "prepare pictures with the processor of the same folder"
-            )
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
         x = self.embeddings(pixel_values)
         yield x
         for layer in self.layers:
@@ -140,6 +136,8 @@ class SiglipVisionModel(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width], normalized -> [B, N, D], one vector per patch."""
-        for x in self.hidden_states(pixel_values):
-            last = x
-        return self.post_layernorm(last)
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
+        x = self.embeddings(pixel_values)
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x)

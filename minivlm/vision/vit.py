@@ -1,9 +1,9 @@
-"""The original Vision Transformer (https://arxiv.org/abs/2010.11929), trained to tell classes apart.
+"""The original Vision Transformer (https://arxiv.org/abs/2010.11929), trained for classification.
 
-What differs from CLIP's tower in `clip.py`: the patch projection has a bias, there is no norm before the
-first block, the exact GELU, eps 1e-12, and the last LayerNorm is applied to every token. What differs from
-SigLIP's tower in `siglip.py`: the class token, which has a place of its own in the table of positions. The
-head above the class token (pooler or classifier) is in `minivlm.models.vit`.
+Differences from CLIP's tower in `clip.py`: the patch projection has a bias, there is no norm before the first
+block, GELU is exact, eps is 1e-12, and the last LayerNorm is applied to every token. Difference from SigLIP's
+tower in `siglip.py`: a class token, which has its own row in the position table. The head on the class token
+(pooler or classifier) is in `minivlm.models.vit`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from minivlm.vision.pixels import check_pixels
 class ViTConfig:
     """The original Vision Transformer (https://arxiv.org/abs/2010.11929), by default vit-base-patch16-224.
 
-    `labels` are the names of the classes in their order. Without any, the model has no classifier and may
-    have a pooler instead.
+    `labels` are the class names in order. Without labels, the model has no classifier and may have a pooler
+    instead.
     """
 
     hidden_size: int = 768
@@ -53,18 +53,18 @@ class ViTConfig:
         check_activation(self.hidden_act)
         check_grid(self.image_size, self.patch_size)
         if self.pooler and self.labels:
-            raise InputError("a ViT has a pooler or a classifier: set pooler=False where there are labels")
+            raise InputError("a ViT has a pooler or a classifier, not both: with labels, set pooler=False")
 
     @property
     def num_patches(self) -> int:
-        """Patches in a picture; the tower has one token more, the class token."""
+        """Patches in a picture. The tower has one more token, the class token."""
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
         """From a whole config.json, whose `architectures` say whether there is a classifier.
 
-        Raises InputError: another system, or a part that this package does not compute.
+        Raises InputError: a different system, or an option that is not supported here.
         """
         require_system(values, "vit")
         expect(values, "config.json", "qkv_bias", True)
@@ -92,7 +92,7 @@ class ViTConfig:
 
 
 class ViTEmbeddings(nn.Module):
-    """One vector per patch behind the class token, plus a learned vector per position."""
+    """The class token, then one vector per patch, plus a learned vector per position."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -127,9 +127,9 @@ class VisionTransformer(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
-        """The embeddings, then the output of each block, before the last norm: each [B, 1 + N, D].
+        """The embeddings, then each block's output, before the last norm: all [B, 1 + N, D].
 
-        Raises ValueError when the pictures do not have the size and channels of the config.
+        Raises ValueError: the pictures do not have the config's size and channels.
         """
         check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
         x = self.embeddings(pixel_values)
@@ -139,18 +139,20 @@ class VisionTransformer(nn.Module):
             yield x
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, height, width], normalized -> [B, 1 + N, D]; the class token is the first."""
-        for x in self.hidden_states(pixel_values):
-            last = x
-        return self.layernorm(last)
+        """pixel_values [B, C, height, width], normalized -> [B, 1 + N, D]; the class token comes first."""
+        check_pixels(pixel_values, self.config.num_channels, self.config.image_size)
+        x = self.embeddings(pixel_values)
+        for layer in self.layers:
+            x = layer(x)
+        return self.layernorm(x)
 
 
 def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes in order; transformers invents two where the file has none."""
+    """The class names in order; made up as in transformers if the file has none."""
     names = values.get("id2label")
     if names is None:
         return tuple(f"LABEL_{number}" for number in range(values.get("num_labels") or 2))
     by_number = {int(number): str(label) for number, label in names.items()}
     if not by_number or sorted(by_number) != list(range(len(by_number))):
-        raise InputError("id2label in config.json does not count its classes from 0 on: get the file again")
+        raise InputError("id2label in config.json does not number its classes 0, 1, 2...: download it again")
     return tuple(by_number[number] for number in range(len(by_number)))

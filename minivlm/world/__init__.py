@@ -1,1 +1,1 @@
-"""The drawn world: scenes, what can be asked about them, and the pictures and batches made of them."""
+"""The drawn world: scenes, questions about them, and the pictures and batches made from them."""

@@ -1,11 +1,11 @@
-"""Other ways to see a scene: other grounds, turned things, blur, JPEG, other programs' edges.
+"""Augmentations of a scene: other backgrounds, rotated things, blur, JPEG, other programs' edges.
 
-A model that has only seen one renderer learns its pixels. The edges of a shape look different when another
-program drew it, a picture from the Web was compressed, and nobody hangs a triangle straight. Half of the
-training pictures are therefore changed here at random; what they show, and what is true about them, is not.
+A model that has seen only one renderer learns that renderer's pixels. But another program draws the edges of
+a shape differently, a picture from the Web is compressed, and few triangles are perfectly upright. So half of
+the training pictures are changed here at random. What they show, and what is true about them, stays the same.
 
-Turning a thing changes its box and its outline, so scenes are varied before questions are made about them.
-Everything in `as_photographed` leaves things where they are.
+Rotating a thing changes its box and its outline, so scenes are varied before questions are asked about them.
+`as_photographed` leaves things where they are.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from minivlm.world.scenes import Scene
 
-PLAIN_SHARE = 0.5  # of training pictures that stay as they are
-MOST_DEGREES = 20  # by which a thing is turned in training
-GRAYS = (40, 251)  # of the ground in training; `make_scene` draws from 165 on
+PLAIN_SHARE = 0.5  # fraction of training pictures that stay as they are
+MOST_DEGREES = 20  # largest rotation of a thing in training
+GRAYS = (40, 251)  # of the background in training; `make_scene` starts at 165
 FILTERS = (
     Image.Resampling.BOX,
     Image.Resampling.BILINEAR,
@@ -31,12 +31,12 @@ FILTERS = (
 
 
 def on_gray(scene: Scene, rng: np.random.Generator, least: int, below: int) -> Scene:
-    """The scene on another ground: a gray level from `least` to `below` - 1."""
+    """The scene on another background: a gray level from `least` to `below` - 1."""
     return replace(scene, background=int(rng.integers(least, below)))
 
 
 def turned(scene: Scene, rng: np.random.Generator, degrees: int) -> Scene:
-    """Each thing turned by a whole number of degrees, up to `degrees` to either side."""
+    """Each thing rotated by a whole number of degrees, at most `degrees` in either direction."""
     angles = rng.integers(-degrees, degrees + 1, size=len(scene.things)).tolist()
     things = [replace(thing, angle=angle) for thing, angle in zip(scene.things, angles, strict=True)]
     return replace(scene, things=tuple(things))
@@ -50,7 +50,7 @@ def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
 
 
 def varied(scene: Scene, rng: np.random.Generator) -> Scene:
-    """For training: in half of the cases another ground, in half turned things."""
+    """For training: another background half of the time, rotated things half of the time."""
     if rng.random() < 0.5:
         scene = on_gray(scene, rng, *GRAYS)
     if rng.random() < 0.5:
@@ -59,7 +59,7 @@ def varied(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def as_photographed(scene: Scene, pixels: int, rng: np.random.Generator) -> Image.Image:
-    """For training: the scene with other edges, and now and then lighter or darker, blurred, as a JPEG."""
+    """For training: the scene with other edges, and sometimes lighter or darker, blurred, or as a JPEG."""
     reducing = FILTERS[rng.integers(len(FILTERS))]
     lighter, blurred, compressed = rng.random(3)
     picture = scene.draw(pixels, reducing, supersampling=int(rng.integers(2, 6)))

@@ -1,4 +1,4 @@
-"""Drawn pictures with captions for two towers, without end.
+"""Drawn pictures with captions for two towers, as many as training asks for.
 
 A batch is a function of (seed, step) alone, as in batches.py. Contrastive training takes its wrong pairs from
 the batch itself, so two equal captions in it would each be a right answer that counts as wrong. Batches

@@ -1,7 +1,7 @@
-"""The demonstration: sample pictures, and prompts that show what the shipped model can do.
+"""The demo: sample pictures, and prompts that show what the shipped model can do.
 
-The samples are drawn scenes from seeds that training never used, larger (256 pixels) than the model sees
-them (64), so that the whole way from a picture file to an answer is gone.
+The samples are drawn scenes from seeds that training never used. They are larger (256 pixels) than what the
+model sees (64), so the demo exercises the whole path from a picture file to an answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAMPLE_TASKS = (
 
 
 def sample_scene(number: int) -> tuple[Scene, list[Example]]:
-    """Scene number 0 to 5 with its prompts and true answers."""
+    """Scene number 0 to 5, with its prompts and correct answers."""
     rng = np.random.default_rng([2026, number])
     while True:
         scene = make_scene(rng, "test")
@@ -52,14 +52,14 @@ def write_samples(folder: Path, pixels: int = 256) -> None:
 
 
 def read_samples(folder: Path) -> dict[Path, list[str]]:
-    """Picture -> prompts of a folder with a prompts.json.
+    """Read the prompts.json of a folder: picture -> prompts.
 
     Raises InputError: no such file, or it does not hold lists of prompts by picture name.
     """
     path = folder / PROMPTS_FILE
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
-        return {folder / name: [str(prompt) for prompt in some] for name, some in prompts.items()}
+        by_picture = json.loads(path.read_text(encoding="utf-8"))
+        return {folder / name: [str(prompt) for prompt in prompts] for name, prompts in by_picture.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(
             f'{path} cannot be read ({error}): expected {{"picture.png": ["prompt", ...]}}'

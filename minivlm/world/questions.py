@@ -1,8 +1,8 @@
-"""What can be asked about a drawn scene, each with its one exact answer.
+"""Questions about a drawn scene, each with its one exact answer.
 
-The prompts are PaliGemma's where it has them ("caption en", "detect red circle", "segment red circle");
-questions are typed as they are spoken. A question must have one answer: "the star" is asked about only
-where there is one star. `detect` and `segment` answer "none" where there is nothing to point at.
+Prompts are PaliGemma's where it has them ("caption en", "detect red circle", "segment red circle"); questions
+are in plain English. A question must have exactly one answer: it asks about "the star" only if there is one
+star. `detect` and `segment` answer "none" if there is nothing to point at.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TASKS = ("color", "shape", "size", "count", "existence", "relation", "caption", 
 QUESTION_TASKS = TASKS[:6]  # answered by a word
 RELATIONS = ("left of", "right of", "above", "below")
 
-_RELATION_GAP = 5.0  # units; a relation is only asked about where it is plain to see
+_RELATION_GAP = 5.0  # units; questions ask only about relations that are easy to see
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Example:
     task: str
     prefix: str
     suffix: str
-    things: tuple[Thing, ...] = ()  # what `detect` and `segment` have to find
+    things: tuple[Thing, ...] = ()  # what `detect` and `segment` should find
 
 
 def with_article(name: str) -> str:
@@ -51,14 +51,14 @@ def segmentation_text(things: Sequence[Thing]) -> str:
     parts = []
     for thing in things:
         box = boxes_to_text([Box(*thing.box)], WORLD, WORLD)
-        # At the size at which a model sees the thing, less than five degrees make no difference.
+        # At the size at which a model sees the thing, less than five degrees makes no difference.
         parts.append(f"{box}{_outline_text(thing.shape, 5 * round(thing.angle / 5))} {thing.name}")
     return " ; ".join(parts) if parts else "none"
 
 
 @cache
 def _outline_text(shape: str, angle: int) -> str:
-    """Sixteen `<seg>` tokens. They say what fills the box: place, size and color do not matter."""
+    """Sixteen `<seg>` tokens. They describe what fills the box, so position, size and color do not matter."""
     thing = Thing(shape, "red", "large", WORLD / 2, WORLD / 2, WORLD / 4, (0, 0, 0), angle)
     mask = thing.mask(4 * int(WORLD))
     box = [4 * edge for edge in thing.box]
@@ -66,16 +66,16 @@ def _outline_text(shape: str, angle: int) -> str:
 
 
 def ask(scene: Scene, task: str, rng: np.random.Generator) -> Example | None:
-    """One random prompt of a task, or None where the scene offers none."""
+    """A random prompt for a task, or None if the scene allows none."""
     return _ASK[task](scene, rng)
 
 
 def examples(scene: Scene, rng: np.random.Generator, relations: int = 2) -> Iterator[Example]:
-    """Prompts with answers for training, without end, in rounds of all tasks in random order.
+    """Endless prompts with answers for training, in rounds of all tasks in random order.
 
-    Relations come twice a round, as they are the slowest to learn. Things of one name come back in another
-    `detect`: a model that has found one of them has to go on. A task that this scene offers no question for
-    is left out.
+    Relations come twice per round, since they are the slowest to learn. If several things have the same name,
+    an extra `detect` asks for them: a model that has found one of them has to go on. A task that the scene
+    allows no question for is skipped.
     """
     round_of_tasks = [_ASK[task] for task in (*TASKS, *["relation"] * (relations - 1))]
     if len({thing.name for thing in scene.things}) < len(scene.things):
@@ -88,7 +88,7 @@ def examples(scene: Scene, rng: np.random.Generator, relations: int = 2) -> Iter
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
-# Each function makes one random prompt of its task, or None where the scene offers none.
+# Each function makes a random prompt for its task, or None if the scene allows none.
 
 
 def _ask_color(scene: Scene, rng: np.random.Generator) -> Example | None:
@@ -119,7 +119,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> Example | None:
     kind = rng.integers(3)
     if kind == 0:
         return Example("count", "how many objects are there?", str(len(scene.things)))
-    # Mostly about what is there: otherwise the answer would nearly always be 0.
+    # Mostly about what is in the scene: otherwise the answer would nearly always be 0.
     thing = scene.things[rng.integers(len(scene.things))]
     if kind == 1:
         color = thing.color if rng.random() < 0.75 else list(COLORS)[rng.integers(len(COLORS))]
@@ -131,7 +131,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> Example | None:
 
 
 def _ask_existence(scene: Scene, rng: np.random.Generator) -> Example | None:
-    name = _some_name(scene, rng)
+    name = _present_or_missing_name(scene, rng)
     return Example("existence", f"is there {with_article(name)}?", "yes" if scene.find(name) else "no")
 
 
@@ -186,29 +186,29 @@ _ASK: dict[str, Callable[[Scene, np.random.Generator], Example | None]] = {
 
 
 def _one_of(scene: Scene, rng: np.random.Generator, describe: Callable[[Thing], str]) -> Thing | None:
-    """A random thing that `describe` tells from all others."""
+    """A random thing that `describe` distinguishes from all others."""
     unique = _only_ones(scene.things, [describe(thing) for thing in scene.things])
     return unique[rng.integers(len(unique))] if unique else None
 
 
 def _only_ones(things: Sequence[Thing], words: Sequence[str]) -> list[Thing]:
-    """The things whose word no other has."""
+    """The things whose word no other thing shares."""
     return [thing for thing, word in zip(things, words, strict=True) if words.count(word) == 1]
 
 
 def _name_to_find(scene: Scene, rng: np.random.Generator) -> str:
-    """Mostly the name of a thing that is there: "none" is quickly learned."""
+    """Mostly the name of a thing in the scene: "none" is learned quickly."""
     if rng.random() < 0.9:
         return scene.things[rng.integers(len(scene.things))].name
-    return _some_name(scene, rng)
+    return _present_or_missing_name(scene, rng)
 
 
-def _some_name(scene: Scene, rng: np.random.Generator) -> str:
-    """The name of a thing in half of the cases, else a name that is missing: in half of these, of a color
+def _present_or_missing_name(scene: Scene, rng: np.random.Generator) -> str:
+    """Half of the time the name of a thing, otherwise a name that is missing. Half of these combine a color
     and a shape that both occur, but not together."""
     if rng.random() < 0.5:
         return scene.things[rng.integers(len(scene.things))].name
-    # A training question about a held-out pair could only be answered "no", and would teach just that.
+    # A training question about a held-out pair would always have the answer "no", and would teach that.
     pairs = ALL_PAIRS if scene.unseen_pairs else SEEN_PAIRS
     present = {(t.color, t.shape) for t in scene.things}
     missing = [pair for pair in pairs if pair not in present]
@@ -220,7 +220,7 @@ def _some_name(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def vocabulary() -> Iterator[str]:
-    """Texts that hold every word of this world, for building a tokenizer."""
+    """Texts that contain every word of this world, for building a tokenizer."""
     for color in COLORS:
         for shape in SHAPES:
             for size in SIZES:

@@ -1,8 +1,8 @@
-"""The same scenes drawn by other programs: matplotlib, and a browser.
+"""The same scenes drawn by other programs: matplotlib and a browser.
 
-A model that has learned shapes, and not the pixels of one program, answers alike about all of them. Ground,
-colors, places and noise are those of `Scene.draw`. The edges are what differs: each program has its own way
-to mix the colors of a pixel that a shape covers in part.
+A model that has learned shapes, rather than the pixels of one program, gives the same answers about all of
+them. Background, colors, positions and noise are those of `Scene.draw`. Only the edges differ: each program
+has its own way of blending the colors of a pixel that a shape covers in part.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 CHROMIUM = "MINIVLM_CHROMIUM"  # the environment variable that names the browser
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-SCENES_A_ROW = 20  # of a page
-SCENES_A_PAGE = 400
-SECONDS_A_PAGE = 120.0
+SCENES_PER_ROW = 20  # of a page
+SCENES_PER_PAGE = 400
+SECONDS_PER_PAGE = 120.0
 QUIET = (
     "--headless",
     "--no-sandbox",
@@ -48,11 +48,11 @@ QUIET = (
 
 def draw_with_matplotlib(scenes: Sequence[Scene], pixels: int = 64) -> list[Image.Image]:
     """Circles and polygons as matplotlib's Agg draws them, with the scene's noise."""
-    from matplotlib.figure import Figure  # half a second, which only this function should pay
+    from matplotlib.figure import Figure  # half a second, so only where it is needed
 
     figure = Figure(figsize=(1, 1), dpi=pixels)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WORLD), ylim=(WORLD, 0))  # y downwards
+    axes.set(xlim=(0, WORLD), ylim=(WORLD, 0))  # y points down
     axes.axis("off")
     pictures = []
     for scene in scenes:
@@ -80,20 +80,22 @@ def _patch(thing: Thing) -> Patch:
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium, or None where there is none.
+    """The path of a Chromium, or None if there is none.
 
     Raises InputError: MINIVLM_CHROMIUM names no program.
     """
     named = os.environ.get(CHROMIUM)
     if named:
         if shutil.which(named) is None:
-            raise InputError(f"{CHROMIUM} is {named!r}, which is no program: name a Chromium, or unset it")
+            raise InputError(
+                f"{CHROMIUM} is {named!r}, which is not a program: set it to a Chromium, or unset it"
+            )
         return shutil.which(named)
     return next((path for path in map(shutil.which, BROWSERS) if path is not None), None)
 
 
 def draw_with_browser(scenes: Sequence[Scene], pixels: int = 64) -> list[Image.Image]:
-    """SVG as headless Chromium draws it, with the scene's noise; many scenes on a page.
+    """SVG as headless Chromium draws it, with the scene's noise; many scenes per page.
 
     Raises InputError: there is no browser, it fails, or it takes too long.
     """
@@ -101,22 +103,22 @@ def draw_with_browser(scenes: Sequence[Scene], pixels: int = 64) -> list[Image.I
     if browser is None:
         raise InputError(f"no {', '.join(BROWSERS)} was found: install one, or set {CHROMIUM} to its path")
     pictures = []
-    for start in range(0, len(scenes), SCENES_A_PAGE):
-        some = scenes[start : start + SCENES_A_PAGE]
-        rows = -(-len(some) // SCENES_A_ROW)  # rounded up
-        page = _take_picture(browser, as_html(some, pixels), pixels * SCENES_A_ROW, pixels * rows)
-        for number, scene in enumerate(some):
-            row, column = divmod(number, SCENES_A_ROW)
+    for start in range(0, len(scenes), SCENES_PER_PAGE):
+        shown = scenes[start : start + SCENES_PER_PAGE]
+        rows = -(-len(shown) // SCENES_PER_ROW)  # rounded up
+        page = _take_picture(browser, as_html(shown, pixels), pixels * SCENES_PER_ROW, pixels * rows)
+        for number, scene in enumerate(shown):
+            row, column = divmod(number, SCENES_PER_ROW)
             cut = page[row * pixels : (row + 1) * pixels, column * pixels : (column + 1) * pixels]
             pictures.append(_with_noise(cut, scene))
     return pictures
 
 
 def as_html(scenes: Sequence[Scene], pixels: int) -> str:
-    """A page with a grid of scenes, from left to right and from top to bottom."""
+    """A page with a grid of scenes, left to right and top to bottom."""
     cells = []
     for number, scene in enumerate(scenes):
-        row, column = divmod(number, SCENES_A_ROW)
+        row, column = divmod(number, SCENES_PER_ROW)
         shapes = "".join(_svg(thing) for thing in scene.things)
         cells.append(
             f'<svg viewBox="0 0 {WORLD:g} {WORLD:g}" width="{pixels}" height="{pixels}" '
@@ -149,14 +151,16 @@ def _take_picture(browser: str, html: str, width: int, height: int) -> np.ndarra
         ]
         try:
             with (folder / "said.txt").open("wb") as said:
-                done = subprocess.run(command, stdout=said, stderr=said, timeout=SECONDS_A_PAGE, check=False)
+                done = subprocess.run(
+                    command, stdout=said, stderr=said, timeout=SECONDS_PER_PAGE, check=False
+                )
             if not (folder / "page.png").exists():
                 lines = (folder / "said.txt").read_text(errors="replace").split("\n")
                 raise _refusal(browser, f"drew nothing (exit code {done.returncode}; {lines[0]!r})")
             with Image.open(folder / "page.png") as picture:
                 page = np.asarray(picture.convert("RGB"))
         except subprocess.TimeoutExpired as error:
-            raise _refusal(browser, f"took more than {SECONDS_A_PAGE:g} seconds for a page") from error
+            raise _refusal(browser, f"took more than {SECONDS_PER_PAGE:g} seconds for a page") from error
         except OSError as error:
             raise _refusal(browser, f"did not work ({error})") from error
     if page.shape != (height, width, 3):
@@ -165,11 +169,11 @@ def _take_picture(browser: str, html: str, width: int, height: int) -> np.ndarra
 
 
 def _refusal(browser: str, what: str) -> InputError:
-    return InputError(f"{browser} {what}: set {CHROMIUM} to another one, or leave out the column browser")
+    return InputError(f"{browser} {what}: set {CHROMIUM} to another browser, or leave out the column browser")
 
 
 def _with_noise(picture: np.ndarray, scene: Scene) -> Image.Image:
-    """A picture [pixels, pixels, 3] with the noise that `Scene.draw` puts on a ground without things."""
+    """A picture [pixels, pixels, 3] with the noise that `Scene.draw` adds to an empty background."""
     ground = replace(scene, things=(), background=128)
     noise = np.asarray(ground.draw(len(picture)), dtype=np.int64) - 128
     return Image.fromarray((picture + noise).clip(0, 255).astype(np.uint8))

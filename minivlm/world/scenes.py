@@ -1,14 +1,14 @@
-"""The drawn world: pictures of colored shapes, of which everything is known.
+"""The drawn world: pictures of colored shapes, about which everything is known.
 
-A scene is one to five things on a gray, slightly noisy ground. Because we drew it, we know all of it: an
-exact caption, the boxes and outlines of its things, and what lies under each patch. Scenes are made on the
-fly from a random generator, so that a seed is a data set, and nothing has to be stored. What can be asked
-about them stands in questions.py, other ways to draw them in augmentations.py.
+A scene is one to five things on a gray, slightly noisy background. Because we drew it, we know everything
+about it: an exact caption, the boxes and outlines of its things, and what lies under each patch. Scenes are
+generated on the fly from a random generator, so a seed is a data set, and nothing has to be stored. Questions
+about scenes are in questions.py, other ways to draw them in augmentations.py.
 
 Some pairs of color and shape (`HELD_OUT_PAIRS`) never occur in training scenes or training questions. A
-model that knows red circles and blue squares should recognize a red square: the split "unseen" asks.
+model that knows red circles and blue squares should recognize a red square: the split "unseen" tests this.
 
-The world is 64 units wide and high, whatever the number of pixels it is drawn with.
+The world is 64 units wide and high, however many pixels it is drawn with.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _COLOR_NAMES, _SIZE_NAMES = tuple(COLORS), tuple(SIZES)
 ALL_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 _GAP = 1.5  # units between things
-_ORDER_GAP = 3.0  # centers differ by at least this much from left to right, so that the order is plain to see
+_ORDER_GAP = 3.0  # centers differ by at least this much from left to right, so that the order is clear
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. Center and radius (of the circle around it) in units of the world, y downwards."""
+    """One shape. Center and radius (of the circle around it) are in units of the world; y points down."""
 
     shape: str
     color: str
@@ -56,11 +56,11 @@ class Thing:
     y: float
     radius: float
     rgb: tuple[int, int, int]
-    angle: int = 0  # degrees by which it is turned, clockwise
+    angle: int = 0  # clockwise rotation in degrees
 
     @cached_property
     def name(self) -> str:
-        """As it is asked for, "red circle"."""
+        """What questions call it, such as "red circle"."""
         return f"{self.color} {self.shape}"
 
     @cached_property
@@ -86,7 +86,7 @@ class Thing:
         return min(xs), min(ys), max(xs), max(ys)
 
     def paint(self, picture: Image.Image, fill: int | tuple[int, int, int]) -> None:
-        """Draw the shape into a square picture of the whole world, without smooth edges."""
+        """Draw the shape into a square picture of the whole world, without antialiasing."""
         scale = picture.width / WORLD
         outline = [(x * scale, y * scale) for x, y in self.outline]
         pen = ImageDraw.Draw(picture)
@@ -104,21 +104,20 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things from left to right on a gray ground."""
+    """Things from left to right on a gray background."""
 
     things: tuple[Thing, ...]
     background: int  # gray level
     noise: float  # standard deviation in gray levels
     noise_seed: int
-    unseen_pairs: bool = False  # whether questions may name pairs that are kept out of training
+    unseen_pairs: bool = False  # whether questions may name pairs that are held out from training
 
     def draw(
         self, pixels: int = 64, reducing: Image.Resampling = Image.Resampling.BOX, supersampling: int = 4
     ) -> Image.Image:
         """The picture, `pixels` wide and high, RGB.
 
-        Drawn `supersampling` times as large, then reduced by a filter: BOX takes the mean of the pixels that
-        become one.
+        Drawn `supersampling` times as large, then reduced by a filter; BOX averages the pixels that merge.
         """
         big = pixels * supersampling
         picture = Image.new("RGB", (big, big), (self.background,) * 3)
@@ -137,15 +136,15 @@ class Scene:
         return ", ".join(f"a {thing.size} {thing.name}" for thing in self.things)
 
     def find(self, name: str) -> tuple[Thing, ...]:
-        """The things that "red circle" means, from left to right."""
+        """The things with a name such as "red circle", from left to right."""
         return tuple([thing for thing in self.things if thing.name == name])
 
     def patch_labels(self, grid: int) -> dict[str, np.ndarray]:
         """What lies on each patch of a grid x grid division of the picture.
 
         Returns:
-            color, shape, size: [grid * grid] class numbers, 0 for the ground; box: [grid * grid, 4],
-            x0, y0, x1, y1 of the thing in units relative to the middle of the patch (0 on the ground).
+            color, shape, size: [grid * grid] class numbers, 0 for the background; box: [grid * grid, 4],
+            x0, y0, x1, y1 of the thing in units relative to the middle of the patch (0 on the background).
         """
         labels = {name: np.zeros(grid * grid, dtype=np.int64) for name in ("color", "shape", "size")}
         labels["box"] = np.zeros((grid * grid, 4), dtype=np.float32)
@@ -175,9 +174,9 @@ def make_scene(rng: np.random.Generator, split: Split = "train", easy: bool = Fa
     """A random scene.
 
     Args:
-        split: "train" and "test" have no held-out pair (their difference is the seed); each scene of
+        split: "train" and "test" have no held-out pair (they differ only in the seed); each scene of
             "unseen" has at least one.
-        easy: one or two things, for the beginning of training.
+        easy: one or two things, for the start of training.
     """
     count = int(rng.integers(1, 3 if easy else 6))
     while True:
@@ -197,7 +196,7 @@ def make_scene(rng: np.random.Generator, split: Split = "train", easy: bool = Fa
 def _choose_pairs(rng: np.random.Generator, count: int, split: Split) -> list[tuple[str, str]]:
     allowed = ALL_PAIRS if split == "unseen" else SEEN_PAIRS
     pairs = [allowed[i] for i in rng.choice(len(allowed), size=count, replace=False)]
-    # Twins now and then, and a few triplets, so that counting and detecting means more than naming.
+    # Sometimes twins, and a few triplets, so that counting and detecting take more than naming.
     if count > 1:
         alike = rng.random()
         if alike < 0.25:
@@ -211,11 +210,11 @@ def _choose_pairs(rng: np.random.Generator, count: int, split: Split) -> list[tu
 
 
 def _place(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[Thing] | None:
-    """Put each pair somewhere free, or give up (None) after some tries."""
+    """Place a thing of each pair in free space, or give up (None) after 20 tries for one of them."""
     things: list[Thing] = []
     for color, shape in pairs:
         for _ in range(20):
-            # One call for all four numbers: small calls are what drawing spends its time on.
+            # One call for all four numbers: many small calls would take most of the time.
             which, how_large, how_far, how_deep = rng.random(4).tolist()
             size = _SIZE_NAMES[int(3 * which)]
             least, most = SIZES[size]

@@ -1,4 +1,4 @@
-"""What fits is loaded, what does not is refused before it is read, with numbers that can be checked."""
+"""What fits is loaded; what does not is refused before it is read, with numbers that can be checked."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ def test_only_copies_need_memory():
 
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Writes files of a Linux system that has 600 KiB available and no groups."""
+    """Write the files of a Linux system that has 600 KiB available and no groups."""
     monkeypatch.setattr(devices, "PROC", tmp_path / "proc")
     monkeypatch.setattr(devices, "CGROUPS", tmp_path / "groups")
 
@@ -81,7 +81,7 @@ def test_what_the_system_has(system: Callable[[str, str], None]):
 
 @pytest.mark.parametrize("place", ["job/step", "job", "."], ids=["own", "outer", "root"])
 def test_a_group_of_version_2(system: Callable[[str, str], None], place: str):
-    """The limit may be that of an outer group. Pages of files give way, so they do not count as used."""
+    """The limit may be that of an outer group. File pages can be dropped, so they do not count as used."""
     system("proc/self/cgroup", "0::/job/step\n")
     system("groups/job/step/memory.max", "max\n")
     system("groups/job/step/memory.current", "70000\n")
@@ -145,8 +145,8 @@ def test_a_model_that_does_not_fit(folder: Path, system: Callable[[str, str], No
     message = str(caught.value)
     assert message.startswith(f"the weights of {folder} as torch.float32 take 0.0 GB of memory on cpu, ")
     assert message.endswith(
-        "are free: load it as bfloat16 (dtype=torch.bfloat16, --dtype bfloat16), which stays in the file and "
-        "takes none; or use a smaller checkpoint, or a machine with more"
+        "is free: load it as bfloat16 (dtype=torch.bfloat16, --dtype bfloat16), which stays in the file and "
+        "needs no memory; or use a smaller checkpoint, or a machine with more memory"
     )
     for dtype in (torch.bfloat16, None):
         PaliGemma.from_pretrained(folder, dtype=dtype)
@@ -156,7 +156,7 @@ def test_a_model_that_does_not_fit(folder: Path, system: Callable[[str, str], No
 
 def test_the_numbers_of_a_refusal(system: Callable[[str, str], None]):
     system("proc/meminfo", "MemAvailable: 8000000 kB\n")
-    message = "it takes? 11.7 GB of memory on cpu, 12.9 GB with room to work, and 8.2 GB are free: rest"
+    message = "it takes? 11.7 GB of memory on cpu, 12.9 GB with room to work, but only 8.2 GB is free: rest"
     with pytest.raises(InputError, match=message.replace("takes?", "take")):
         require_memory(11_700_000_000, "cpu", "it", "rest")
 

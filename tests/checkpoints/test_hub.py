@@ -1,4 +1,4 @@
-"""A repo id leads to a model, or to a refusal that says what to do. The Hub here is a server of our own."""
+"""A repo id leads to a model, or to a refusal that says what to do. The Hub here is our own server."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.saf
 
 
 def sharded(folder: Path, seed: int) -> Files:
-    """A whole checkpoint in two shards, and what else a repo has."""
+    """A complete checkpoint in two shards, and what else a repo has."""
     tokenizer = Tokenizer(build_tokenizer(["what is it"]))
     Processor(tokenizer, ImageProcessor(image_size=28, image_seq_length=4)).save_pretrained(folder)
     text = replace(TINY.text, vocab_size=tokenizer.vocab_size)
@@ -70,7 +70,7 @@ def hub(checkpoints: list[Files]) -> Iterator[HubServer]:
 
 
 Use = Callable[[int], None]
-CLOSED = 9  # nobody listens at this port
+CLOSED = 9  # nothing listens on this port
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Use:
-    """Sets at which port the Hub is; the cache is a fresh folder."""
+    """Set the port of the Hub; the cache is a fresh folder."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     download = huggingface_hub.snapshot_download
 
@@ -136,7 +136,7 @@ def test_a_path_is_never_looked_up(tmp_path: Path, use: Use):
         find_folder(file)
 
 
-# The whole way
+# The whole path
 
 
 def test_a_repo_becomes_a_model_and_is_downloaded_once(
@@ -155,7 +155,7 @@ def test_a_repo_becomes_a_model_and_is_downloaded_once(
 
     hub.requests.clear()
     assert_equal(logits(*minivlm.load("owner/real")), first)
-    assert hub.bodies() == {}  # asked whether it is still the same, and nothing more
+    assert hub.bodies() == {}  # asked only whether it is still the same
     use(CLOSED)
     assert_equal(logits(*minivlm.load("owner/real")), first)
 
@@ -183,7 +183,7 @@ def test_revision(hub: HubServer, use: Use, revision: str):
     main_branch = logits(*minivlm.load("owner/real"))
     other = logits(*minivlm.load("owner/real", revision=revision))
     assert_differs(other, main_branch)
-    assert_equal(logits(*minivlm.models.load.load_paligemma("owner/real", revision=revision)), other)
+    assert_equal(logits(*minivlm.models.load.load_answering("owner/real", revision=revision)), other)
     assert_equal(logits(*minivlm.load("owner/real", revision="main")), main_branch)
 
 
@@ -202,7 +202,7 @@ def test_revision_on_the_command_line(
     assert main([*ask, "--revision", "v1"]) == 2
     assert "--revision is of a repo of the Hub: add --model OWNER/NAME" in capsys.readouterr().err
     assert main([*ask, "--model", str(tmp_path), "--revision", "v1"]) == 2
-    assert "is a folder here, and revision 'v1' belongs to a repo of the Hub" in capsys.readouterr().err
+    assert "is a local folder, but revision 'v1' belongs to a repo of the Hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("revision", ["no-such-branch", "f" * 40], ids=["branch", "commit"])
@@ -232,7 +232,7 @@ def test_a_dtype_is_refused_before_anything_is_downloaded(hub: HubServer, use: U
     assert hub.requests == []
 
 
-# Downloads that are cut
+# Interrupted downloads
 
 
 CHUNK = 1000
@@ -240,7 +240,7 @@ CHUNK = 1000
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library keeps whole chunks of what came before the break, of 10 MB where nobody changes it."""
+    """The library keeps whole chunks of what came before the interruption, 10 MB each by default."""
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
 
 
@@ -270,15 +270,17 @@ def test_a_store_that_ignores_ranges_begins_again(hub: HubServer, use: Use, chec
 def test_a_load_that_failed_is_finished_by_the_next(
     hub: HubServer, use: Use, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The Hub goes away in the middle of the second shard, for good; the next day it is there again."""
+    """The Hub goes away in the middle of the second shard; the next day it is back."""
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     hub.cuts[SHARD_2] = 1000
     use(hub.server_port)
-    with pytest.raises(InputError, match=r"owner/real.* cannot be had from the Hub .*: check the connection"):
+    with pytest.raises(
+        InputError, match=r"owner/real.* is not available from the Hub .*: check the connection"
+    ):
         minivlm.load("owner/real")
-    assert not (snapshot(cache) / SHARD_2).exists()  # never half a file under the name of the whole
+    assert not (snapshot(cache) / SHARD_2).exists()  # never a partial file under the name of the complete one
     use(CLOSED)
-    with pytest.raises(InputError, match=r"owner/real.* cannot be had"):
+    with pytest.raises(InputError, match=r"owner/real.* is not available"):
         minivlm.load("owner/real")
 
     hub.cuts.clear()
@@ -286,11 +288,11 @@ def test_a_load_that_failed_is_finished_by_the_next(
     use(hub.server_port)
     assert torch.isfinite(logits(*minivlm.load("owner/real"))).all()
     assert SHARD_2 in hub.bodies()
-    assert "config.json" not in hub.bodies()  # what was complete is not asked for again
+    assert "config.json" not in hub.bodies()  # what was complete is not requested again
 
 
 def test_what_a_killed_download_left_is_never_read(hub: HubServer, use: Use, cache: Path):
-    """Half a shard under the names that versions of the Hub's library give it."""
+    """Half a shard, under the names that versions of the Hub's library give it."""
     use(hub.server_port)
     expected = logits(*minivlm.load("owner/real"))
     blob = (snapshot(cache) / SHARD_1).resolve()
@@ -306,9 +308,11 @@ def test_a_damaged_file_of_the_cache_is_named_where_it_lies(hub: HubServer, use:
     expected = logits(*minivlm.load("owner/real"))
     blob = (snapshot(cache) / SHARD_1).resolve()
     blob.write_bytes(blob.read_bytes()[:-1])
-    with pytest.raises(InputError, match=f"{SHARD_1} is damaged or incomplete .*: delete {blob} and get it"):
+    with pytest.raises(
+        InputError, match=f"{SHARD_1} is damaged or incomplete .*: delete {blob} and download it"
+    ):
         minivlm.load("owner/real")
-    blob.unlink()  # as it says
+    blob.unlink()  # as the message says
     assert_equal(logits(*minivlm.load("owner/real")), expected)
 
 
@@ -338,14 +342,14 @@ def test_a_token_that_is_no_longer_good(hub: HubServer, use: Use):
     hub.repos["owner/private"] = Repo({commit(1): STUBS}, refused=(401, message))
     use(hub.server_port)
     with pytest.raises(
-        InputError, match=r"the Hub refuses owner/private .*: log in anew with `hf auth login`"
+        InputError, match=r"the Hub denies you access to owner/private .*: log in again with `hf auth login`"
     ):
         minivlm.load("owner/private")
 
 
 def test_no_network_and_nothing_in_the_cache(use: Use):
     use(CLOSED)
-    with pytest.raises(InputError, match=r"no folder owner/open.*cannot be had.*check the connection"):
+    with pytest.raises(InputError, match=r"no folder owner/open.*is not available.*check the connection"):
         find_folder("owner/open")
 
 
@@ -371,6 +375,6 @@ for name, revision in {[*cases, ("owner/open", "main")]}:
     )
     *loaded, no_revision, no_repo = result.stdout.splitlines()
     assert loaded == ["loaded main", "loaded v1", f"loaded {commit(2)}"]
-    assert "owner/real, and it cannot be had from the Hub or its cache" in no_revision
-    assert "owner/open, and it cannot be had from the Hub or its cache" in no_repo
+    assert "owner/real, and it is not available from the Hub or its cache" in no_revision
+    assert "owner/open, and it is not available from the Hub or its cache" in no_repo
     assert hub.requests == []

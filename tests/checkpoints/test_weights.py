@@ -25,7 +25,7 @@ from minivlm.errors import InputError
 BATCH = make_batch([3, 5], [4, 2], [True, True])
 del BATCH["labels"]
 
-# How the names of a layout come from those that transformers 5 writes. Kept apart from the package's tables.
+# How a layout's names follow from those that transformers 5 writes, independent of the package's tables.
 RENAMES: dict[str, Callable[[str], str]] = {
     "fresh": lambda name: name,
     "hub": lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
@@ -55,7 +55,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sound folder of ours, to be damaged."""
+    """A good folder of ours, to be damaged."""
     tiny_paligemma().save_pretrained(tmp_path)
     return tmp_path
 
@@ -135,7 +135,7 @@ def test_a_head_in_the_file_beats_the_config(
     model = PaliGemma.from_pretrained(tmp_path)
     assert not model.config.text.tie_word_embeddings
     assert_equal(logits(model), tied_logits.flip(-1))
-    # And it stays: written, read again, and read by transformers.
+    # And that remains true once it is written: read again, here and by transformers.
     model.save_pretrained(tmp_path / "again")
     assert_equal(logits(PaliGemma.from_pretrained(tmp_path / "again")), tied_logits.flip(-1))
     reference = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "again")
@@ -170,7 +170,7 @@ def test_a_loaded_model_is_ready(folder: Path):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "shards"])
 def test_weights_are_pieces_of_the_mapped_file(folder: Path, sharded: bool):
-    """Not a second copy: every parameter's address lies in the memory that the kernel maps to the file."""
+    """No second copy: every parameter's address is in the memory that the kernel maps to the file."""
     if sharded:
         shard(folder, load_file(folder / WEIGHTS))
         (folder / WEIGHTS).unlink()
@@ -202,7 +202,7 @@ def test_what_we_write_transformers_reads(folder: Path):
 
 
 def test_a_model_saved_onto_its_own_folder_stays_whole(folder: Path):
-    """Its weights are pieces of the very file that is replaced."""
+    """Its weights are parts of the very file that is replaced."""
     model = PaliGemma.from_pretrained(folder)
     expected = logits(model)
     for _ in range(2):
@@ -303,7 +303,7 @@ def test_no_known_layout_is_compared_with_the_nearest(folder: Path):
                 tensors[name.replace("vision_tower.", "image_encoder.")] = tensors.pop(name)
 
     change(folder, edit)
-    refuse(folder, r"nearest of the layouts hub, fresh, finetune, runtime: hub\): 53 missing.*53 unexpected")
+    refuse(folder, r"closest of the layouts hub, fresh, finetune, runtime: hub\): 53 missing.*53 unexpected")
     change(folder, lambda tensors: [tensors.clear(), tensors.update({"a": torch.zeros(1)})])
     refuse(folder, "1 unexpected: a")
 
@@ -322,7 +322,7 @@ def test_numbers_too_large_for_a_dtype_are_told_from_damage(folder: Path):
 
 
 def test_large_folders_are_checked_at_the_first_answer(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where looking at every number would mean to read gigabytes, the first logits tell."""
+    """Checking every number would mean reading gigabytes, so the first logits are checked."""
     monkeypatch.setattr(weights, "CHECKED_SIZE", 1000)
     change(folder, lambda tensors: tensors[NORM].__setitem__(3, math.nan))
     model = PaliGemma.from_pretrained(folder)
@@ -344,7 +344,7 @@ def test_a_shard_whose_download_was_cut(folder: Path):
     partial = folder / ".cache" / "huggingface" / "download" / "x.0a1b2c.incomplete"
     partial.parent.mkdir(parents=True)
     (folder / "model-00002-of-00003.safetensors").rename(partial)
-    refuse(folder, r"lacks model-00002-of-00003.safetensors, .*: its download was cut, run the same")
+    refuse(folder, r"lacks model-00002-of-00003.safetensors, .*: its download was interrupted, run the same")
 
 
 def test_one_truncated_shard_is_named(folder: Path):
@@ -352,7 +352,7 @@ def test_one_truncated_shard_is_named(folder: Path):
     (folder / WEIGHTS).unlink()
     path = folder / "model-00003-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    refuse(folder, r"model-00003-of-00003.safetensors is damaged or incomplete \(.*\): get it again")
+    refuse(folder, r"model-00003-of-00003.safetensors is damaged or incomplete \(.*\): download it again")
 
 
 def test_pointers_of_git_lfs(folder: Path):
@@ -362,9 +362,7 @@ def test_pointers_of_git_lfs(folder: Path):
     (folder / WEIGHTS).unlink()
     for name in ("model-00002-of-00003.safetensors", "tokenizer.json"):
         (folder / name).write_text(pointer)
-    message = (
-        "only pointers of Git LFS in place of model-00002-of-00003.safetensors, tokenizer.json: run `git"
-    )
+    message = "only Git LFS pointers in place of model-00002-of-00003.safetensors, tokenizer.json: run `git"
     refuse(folder, message)
     with pytest.raises(InputError, match=message):
         minivlm.load(folder)
@@ -374,20 +372,22 @@ def test_pointers_of_git_lfs(folder: Path):
 def test_damaged_index(folder: Path, content: str):
     (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(content)
-    refuse(folder, f"{re.escape(INDEX)} (cannot be read|holds a list|has no weight_map)")
+    refuse(folder, f"{re.escape(INDEX)} (cannot be read|contains a list|has no weight_map)")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "length", "header", "last-byte"])
 def test_truncated_file(folder: Path, keep: int):
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
-    refuse(folder, r"model.safetensors is damaged or incomplete \(.*\): get it again")
+    refuse(folder, r"model.safetensors is damaged or incomplete \(.*\): download it again")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "last.ckpt", "weights.pth"])
 def test_pickles_are_refused(folder: Path, name: str):
     (folder / WEIGHTS).rename(folder / name)
-    refuse(folder, f"its weights in {name}: a pickle can run code .* refused. Get the safetensors version")
+    refuse(
+        folder, f"its weights in {name}: a pickle can run code .* refused. Download the safetensors version"
+    )
 
 
 def test_a_pickle_beside_safetensors_does_no_harm(folder: Path):
@@ -402,21 +402,24 @@ def test_no_weights(folder: Path):
 
 def test_no_config(folder: Path):
     (folder / "config.json").unlink()
-    refuse(folder, "has no config.json: is it the folder of a checkpoint")
+    refuse(folder, "has no config.json: is it a checkpoint folder")
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe\xff", b""])
 def test_unreadable_config(folder: Path, content: bytes):
     (folder / "config.json").write_bytes(content)
-    refuse(folder, "config.json (cannot be read|holds a list, expected a JSON object).* get the file again")
+    refuse(
+        folder,
+        "config.json (cannot be read|contains a list, expected a JSON object).* download the file again",
+    )
 
 
 def test_another_system(folder: Path):
     values = json.loads((folder / "config.json").read_text()) | {"model_type": "llava"}
     (folder / "config.json").write_text(json.dumps(values))
-    refuse(folder, "model_type 'llava', and this class computes 'paligemma'")
+    refuse(folder, "model_type 'llava', but this class is for 'paligemma'")
 
 
 def test_different_weights_give_different_logits():
-    """What keeps the comparisons above honest."""
+    """Without this, the comparisons above would prove little."""
     assert_differs(logits(tiny_paligemma(seed=1)), logits(tiny_paligemma()))

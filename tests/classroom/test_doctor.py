@@ -169,8 +169,8 @@ def test_a_model_that_answers_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(type(processor), "decode", lambda *_: ["blue"])
         return model, processor
 
-    real = doctor.load_paligemma
-    monkeypatch.setattr(doctor, "load_paligemma", load)
+    real = doctor.load_answering
+    monkeypatch.setattr(doctor, "load_answering", load)
     finding = doctor.model()
     assert finding.found == "what color is the star? blue"
     assert "the answer is 'cyan'" in finding.advice

@@ -1,6 +1,6 @@
-"""Landlock: what a process gave up it cannot do, and everything else it can.
+"""Landlock: a process cannot do what it gave up, and can do everything else.
 
-Giving up is for good, so each test has a process for it.
+What is given up is gone for good, so each test has its own process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHANGES = {
 
 
 def run(code: str, allowed: Path, tmp_path: Path) -> str:
-    """What a process prints that may change nothing outside of `allowed` and runs code there."""
+    """What a process prints that runs code and may change nothing outside `allowed`."""
     allowed.mkdir(exist_ok=True)
     (allowed / "own").touch()
     program = (

@@ -1,4 +1,4 @@
-"""Counting what students have solved: correct tables, whatever one of the notebooks does.
+"""Counting what students have solved: correct tables, whatever any of the notebooks does.
 
 Every notebook is judged in a process of its own, which takes about four seconds to start. Most students here
 therefore do several things at once, in different exercises.
@@ -68,7 +68,7 @@ def result_of(path: Path, limits: Limits = LIMITS) -> Result:
 
 @pytest.mark.parametrize("name", ["02_clip_and_siglip", "10_contrastive_training"])
 def test_solved_notebooks_of_the_course_pass(name: str) -> None:
-    """Of two: one whose exercises use what it builds, and one that trains for minutes when run as a whole."""
+    """Two of them: one whose exercises use what it builds, and one that trains for minutes if run whole."""
     result = result_of(ROOT / "notebooks" / f"{name}.ipynb")
     assert len(result.exercises) == 4
     assert result.passed == result.exercises
@@ -99,7 +99,7 @@ def test_a_mistake_is_named_before_a_blank(tmp_path: Path, monkeypatch: pytest.M
 def test_what_counts_as_an_answer(tmp_path: Path) -> None:
     path = hand_in(
         tmp_path / "ada.ipynb",
-        "%matplotlib inline\nEPS = -1e-6\nraise RuntimeError",  # not run, but for the constant
+        "%matplotlib inline\nEPS = -1e-6\nraise RuntimeError",  # not run, except for the constant
         "def product(a, b):\n    return int(a * b + EPS - EPS)",
         "%time\ndef patch_count(h, w, p):\n    return product(h // p, w // p)",
         CATCH_UP,
@@ -296,7 +296,8 @@ def test_folders_without_notebooks_are_refused(
     (tmp_path / "file").touch()
     assert main(["progress", str(tmp_path / name), "--yes"]) == 2
     assert (
-        f"{name} {'holds no notebooks' if name == 'empty' else 'is not a folder'}" in capsys.readouterr().err
+        f"{name} {'contains no notebooks' if name == 'empty' else 'is not a folder'}"
+        in capsys.readouterr().err
     )
 
 
@@ -328,7 +329,9 @@ def test_a_missing_extra_is_named(
     hand_in(tmp_path / "ada.ipynb", COUNT)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["progress", str(tmp_path), "--yes"]) == 2
-    assert f"{missing} is not installed, which the extra [notebooks] brings" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"{missing} is not installed, but comes with the extra [notebooks]" in err
+    assert f": {sys.executable} -m pip install 'minivlm[notebooks]'" in err
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

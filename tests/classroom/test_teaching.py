@@ -1,4 +1,4 @@
-"""The pages for teachers agree with the notebooks: minutes, sums, and every place that they point to."""
+"""The pages for teachers agree with the notebooks: minutes, totals, and every link target."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORD = re.compile(r"\[(\w+)\]\(\.\./notebooks/")
 
 
 def section(title: str) -> list[str]:
-    """Lines of tables below a heading, without their heads."""
+    """Rows of the tables below a heading, without their headers."""
     _, _, rest = TEACHING.partition(f"{title}\n")
     body = re.split(r"\n#+ ", rest)[0]
     return [line for line in body.splitlines() if line.startswith("|")][2:]
@@ -81,7 +81,7 @@ def test_every_mistake_is_shown_somewhere() -> None:
     assert len(rows) > 30
     for row in rows:
         _, _, shown = row.strip("| ").rsplit(" | ", 2)
-        links = re.findall(r"\[([^]]+)\]\(\.\./((?:notebooks|tests)/[\w.]+)\)", shown)
+        links = re.findall(r"\[([^]]+)\]\(\.\./((?:notebooks|tests)/[\w./]+)\)", shown)
         assert links, row
         for name, target in links:
             path = ROOT / target

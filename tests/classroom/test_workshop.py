@@ -1,11 +1,11 @@
 """The notebooks for students: what is blank, what stays, and where they fail.
 
-The copies of 00, 01, 02 and 04 are run for real, each in its kernel, for some seconds. The others take
-longer, 07 and 10 minutes, which CI affords once, for nbval; EVERY_NOTEBOOK=1 in the environment runs them as
-well. That their copies run follows from the rest: outside of exercises and checks their cells are the
-original's (`test_solutions_put_back_...`), which nbval runs, and every name that such a cell binds is bound
-again by the catch-up cell below it (`test_catch_up_...`). Their exercises and checks are run as well, without
-the cells in between (`test_a_notebook_opened_in_the_middle`).
+The copies of 00, 01, 02 and 04 are actually run, each in its own kernel, for some seconds. The others take
+longer (07 and 10 take minutes), which CI can afford only once, for nbval; EVERY_NOTEBOOK=1 in the environment
+runs them too. That their copies run follows from the rest: outside exercises and checks their cells are those
+of the original (`test_solutions_put_back_...`), which nbval runs, and every name that an exercise or check
+cell binds is bound again by the catch-up cell below it (`test_catch_up_...`). Their exercises and checks are
+run too, without the cells in between (`test_a_notebook_opened_in_the_middle`).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def test_a_cell_with_markers_needs_no_tag() -> None:
 
 
 def put_back(student: str, original: str) -> str:
-    """The student's cell with each blank replaced by the solution that stood there."""
+    """The student's cell with each blank replaced by the solution that was there."""
     pieces = student.split(BLANK)
     solutions = [part.partition(END)[0] for part in original.split(BEGIN)[1:]]
     assert len(pieces) == len(solutions) + 1
@@ -202,7 +202,7 @@ def test_catch_up_cells_bind_what_exercises_and_checks_bind(path: Path) -> None:
 
 @each_notebook
 def test_a_notebook_opened_in_the_middle(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Somebody who comes late runs the imports and the catch-up cells, and can then do any exercise.
+    """Whoever comes late runs the imports and the catch-up cells, and can then do any exercise.
 
     What the notebook builds and the package has (cells marked `# minivlm/...`) is the package's here.
     """
@@ -230,7 +230,7 @@ def test_a_notebook_opened_in_the_middle(path: Path, capsys: pytest.CaptureFixtu
 
 
 def printed(outputs: list[dict[str, Any]]) -> str:
-    """Texts of outputs. Pictures are compared by nobody: every cell that draws prints what it shows."""
+    """Texts of outputs. Pictures are not compared: every cell that draws prints what it shows."""
     texts = [output.get("text", "") for output in outputs]
     texts += [output.get("data", {}).get("text/plain", "") for output in outputs]
     texts += [output["evalue"] for output in outputs if output["output_type"] == "error"]
@@ -241,11 +241,11 @@ def printed(outputs: list[dict[str, Any]]) -> str:
 def test_the_student_copy_fails_at_checks_and_nowhere_else(
     path: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run from top to bottom as "Run All" does, which only a tag `raises-exception` lets go on.
+    """Run from top to bottom as "Run All" does, which goes on after an error only with `raises-exception`.
 
     All other cells print what they print in the original, so nothing depends on the answers above.
     """
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the stored outputs were made
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as when the stored outputs were made
     student = nbformat.read(workshop / "notebooks" / path.name, as_version=4)
     where = {"metadata": {"path": str(workshop / "notebooks")}}
     NotebookClient(student, kernel_name="python3", timeout=900, resources=where).execute()
@@ -302,7 +302,7 @@ def test_answers_are_not_overwritten(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (copied,) = write_workshop(small, out)
     copied.write_text("my answers", encoding="utf-8")
-    with pytest.raises(InputError, match=r"there already.*--overwrite"):
+    with pytest.raises(InputError, match=r"already exists.*--overwrite"):
         write_workshop(small, out)
     assert copied.read_text(encoding="utf-8") == "my answers"
     write_workshop(small, out, overwrite=True)
@@ -311,7 +311,7 @@ def test_answers_are_not_overwritten(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_originals_are_never_overwritten(small: Path, overwrite: bool) -> None:
-    with pytest.raises(InputError, match="that are to be copied"):
+    with pytest.raises(InputError, match="to be copied"):
         write_workshop(small, small.parent, overwrite)
     assert END in nbformat.read(small / "00_first.ipynb", as_version=4).cells[1].source
 
@@ -343,7 +343,7 @@ def no_notebooks(folder: Path) -> None:
         (another_json, "01_second.ipynb is JSON, but not a notebook"),
         (open_solution, r"01_second.ipynb: cell 2 \(the-cell\), line 1"),
         (no_picture, r"00_first.ipynb: it shows \.\./figures/samples/scene_{number \+ 1}.png"),
-        (no_notebooks, "holds no notebooks"),
+        (no_notebooks, "contains no notebooks"),
     ],
 )
 def test_nothing_is_written_when_anything_is_wrong(
@@ -363,6 +363,6 @@ def test_the_command(
     assert capsys.readouterr().out.startswith("1 notebooks, and the pictures")
     assert (tmp_path / "out/notebooks/00_first.ipynb").is_file()
     assert main(["workshop", str(tmp_path / "out")]) == 2
-    assert "there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["workshop", str(tmp_path / "other"), "--notebooks", str(tmp_path)]) == 2
-    assert "holds no notebooks" in capsys.readouterr().err
+    assert "contains no notebooks" in capsys.readouterr().err

@@ -359,7 +359,7 @@ def test_dtypes(ask: Ask, picture: Path, dtype: str, monkeypatch: pytest.MonkeyP
         loaded.append(kwargs["dtype"])
         return minivlm.load(*args, **kwargs)
 
-    monkeypatch.setattr(cli.options, "load_paligemma", spy)
+    monkeypatch.setattr(cli.options, "load", spy)
     out, _ = ask(picture, "--prompt", "caption en", "--dtype", dtype)
     assert len(out.splitlines()) >= 2
     assert loaded == [getattr(torch, dtype)]
@@ -529,7 +529,7 @@ def test_pictures_that_are_refused(
     def too_early(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was loaded before the pictures were looked at")
 
-    monkeypatch.setattr(cli.options, "load_paligemma", too_early)
+    monkeypatch.setattr(cli.options, "load", too_early)
     line = ask.refused(picture, path, "--prompt", "caption en")
     assert re.search(message, line)
     assert str(path) in line
@@ -633,21 +633,21 @@ def break_folder(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing config", "has no config.json: is it the folder of a checkpoint"),
-        ("config is no JSON", r"config.json cannot be read .*: get the file again"),
-        ("other system", "type 'llava', and only paligemma writes answers: choose another"),
-        ("no answers", "type 'clip', and only paligemma writes answers: choose another"),
-        ("pickled only", "pytorch_model.bin: a pickle can run code .* Get the safetensors version"),
+        ("missing config", "has no config.json: is it a checkpoint folder"),
+        ("config is no JSON", r"config.json cannot be read .*: download the file again"),
+        ("other system", "type 'llava', and only paligemma can write answers: choose another"),
+        ("no answers", "type 'clip', and only paligemma can write answers: choose another"),
+        ("pickled only", "pytorch_model.bin: a pickle can run code .* Download the safetensors version"),
         ("no weights", "has neither model.safetensors nor .*: download the weights"),
-        ("truncated", "model.safetensors is damaged or incomplete .*: get it again"),
-        ("missing shard", "lacks model-00002-of-00002.safetensors, named in .*: get the folder again"),
-        ("NaN", r"NaN or infinity in multi_modal_projector\S*bias: it is damaged, get it again"),
+        ("truncated", "model.safetensors is damaged or incomplete .*: download it again"),
+        ("missing shard", "lacks model-00002-of-00002.safetensors, named in .*: download the folder again"),
+        ("NaN", r"NaN or infinity in multi_modal_projector\S*bias: it is damaged, download it again"),
         ("missing tensor", "1 missing: multi_modal_projector.linear.bias"),
         ("other shape", r"multi_modal_projector.linear.bias is \[7\], expected \[128\]"),
         ("no tokenizer", "has no tokenizer.json"),
         ("damaged tokenizer", "is not a tokenizer .*: download it again"),
         ("no preprocessor", "has no preprocessor_config.json"),
-        ("picture of another size", "the picture's side is 128 by config.json and 64 by preprocessor_config"),
+        ("picture of another size", "the picture's side is 128 in config.json and 64 in preprocessor_config"),
         ("nothing", "is neither a folder nor a repo id"),
     ],
 )
@@ -696,14 +696,19 @@ def test_evaluations_that_are_refused(
         (["eval", "--scenes", "many"], "invalid int value: 'many'"),
         (["eval", "--columns", "held-out"], "invalid choice: 'held-out' (choose from"),
         (["train", "--workers", "-1"], "'-1' is not a whole number from 0 on"),
-        (["train", "--freeze", "head"], "invalid choice: 'head'"),
-        (["train", "--on-bad-line", "guess"], "invalid choice: 'guess'"),
-        (["train-masks"], "required: --out"),
-        (["train-masks", "--out", "a.npz", "--steps", "0"], "'0' is not a whole number above 0"),
+        (["finetune", "--freeze", "head"], "invalid choice: 'head'"),
+        (["finetune", "--on-bad-line", "guess"], "invalid choice: 'guess'"),
+        (["train-codebook"], "required: --out"),
+        (["train-codebook", "--out", "a.npz", "--steps", "0"], "'0' is not a whole number above 0"),
         (["train", "--threads", "0"], "'0' is not a whole number above 0"),
         (["train", "--save-every", "0"], "'0' is not a whole number above 0"),
         (["train", "--threads", "two"], "'two' is not a whole number above 0"),
         (["train", "--muon-lr", "fast"], "invalid float value: 'fast'"),
+        (["train", "--epochs", "2"], "unrecognized arguments: --epochs 2"),
+        (["finetune", "--data", "a.jsonl", "--muon-lr", "1"], "unrecognized arguments: --muon-lr 1"),
+        (["finetune"], "required: --data"),
+        (["train-contrastive", "--objective", "answers"], "invalid choice: 'answers'"),
+        (["train-contrastive", "--epochs", "2"], "unrecognized arguments: --epochs 2"),
     ],
 )
 def test_command_lines_that_are_refused(
@@ -717,7 +722,26 @@ def test_command_lines_that_are_refused(
     assert err.count("\n") == 1
     assert re.match(r"minivlm( [\w-]+)?: error: ", err)
     assert message in err
-    assert re.search(r"\(see minivlm( [\w-]+)? --help\)$", err.rstrip())
+    assert re.search(r"\(see \S*(python\S* -m )?minivlm( [\w-]+)? --help\)$", err.rstrip())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "old", "new"),
+    [
+        (["train", "--data", "my.jsonl", "--epochs", "5"], "train --data", "finetune"),
+        (["train", "--out", "runs/x", "--data=my.jsonl"], "train --data", "finetune"),
+        (["train", "--objective", "siglip"], "train --objective", "train-contrastive"),
+        (["train", "--data", "my.jsonl", "--objective=lit"], "train --objective", "train-contrastive"),
+        (["train-masks", "--out", "a.npz"], "train-masks", "train-codebook"),
+    ],
+)
+def test_old_spellings_name_the_new_command(
+    arguments: list[str], old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert one_line(err) == f"minivlm {old} is now minivlm {new}: see minivlm {new} --help"
 
 
 def test_a_refusal_of_a_real_process(picture: Path) -> None:
@@ -732,7 +756,7 @@ def test_a_mistake_of_ours_is_not_taken_for_one_of_the_user(
     def wrong(*args: Any, **kwargs: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cli.options, "load_paligemma", wrong)
+    monkeypatch.setattr(cli.options, "load", wrong)
     with pytest.raises(ValueError, match="a bug"):
         ask(picture, "--prompt", "caption en")
 
@@ -744,7 +768,7 @@ def test_ctrl_c(ask: Ask, picture: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.options, "load_paligemma", stop)
+    monkeypatch.setattr(cli.options, "load", stop)
     out, err = ask(picture, "--prompt", "caption en", code=130)
     assert (out, err) == ("", "minivlm: stopped\n")
 
@@ -847,7 +871,7 @@ def test_demo(
     """In the repository with its samples, elsewhere with samples drawn on the spot."""
     model, processor = minivlm.load(folder)
     monkeypatch.setattr(model, "generate", lambda input_ids, **rest: answers(processor, input_ids))
-    monkeypatch.setattr(cli.demo, "load_paligemma", lambda: (model, processor))
+    monkeypatch.setattr(cli.demo, "load_answering", lambda: (model, processor))
     monkeypatch.chdir(tmp_path)
     if in_repository:
         Path("figures/samples").mkdir(parents=True)
@@ -886,7 +910,7 @@ def test_damaged_samples(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli.demo, "load_paligemma", lambda: minivlm.load(folder))
+    monkeypatch.setattr(cli.demo, "load_answering", lambda: minivlm.load(folder))
     monkeypatch.chdir(tmp_path)
     Path("figures/samples").mkdir(parents=True)
     if content is not None:
@@ -905,8 +929,9 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
-    models = {"demo", "ask", "look", "train", "train-masks", "eval"}
-    assert {line.split()[1] for line in examples} == models | {"doctor", "workshop", "progress"}
+    training = {"train", "finetune", "train-contrastive", "train-codebook"}
+    others = {"demo", "ask", "look", "eval", "doctor", "workshop", "progress"}
+    assert {line.split()[1] for line in examples} == training | others
     assert cli.EXAMPLES in out
 
 
@@ -922,11 +947,10 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
     ("name", "wanted"),
     [
         ("ask", ["--prompts-file", "--json", "--draw", "--temperature", "segment red circle"]),
-        (
-            "train",
-            ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens", "--freeze", "suffix"],
-        ),
-        ("train-masks", ["--steps", "(default: "]),
+        ("train", ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens"]),
+        ("finetune", ["--resume", "--no-bf16", "--freeze", "suffix", "(default: runs/tuned)"]),
+        ("train-contrastive", ["--resume", "--teacher", "distill", "(default: 0.002)", "runs/OBJECTIVE"]),
+        ("train-codebook", ["--steps", "(default: "]),
         ("eval", ["--scenes", "(default: 2000)", "--json", "unseen_pairs"]),
         ("demo", ["--out"]),
         ("look", ["--prompt", "--out", "--no-occlusion", '(default: "caption en")']),

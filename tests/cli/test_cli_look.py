@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from minivlm.cli import main
-from minivlm.looking import looking as plots
+from minivlm.looking import plots
 from minivlm.looking.hover import hover_page
 from minivlm.looking.inspection import inspect_match
 from minivlm.models.vit import ViT

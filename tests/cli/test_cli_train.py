@@ -20,7 +20,7 @@ from small_run import CONFIG, files, step_of
 import minivlm
 from minivlm import cli
 from minivlm.cli import main
-from minivlm.evaluation.scoring import Metric
+from minivlm.evaluation.tables import Metric
 from minivlm.training import scratch
 from minivlm.training.finetuning import FinetuningConfig
 from minivlm.training.loop import Loop, read_log
@@ -125,7 +125,7 @@ def test_recipes_that_are_refused(
     assert re.search(message, one_line(capsys.readouterr().err))
 
 
-# Pictures of one's own
+# Your own pictures
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +153,14 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tune(start: Path, data: Path) -> list[str]:
-    """`minivlm train` on these lines, nine steps long."""
+    """`minivlm finetune` on these lines, nine steps long."""
     return [
-        "train", "--data", str(data), "--model", str(start), "--out", str(data.parent / "tuned"),
+        "finetune", "--data", str(data), "--model", str(start), "--out", str(data.parent / "tuned"),
         "--batch-size", "2", "--epochs", "3", "--no-bf16",
     ]  # fmt: skip
 
 
-def test_train_on_pictures_of_ones_own(
-    tune: list[str], data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finetune(tune: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """To the end, and on with the command that is printed there."""
     out = data.parent / "tuned"
     assert main([*tune, "--validation", str(data), "--measure-every", "5"]) == 0
@@ -170,7 +168,7 @@ def test_train_on_pictures_of_ones_own(
     assert err == ""
     assert re.search(rf"Exact answers to {data}: 0.000 at step 0, \d.\d\d\d at step 9.", printed)
     command = printed.splitlines()[-1].strip()
-    assert command == f"minivlm ask {data.parent / 'red.png'} --prompt 'what color?' --model {out}"
+    assert command.endswith(f" ask {data.parent / 'red.png'} --prompt 'what color?' --model {out}")
     assert main(["ask", str(data.parent / "red.png"), "--prompt", "what color?", "--model", str(out)]) == 0
     assert [line["step"] for line in read_log(out / "log.csv")] == [0, 5, 9]
     assert {"state.safetensors", "model.safetensors", "log.csv", "loss.png"} < files(out)
@@ -181,23 +179,21 @@ def test_train_on_pictures_of_ones_own(
     assert "other settings (lr None -> 0.1)" in one_line(capsys.readouterr().err)
 
 
-def test_every_option_for_pictures_of_ones_own(
-    start: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_option_for_your_own_pictures(start: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Calls = []
 
     def finetune(*args: Any, **options: Any) -> Any:
         calls.append((*args, options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.train, "finetune", finetune)
-    assert main(["train", "--data", str(data)]) == 130
+    monkeypatch.setattr(cli.finetune, "finetune", finetune)
+    assert main(["finetune", "--data", str(data)]) == 130
     defaults = {"loop": Loop(device=CPU), "warn": None}
     assert calls[-1] == (Path("runs/tuned"), FinetuningConfig(), data, None, defaults)
     arguments = ["--validation", "v.jsonl", "--model", str(start), "--steps", "5", "--batch-size", "3"]
     arguments += ["--accumulate", "2", "--lr", "0.5", "--warmup-steps", "7", "--seed", "9", "--bf16"]
     arguments += ["--freeze", "decoder", "--freeze", "tower", "--max-length", "99", "--on-bad-line", "skip"]
-    assert main(["train", "--data", str(data), *arguments, "--measure-every", "4"]) == 130
+    assert main(["finetune", "--data", str(data), *arguments, "--measure-every", "4"]) == 130
     *args, options = calls[-1]
     config = FinetuningConfig(
         model=str(start), seed=9, steps=5, batch_size=3, accumulate=2, lr=0.5, warmup_steps=7,
@@ -211,11 +207,6 @@ def test_every_option_for_pictures_of_ones_own(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--pictures", "9"],
-            "--pictures is part of the drawn world's recipe: leave it out, or leave out --data",
-        ),
-        (["--muon-lr", "0.1"], "--muon-lr is part of the drawn world's recipe"),
         (["--epochs", "2", "--steps", "3"], "epochs and steps are both given"),
         (["--epochs", "0"], "epochs is 0: choose a number from 1"),
         (["--lr", "nan"], "lr is nan"),
@@ -232,28 +223,36 @@ def test_options_that_are_refused(
     arguments: list[str], message: str, data: Path, start: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = data.parent / "tuned"
-    fixed = ["train", "--data", str(data), "--no-bf16", "--out", str(out), "--model", str(start)]
+    fixed = ["finetune", "--data", str(data), "--no-bf16", "--out", str(out), "--model", str(start)]
     assert main([*fixed, *arguments]) == 2
     err = capsys.readouterr().err
     assert re.search(message, err if "bad lines" in message else one_line(err))
     assert not (out / "model.safetensors").exists()
 
 
+OF_DATA = ("--data", "--validation", "--model", "--on-bad-line", "--steps", "--batch-size", "--lr")
+OF_FINETUNING = ("--epochs", "--accumulate", "--freeze")
+OF_THE_DRAWN_WORLD = ("--pictures", "--muon-lr", "--packed-steps", "--text-layers", "--clip")
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("command", "foreign"),
     [
-        ["--lr", "0.1"], ["--epochs", "2"], ["--steps", "9"], ["--batch-size", "2"], ["--accumulate", "2"],
-        ["--freeze", "tower"], ["--max-length", "99"], ["--on-bad-line", "skip"], ["--model", "runs/tiny"],
-        ["--validation", "v.jsonl"],
+        ("train", (*OF_DATA[1:], *OF_FINETUNING, "--teacher", "--max-length")),  # --data has moved
+        ("finetune", (*OF_THE_DRAWN_WORLD, "--objective", "--teacher")),
+        ("train-contrastive", (*OF_FINETUNING, *OF_THE_DRAWN_WORLD[:3])),
+        ("train-codebook", (*OF_DATA[:4], *OF_FINETUNING, *OF_THE_DRAWN_WORLD, "--resume")),
     ],
-)  # fmt: skip
-def test_options_that_need_pictures_of_ones_own(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+)
+def test_options_of_other_commands(
+    command: str, foreign: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", "--out", str(tmp_path / "run"), *arguments]) == 2
-    wanted = f"{arguments[0]} is for pictures of your own: add --data FILE.jsonl, or leave it out"
-    assert one_line(capsys.readouterr().err) == wanted
-    assert not (tmp_path / "run").exists()
+    required = {"finetune": ["--data", "d"], "train-codebook": ["--out", "o"]}.get(command, [])
+    for option in foreign:
+        with pytest.raises(SystemExit) as exit:
+            main([command, *required, option, "1"])
+        assert exit.value.code == 2
+        assert f"error: unrecognized arguments: {option} 1" in capsys.readouterr().err
 
 
 def test_bad_lines_are_listed(tune: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,13 +266,13 @@ def test_bad_lines_are_listed(tune: list[str], data: Path, capsys: pytest.Captur
     assert lines[1].startswith("  line 7: not JSON (")
     assert lines[2] == f"  line 8: {data.parent}/no such.png: no such file: check the path of the picture"
     assert lines[-2] == "  and 3 more"
-    assert lines[-1] == "Mend them, or leave them out with --on-bad-line skip"
+    assert lines[-1] == "Fix them, or skip them with --on-bad-line skip"
     assert len(lines) == 13
     assert main([*tune, "--on-bad-line", "skip"]) == 0
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert lines[0] == f"minivlm: warning: {data} has 13 bad lines:"
-    assert lines[-1] == "They are left out"
+    assert lines[-1] == "They are skipped"
     assert "The model is in" in out
 
 
@@ -316,26 +315,26 @@ def test_ctrl_c_and_kill_while_training(tune: list[str], data: Path) -> None:
     assert len(lines) == steps[-1] // 10
 
 
-# Masks
+# The codebook of masks
 
 
-def test_train_masks(
+def test_train_codebook(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: Calls = []
     monkeypatch.setattr(
-        cli.train_masks, "train_masks", lambda *args, **options: calls.append((*args, options))
+        cli.train_codebook, "train_masks", lambda *args, **options: calls.append((*args, options))
     )
     out = tmp_path / "masks.npz"
-    assert main(["train-masks", "--out", str(out), "--steps", "3", "--seed", "4"]) == 0
+    assert main(["train-codebook", "--out", str(out), "--steps", "3", "--seed", "4"]) == 0
     assert calls == [(out, {"steps": 3, "seed": 4})]
     assert capsys.readouterr().out == f"The codebook is in {out}.\n"
 
 
-def test_train_masks_for_a_moment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_codebook_for_a_moment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "masks.npz"
-    assert main(["train-masks", "--out", str(out), "--steps", "2"]) == 0
+    assert main(["train-codebook", "--out", str(out), "--steps", "2"]) == 0
     assert minivlm.processing.MaskCodebook.from_file(out)
     (tmp_path / "file").touch()
-    assert main(["train-masks", "--out", str(tmp_path / "file" / "x.npz"), "--steps", "1"]) == 2
+    assert main(["train-codebook", "--out", str(tmp_path / "file" / "x.npz"), "--steps", "1"]) == 2
     assert "cannot write" in one_line(capsys.readouterr().err)

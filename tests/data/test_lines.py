@@ -1,4 +1,4 @@
-"""A user's lines are all looked at before training begins, and a bad one is named by number and mistake."""
+"""All of a user's lines are checked before training begins, and a bad one is named by number and mistake."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_good_lines(read: Callable[..., list[Sample]], folder: Path) -> None:
         b'\xef\xbb\xbf{"image": "a.png", "prefix": "p", "suffix": "s"}\n',  # a BOM
         b'\r\n\n{"image": "a.png", "prefix": "p", "suffix": "s"}\r\n\r\n   \n\n',
         b'  {"image": "a.png", "prefix": "p", "suffix": "s"}  ',
-        '\n{"image": "a.png", "prefix": "p", "suffix": "s\u2028\x85"}'.encode(),  # these end no line of JSON
+        '\n{"image": "a.png", "prefix": "p", "suffix": "s\u2028\x85"}'.encode(),  # no ends of a JSON line
     ],
 )
 def test_blank_lines_and_a_bom(content: bytes, read: Callable[..., list[Sample]]) -> None:
@@ -146,21 +146,21 @@ def test_blank_lines_and_a_bom(content: bytes, read: Callable[..., list[Sample]]
         (changed(suffix="<loc0512><loc0128><loc0256><loc0640> crate"), "has no area: expected y0 < y1"),
         (changed(suffix="<loc0256><loc0128><loc0512><loc0128> crate"), "has no area"),
         (changed(suffix=f"{BOX}{MASK[:24]} crate"), f"3 <seg> after the box {BOX}: a mask has 16"),
-        (changed(suffix=f"{MASK} crate"), "<seg> that do not follow a box"),
+        (changed(suffix=f"{MASK} crate"), "<seg> without a box before it"),
     ],
 )  # fmt: skip
 def test_bad_lines(line: Any, message: str, read: Callable[..., list[Sample]]) -> None:
-    """Refused with its number, or left out with a warning."""
+    """Refused with its number, or skipped with a warning."""
     message = message.replace("keys (", r"keys \(").replace("')", r"'\)")
     with pytest.raises(BadLines, match=rf"train.jsonl has 1 bad line: line 3: .*{message}") as caught:
         read(GOOD, "", line, GOOD)
-    assert str(caught.value).endswith("Mend them, or leave them out with --on-bad-line skip")
+    assert str(caught.value).endswith("Fix them, or skip them with --on-bad-line skip")
     warnings: list[BadLines] = []
     samples = read(GOOD, "", line, GOOD, warn=warnings.append)
     assert [sample.line for sample in samples] == [1, 4]
     (warning,) = warnings
     assert warning.reasons == caught.value.reasons
-    assert str(warning).endswith("They are left out")
+    assert str(warning).endswith("They are skipped")
 
 
 def test_many_bad_lines(read: Callable[..., list[Sample]]) -> None:
@@ -181,14 +181,16 @@ def test_many_bad_lines(read: Callable[..., list[Sample]]) -> None:
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("lines", [(), ("", " "), ("{", "["), (b"\xef\xbb\xbf",)])
 def test_nothing_to_train_on(lines: tuple[Any, ...], skip: bool, read: Callable[..., list[Sample]]) -> None:
-    message = "2 bad lines" if lines and lines[0] == "{" and not skip else "holds nothing to train on: "
+    message = "2 bad lines" if lines and lines[0] == "{" and not skip else "contains nothing to train on: "
     with pytest.raises(InputError, match=message):
         read(*lines, **({"warn": lambda warning: None} if skip else {}))
 
 
 def test_a_file_that_cannot_be_read(folder: Path, processor: Processor) -> None:
     for path in (folder / "missing.jsonl", folder):
-        with pytest.raises(InputError, match=r"cannot be read \(.*\): give a file with JSON lines"):
+        with pytest.raises(
+            InputError, match=r"cannot be read \(.*\): expected a file with one JSON object per line"
+        ):
             read_samples(path, processor, 512)
 
 
@@ -213,7 +215,7 @@ def test_what_only_looks_special_is_text(text: str, read: Callable[..., list[Sam
 def test_good_pictures_are_not_decoded(
     read: Callable[..., list[Sample]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which would take minutes for thousands of photographs; and each is looked at once."""
+    """That would take minutes for thousands of photographs. Each is checked only once."""
     looked_at: list[Path] = []
     is_whole = lines._is_whole
     monkeypatch.setattr(lines, "_is_whole", lambda path: looked_at.append(path) or is_whole(path))

@@ -1,4 +1,4 @@
-"""Lines of pictures with captions: all are looked at, and bad ones are named."""
+"""Lines of pictures with captions: all are checked, and bad ones are named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_good_lines(tmp_path: Path) -> None:
     [
         ({"text": None}, 'line 2: "text" is null: expected text'),
         ({"text": " "}, 'line 2: "text" is empty'),
-        ({"text": "a " * 40}, "line 2: its text has 41 tokens, and the model reads 27 at most"),
+        ({"text": "a " * 40}, "line 2: its text has 41 tokens, but the model reads at most 27"),
         ({"image": "no.png"}, "line 2: .*no.png: no such file"),
         ({"text": "\ud800"}, "line 2: .*Unicode"),
     ],
@@ -51,5 +51,7 @@ def test_another_name_for_the_caption(tmp_path: Path) -> None:
     path.write_text('{"image": "0.png", "caption": "a small red circle"}')
     with pytest.raises(BadLines, match="line 1: no \"text\" among its keys \\('image', 'caption'\\)"):
         read_pairs(path, [])
-    with pytest.raises(InputError, match=r'every line is bad, .* Write {"image", "text"}, one object a line'):
+    with pytest.raises(
+        InputError, match=r'every line is bad, .* Write {"image", "text"}, one object per line'
+    ):
         read_captions(path)

@@ -1,4 +1,4 @@
-"""Losses across real processes equal the loss of the whole batch in one, and nobody waits for ever."""
+"""Losses across real processes equal the loss of the whole batch in one, and no process waits forever."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ NAMES = [exchange.__name__ for exchange in EXCHANGES]
 
 @pytest.fixture(scope="module", params=SIZES)
 def everyone(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What each process found in all cases: they are started once for each number of processes."""
+    """What each process found in all cases; processes are started once for each group size."""
     return distributed.run(request.param, cases.all_cases)
 
 
 def assemble(everyone: list[dict[str, Any]], name: str) -> dict[str, Tensor]:
-    """Of all processes: the rows one after the other, and the mean of what each of them has."""
+    """From all processes: their rows one after the other, and the mean of everything else."""
     shares = [found[name] for found in everyone]
     return {
         key: (torch.cat if key in ("images", "texts") else lambda x: torch.stack(x).mean(dim=0))(
@@ -110,7 +110,7 @@ def test_clip_with_gathered_gradients_equals_the_whole_batch(everyone: list[dict
 
 
 def test_clip_without_gathered_gradients(everyone: list[dict[str, Any]]) -> None:
-    """The whole loss: the gradient itself, which a mean over processes then divides by W. Local: wrong."""
+    """The whole loss: the gradient itself, which averaging over processes divides by W. Local: wrong."""
     expected = whole(losses.clip_loss, bias=False)
     full, local = (assemble(everyone, f"clip {local} False") for local in (False, True))
     for key in ("loss", "scale"):
@@ -120,7 +120,7 @@ def test_clip_without_gathered_gradients(everyone: list[dict[str, Any]]) -> None
         assert_equal(full[key], expected[key])
         for factor in (1, len(everyone)):
             assert_differs(local[key] / factor, expected[key])
-        # By no factor at all: they do not even point the same way.
+        # No factor would fix it: they do not even point the same way.
         cosine = torch.cosine_similarity(local[key].flatten(), expected[key].flatten(), dim=0)
         assert cosine < 0.99
 
@@ -139,11 +139,11 @@ def test_batches_that_differ_are_refused_everywhere(everyone: list[dict[str, Any
     b = cases.N // len(everyone)
     for found in everyone:
         for name in ("unequal", "unequal, clip"):
-            assert found[name].startswith("ValueError: the processes bring different batches. process 0: ")
+            assert found[name].startswith("ValueError: the processes have different batches. process 0: ")
             assert f"process 1: {b - 1} pictures [8, float32] and {b - 1} texts [8, float32]" in found[name]
             assert "drop_last=True" in found[name]
         assert f"process 1: {b - 1} pictures [8, float32] and {b} texts [8, float32]" in found["unpaired"]
-        assert "no matrix of floats" in found["no matrix"]
+        assert "not a matrix of floats" in found["no matrix"]
         assert f"{b} texts [8, bfloat16]" in found["precision"]
         assert f"{b} texts [8, float32, with gradient]" in found["gradients"]
         assert f"{b - 1} pictures and {b} texts in each process" in found["unpaired everywhere"]
@@ -157,7 +157,7 @@ def test_a_neighbor_that_does_not_come(everyone: list[dict[str, Any]]) -> None:
         if rank == 1:
             continue
         assert found["late"].startswith(f"ExchangeError: process {rank} of {len(everyone)} waited in vain")
-        assert "start all of them again" in found["late"]
+        assert "restart all of them" in found["late"]
         assert found["waited"] < 15
 
 
@@ -183,7 +183,7 @@ def test_the_first_error_is_named() -> None:
 
 def test_time_is_limited_and_nobody_stays() -> None:
     start = time.monotonic()
-    with pytest.raises(ProcessError, match=r"2 of 3 processes are not done: 1, 2\. They were stopped"):
+    with pytest.raises(ProcessError, match=r"2 of 3 processes have not finished: 1, 2\. They were stopped"):
         distributed.run(3, cases.hangs, timeout=3.0)
     assert time.monotonic() - start < 30
 

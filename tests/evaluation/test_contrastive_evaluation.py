@@ -74,7 +74,7 @@ def test_an_oracle_is_always_right(monkeypatch: pytest.MonkeyPatch) -> None:
     true = count_words(processor.tokenizer([scene.caption() for scene in scenes]))
     monkeypatch.setattr(contrastive, "encode", lambda *args: (true, None))
     scores = zero_shot_scores(model, processor, scenes, [])
-    assert {name: (score.value, score.chance, score.cases) for name, score in scores.items()} == {
+    assert {name: (score.value, score.baseline, score.cases) for name, score in scores.items()} == {
         "zero-shot color": (1.0, 1 / 8, 30),
         "zero-shot shape": (1.0, 1 / 4, 30),
     }
@@ -89,7 +89,7 @@ def test_both_directions_of_retrieval() -> None:
     scores = retrieval_scores(matrix)
     assert scores["image to text recall@1"].value == 0.5
     assert scores["text to image recall@1"].value == 1.0
-    assert scores["image to text recall@1"].chance == 0.5
+    assert scores["image to text recall@1"].baseline == 0.5
     assert scores["image to text median rank"].value == 1
     assert list(scores) == [
         f"{way} {what}"
@@ -122,8 +122,8 @@ def test_several_captions_of_a_picture(tmp_path: Path) -> None:
     scores = evaluate_own_pairs(model, processor, pairs, progress=False)
     images, texts = scores["image to text recall@1"], scores["text to image recall@1"]
     assert (images.cases, texts.cases) == (2, 4)
-    assert images.chance == pytest.approx((2 / 4 + 3 / 4) / 2)
-    assert texts.chance == pytest.approx((0.5 + 1 + 0.5 + 0.5) / 4)  # "blue" fits both
+    assert images.baseline == pytest.approx((2 / 4 + 3 / 4) / 2)
+    assert texts.baseline == pytest.approx((0.5 + 1 + 0.5 + 0.5) / 4)  # "blue" fits both
     assert scores["image to text recall@5"].value == 1
 
 

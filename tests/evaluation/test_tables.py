@@ -17,8 +17,8 @@ from minivlm.evaluation import answers, evaluate, make_questions, score
 from minivlm.evaluation.answers import questions_of
 from minivlm.evaluation.baselines import text_only_answers
 from minivlm.evaluation.columns import CHANGES, COLUMNS, EVALUATION_STREAM
-from minivlm.evaluation.scoring import Metric, Question
-from minivlm.evaluation.tables import as_json, as_text
+from minivlm.evaluation.scoring import Question
+from minivlm.evaluation.tables import Metric, as_json, as_text
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 from minivlm.training.recipe import TrainingConfig, build
@@ -103,8 +103,8 @@ def test_evaluation_scenes_are_no_training_scenes() -> None:
 @pytest.fixture(scope="module")
 def asked() -> dict[str, list[Question]]:
     """The questions of every column; those of the browser where there is one."""
-    some = [name for name in COLUMNS if name != "browser" or find_browser() is not None]
-    return {name: questions_of(COLUMNS[name], 60, 3, 64) for name in some}
+    names = [name for name in COLUMNS if name != "browser" or find_browser() is not None]
+    return {name: questions_of(COLUMNS[name], 60, 3, 64) for name in names}
 
 
 def test_unseen_pairs_are_in_their_column_only(asked: dict[str, list[Question]]) -> None:
@@ -145,8 +145,8 @@ def test_columns_look_as_they_are_called(asked: dict[str, list[Question]]) -> No
     assert 150 < max(grounds) <= 160
     angles = [thing.angle for q in asked["turned"] for thing in q.scene.things]
     assert (min(angles), max(angles)) == (-15, 15)
-    for name, some in asked.items():
-        assert name == "other_grays" or all(q.scene.background >= 165 for q in some)
+    for name, questions in asked.items():
+        assert name == "other_grays" or all(q.scene.background >= 165 for q in questions)
     for name in ("held_out", "unseen_pairs", "other_grays", "turned", "text_only"):
         assert all(q.picture.tobytes() == q.scene.draw(64).tobytes() for q in asked[name][::25])
     scenes = [q.scene for q in asked["matplotlib"][::25]]
@@ -262,7 +262,7 @@ def test_a_browser_that_fails_does_so_before_any_answer(
     with pytest.raises(InputError, match="true drew nothing"):
         evaluate(*untrained, scenes=2, progress=False)
     monkeypatch.setenv("MINIVLM_CHROMIUM", "/no/such/program")
-    with pytest.raises(InputError, match="which is no program"):
+    with pytest.raises(InputError, match="which is not a program"):
         evaluate(*untrained, scenes=2, progress=False)
     assert right == []
     evaluate(*untrained, scenes=2, progress=False, columns=("held_out",))  # which does not need it

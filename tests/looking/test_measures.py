@@ -1,4 +1,4 @@
-"""Numbers about the inside of a model: against naive loops, and in cases whose result is known."""
+"""Measures of a model's internals: against naive loops, and in cases with known results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_components_rebuild_the_filters() -> None:
 
 
 def test_filters_of_one_kind_have_one_component() -> None:
-    """The mean of all filters is not a component: what differs is."""
+    """The mean of all filters is not a component: only differences from it are."""
     pattern, offset = random(1, 3, 4, 4), 5 * random(1, 3, 4, 4, seed=1)
     components, shares = measures.filter_components(offset + random(10, 1, 1, 1, seed=2) * pattern)
     assert shares[0].item() == pytest.approx(1)
@@ -100,7 +100,7 @@ def test_attention_entropy() -> None:
         -sum(float(p) * math.log(float(p)) for p in weights[:, head].flatten()) / (2 * 4) for head in range(3)
     ]
     assert measures.attention_entropy(weights).tolist() == pytest.approx(naive, rel=1e-5)
-    known = torch.stack([torch.eye(8), torch.full((8, 8), 1 / 8)])[None]  # zeros are no NaN
+    known = torch.stack([torch.eye(8), torch.full((8, 8), 1 / 8)])[None]  # zeros give no NaN
     assert measures.attention_entropy(known).tolist() == pytest.approx([0, math.log(8)], abs=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_rollout_equals_loops() -> None:
 
 
 def test_rollout_goes_from_the_first_layer_to_the_last() -> None:
-    """Token 1 reads token 0 in the first layer, token 2 reads token 1 in the second: a way from 0 to 2."""
+    """Token 1 reads token 0 in the first layer, token 2 reads token 1 in the second: a path from 0 to 2."""
     first, second = torch.eye(3), torch.eye(3)
     first[1], second[2] = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
     there = measures.attention_rollout([first[None, None], second[None, None]])[0]
@@ -145,7 +145,7 @@ def test_rollout_goes_from_the_first_layer_to_the_last() -> None:
 
 
 def test_nearest_words() -> None:
-    table = torch.tensor([[1.0, 0.0], [0.0, 9.0], [1.0, 1.0], [0.0, 0.0]])  # a row of zeros is no NaN
+    table = torch.tensor([[1.0, 0.0], [0.0, 9.0], [1.0, 1.0], [0.0, 0.0]])  # a row of zeros gives no NaN
     cosines, ids = measures.nearest_words(torch.tensor([[5.0, 1.0], [-0.1, 3.0]]), table, k=2)
     assert ids.tolist() == [[0, 2], [1, 2]]
     expected = [[5 / math.sqrt(26), 6 / math.sqrt(52)], [3 / math.sqrt(9.01), 2.9 / math.sqrt(18.02)]]
@@ -203,11 +203,11 @@ def test_log_odds() -> None:
     torch.testing.assert_close(
         measures.log_odds(logits, ids).double(), (p / (1 - p)).log(), atol=1e-5, rtol=0
     )
-    sure = torch.tensor([[60.0, 0.0]])  # the probability is 1 in fp32, the log-odds are not infinite
+    sure = torch.tensor([[60.0, 0.0]])  # the probability is 1 in fp32, but the log-odds are finite
     assert measures.log_odds(sure, torch.tensor([0])).tolist() == [60]
 
 
-# What is kept while a model answers
+# What is recorded while a model answers
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_shapes_and_sums(seen: Inspection) -> None:
 
 
 def test_sureness_is_that_of_the_full_forward_pass(seen: Inspection) -> None:
-    """And the rows of attention are those of the positions that write the words."""
+    """And the attention rows are those of the positions that write the words."""
     from minivlm.attention import record_attention
 
     model, processor = load()

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import CLIPConfig as ReferenceConfig
 from transformers import CLIPModel
 
-from minivlm import CLIP, CLIPConfig, InputError, encoder_blocks
+from minivlm import CLIP, CLIPConfig, InputError, layers
 from minivlm.text import clip
 from minivlm.text.clip import CLIPTextConfig
 from minivlm.vision.clip import CLIPVisionConfig
 
-# bos, words, eos, padding; in the last row a second eos, as where padding is eos.
+# bos, words, eos, padding; the last row is padded with eos.
 IDS = torch.tensor(
     [
         [97, 5, 60, 7, 98, 0, 0, 0],
@@ -64,13 +64,13 @@ def test_every_hidden_state_of_the_image_tower(ours: CLIP, expected: Any):
     tower = ours.vision_model
     assert_all_equal(tower.hidden_states(PIXELS), output.hidden_states, 4)
     assert_equal(tower(PIXELS), output.last_hidden_state)
-    # transformers hands out the last norm's output in place of pooler_output, here before the projection
+    # transformers overwrites pooler_output with the projected vector, so pool its last hidden state
     assert_equal(ours.encode_image(PIXELS), ours.visual_projection(tower.pool(output.last_hidden_state)))
 
 
 @torch.no_grad()
 def test_every_hidden_state_of_the_text_tower(ours: CLIP, expected: Any):
-    """The reference was given a mask on the padding. Ours needs none: what is read lies before it."""
+    """The reference gets a mask on the padding. Ours needs none: what it reads comes before the padding."""
     output = expected.text_model_output
     real = (IDS != 0)[..., None]
     states = list(ours.text_model.hidden_states(IDS))
@@ -112,7 +112,7 @@ def test_loss_and_gradients(ours: CLIP, reference: CLIPModel):
 @torch.no_grad()
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
 def test_other_activations(tmp_path: Path, act: str):
-    """Models retrained by others have the exact GELU."""
+    """Models retrained by others use the exact GELU."""
     config = ReferenceConfig(
         vision_config=VISION | {"hidden_act": act}, text_config=TEXT | {"hidden_act": act}, projection_dim=8
     )
@@ -123,7 +123,7 @@ def test_other_activations(tmp_path: Path, act: str):
 
 @torch.no_grad()
 def test_the_end_is_the_highest_id_where_the_config_says_2(tmp_path: Path):
-    """As in the files of OpenAI. The id 2 itself is then an ordinary word."""
+    """As in OpenAI's files. The id 2 itself is then an ordinary token."""
     ids = IDS.clone()
     ids[0, 1] = 2
     reference = saved(CLIPModel(reference_config(eos_token_id=2)), tmp_path)
@@ -137,11 +137,11 @@ def test_the_end_is_the_highest_id_where_the_config_says_2(tmp_path: Path):
     assert_differs(wrong(ids, PIXELS).text_embeds, expected)
 
 
-# Each feature, made wrong
+# Each feature, broken on purpose
 
 
 def replace_activation(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoder_blocks.ACTIVATIONS, "quick_gelu", nn.functional.gelu)
+    monkeypatch.setitem(layers.ACTIVATIONS, "quick_gelu", nn.functional.gelu)
 
 
 def change_eps(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_transformers_loads_what_we_save(ours: CLIP, expected: Any, tmp_path: Pa
     assert_equal(again.logits_per_image, expected.logits_per_image)
 
 
-def test_position_ids_in_old_files_are_passed_over(ours: CLIP, folder: Path, tmp_path: Path):
+def test_position_ids_in_old_files_are_skipped(ours: CLIP, folder: Path, tmp_path: Path):
     """OpenAI's own folders hold these buffers, as integers."""
     tensors = load_file(folder / "model.safetensors")
     for name, length in (("text_model", 10), ("vision_model", 5)):
@@ -280,11 +280,11 @@ def test_the_old_parts_beat_the_new_ones():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "siglip"}, "model_type 'siglip', and this class computes 'clip'"),
+        ({"model_type": "siglip"}, "model_type 'siglip', but this class is for 'clip'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config has model_type"),
         ({"text_config": {"hidden_act": "relu"}}, "hidden_act is 'relu': only quick_gelu, gelu"),
-        ({"text_config": {"hidden_size": 30}}, "does not divide into 8 heads"),
-        ({"vision_config": {"patch_size": 300}}, "does not fit into image_size 224"),
+        ({"text_config": {"hidden_size": 30}}, "is not divisible by 8 heads"),
+        ({"vision_config": {"patch_size": 300}}, "does not fit in image_size 224"),
         ({"vision_config": [1]}, "expected an object"),
     ],
 )
@@ -301,7 +301,7 @@ def test_refused_configs(values: dict[str, Any], message: str):
     [
         (IDS.clone().where(IDS != 98, 4), r"row 1 of input_ids has no eos \(id 98\)"),
         (torch.stack([IDS[0], torch.full((8,), 3)]), r"row 2 of input_ids has no eos"),
-        (torch.full((1, 11), 98), "have 11 tokens, and this tower reads 10 at most"),
+        (torch.full((1, 11), 98), "have 11 tokens, but this tower reads at most 10"),
         (torch.full((5,), 98), r"shape \[5\], expected \[B, T\]"),
     ],
 )
@@ -321,12 +321,12 @@ def test_refused_pictures_and_pairs(ours: CLIP):
         ours.encode_image(torch.zeros(1, 3, 14, 28))
     with pytest.raises(ValueError, match="3 pictures and 4 texts"):
         ours(IDS, PIXELS, return_loss=True)
-    with pytest.raises(ValueError, match=r"pictures \[2, 20\] and of texts \[2, 24\] cannot be compared"):
+    with pytest.raises(ValueError, match=r"pictures \[2, 20\] and texts \[2, 24\] cannot be compared"):
         ours.logits(torch.zeros(2, 20), torch.zeros(2, 24))
 
 
 def test_half_precision(ours: CLIP, folder: Path):
-    """Pictures come in fp32 whatever the weights are."""
+    """Pictures are in fp32, whatever the dtype of the weights."""
     half = CLIP.from_pretrained(folder, dtype=torch.bfloat16)
     with torch.no_grad():
         logits = half(IDS, PIXELS).logits_per_image

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Gemma2Config as ReferenceConfig
 from transformers import Gemma2ForCausalLM
 
-from minivlm import Gemma2Config, InputError, layers, masks
+from minivlm import Gemma2Config, InputError, attention, masks
 from minivlm.cache import KVCache
 from minivlm.models.paligemma import build_decoder
 from minivlm.text import gemma2
@@ -97,7 +97,7 @@ def test_padded_rows(side: str):
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [20] + [1] * 20, [3, 17, 1, 19]], ids=str)
 def test_cached_decoding(pieces: list[int]):
-    """In pieces of any length, the numbers are those of the whole rows."""
+    """In pieces of any length, the logits are those of whole rows."""
     ours, reference = pair()
     cache = KVCache(
         TEXT.num_hidden_layers, len(INPUT_IDS), TEXT.num_key_value_heads, TEXT.head_dim, step=LENGTH
@@ -146,12 +146,12 @@ def test_narrow_finds_the_prefix(prefix: int, window: int):
     assert torch.equal(narrow(mask, positions, positions, window)[0, 0], expected)
 
 
-# Each of these is a mistake that a re-implementation has made.
+# Each of these is a mistake that some reimplementation has made.
 
 
 @pytest.fixture
 def check():
-    """Asserts that ours, broken by then, is far from the reference."""
+    """Asserts that our model, broken by now, is far from the reference."""
     ours, reference = pair()
 
     @torch.no_grad()
@@ -175,9 +175,9 @@ def test_missing_soft_cap_of_logits_is_noticed(check):
 
 
 def test_soft_cap_after_the_mask_is_noticed(check, monkeypatch: pytest.MonkeyPatch):
-    """The lowest number, capped, is a score like any other."""
+    """The lowest number, once capped, is a score like any other."""
     _, far = check
-    right = layers.additive
+    right = attention.additive
     monkeypatch.setattr(gemma2, "additive", lambda mask, dtype: right(mask, dtype).clamp(min=-2.0))
     far()
 
@@ -212,7 +212,7 @@ def test_window_in_the_odd_layers_is_noticed(check, monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         run(ours)
     other = {id(bias): index for index, bias in enumerate(biases[:2])}
-    assert len(other) == 2  # two masks, by turns
+    assert len(other) == 2  # two masks, alternating
     assert all(bias is biases[number % 2] for number, bias in enumerate(biases))
     for number, layer in enumerate(ours.layers):
         swapped = biases[1 - number % 2]
@@ -236,10 +236,10 @@ def test_missing_norm_after_a_part_is_noticed(check, name: str):
 
 
 def test_gemmas_order_of_norms_is_noticed(check, monkeypatch: pytest.MonkeyPatch):
-    """The norm after attention, taken for the one before the MLP as its name says in Gemma."""
+    """The norm after attention, mistaken for the one before the MLP, as in Gemma."""
     _, far = check
 
-    def wrong(self, x, mask, rotary, update_cache=None, wanted=None):
+    def wrong(self, x, mask, rotary, update_cache=None):
         x = x + self.self_attn(self.input_layernorm(x), mask, rotary, update_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -267,7 +267,7 @@ def test_config_both_ways():
 
 
 def test_the_defaults_are_those_of_transformers():
-    """What a config.json leaves out has transformers' default; the vocabulary is that of PaliGemma 2."""
+    """Missing fields get the defaults of transformers; only the vocabulary is PaliGemma 2's."""
     reference = Gemma2Config.from_dict(ReferenceConfig().to_dict())
     assert replace(reference, vocab_size=257216) == Gemma2Config()
 

@@ -1,4 +1,4 @@
-"""`minivlm.load`: a folder's name becomes a model and a processor that fit together, or a clear refusal."""
+"""`minivlm.load`: from a folder's name to a model and its matching processor, or to a clear error."""
 
 import json
 import subprocess
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import minivlm
 from minivlm import InputError, PaliGemma, Processor
 from minivlm.checkpoints import weights
+from minivlm.models.load import kind_of, load_answering, load_matching
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
 
 QUESTION = "what color is the circle"
@@ -50,7 +51,7 @@ def test_from_a_folder_to_an_answer(folder: Path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_answer_on_a_gpu(folder: Path):
-    """Every tensor that the model makes on its way is made where the weights are."""
+    """Every tensor that the model creates is on the device of the weights."""
     answers = []
     for device in ("cpu", "cuda"):
         model, processor = minivlm.load(folder, device=device)
@@ -63,14 +64,14 @@ def test_the_same_answer_on_a_gpu(folder: Path):
 
 def test_dtype_and_device(folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert next(minivlm.load(folder)[0].parameters()).dtype == torch.float32
-    monkeypatch.setattr(weights, "CHECKED_SIZE", 0)  # the meta device has no numbers to look at
+    monkeypatch.setattr(weights, "CHECKED_SIZE", 0)  # the meta device has no values to check
     model, _ = minivlm.load(folder, dtype=torch.bfloat16, device="meta")
     assert {(t.dtype, t.device.type) for t in model.parameters()} == {(torch.bfloat16, "meta")}
     assert {t.device.type for t in model.buffers()} == {"meta"}
 
 
 def test_the_models_config_says_how_many_image_tokens(folder: Path):
-    """Some published folders do not hold image_seq_length."""
+    """Some published folders lack image_seq_length."""
     values = json.loads((folder / "preprocessor_config.json").read_text())
     del values["image_seq_length"]
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
@@ -88,8 +89,28 @@ def test_another_system(folder: Path, model_type: str | None):
 
 def test_another_system_for_answers(folder: Path):
     edit(folder / "config.json", model_type="llava")
-    with pytest.raises(InputError, match=r"model of type 'llava', and only paligemma writes answers: choose"):
-        minivlm.models.load.load_paligemma(folder)
+    with pytest.raises(
+        InputError, match=r"model of type 'llava', and only paligemma can write answers: choose"
+    ):
+        load_answering(folder)
+
+
+def test_the_kind_of_a_folder(folder: Path):
+    """By config.json alone: the weights may not be there yet."""
+    assert kind_of(folder) == kind_of() == "answers"
+    (folder / "model.safetensors").unlink()
+    for name, kind in (("clip", "matches"), ("siglip", "matches"), ("vit", "classifies")):
+        edit(folder / "config.json", model_type=name)
+        assert kind_of(folder) == kind
+    edit(folder / "config.json", model_type="llava")
+    with pytest.raises(InputError, match="type 'llava', and only paligemma, clip, siglip, vit can be loaded"):
+        kind_of(folder)
+
+
+def test_a_model_that_answers_where_one_that_matches_is_wanted(folder: Path):
+    message = "type 'paligemma', and only clip, siglip can match pictures with texts: choose another"
+    with pytest.raises(InputError, match=message):
+        load_matching(folder)
 
 
 def test_another_decoder(folder: Path):
@@ -100,13 +121,15 @@ def test_another_decoder(folder: Path):
 
 
 def test_a_revision_of_a_folder(folder: Path):
-    with pytest.raises(InputError, match=r"is a folder here, and revision 'v1' belongs to a repo of the Hub"):
+    with pytest.raises(
+        InputError, match=r"is a local folder, but revision 'v1' belongs to a repo of the Hub"
+    ):
         minivlm.load(folder, revision="v1")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
 def test_a_dtype_that_nothing_computes_in(folder: Path, dtype: torch.dtype):
-    """Before the large files are looked at: here there are none."""
+    """Refused before the large files are read: here there are none."""
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=rf"{dtype}.*: (models compute in|use) torch.float32"):
         minivlm.load(folder, dtype=dtype)
@@ -130,7 +153,7 @@ def test_a_prompt_longer_than_the_context(folder: Path):
     model, processor = minivlm.load(folder)
     inputs = processor(Image.new("RGB", (50, 40), "red"), "red " * 70)
     tokens = inputs["input_ids"].shape[1]
-    message = f"has {tokens} tokens with its picture, .* context of 64: shorten the prompt by {tokens - 63}"
+    message = f"{tokens} tokens including its picture; .* context of 64: shorten the prompt by {tokens - 63}"
     with pytest.raises(InputError, match=message):
         model.generate(**inputs, max_new_tokens=5)
 
@@ -144,14 +167,14 @@ def test_missing_files(folder: Path, name: str):
 
 def test_files_of_two_checkpoints(folder: Path):
     edit(folder / "config.json", image_token_index=7)
-    with pytest.raises(InputError, match=r"the id of <image> is 7 by config.json and \d+ by tokenizer.json"):
+    with pytest.raises(InputError, match=r"the id of <image> is 7 in config.json and \d+ in tokenizer.json"):
         minivlm.load(folder)
 
 
 def test_pictures_of_another_size(folder: Path):
     edit(folder / "preprocessor_config.json", size={"height": 56, "width": 56})
     with pytest.raises(
-        InputError, match=r"the picture's side is 28 by config.json and 56 by preprocessor_config"
+        InputError, match=r"the picture's side is 28 in config.json and 56 in preprocessor_config"
     ):
         minivlm.load(folder)
 
@@ -172,7 +195,7 @@ def test_what_the_package_offers():
 
 
 def test_loading_imports_no_compiler():
-    """It takes seconds, and only random numbers on the meta device need it: here the file has the numbers."""
+    """It takes seconds, and is needed only for random numbers on the meta device: here, the file has them."""
     program = (
         "import sys, minivlm; from minivlm.models.load import SHIPPED;"
         "minivlm.PaliGemma.from_pretrained(SHIPPED); print('torch._dynamo' in sys.modules)"

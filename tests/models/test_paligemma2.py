@@ -22,7 +22,7 @@ from minivlm.models.sizes import DECODERS, IMAGE_SIZES, paligemma2_config
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
 from minivlm.text import gemma2
 
-# Words of prefix and suffix: the first row has both beyond the window of 8, the second neither.
+# Words of prefix and suffix: in the first row, both are beyond the window of 8; in the second, neither.
 PREFIXES, SUFFIXES = [16, 2, 9], [20, 3, 12]
 PICTURES = [True, False, True]
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
@@ -85,7 +85,7 @@ def test_logits_loss_and_every_layer_of_a_padded_batch(models, side: str):
 
 @pytest.mark.parametrize("prefix", [1, 2, 8, 30])
 def test_prefix_alone(models, prefix: int):
-    """All of it sees all of it, however far."""
+    """Every token sees every other, however far away."""
     batch = make_batch([prefix], [0], [True])
     ours, expected = outputs(models, without_labels(batch))
     assert_equal(ours.logits, expected.logits)
@@ -98,7 +98,7 @@ def test_text_alone(models):
 
 
 def test_gradients(models):
-    """The loss reaches the weights alike through caps and norms."""
+    """Gradients through caps and norms are the same."""
     batch = make_batch([3, 12], [14, 2], [True, True])
     ours, reference = models
     for model in models:
@@ -123,14 +123,14 @@ PROMPTS = [16, 2, 9]  # words; the window of 8 is shorter than the first prompt 
 
 
 def greedy(model: PaliGemma, side: str, new_tokens: int) -> list[list[int]]:
-    """Answers to `PROMPTS` that go on after the end-of-sequence token."""
+    """Answers to `PROMPTS` that continue after the end-of-sequence token."""
     batch = make_batch(PROMPTS, [0, 0, 0], [True] * 3, side)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     return generate(model, **inputs, max_new_tokens=new_tokens, eos_token_id=-1).tolist()
 
 
 def test_greedy_answers_beyond_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # With a head of its own: random weights that are tied repeat their last word.
+    # With an untied head: a model with random tied weights repeats its last word.
     reference = reference_paligemma2(tie_word_embeddings=False)
     ours = reload(reference, tmp_path)
     batch = without_labels(make_batch(PROMPTS, [0, 0, 0], [True] * 3))
@@ -139,7 +139,7 @@ def test_greedy_answers_beyond_the_window(tmp_path: Path, monkeypatch: pytest.Mo
     expected = expected[:, batch["input_ids"].shape[1] :].tolist()
     assert all(len(row) == new_tokens and len(set(row)) > 10 for row in expected)
     assert greedy(ours, "left", new_tokens) == greedy(ours, "right", new_tokens) == expected
-    monkeypatch.setattr(gemma2, "narrow", lambda mask, *_: mask)  # these words do depend on the window
+    monkeypatch.setattr(gemma2, "narrow", lambda mask, *_: mask)  # these answers do depend on the window
     without = greedy(ours, "left", new_tokens)
     assert all(mine != theirs for mine, theirs in zip(without, expected, strict=True))
 
@@ -188,7 +188,7 @@ def test_prefill_may_hold_a_part_of_the_answer(model: PaliGemma, side: str):
     assert_equal(model.logits(hidden), torch.stack(expected))
 
 
-# Each of these is a mistake about prefix and window together.
+# Each of these is a mistake in combining prefix and window.
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_load_gives_an_answer(tmp_path: Path):
 
 # Published sizes
 
-# As KerasHub lists them, counted in the published weights (pali_gemma_presets.py). Its vocabulary
-# is the original one of 257152; the Hub's folders hold 64 rows more.
+# From KerasHub, counted in the published weights (pali_gemma_presets.py). Its vocabulary is the original one
+# of 257152; the Hub's folders have 64 more rows.
 PARAMETERS = {
     ("3b", 224): 3_032_094_960,
     ("3b", 448): 3_032_979_696,

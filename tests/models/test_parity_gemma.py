@@ -9,7 +9,7 @@ from transformers import GemmaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm as ReferenceLlamaRMSNorm
 
-from minivlm import GemmaConfig, layers, masks
+from minivlm import GemmaConfig, attention, layers, masks
 from minivlm.layers import LlamaRMSNorm, RMSNorm
 from minivlm.text import gemma
 from minivlm.text.gemma import GemmaDecoder
@@ -74,7 +74,7 @@ def test_positions_may_start_anywhere():
     assert_equal(logits, reference(INPUT_IDS).logits)
 
 
-# Each of these is a mistake that a re-implementation has made.
+# Each of these is a mistake that some reimplementation has made.
 
 
 @torch.no_grad()
@@ -129,12 +129,12 @@ def test_unscaled_embeddings_are_noticed(monkeypatch: pytest.MonkeyPatch):
 def test_keys_in_another_order_of_heads_are_noticed(monkeypatch: pytest.MonkeyPatch):
     """Grouped queries: head h shares the keys of h // 2, not of h % 2."""
     ours, reference = pair()
-    right = layers.attend
+    right = attention.attend
 
     def wrong(q, k, v, *others):
         return right(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), *others)
 
-    monkeypatch.setattr(layers, "attend", wrong)
+    monkeypatch.setattr(attention, "attend", wrong)
     assert_differs(run(ours), reference(INPUT_IDS).logits)
 
 
@@ -148,7 +148,7 @@ def test_keys_in_another_order_of_heads_are_noticed(monkeypatch: pytest.MonkeyPa
     ids=["gemma", "llama"],
 )
 def test_norms(ours, reference, dtype: torch.dtype):
-    """To the last bit: in bf16, rounding at another place would show."""
+    """Bit for bit: in bf16, rounding at a different point would show."""
     ours, reference = (randomize(norm(64, eps=1e-5)).to(dtype) for norm in (ours, reference))
     x = (torch.randn(3, 50, 64, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
     torch.testing.assert_close(ours(x), reference(x), rtol=0, atol=0)
@@ -158,7 +158,7 @@ def test_norms_differ_from_each_other():
     x = torch.randn(3, 64)
     gemma, llama = (randomize(norm(64)) for norm in (RMSNorm, LlamaRMSNorm))
     assert_differs(gemma(x), llama(x))
-    llama.weight.data += 1  # the same factor written the other way: only rounding is left
+    llama.weight.data += 1  # the same factor in the other convention: only rounding differs
     assert difference(gemma(x), llama(x)) < 1e-6
     x, gemma, llama = x.bfloat16(), gemma.bfloat16(), llama.bfloat16()
     assert difference(gemma(x), llama(x)) > 0

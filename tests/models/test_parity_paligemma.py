@@ -48,7 +48,7 @@ def test_prefix_alone(models):
     ours, expected = outputs(models, batch)
     assert_equal(ours.logits, expected.logits)
     assert ours.loss is None
-    # What is left out means: no padding, everything is prefix.
+    # Without masks and token types: no padding, everything is prefix.
     short = models[0](batch["input_ids"], batch["pixel_values"])
     assert_equal(short.logits, expected.logits)
 
@@ -66,7 +66,7 @@ def test_a_row_without_a_picture(models):
 
 
 def test_gradients(models):
-    """The loss reaches every weight alike, those of the picture's side too."""
+    """Gradients are the same, also in the image tower."""
     batch = make_batch([3, 5], [4, 2], [True, True])
     ours, reference = models
     for model in models:
@@ -85,7 +85,7 @@ def test_gradients(models):
         assert_equal(mine.grad / theirs.grad.abs().max(), theirs.grad / theirs.grad.abs().max())
 
 
-# Each of these is a mistake that a re-implementation has made.
+# Each of these is a mistake that some reimplementation has made.
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from helpers import assert_differs, assert_equal, randomize, reference_paligemma
 from transformers import SiglipVisionConfig as ReferenceConfig
 from transformers import SiglipVisionModel as Reference
 
-from minivlm import SiglipVisionConfig, SiglipVisionModel, layers
+from minivlm import SiglipVisionConfig, SiglipVisionModel, attention, layers
 from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_ours
 
 
@@ -38,7 +38,7 @@ def test_every_hidden_state(towers):
 
 @torch.no_grad()
 def test_another_depth_and_patch():
-    """One patch size and number of heads may hide a mistake: here the grid is 3 x 3 of 9 pixels."""
+    """A single patch size and number of heads may hide a mistake: here, 3 x 3 patches of 9 pixels."""
     config = SiglipVisionConfig(
         hidden_size=12,
         intermediate_size=20,
@@ -62,9 +62,8 @@ def test_another_depth_and_patch():
 @torch.no_grad()
 def test_exact_gelu_is_noticed(towers, monkeypatch: pytest.MonkeyPatch):
     ours, expected, pixels = towers
-    exact = F.gelu
-    monkeypatch.setattr(layers.F, "gelu", lambda x, approximate: exact(x))
-    # The smallest mistake of all: the two forms differ by 0.0005 at most.
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu_pytorch_tanh", F.gelu)
+    # The smallest mistake of all: the two forms differ by at most 0.0005.
     assert_differs(ours(pixels), expected.last_hidden_state, factor=3)
 
 
@@ -79,8 +78,8 @@ def test_wrong_positions_are_noticed(towers):
 @torch.no_grad()
 def test_attention_scaled_by_the_whole_width_is_noticed(towers, monkeypatch: pytest.MonkeyPatch):
     ours, expected, pixels = towers
-    right = layers.attend
-    monkeypatch.setattr(layers, "attend", lambda q, k, v, mask, *_: right(q, k, v, mask, scale=24**-0.5))
+    right = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, mask, *_: right(q, k, v, mask, scale=24**-0.5))
     assert_differs(ours(pixels), expected.last_hidden_state)
 
 

@@ -1,4 +1,4 @@
-"""The model that comes with the package: a real PaliGemma folder, small, and as good as it was published."""
+"""The model that ships with the package: a small but real PaliGemma folder, as good as published."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from minivlm.training.recipe import TrainingConfig, build
 from minivlm.world.demo import SAMPLE_TASKS, read_samples, sample_scene
 from minivlm.world.questions import TASKS
 
-# transformers converts a tensor to an array in a way that NumPy 2 warns of
+# transformers converts a tensor to an array in a way that NumPy 2 warns about
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SAMPLES = Path(__file__).parents[2] / "figures" / "samples"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
-# What a model is published with, less what 60 scenes may miss by chance.
-BARS = {"all questions": 0.90, "exact caption": 0.70, "box mean IoU": 0.70}
+# The published results, minus what 60 scenes may miss by chance.
+MINIMUM = {"all questions": 0.90, "exact caption": 0.70, "box mean IoU": 0.70}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def generate(reference: PaliGemmaForConditionalGeneration, inputs: dict[str, Any
 
 
 def trim(row: torch.Tensor, eos: int) -> list[int]:
-    """Up to the end of the answer: what comes after it is padding, of one kind or another."""
+    """Up to the end of the answer: the padding after it may differ."""
     ids: list[int] = row.tolist()
     return ids[: ids.index(eos)] if eos in ids else ids
 
@@ -113,7 +113,7 @@ def trim(row: torch.Tensor, eos: int) -> list[int]:
 def test_it_answers_alike_in_batches(
     model: PaliGemma, processor: Processor, reference: PaliGemmaForConditionalGeneration
 ) -> None:
-    """20 scenes, all tasks, rows of all lengths: greedy answers are equal token for token."""
+    """20 scenes, all tasks, rows of all lengths: greedy answers are equal token by token."""
     pictures, prompts = asked_about(20)
     assert {prompt.split()[0] for prompt in prompts} >= {"what", "how", "is", "caption", "detect"}
     eos = processor.tokenizer.eos_id
@@ -122,7 +122,7 @@ def test_it_answers_alike_in_batches(
     wanted = generate(reference, inputs)
     found = model.generate(**inputs, max_new_tokens=64)
     assert [trim(row, eos) for row in found] == [trim(row, eos) for row in wanted]
-    assert len({tuple(trim(row, eos)) for row in found}) > 50  # and they are not all one answer
+    assert len({tuple(trim(row, eos)) for row in found}) > 50  # and they are not all the same answer
 
 
 def test_it_answers_alike_one_by_one(
@@ -180,9 +180,9 @@ def test_it_is_as_good_as_it_was_published(model: PaliGemma, processor: Processo
     questions = make_questions(60, 1, "test", processor.image_processor.image_size)
     pictures, prompts = [q.picture for q in questions], [q.example.prefix for q in questions]
     metrics = score(questions, answer_all(model, processor, pictures, prompts, progress=False))
-    reached = {name: round(metrics[name].value, 3) for name in BARS}
-    assert {name: value for name, value in reached.items() if value < BARS[name]} == {}
-    # It looks: the same answers given about the wrong pictures are mostly wrong.
+    reached = {name: round(metrics[name].value, 3) for name in MINIMUM}
+    assert {name: value for name, value in reached.items() if value < MINIMUM[name]} == {}
+    # It looks at the picture: answers about the wrong pictures are mostly wrong.
     elsewhere = score(
         questions, answer_all(model, processor, pictures[9:] + pictures[:9], prompts, progress=False)
     )
@@ -220,7 +220,7 @@ def test_the_samples_are_answered(model: PaliGemma, processor: Processor) -> Non
 def test_the_demonstration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], processor: Processor
 ) -> None:
-    """The table shows each prompt with what the model answers, and the pictures show the boxes."""
+    """The table shows each prompt with the model's answer, and the pictures show the boxes."""
     monkeypatch.chdir(SAMPLES.parents[1])
     assert main(["demo", "--out", str(tmp_path / "shown")]) == 0
     out, err = capsys.readouterr()
@@ -250,7 +250,7 @@ def test_the_demonstration(
 
 
 def test_one_answer_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without --model, the shipped one; boxes in pixels of the picture."""
+    """Without --model, the shipped model answers; boxes are in pixels of the picture."""
     _, examples = sample_scene(0)
     (detect,) = [example for example in examples if example.task == "detect"]
     path = SAMPLES / "scene_1.png"
@@ -258,4 +258,4 @@ def test_one_answer_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     (box,) = json.loads(capsys.readouterr().out)["boxes"]
     (thing,) = detect.things
     assert box["name"] == thing.name
-    assert np.abs(np.array(box["box"]) - 4 * np.array(thing.box)).max() < 16  # 4 pixels a unit
+    assert np.abs(np.array(box["box"]) - 4 * np.array(thing.box)).max() < 16  # 4 pixels per unit

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import SiglipConfig as ReferenceConfig
 from transformers import SiglipModel
 
-from minivlm import InputError, SigLIP, SiglipConfig, SiglipVisionConfig, layers
+from minivlm import InputError, SigLIP, SiglipConfig, SiglipVisionConfig, attention
 from minivlm.layers import quick_gelu
 from minivlm.text.siglip import SiglipTextConfig
 from minivlm.vision.pooling import AttentionPoolingHead
@@ -99,21 +99,21 @@ def test_loss_and_gradients(ours: SigLIP, reference: SiglipModel):
 
 @torch.no_grad()
 def test_the_maps_of_the_probe_can_be_recorded(ours: SigLIP, expected: Any):
-    """One map more than the tower has layers: one row, the probe's, over the patches."""
-    with layers.record_attention() as maps:
+    """One more map than the tower has layers: a single row, the probe's, over the patches."""
+    with attention.record_attention() as maps:
         ours.encode_image(PIXELS)
     assert [list(m.shape) for m in maps] == [[3, 4, 4, 4]] * 3 + [[3, 4, 1, 4]]
     head = AttentionPoolingHead(24, 40, 4)
     module = nn.MultiheadAttention(24, 4, batch_first=True)
     module.load_state_dict(head.attention.state_dict())
     tokens = torch.randn(2, 5, 24)
-    with layers.record_attention() as maps:
+    with attention.record_attention() as maps:
         head(tokens)
     _, theirs = module(head.probe.expand(2, -1, -1), tokens, tokens, average_attn_weights=False)
     assert_equal(maps[0], theirs)
 
 
-# Each feature, made wrong
+# Each feature, broken on purpose
 
 
 def quick_gelu_in_the_head(model: SigLIP, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,12 +228,12 @@ def test_missing_fields_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "siglip2"}, "model_type 'siglip2', and this class computes 'siglip'"),
+        ({"model_type": "siglip2"}, "model_type 'siglip2', but this class is for 'siglip'"),
         ({"vision_config": {"vision_use_head": False}}, "vision_use_head = False; only True"),
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act = 'gelu'"),
         ({"text_config": {"hidden_act": "quick_gelu"}}, "hidden_act = 'quick_gelu'"),
         ({"text_config": {"model_type": "clip_text_model"}}, "text_config has model_type"),
-        ({"text_config": {"hidden_size": 100}}, "does not divide into 12 heads"),
+        ({"text_config": {"hidden_size": 100}}, "is not divisible by 12 heads"),
         ({"text_config": {"projection_size": 512}}, "image tower returns 768 numbers and the text tower 512"),
     ],
 )
@@ -249,7 +249,7 @@ def test_refused_configs(values: dict[str, Any], message: str):
     ("ids", "message"),
     [
         (IDS[:, :9], "have 9 tokens, expected exactly 10"),
-        (torch.ones(1, 11, dtype=torch.long), "have 11 tokens, and this tower reads 10 at most"),
+        (torch.ones(1, 11, dtype=torch.long), "have 11 tokens, but this tower reads at most 10"),
         (IDS[0], r"shape \[10\], expected \[B, T\]"),
     ],
 )
@@ -268,7 +268,7 @@ def test_refused_pictures_and_pairs(ours: SigLIP):
 
 
 def test_a_new_model_starts_with_no():
-    """Before training, every pair is most likely wrong (section 3.2 of the paper)."""
+    """Before training, a pair most likely does not match (section 3.2 of the paper)."""
     vision, text = SiglipVisionConfig(**VISION), SiglipTextConfig.from_dict(TEXT_24)
     model = SigLIP(SiglipConfig(vision, text))
     with torch.no_grad():

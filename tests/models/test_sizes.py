@@ -1,4 +1,4 @@
-"""What is computed from a config is what the model has, keeps and does."""
+"""Numbers computed from a config are those of the model: parameters, bytes, operations."""
 
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from minivlm.models.sizes import (
     prefill_operations,
     weight_bytes,
 )
+from minivlm.speed import speed_up
 
 UNTIED = replace(TINY, text=replace(TINY.text, tie_word_embeddings=False))
 CONFIGS = {
@@ -54,7 +55,7 @@ def test_parameters_and_bytes_are_those_of_the_model(config: PaliGemmaConfig):
 
 
 def test_published_sizes():
-    """So many numbers are in the files of paligemma-3b-pt-224 and paligemma2-3b-pt-224 on the Hub."""
+    """The numbers of weights in the files of paligemma-3b-pt-224 and paligemma2-3b-pt-224 on the Hub."""
     counts = {name: sum(parameter_counts(config).values()) for name, config in CONFIGS.items()}
     assert counts["3b-224"] == 2_923_466_480
     assert counts["2-3b"] == 3_032_242_416
@@ -86,7 +87,7 @@ def test_decoding_reads_decoder_head_and_cache(config: PaliGemmaConfig):
 
 
 def counted(step) -> int:
-    # The plain form of attention, which `record_attention` brings about: the counter knows its products.
+    # `record_attention` forces the plain form of attention, whose products the counter knows.
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), record_attention(), counter:
         step()
@@ -95,7 +96,7 @@ def counted(step) -> int:
 
 @pytest.mark.parametrize("config", TINIES, ids=["tied", "untied", "gemma 2"])
 def test_operations_are_those_that_run(config: PaliGemmaConfig):
-    model = randomize(PaliGemma(config))
+    model = speed_up(randomize(PaliGemma(config)))
     batch = make_batch([5], [0], [True])
     tokens = IMAGE_TOKENS + 5
     assert batch["input_ids"].shape == (1, tokens)
@@ -115,7 +116,7 @@ def test_operations_are_those_that_run(config: PaliGemmaConfig):
         hidden = model.language_model(model.merge(ids, model.encode_image(pixels)), positions, all_see_all)
         model.logits(hidden[:, -1])
 
-    expected = image_operations(config) + prefill_operations(config, tokens, wanted=tokens)
+    expected = image_operations(config) + prefill_operations(config, tokens, last_mlp_tokens=tokens)
     assert counted(every_token) == expected
 
     _, cache = model.prefill(ids, mask, pixels)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import ViTConfig as ReferenceConfig
 from transformers import ViTForImageClassification, ViTModel
 
-from minivlm import InputError, ViT, ViTConfig, encoder_blocks
+from minivlm import InputError, ViT, ViTConfig, layers
 
 LABELS = ("cat", "dog", "a third thing")
 
@@ -77,15 +77,15 @@ def test_the_classifier(classifier: ViTForImageClassification, classes_folder: P
     assert_equal(ours.vision_model.embeddings.cls_token.grad, classifier.vit.embeddings.cls_token.grad)
 
 
-# Each feature, made wrong
+# Each feature, broken on purpose
 
 
 def tanh_gelu(model: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoder_blocks.ACTIVATIONS, "gelu", encoder_blocks.ACTIVATIONS["gelu_pytorch_tanh"])
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu", layers.ACTIVATIONS["gelu_pytorch_tanh"])
 
 
 def quick_gelu(model: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoder_blocks.ACTIVATIONS, "gelu", encoder_blocks.quick_gelu)
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu", layers.quick_gelu)
 
 
 def change_eps(model: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +126,8 @@ def test_damage_is_noticed(ours: ViT, expected: Any, monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
-def test_eps_is_the_file_s(tmp_path: Path):
-    """1e-12 and SigLIP's 1e-6 differ only where a picture gives almost constant tokens: here a black one."""
+def test_eps_is_that_of_the_file(tmp_path: Path):
+    """1e-12 and SigLIP's 1e-6 differ only for nearly constant tokens: here the embeddings are scaled down."""
     reference = saved(ViTModel(ReferenceConfig(**VISION)), tmp_path)
     ours = ViT.from_pretrained(tmp_path)
     for model in (reference, ours):
@@ -215,15 +215,15 @@ def test_missing_fields_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "clip"}, "model_type 'clip', and this class computes 'vit'"),
+        ({"model_type": "clip"}, "model_type 'clip', but this class is for 'vit'"),
         ({"qkv_bias": False}, "qkv_bias = False; only True"),
         ({"pooler_act": "relu"}, "pooler_act = 'relu'"),
         ({"pooler_output_size": 10}, "pooler_output_size = 10; only 768"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"hidden_size": 100}, "does not divide into 12 heads"),
+        ({"hidden_size": 100}, "is not divisible by 12 heads"),
         (
             {"architectures": ["ViTForImageClassification"], "id2label": {"0": "a", "2": "b"}},
-            "does not count its classes from 0",
+            "does not number its classes 0, 1, 2",
         ),
     ],
 )

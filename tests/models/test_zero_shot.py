@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from caption_backends import clip_backend, siglip_backend
 from encoders import TEXT, VISION
 from helpers import assert_equal, randomize
 from PIL import Image
-from test_captions import clip_backend, siglip_backend
 
 import minivlm
 from minivlm import (
@@ -67,7 +67,7 @@ MAKERS: dict[str, Any] = {"clip": make_clip, "siglip": make_siglip}
 
 @pytest.fixture(params=MAKERS)
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, PairProcessor, Any]:
-    """What `load` makes of a folder, and the model that was saved there."""
+    """What `load` returns for a folder, and the model that was saved there."""
     made = MAKERS[request.param](tmp_path)
     model, processor = minivlm.load(tmp_path)
     assert isinstance(processor, PairProcessor)
@@ -117,7 +117,7 @@ def test_braces_in_names_and_templates_are_text(opened: tuple[Any, PairProcessor
         ([], TEMPLATES, "0 class names and 3 templates"),
         (NAMES, [], "3 class names and 0 templates"),
         (NAMES, ["a photo"], r'"a photo" has no place for the class name: write \{\} there'),
-        (["cat " * 40], TEMPLATES, "and the model reads"),
+        (["cat " * 40], TEMPLATES, "but the model reads"),
     ],
 )
 def test_refused_classes(
@@ -131,7 +131,7 @@ def test_refused_classes(
 def test_class_vectors_of_another_model(opened: tuple[Any, PairProcessor, Any]) -> None:
     model, processor, _ = opened
     pixels = processor(Image.new("L", (9, 9)))["pixel_values"]
-    with pytest.raises(ValueError, match=r"of texts \[3, 7\] cannot be compared"):
+    with pytest.raises(ValueError, match=r"and texts \[3, 7\] cannot be compared"):
         classify(model, pixels, torch.ones(3, 7))
 
 
@@ -157,7 +157,7 @@ def test_a_vit_folder(tmp_path: Path) -> None:
     assert torch.equal(loaded(pixels).logits, model(pixels).logits)
     assert loaded.config == model.config
     edit(tmp_path / "preprocessor_config.json", size={"height": 56, "width": 56})
-    with pytest.raises(InputError, match=r"side is 28 by config.json and 56 by preprocessor_config"):
+    with pytest.raises(InputError, match=r"side is 28 in config.json and 56 in preprocessor_config"):
         minivlm.load(tmp_path)
 
 
@@ -165,27 +165,27 @@ def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     make_clip(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"eos_token_id": 5})
-    with pytest.raises(InputError, match="the id of the end is 5 by config"):
+    with pytest.raises(InputError, match="the id of the end is 5 in config"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"vocab_size": 50})
-    with pytest.raises(InputError, match=r"tokenizer.json has \d+ tokens and the model knows 50"):
+    with pytest.raises(InputError, match=r"tokenizer.json has \d+ tokens but the model knows only 50"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"eos_token_id": 2})
-    minivlm.load(tmp_path)  # as in the folders of OpenAI: the mistake is known
+    minivlm.load(tmp_path)  # as in OpenAI's folders: a known mistake
 
 
 def test_a_siglip_folder_of_another_picture_size(tmp_path: Path) -> None:
     make_siglip(tmp_path)
     edit(tmp_path / "preprocessor_config.json", size={"height": 56, "width": 56})
-    with pytest.raises(InputError, match=r"side is 28 by config.json and 56 by preprocessor_config"):
+    with pytest.raises(InputError, match=r"side is 28 in config.json and 56 in preprocessor_config"):
         minivlm.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("make", "command", "message"),
     [
-        ("clip", ["ask", "a.png", "--prompt", "caption en"], "type 'clip', and only paligemma writes"),
-        ("vit", ["eval"], "holds a ViT, which neither answers nor reads captions: choose a PaliGemma, CLIP"),
+        ("clip", ["ask", "a.png", "--prompt", "caption en"], "type 'clip', and only paligemma can write"),
+        ("vit", ["eval"], "holds a model that reads no text: choose a folder of paligemma, clip, siglip"),
     ],
 )
 def test_the_command_line_refuses_models_that_write_nothing(

@@ -101,7 +101,7 @@ BOX = "<loc0000><loc0000><loc0512><loc1023>"
     [
         (f"{BOX} cat ; {BOX} dog", ["cat", "dog"]),
         (f"{BOX} cat;{BOX}dog", ["cat", "dog"]),
-        (f"{BOX} cat {BOX} dog", ["cat", "dog"]),  # the separator forgotten
+        (f"{BOX} cat {BOX} dog", ["cat", "dog"]),  # the separator is missing
         (f"{BOX} cat ;", ["cat"]),
         (f"{BOX} a<b> ; {BOX} dog", ["a<b>", "dog"]),
         (f"{BOX}", [""]),
@@ -166,7 +166,7 @@ def test_refused_boxes(box: tuple[float, ...], size: tuple[float, float], messag
 
 def test_refused_names_and_pictures() -> None:
     for name in ("a;b", "<loc0001>", "a <seg001>"):
-        with pytest.raises(InputError, match="leave them out"):
+        with pytest.raises(InputError, match="remove them"):
             boxes_to_text([Box(0, 0, 1, 1, name)], 5, 5)
     with pytest.raises(InputError, match="expected a width and a height above 0"):
         text_to_boxes("", 0, 5)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from caption_backends import BOS, CORPUS, EOS, clip_backend, siglip_backend
 from PIL import Image
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
 
@@ -25,59 +25,7 @@ from minivlm.processing import (
     build_tokenizer,
 )
 
-CORPUS = ["a photo of a cat.", "a photo of two dogs", "a drawing of a cat and a dog", "the red star"]
 CAPTIONS = ["A photo of a  CAT.", "dogs", "unseen words: Ünï, 3 \u732b!", "the red star and the dog"]
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-
-
-def clip_backend() -> tokenizers.Tokenizer:
-    """In the form of CLIP's tokenizer.json: bytes as letters, ends of words marked, specials last."""
-    backend = tokenizers.Tokenizer(models.BPE(unk_token=EOS, end_of_word_suffix="</w>"))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    # As in the published vocabulary: 256 bytes, 256 bytes at the end of a word, merges, start, end.
-    learned = json.loads(backend.to_str())
-    words = list(learned["model"]["vocab"])
-    words += [f"{letter}</w>" for letter in sorted(alphabet) if f"{letter}</w>" not in words]
-    learned["model"]["vocab"] = {word: index for index, word in enumerate([*words, BOS, EOS])}
-    backend = tokenizers.Tokenizer.from_str(json.dumps(learned))
-    backend.add_special_tokens([BOS, EOS])
-    ids = {name: backend.token_to_id(name) for name in (BOS, EOS)}
-    backend.post_processor = processors.RobertaProcessing(
-        (EOS, ids[EOS]), (BOS, ids[BOS]), trim_offsets=False, add_prefix_space=False
-    )
-    return backend
-
-
-def siglip_backend() -> tokenizers.Tokenizer:
-    """In the form of SigLIP's tokenizer.json: a Unigram model of lower-case words, "</s>" behind a text."""
-    backend = tokenizers.Tokenizer(models.Unigram())
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[.,:!]"), ""), normalizers.Strip()]
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    backend.train_from_iterator([text.lower() for text in CORPUS], trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", backend.token_to_id("</s>"))]
-    )
-    return backend
 
 
 @pytest.fixture
@@ -134,21 +82,21 @@ def test_siglip_ids_equal_the_reference(siglip: Path) -> None:
 
 
 def test_names_in_the_config_beat_the_defaults(siglip: Path) -> None:
-    """Padding with another token, in the form of old files and of new ones; and SigLIP 2's names."""
+    """Padding with another token, in the format of old and new files; and SigLIP 2's names."""
     path = siglip / "tokenizer_config.json"
     for pad in ("<pad>", {"__type": "AddedToken", "content": "<pad>"}):
         path.write_text(json.dumps({"pad_token": pad, "bos_token": "<unk>", "model_max_length": 16}))
         tokenizer = CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
         assert tokenizer("a cat").shape == (1, 16)
         assert tokenizer("a cat")[0, -1] == tokenizer.backend.token_to_id("<pad>") == 0
-        assert tokenizer.before == []  # SigLIP has no mark of the start, whatever the file names
+        assert tokenizer.before == []  # SigLIP has no start token, whatever the file says
     assert CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS, max_length=20)("a cat").shape == (1, 20)
     path.write_text(json.dumps({"model_max_length": 10**30}))
     assert CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS).form == SIGLIP_CAPTIONS
 
 
 def test_siglip_2_ids_equal_the_reference(tmp_path: Path) -> None:
-    """Gemma's form of a file, which keeps capitals; transformers' class for SigLIP 2 adds lower case."""
+    """Gemma's file format, which keeps capitals; transformers' class for SigLIP 2 lowercases."""
     build_tokenizer(CORPUS).save(str(tmp_path / "tokenizer.json"))
     config = {"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -190,7 +138,7 @@ def test_a_typed_mark_in_a_unigram_vocabulary(siglip: Path) -> None:
 def test_refused_captions(clip: Path) -> None:
     tokenizer = CaptionTokenizer.from_pretrained(clip, CLIP_CAPTIONS, max_length=6)
     assert tokenizer("red " * 4).shape == (1, 6)
-    with pytest.raises(InputError, match="caption 2 has 5 tokens, and the model reads 4 at most: shorten"):
+    with pytest.raises(InputError, match="caption 2 has 5 tokens, but the model reads at most 4: shorten"):
         tokenizer(["red", "red " * 5])
     with pytest.raises(InputError, match="no captions"):
         tokenizer([])
@@ -211,7 +159,7 @@ def test_refused_folders(clip: Path, siglip: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read as JSON"):
         CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
     (siglip / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(InputError, match="holds no settings"):
+    with pytest.raises(InputError, match="contains no settings"):
         CaptionTokenizer.from_pretrained(siglip, SIGLIP_CAPTIONS)
     (clip / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="is not a tokenizer"):

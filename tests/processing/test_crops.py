@@ -52,13 +52,13 @@ def test_each_step_of_clip_is_noticed() -> None:
     right = CLIPImageProcessor(image_size=64)
     pixels = right([image])
     for wrong in (
-        ImageProcessor(64, None, right.image_mean, right.image_std),  # squeezed, not cut
+        ImageProcessor(64, None, right.image_mean, right.image_std),  # squeezed, not cropped
         replace(right, resample=2),
         replace(right, image_mean=(0.5, 0.5, 0.5)),
         replace(right, image_std=(0.5, 0.5, 0.5)),
     ):
         assert (wrong([image]) - pixels).abs().max() > 0.01
-    # one pixel further left is not the middle
+    # one pixel further left is not the center
     assert not torch.equal(right([image.crop((0, 0, 299, 97))]), pixels)
     assert not torch.equal(ViTImageProcessor(64)([image]), ImageProcessor(64)([image]))  # bilinear, bicubic
 
@@ -125,8 +125,8 @@ def test_settings_files_in_both_directions(ours: ImageProcessor, reference: Any,
         (CLIPImageProcessor, {"do_center_crop": False}, "do_center_crop is False: only True"),
         (CLIPImageProcessor, {"image_processor_type": "ViTImageProcessor"}, "only 'CLIPImageProcessor'"),
         (CLIPImageProcessor, {"size": 256, "crop_size": 224}, "size is 256 and crop_size 224"),
-        (CLIPImageProcessor, {"size": {"height": 224, "width": 224}}, "expected one number"),
-        (CLIPImageProcessor, {"crop_size": {"height": 224, "width": 200}}, "expected one number"),
+        (CLIPImageProcessor, {"size": {"height": 224, "width": 224}}, "expected the same number"),
+        (CLIPImageProcessor, {"crop_size": {"height": 224, "width": 200}}, "expected the same number"),
         (CLIPImageProcessor, {"resample": 1}, "resample is 1"),
         (ViTImageProcessor, {"do_center_crop": True}, "do_center_crop is True: only False"),
         (ViTImageProcessor, {"size": {"shortest_edge": 224}}, "expected a square"),

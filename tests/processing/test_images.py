@@ -53,7 +53,7 @@ def test_pixels_of_a_photo_equal_the_reference(image_size: int) -> None:
     assert -1 <= pixels.min() < -0.9
     assert 0.9 < pixels.max() <= 1
     assert torch.equal(pixels, reference(image, image_size))
-    # The comparison sees a wrong filter and a swapped pair of channels.
+    # The comparison notices a wrong filter and a swapped pair of channels.
     bilinear = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     assert not torch.equal(preprocess(bilinear, image_size), pixels)
     assert not torch.equal(pixels.flip(0), pixels)
@@ -86,7 +86,7 @@ def test_other_modes_equal_the_reference(mode: str) -> None:
         ("RGBA", (100, 50, 20, 255), (100, 50, 20)),
         ("RGBA", (100, 50, 0, 51), (224, 214, 204)),  # a fifth of the color, four fifths of white
         ("LA", (0, 51), (204, 204, 204)),
-        ("RGBa", (20, 10, 0, 51), (224, 214, 204)),  # the same with the alpha multiplied in
+        ("RGBa", (20, 10, 0, 51), (224, 214, 204)),  # the same with premultiplied alpha
         ("La", (0, 51), (204, 204, 204)),
     ],
 )
@@ -216,7 +216,7 @@ def test_damaged_exif_costs_nothing(exif: bytes) -> None:
 
 
 def test_half_damaged_exif_is_used_in_silence(tmp_path: Path) -> None:
-    # Two entries announced: an orientation of 6, then nothing. Pillow warns and goes on.
+    # Two entries are announced: an orientation of 6, then nothing. Pillow warns and goes on.
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
     Image.new("RGB", (4, 2), "red").save(tmp_path / "a.jpg", exif=exif)
     with warnings.catch_warnings():
@@ -316,7 +316,7 @@ def test_a_picture_without_pixels() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]), st.data())
 def test_damaged_files_are_loaded_or_refused(kind: str, data: st.DataObject) -> None:
-    """Bytes changed at random places: a picture or an InputError, never anything else."""
+    """Random bytes are changed: the result is a picture or an InputError, never anything else."""
     import io
     import tempfile
 
@@ -380,16 +380,16 @@ def test_settings_round_trip(tmp_path: Path) -> None:
         ({"do_center_crop": True}, "do_center_crop"),
         ({"do_pad": True}, "do_pad"),
         ({"resample": 0}, r"resample is 0: only 2 \(bilinear\) and 3 \(bicubic\)"),
-        ({"resample": "bicubic"}, "wrong kind"),
+        ({"resample": "bicubic"}, "wrong type"),
         ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
         ({"size": {"shortest_edge": 224}}, "expected a square"),
         ({"size": {"height": 224, "width": 448}}, "expected a square"),
         ({"size": 224}, "expected a square"),
-        ({"size": {"height": "large", "width": "large"}}, "wrong kind"),
+        ({"size": {"height": "large", "width": "large"}}, "wrong type"),
         ({"size": {"height": -1, "width": -1}}, "at least 1 pixel"),
         ({"image_seq_length": 0}, "at least 1 image token"),
         ({"image_mean": [0.5]}, "image_mean has 1 numbers"),
-        ({"image_mean": 0.5}, "wrong kind"),
+        ({"image_mean": 0.5}, "wrong type"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std contains 0"),
     ],
 )

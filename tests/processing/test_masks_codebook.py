@@ -99,7 +99,7 @@ def reference_decode(w: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
 
 
 def random_arrays(config: MaskCodebookConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights that keep the size of what passes through, with biases large enough to be missed."""
+    """Weights that preserve the scale of activations, with biases so large that their absence would show."""
     rng = np.random.default_rng(seed)
     arrays = {}
     for name, value in MaskCodebook(config).state_dict().items():
@@ -141,7 +141,7 @@ def test_published_file_equals_the_published_formulas(published: Path) -> None:
 
 
 def test_transposed_convolution_is_the_gradient_of_a_convolution() -> None:
-    """What `transpose_kernel` means, without any kernel turned: <conv(y), x> = <y, conv_transpose(x)>."""
+    """What `transpose_kernel` means, without flipping any kernel: <conv(y), x> = <y, conv_transpose(x)>."""
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(3, 2, 4, 4))  # a convolution of 2 channels into 3
     x, y = rng.normal(size=(5, 5, 3)), rng.normal(size=(10, 10, 2))
@@ -163,7 +163,7 @@ def test_nearest_code() -> None:
 def test_gradients_pass_by_the_choice() -> None:
     codebook = MaskCodebook.from_file().requires_grad_(True)
     drawn, vectors, codes = codebook(torch.from_numpy(blob())[None])
-    # Codes are drawn, not vectors.
+    # Codes are decoded, not vectors.
     assert (drawn - codebook.decode(codebook.nearest(vectors))).abs().max() < 1e-4
     assert (drawn - codebook._draw(vectors)).abs().max() > 1e-2
     gradient = torch.autograd.grad(drawn.square().mean(), [vectors, codebook.codes], allow_unused=True)
@@ -212,21 +212,21 @@ BROKEN = {
         name: None for name in MaskCodebook().state_dict() if name.startswith("encoder")
     },
     "has no _vq_vae._embedding:": {"_vq_vae._embedding": None},
-    "has the unknown decoder.13.bias:": {"decoder.13.bias": np.zeros(1)},
-    r"has no list of numbers in decoder.4.bias:": {"decoder.4.bias": np.float32(1)},
-    r"has no list of numbers in decoder.0.bias:": {"decoder.0.bias": np.zeros(0, np.float32)},
-    r"has \[32, 32, 5, 5\] where \[32, 32, 4, 4\] fits, in decoder.4.weight:": {
+    "has the unexpected decoder.13.bias:": {"decoder.13.bias": np.zeros(1)},
+    r"has no 1-D array of numbers in decoder.4.bias:": {"decoder.4.bias": np.float32(1)},
+    r"has no 1-D array of numbers in decoder.0.bias:": {"decoder.0.bias": np.zeros(0, np.float32)},
+    r"has \[32, 32, 5, 5\] instead of \[32, 32, 4, 4\] in decoder.4.weight:": {
         "decoder.4.weight": np.zeros((32, 32, 5, 5), np.float32)
     },
-    r"has \[64, 16\] where \[128, 16\] fits, in _vq_vae._embedding:": {
+    r"has \[64, 16\] instead of \[128, 16\] in _vq_vae._embedding:": {
         "_vq_vae._embedding": np.zeros((64, 16), np.float32)
     },
-    r"has \[128, 9\] where \[128, 16\] fits": {"_vq_vae._embedding": np.zeros((128, 9), np.float32)},
-    r"has \[8, 16, 4, 4\] where \[16, 8, 4, 4\] fits, in encoder.2.weight:": {
+    r"has \[128, 9\] instead of \[128, 16\]": {"_vq_vae._embedding": np.zeros((128, 9), np.float32)},
+    r"has \[8, 16, 4, 4\] instead of \[16, 8, 4, 4\] in encoder.2.weight:": {
         "encoder.2.weight": np.zeros((8, 16, 4, 4), np.float32)
     },
-    "other things than finite floats in decoder.12.bias:": {"decoder.12.bias": np.array(["a"])},
-    "other things than finite floats in encoder.0.bias:": {"encoder.0.bias": np.full(8, np.nan, np.float32)},
+    "values other than finite floats in decoder.12.bias:": {"decoder.12.bias": np.array(["a"])},
+    "values other than finite floats in encoder.0.bias:": {"encoder.0.bias": np.full(8, np.nan, np.float32)},
 }
 
 
@@ -254,10 +254,10 @@ def test_a_file_that_is_something_else(tmp_path: Path) -> None:
             file.writestr(name, "a text")
     for content in (b"", b"a text", b"\x80\x04pickled", array.getvalue()):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"\(it is something else, or cut off\)"):
+        with pytest.raises(InputError, match=r"\(it is another kind of file, or truncated\)"):
             MaskCodebook.from_file(path)
     path.write_bytes(archive.getvalue())
-    with pytest.raises(InputError, match="has no list of numbers in"):
+    with pytest.raises(InputError, match="has no 1-D array of numbers in"):
         MaskCodebook.from_file(path)
 
 
@@ -277,17 +277,17 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_off(share: float, tmp_path: Path) -> None:
     content = SHIPPED_MASKS.read_bytes()
     (tmp_path / "a.npz").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(InputError, match="truncated"):
         MaskCodebook.from_file(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(("old", "new"), [(b"'<f4'", b"'<f2'"), (b"), }", b"), (")])
 def test_a_damaged_header(old: bytes, new: bytes, tmp_path: Path) -> None:
-    # Of a large array, which NumPy reads in parts, without coming to the checksum.
+    # In a large array, which NumPy reads in parts without reaching the checksum.
     before, name, after = SHIPPED_MASKS.read_bytes().partition(b"decoder.4.weight.npy")
     assert old in after[:200]
     (tmp_path / "a.npz").write_bytes(before + name + after.replace(old, new, 1))
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(InputError, match="truncated"):
         MaskCodebook.from_file(tmp_path / "a.npz")
 
 
@@ -297,7 +297,7 @@ def test_a_damaged_file_is_refused_if_it_matters(
     tmp_path_factory: pytest.TempPathFactory, where: float, at_the_end: bool, flip: int
 ) -> None:
     content = bytearray(SHIPPED_MASKS.read_bytes())
-    places = range(len(content))[-5000:] if at_the_end else range(len(content))  # names lie at the end
+    places = range(len(content))[-5000:] if at_the_end else range(len(content))  # names are at the end
     content[places[min(int(where * len(places)), len(places) - 1)]] ^= flip
     path = tmp_path_factory.mktemp("damaged") / "a.npz"
     path.write_bytes(content)
@@ -333,7 +333,7 @@ def test_crop_outside_the_picture() -> None:
     mask = np.ones((20, 30), dtype=bool)
     assert (crop_mask(mask, (-5, -3, 100, 100)) == 1).all()
     for box in ((40, 0, 50, 20), (3, 3, 3.4, 9), (-9, 0, -2, 20)):
-        with pytest.raises(InputError, match="has no pixel of a mask"):
+        with pytest.raises(InputError, match="covers no pixel of the mask"):
             crop_mask(mask, box)
     for box, message in (
         ((0, 0, math.nan, 9), "not finite"),
@@ -352,7 +352,7 @@ def test_crop_outside_the_picture() -> None:
         (np.full((4, 4), -1.0), "from -1.0 to 0.0"),
         (np.full((4, 4), np.nan), "from nan to nan"),
         (np.ones((0, 4), dtype=bool), "picture is 4 x 0"),
-        (np.ones((4, 4), dtype=np.uint8), "from 0 to 1: .* give `mask > 0`"),
+        (np.ones((4, 4), dtype=np.uint8), "from 0 to 1: .* pass `mask > 0`"),
     ],
 )
 def test_crop_refuses(mask: np.ndarray, message: str) -> None:
@@ -421,7 +421,7 @@ MALFORMED = [
     f"<loc0000><loc0000><loc1024><loc1023>{SEGS} cat",
     f"<loc0500><loc0000><loc0500><loc1023>{SEGS} cat",
     f"<loc0000><loc0900><loc1023><loc0100>{SEGS} cat",
-    # 20 pixels are 51 bins each: an area, but not after int().
+    # Of 20 pixels, 51 bins each: the box has an area, but not after int().
     f"<loc0000><loc0110><loc1023><loc0150>{SEGS} cat",
 ]
 
@@ -477,7 +477,7 @@ def test_reading_an_answer_leaves_weights_for_training() -> None:
     load_codebook.cache_clear()
     text_to_masks(WHOLE + SEGS, 9, 9)
     masks = torch.rand(1, 64, 64, requires_grad=True)
-    load_codebook().vectors(masks).sum().backward()  # impossible with weights of the inference mode
+    load_codebook().vectors(masks).sum().backward()  # impossible with weights made in inference mode
     assert masks.grad is not None
 
 
@@ -496,7 +496,7 @@ def test_overlap() -> None:
 
 
 def shape_masks(shape: str, degrees: np.ndarray) -> torch.Tensor:
-    """Masks [M, 64, 64] of a shape, drawn large, as training cuts them."""
+    """Masks [M, 64, 64] of a shape, drawn large, cropped as in training."""
     things = [Thing(shape, "red", "large", 32, 32, 28, (0, 0, 0), float(angle)) for angle in degrees]
     crops = [crop_mask(thing.mask(256), [4 * edge for edge in thing.box]) for thing in things]
     return torch.from_numpy(np.stack(crops))
@@ -528,7 +528,7 @@ def test_shipped_codes_are_all_of_use_and_change_slowly() -> None:
     used = set()
     for shape in SHAPES[1:]:
         codes = codebook.encode(shape_masks(shape, np.arange(-20, 20.5, 1)))
-        assert (codes[1:] != codes[:-1]).sum(1).float().mean() < 4  # of 16 codes, for a turn of one degree
+        assert (codes[1:] != codes[:-1]).sum(1).float().mean() < 4  # of 16 codes, for one degree of rotation
         used |= set(codes.flatten().tolist())
     assert len(used) > 64
 
@@ -582,7 +582,7 @@ def test_a_pair_is_one_figure_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = halves()
     assert np.mean([mask_iou(a, b) for a, b in zip(first, second, strict=True)]) > 0.75
     assert np.mean([mask_iou(a, b) for a, b in zip(first, second[::-1], strict=True)]) < 0.7
-    assert (first != second).any((1, 2)).mean() > 0.6  # turned; circles look the same
+    assert (first != second).any((1, 2)).mean() > 0.6  # rotated; circles look the same
     monkeypatch.setattr(mask_training, "TURN", 0.0)
     first, second = halves()
     assert (first == second).all()
@@ -650,7 +650,7 @@ def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     codebook = train_masks(tmp_path / "a.npz", steps=120, progress=False)
     masks = torch.from_numpy(np.stack([blob(seed) for seed in range(20)])) > 0.5
     right = ((codebook.decode(codebook.encode(masks.float())) > 0) == masks).float().mean()
-    assert right > masks.float().mean() + 0.05  # better than all pixels inside
+    assert right > masks.float().mean() + 0.05  # better than a mask that is all inside
     assert len(codebook.encode(masks.float()).unique()) > 20
 
 

@@ -20,7 +20,7 @@ from minivlm.errors import InputError
 from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer, load_picture
 
 PHOTO = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-# transformers converts a tensor to an array in a way that NumPy 2 warns of
+# transformers converts a tensor to an array in a way that NumPy 2 warns about
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 N = 4  # image tokens
@@ -50,7 +50,7 @@ def folder(processor: Processor, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def reference(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder as transformers reads it: as written, and as the published folders name their tokenizer.
 
-    GemmaTokenizer keeps vocabulary and merges of the file but not its pre-tokenizer.
+    GemmaTokenizer keeps the file's vocabulary and merges, but not its pre-tokenizer.
     """
     from transformers import AutoProcessor, PaliGemmaProcessor
 
@@ -95,7 +95,7 @@ def test_batches_equal_the_reference(
     assert ("labels" in ours) == with_suffix
     if with_suffix:
         assert torch.equal(ours["labels"], theirs["labels"])
-    if rows > 1:  # the comparison sees the side of the padding
+    if rows > 1:  # the comparison notices the side of the padding
         other = processor(
             images, PROMPTS[:rows], suffixes, padding_side="left" if side == "right" else "right"
         )
@@ -245,15 +245,15 @@ def test_settings_of_a_folder(processor: Processor, folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("images", "prompts", "suffixes", "options", "message"),
     [
-        (1, ["a", "b"], None, {}, "got 1 pictures for 2 prompts: give one picture for each prompt, the same"),
+        (1, ["a", "b"], None, {}, "got 1 pictures for 2 prompts: give one picture per prompt, the same"),
         (3, ["a"], None, {}, "got 3 pictures for 1 prompts"),
         (0, ["a"], None, {}, "got 0 pictures for 1 prompts"),
-        (1, ["a"], ["b", "c"], {}, "got 2 suffixes for 1 prompts: give one suffix for each prompt"),
+        (1, ["a"], ["b", "c"], {}, "got 2 suffixes for 1 prompts: give one suffix per prompt"),
         (1, [""], None, {}, "prompt 1 is empty: ask something, such as 'caption en'"),
         (2, ["a", " \n\t "], None, {}, "prompt 2 is empty"),
         (0, [], None, {}, "no prompts"),
-        (1, [None], None, {}, "prompt 1 is of type NoneType: expected a text"),
-        (1, ["a"], [3], {}, "suffix 1 is of type int: expected a text"),
+        (1, [None], None, {}, "prompt 1 is of type NoneType: expected a string"),
+        (1, ["a"], [3], {}, "suffix 1 is of type int: expected a string"),
         (1, ["a\ud800"], None, {}, "is not Unicode"),
         (1, ["a"], None, {"padding_side": "both"}, "padding_side is 'both': expected 'left' or 'right'"),
         (

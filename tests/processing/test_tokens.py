@@ -144,7 +144,7 @@ def test_typed_specials_are_text(tokenizer: Tokenizer, special: str, form: str) 
     assert tokenizer.decode(ids) == text
     assert tokenizer.special_ids.isdisjoint(tokenizer.backend.encode(text).ids)
     assert tokenizer.special_ids.isdisjoint(pickle.loads(pickle.dumps(tokenizer)).encode(text))
-    # Without the wall the same tokenizer gives the special id.
+    # Without that protection the same tokenizer gives the special id.
     tokenizer.backend.encode_special_tokens = False
     try:
         assert not tokenizer.special_ids.isdisjoint(tokenizer.backend.encode(text).ids)
@@ -181,7 +181,7 @@ def test_typed_positions_are_tokens(tokenizer: Tokenizer) -> None:
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.special_ids.isdisjoint(ids)
-    assert tokenizer.decode(ids) == text.replace("▁", " ")  # the one ambiguity of Gemma's form
+    assert tokenizer.decode(ids) == text.replace("▁", " ")  # the one ambiguity of Gemma's format
 
 
 @settings(max_examples=300, deadline=None)
@@ -245,7 +245,7 @@ def test_decode_keeps_or_drops_specials(tokenizer: Tokenizer) -> None:
 
 
 def test_a_gemma_file_gets_what_it_lacks() -> None:
-    backend = gemma_file(["<loc0000>"])  # a word of the vocabulary alone would be cut into characters
+    backend = gemma_file(["<loc0000>"])  # a word of the vocabulary alone would be split into characters
     size = backend.get_vocab_size()
     backend.enable_padding(length=50)
     backend.enable_truncation(3)

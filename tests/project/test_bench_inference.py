@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minivlm.models.load import SHIPPED
-from minivlm.speed.packing import can_pack
+from minivlm.speed.one_row import onednn_has_bf16
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -34,7 +34,7 @@ def work(tmp_path: Path, side: str, **changes: object) -> dict:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_both_sides_read_the_same_and_agree(tmp_path: Path, batch: int):
     sides = ["minivlm", "transformers", *(["minivlm int8"] if batch == 1 else [])]
-    sides += ["minivlm packed"] if can_pack() else []
+    sides += ["minivlm packed"] if onednn_has_bf16() else []
     results = {side: work(tmp_path, side, batch=batch) for side in sides}
     for result in results.values():
         assert (len(result["prefill"]), len(result["decode"])) == (2, 6)

@@ -141,7 +141,7 @@ def test_solutions_are_folded(book: Path) -> None:
 def test_first_page_shows_answers_of_the_model(book: Path) -> None:
     import torch
 
-    from minivlm.models.load import load_paligemma
+    from minivlm.models.load import load_answering
     from minivlm.world.demo import read_samples
 
     page = unescape(text_of(book / "index.html"))
@@ -151,7 +151,7 @@ def test_first_page_shows_answers_of_the_model(book: Path) -> None:
         for prompt in prompts:
             assert f">{prompt.split()[0]}<" in page.replace('class="pre"', "") or prompt in page
     torch.set_num_threads(1)
-    model, processor = load_paligemma()
+    model, processor = load_answering()
     path, prompts = next(iter(samples.items()))
     for answer in processor.decode(model.generate(**processor([str(path)] * len(prompts), prompts))):
         assert answer in re.sub(r"<[^<>]*span[^<>]*>", "", page)

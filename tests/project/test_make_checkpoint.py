@@ -21,7 +21,7 @@ from transformers import PaliGemmaConfig as ReferenceConfig
 
 import minivlm
 from minivlm import InputError, PaliGemma, PaliGemmaConfig
-from minivlm.checkpoints import weights
+from minivlm.checkpoints import layouts, weights
 from minivlm.checkpoints.weights import INDEX
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -164,7 +164,7 @@ def test_transformers_builds_the_same_shapes(bench: ModuleType, name: str):
     with torch.device("meta"):
         reference = PaliGemmaForConditionalGeneration(ReferenceConfig(**values))
         ours = PaliGemma(config)
-    layout = weights.PALIGEMMA_LAYOUTS["runtime"]
+    layout = layouts.PALIGEMMA_LAYOUTS["runtime"]
     shapes = {
         minivlm.checkpoints.layouts.to_file(key, layout): tensor.shape
         for key, tensor in ours.state_dict().items()

@@ -5,6 +5,7 @@ nbval itself runs over the notebooks in `make test`; these tests read the files 
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from notebooks_and_sources import NOTEBOOKS, ROOT, Cell, ignored_outputs, read_cells
 
 LONGEST_CELL = 40  # lines
+MOST_UNUSED = 12  # names that the first cell imports for later sections
 LARGEST_PICTURE = 150_000  # bytes, base64 decoded
 SECTIONS = ("## Recap", "## What the real models change", "## References")
 
@@ -70,6 +72,21 @@ def test_cells_are_short_and_without_trailing_semicolons(path: Path) -> None:
     for cell in code_cells(path):
         assert len(cell.source.splitlines()) <= LONGEST_CELL, f"cell {cell.number} is too long"
         assert not cell.source.rstrip().endswith(";"), f"cell {cell.number} ends with a semicolon"
+
+
+@each_notebook
+def test_the_first_cell_imports_little_for_later(path: Path) -> None:
+    """What a later section needs is imported there. The first section ends at the second heading."""
+    first, *cells = read_cells(path)[next(i for i, c in enumerate(read_cells(path)) if c.kind == "code") :]
+    headings = [
+        i for i, cell in enumerate(cells) if cell.kind == "markdown" and "\n## " in f"\n{cell.source}"
+    ]
+    section = [cell.source for cell in cells[: headings[1]] if cell.kind == "code"]
+    nodes = [node for source in [first.source, *section] for node in ast.walk(ast.parse(source))]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    imports = [node for node in ast.parse(first.source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+    assert len(names - used) <= MOST_UNUSED, sorted(names - used)
 
 
 @each_notebook

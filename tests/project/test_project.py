@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,19 +54,51 @@ def test_changelog_begins_with_this_version() -> None:
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
-def test_workflow_runs_what_make_runs() -> None:
-    job = load(".github/workflows/test.yml")["jobs"]["test"]
-    assert {name.split("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"ubuntu", "macos", "windows"}
-    assert len(job["strategy"]["matrix"]["python"]) == 2
+JOBS = ("lint", "unit", "nbval", "browser", "wheel")
+
+
+def test_workflow_has_a_job_for_each_part() -> None:
+    jobs = load(".github/workflows/test.yml")["jobs"]
+    assert tuple(jobs) == JOBS
+    assert all("needs" not in job for job in jobs.values()), "a failure in one job would hide the others"
+    for name in ("unit", "nbval"):
+        matrix = jobs[name]["strategy"]["matrix"]
+        assert {system.split("-")[0] for system in matrix["os"]} == {"ubuntu", "macos", "windows"}
+        assert len(matrix["python"]) == 2
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_workflow_runs_what_make_runs(name: str) -> None:
+    job = load(".github/workflows/test.yml")["jobs"][name]
     commands = {step["name"]: step["run"] for step in job["steps"] if "run" in step}
-    with_make = shlex.split(commands["Test with make"])
-    targets = [word for word in with_make[1:] if "=" not in word]
-    install, *rest = [" ".join(shlex.split(line)) for line in commands["Test without make"].splitlines()]
-    assert install == "python -m pip install -c constraints.txt -e .[dev]"
-    assert rest == [command for target in targets for command in recipe(target)]
-    make, target, *variables = shlex.split(commands["Test in a browser"])
-    assert (make, target) == ("make", "test-browser")
+    without_make = commands.pop("Without make", None)
+    ((_, with_make),) = commands.items()
+    make, *words = shlex.split(with_make)
+    variables = [word for word in words if "=" in word]
+    targets = [word for word in words if "=" not in word]
+    assert make == "make"
+    assert targets == ["test-browser" if name == "browser" else name]
     assert all(f"$({variable.partition('=')[0]})" in MAKEFILE for variable in variables)
+    if without_make is not None:
+        install, *rest = [" ".join(shlex.split(line)) for line in without_make.splitlines()]
+        assert install == "python -m pip install -c constraints.txt -e .[dev]"
+        assert rest == [command for target in targets for command in recipe(target)]
+
+
+def test_make_test_runs_every_part_also_after_a_failure(tmp_path: Path) -> None:
+    """With an environment whose Python fails at everything, and says what it was asked for."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
+    python.chmod(0o755)
+    for name in ("torch", "notebooks", "book", "dev"):
+        (tmp_path / f".ready-{name}").touch()
+    command = ["make", "-C", str(ROOT), "test", f"VENV={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "make test: failed in: lint unit nbval" in done.stderr
+    for part in ("ruff check", "docs/book/build.py", "--nbval"):
+        assert any(part in line and not line.startswith("OMP") for line in done.stdout.splitlines())
 
 
 def test_hooks_call_tools_that_make_test_calls() -> None:
@@ -74,7 +107,7 @@ def test_hooks_call_tools_that_make_test_calls() -> None:
         program, option, module, *_ = shlex.split(hook["entry"])
         assert (program, option) == (".venv/bin/python", "-m")
         assert find_spec(module), f"{module} is not installed"
-        assert any(f"-m {module}" in command for command in recipe("test"))
+        assert any(f"-m {module}" in command for command in recipe("lint"))
 
 
 @pytest.mark.parametrize("name", ["bug.yml", "idea.yml"])
@@ -93,7 +126,11 @@ def test_container_calls_targets_that_exist() -> None:
     assert recipe(target)
 
 
-@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "README.md", ".github/pull_request_template.md"])
+DOCUMENTS = ["CONTRIBUTING.md", "README.md", ".github/pull_request_template.md", "bench/README.md"]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES])
 def test_documents_name_what_exists(document: str) -> None:
     """Every `make` target, and every file of the repository, that a document names in code."""
     text = (ROOT / document).read_text(encoding="utf-8")

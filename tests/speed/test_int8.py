@@ -1,4 +1,4 @@
-"""int8 weights: how far they are from the weights, and what they may and may not be used for."""
+"""int8 weights: how close they are to the originals, and what they can and cannot be used for."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import minivlm
 from minivlm import InputError, PaliGemma
-from minivlm.models.load import SHIPPED, load_paligemma
+from minivlm.models.load import SHIPPED, load_answering
 from minivlm.speed import int8
 from minivlm.speed.int8 import Int8Embedding, Int8Linear, quantize_decoder, quantize_rows
 
@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def matrix(outputs: int = 300, inputs: int = 40, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of very different sizes; one is zero."""
+    """Rows of very different magnitudes; one is zero."""
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
     weight *= torch.logspace(-3, 1, outputs)[:, None]
     weight[7] = 0
@@ -32,7 +32,7 @@ def test_half_a_step_away_in_every_row(dtype: torch.dtype):
     assert (values.dtype, scale.dtype) == (torch.int8, dtype)
     assert values.min() >= -127
     error = (values.double() * scale.double()[:, None] - weight.double()).abs()
-    # Where the scale is rounded down, the largest number of a row may be cut a little.
+    # If the scale is rounded down, the largest number of a row may be clipped a little.
     cut = {torch.float32: 0.0, torch.float16: 127 * 2**-11, torch.bfloat16: 127 * 2**-8}[dtype]
     assert (error <= max(0.501, cut) * scale.double()[:, None]).all()
     rest = values.abs() < 127
@@ -47,7 +47,7 @@ def test_half_a_step_away_in_every_row(dtype: torch.dtype):
 def test_linear_is_the_product_with_the_rounded_weight(
     rows: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(int8, "BLOCK", 1000)  # 301 outputs in many blocks
+    monkeypatch.setattr(int8, "WEIGHTS_PER_BLOCK", 1000)  # 301 outputs in many blocks
     values, scale = quantize_rows(matrix(301, inputs, dtype))
     layer = Int8Linear(values, scale)
     x = torch.randn(rows, inputs).to(dtype)
@@ -71,7 +71,7 @@ def test_embedding():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_quantized_model(tied: bool):
-    """All matrices of the decoder and nothing else; the head is the table where it was."""
+    """All matrices of the decoder and nothing else; a tied head stays tied."""
     from dataclasses import replace
 
     config = replace(TINY, text=replace(TINY.text, tie_word_embeddings=tied))
@@ -89,16 +89,25 @@ def test_quantized_model(tied: bool):
     }
     norms = sum(p.numel() for p in model.language_model.parameters())
     assert sum(stored.values()) + norms == before
-    with pytest.raises(InputError, match="in int8 already"):
+    with pytest.raises(InputError, match="already in int8"):
         quantize_decoder(model)
     with pytest.raises(InputError, match="cannot be saved"):
         model.save_pretrained("nowhere")
     assert not Path("nowhere").exists()
 
 
+def test_a_loaded_model_is_quantized_with_its_head():
+    """Its tied head is a module already, see `speed.one_row.TiedHead`."""
+    model, _ = load_answering()
+    quantize_decoder(model)
+    head, table = model.language_model.lm_head, model.language_model.embed_tokens
+    assert isinstance(head, Int8Linear)
+    assert head.weight.data_ptr() == table.weight.data_ptr()
+
+
 @torch.no_grad()
 def test_logits_are_near_and_not_equal():
-    """Random weights: an error of half a step in 254, many times over."""
+    """Random weights: errors of up to half a step in 254, many times over."""
     model = tiny_paligemma()
     ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     before = model(ids).logits
@@ -111,8 +120,8 @@ def test_logits_are_near_and_not_equal():
 def test_the_shipped_model_answers_alike():
     from PIL import Image
 
-    model, processor = load_paligemma()
-    rounded, _ = load_paligemma(quantize="int8")
+    model, processor = load_answering()
+    rounded, _ = load_answering(quantize="int8")
     pictures = [Image.open(f"figures/samples/scene_{n}.png") for n in (1, 2, 3)]
     inputs = processor(pictures, ["caption en"] * 3)
     assert rounded.generate(**inputs).tolist() == model.generate(**inputs).tolist()
@@ -121,8 +130,8 @@ def test_the_shipped_model_answers_alike():
 
 
 def test_rounded_from_what_the_file_has(tmp_path: Path):
-    """Whatever dtype the model computes in, the whole numbers are the same."""
-    whole = [load_paligemma(quantize="int8", dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
+    """Whatever the model's dtype, the integers are the same."""
+    whole = [load_answering(quantize="int8", dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
     first, second = (model.language_model.layers[0].mlp.up_proj for model in whole)
     assert torch.equal(first.weight, second.weight)
     assert [first.scale.dtype, second.scale.dtype] == [torch.float32, torch.bfloat16]
@@ -141,9 +150,9 @@ def test_refusals(tmp_path: Path):
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
-    """A byte a weight, and the room to work in."""
+    """One byte per weight, and working memory."""
     from minivlm.checkpoints import devices
 
     monkeypatch.setattr(devices, "free_memory", lambda device: 10_000)
     with pytest.raises(InputError, match=r"the weights in int8 take 0\.0 GB of memory on cpu"):
-        load_paligemma(quantize="int8")
+        load_answering(quantize="int8")

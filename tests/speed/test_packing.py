@@ -1,4 +1,4 @@
-"""Packed weights: the same numbers in another order, the same results, and what they are refused for."""
+"""Packed weights: the same numbers in another order, the same results, and when they are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from minivlm import InputError
 from minivlm.checkpoints import devices
 from minivlm.cli import main
 from minivlm.models import load
-from minivlm.models.load import load_paligemma
+from minivlm.models.load import load_answering
 from minivlm.speed import packing
 from minivlm.speed.compiled import compile_parts
-from minivlm.speed.one_row import at_the_speed_of_memory
-from minivlm.speed.packing import PackedLinear, can_pack, matrices, pack_matrices
+from minivlm.speed.one_row import onednn_has_bf16
+from minivlm.speed.packing import PackedLinear, matrices, pack_matrices
 
-needs_kernels = pytest.mark.skipif(not can_pack(), reason="needs bf16 instructions and oneDNN")
+needs_kernels = pytest.mark.skipif(not onednn_has_bf16(), reason="needs bf16 instructions and oneDNN")
 BF16 = torch.bfloat16
 
 
@@ -30,7 +30,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("shape", [(1,), (8,), (300,), (1, 1), (2, 5), (3, 100)])
 @torch.no_grad()
 def test_the_same_product(shape: tuple[int, ...], bias: bool):
-    """Up to rounding: tiles may be summed in another order."""
+    """Up to rounding: tiles may be summed in a different order."""
     linear = nn.Linear(200, 120, bias=bias).to(BF16)
     x = torch.randn(*shape, 200).to(BF16)
     out = PackedLinear(linear)(x)
@@ -42,28 +42,27 @@ def test_the_same_product(shape: tuple[int, ...], bias: bool):
 @needs_kernels
 @torch.no_grad()
 def test_one_row_reads_short_rows_in_the_files_order(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packing, "SHORT", 200)
+    monkeypatch.setattr(packing, "SHORT_ROW", 200)
     short, long = (nn.Linear(inputs, 120).to(BF16) for inputs in (200, 201))
-    assert PackedLinear(short).in_rows.data_ptr() == short.weight.data_ptr()  # no second copy
-    assert PackedLinear(long).in_rows is None
+    assert PackedLinear(short).row_major.data_ptr() == short.weight.data_ptr()  # no second copy
+    assert PackedLinear(long).row_major is None
     calls = []
     right = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *args: (calls.append(len(args[0])), right(*args))[1])
     for linear in (short, long):
         packed, x = PackedLinear(linear), torch.randn(1, linear.in_features).to(BF16)
-        with at_the_speed_of_memory(x):
-            torch.testing.assert_close(packed(x), right(x, linear.weight, linear.bias), rtol=0.01, atol=0.01)
-        packed(x)
-    assert calls == [1]  # the short one, while a token is written
+        torch.testing.assert_close(packed(x), right(x, linear.weight, linear.bias), rtol=0.01, atol=0.01)
+        packed(x.expand(2, -1))
+    assert calls == [1]  # only the short one, with one row
 
 
 @needs_kernels
 @torch.inference_mode()
 def test_the_same_answers():
-    """Every matrix of tower, projector and decoder is packed; tables and norms are not."""
-    model, processor = load_paligemma(dtype=BF16)
+    """All matrices of tower, projector and decoder are packed; tables and norms are not."""
+    model, processor = load_answering(dtype=BF16)
     count = len(matrices(model))
-    packed, _ = load_paligemma(dtype=BF16, pack=True)
+    packed, _ = load_answering(dtype=BF16, pack=True)
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == count > 40
     assert not matrices(packed)
     assert packed.language_model.embed_tokens.weight.layout == torch.strided
@@ -81,7 +80,7 @@ def test_the_same_answers():
 def test_what_a_packed_model_is_not_for(tmp_path: Path):
     model = tiny_paligemma().to(BF16)
     pack_matrices(model)
-    with pytest.raises(InputError, match="packed already"):
+    with pytest.raises(InputError, match="already packed"):
         pack_matrices(model)
     with pytest.raises(InputError, match="packed model cannot be saved"):
         model.save_pretrained(tmp_path / "folder")
@@ -94,9 +93,7 @@ def test_what_a_packed_model_is_not_for(tmp_path: Path):
 def test_nothing_is_packed_where_one_matrix_cannot_be():
     model = tiny_paligemma().to(BF16)
     model.multi_modal_projector.float()
-    with pytest.raises(
-        InputError, match=r"for bfloat16 on a CPU, and the model is to be torch\.float32 on cpu"
-    ):
+    with pytest.raises(InputError, match=r"for bfloat16 on a CPU, but the model is torch\.float32 on cpu"):
         pack_matrices(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
@@ -108,15 +105,15 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch):
         minivlm.load(pack=True, dtype=BF16, device="meta")
     with pytest.raises(InputError, match="choose one"):
         minivlm.load(pack=True, dtype=BF16, quantize="int8")
-    monkeypatch.setattr(packing, "can_pack", lambda: False)
+    monkeypatch.setattr(packing, "onednn_has_bf16", lambda: False)
     with pytest.raises(InputError, match="needs a processor with bf16 instructions"):
         minivlm.load(pack=True, dtype=BF16)
 
 
 @needs_kernels
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
-    """The copy has to fit, with room to work in, after the model itself is there."""
-    needed = 2 * sum(matrix.weight.numel() for matrix in matrices(load_paligemma()[0]))
+    """The copy and working memory must fit beside the model itself."""
+    needed = 2 * sum(matrix.weight.numel() for matrix in matrices(load_answering()[0]))
 
     def with_so_much(*arguments: Any) -> None:
         monkeypatch.setattr(devices, "free_memory", lambda device: needed)
@@ -124,7 +121,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(load, "require_memory", with_so_much)
     with pytest.raises(InputError, match=r"the packed weights take 0\.0 GB of memory on cpu"):
-        load_paligemma(dtype=BF16, pack=True)
+        load_answering(dtype=BF16, pack=True)
 
 
 @needs_kernels

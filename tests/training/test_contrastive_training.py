@@ -21,7 +21,7 @@ from minivlm.data.pairs import FilePairs, read_pairs
 from minivlm.errors import InputError
 from minivlm.losses import clip_loss, pair_logits
 from minivlm.models.clip import CLIP
-from minivlm.models.load import SHIPPED, load_paligemma
+from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.siglip import SigLIP
 from minivlm.training import contrastive as contrastive_run
 from minivlm.training.contrastive import ContrastiveRun, train_contrastive
@@ -103,7 +103,7 @@ def test_a_locked_tower_keeps_every_bit(tmp_path: Path) -> None:
     """It is the shipped model's. The head, the text tower, the temperature and the bias are trained."""
     train_contrastive(tmp_path, config("lit"), loop=EVERY)
     model, processor = minivlm.load(tmp_path)
-    shipped, _ = load_paligemma(SHIPPED)
+    shipped, _ = load_answering(SHIPPED)
     start, _ = build(config("lit"))
     locked = shipped.vision_tower.state_dict()
     for name, tensor in model.state_dict().items():
@@ -173,7 +173,7 @@ def test_a_batch_of_a_file_has_no_line_twice(tmp_path: Path) -> None:
     assert all(len(set(lines)) == 4 for lines in seen)
     assert len({*seen[0], *seen[1]}) == 8  # a round has two batches, and two lines wait
     assert seen[:2] != seen[2:]
-    with pytest.raises(InputError, match=r"batch_size is 11, and there are 10 pairs: .* a smaller batch"):
+    with pytest.raises(InputError, match=r"batch_size is 11, but there are 10 pairs: .* a smaller batch"):
         FilePairs(pairs, [processor], seed=1, steps=9, batch_size=11)
 
 
@@ -273,7 +273,7 @@ def test_configs_that_are_refused(objective: str, changes: dict[str, Any], messa
 
 def test_captions_longer_than_the_context() -> None:
     """Seen before the first step, since not every batch has a picture of five things."""
-    with pytest.raises(InputError, match="has 24 tokens, and the model reads 19 at most"):
+    with pytest.raises(InputError, match="has 24 tokens, but the model reads at most 19"):
         a_run("siglip", max_length=20)
 
 

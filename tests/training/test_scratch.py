@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import minivlm
 from minivlm.errors import InputError
 from minivlm.evaluation import answers
-from minivlm.evaluation.scoring import Metric
+from minivlm.evaluation.tables import Metric
 from minivlm.layers import EncoderBlock
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor

@@ -1,4 +1,5 @@
-"""Other looks change what they say and nothing else: things stay where they are, the truth stays true."""
+"""Augmentations change what they claim to and nothing else: things stay in place, and what is true stays
+true."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def levels(picture: Image.Image) -> np.ndarray:
 
 
 def shift(pictures: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """By how many pixels others [P, H, W, 3] lie to the right of pictures and below them, on average.
+    """By how many pixels others [P, H, W, 3] are shifted right and down from pictures, on average.
 
     A picture that moves by d changes by -d times its slope: d is found by least squares.
     """
@@ -64,7 +65,7 @@ def test_turning_changes_nothing_but_angles() -> None:
     assert set(angles) == set(range(-15, 16))
     straight = [replace(o, things=tuple(replace(t, angle=0) for t in o.things)) for o in others]
     assert straight == PLAIN
-    assert any(len({thing.angle for thing in scene.things}) > 1 for scene in others)  # each its own way
+    assert any(len({thing.angle for thing in scene.things}) > 1 for scene in others)  # each in its own way
     for scene in others:
         assert all(min(thing.box) >= 0 and max(thing.box) <= WORLD for thing in scene.things)
 
@@ -106,7 +107,7 @@ def test_half_of_the_varied_scenes_are_turned_and_half_have_another_ground() -> 
 
 
 def test_the_same_questions_have_the_same_answers() -> None:
-    """But for boxes and outlines, which turn with their things."""
+    """Except for boxes and outlines, which rotate with their things."""
     moved = 0
     for seed, scene in enumerate(PLAIN):
         other = turned(on_gray(scene, np.random.default_rng(seed), 40, 161), np.random.default_rng(seed), 15)
@@ -129,7 +130,7 @@ def photographs(scenes: list[Scene]) -> list[Image.Image]:
 
 
 def test_a_photograph_leaves_things_where_they_are() -> None:
-    """Edges, lightness and small flaws differ; nothing moves by more than a small part of a pixel."""
+    """Edges, brightness and small flaws differ; nothing moves by more than a small fraction of a pixel."""
     taken = photographs(QUIET)
     assert all((picture.size, picture.mode) == ((64, 64), "RGB") for picture in taken)
     pictures = np.stack([levels(scene.draw(64)) for scene in QUIET])

@@ -1,7 +1,7 @@
-"""Every question has one answer, and it is the true one.
+"""Every question has one answer, and it is the correct one.
 
-The answers are derived a second time here, from the things of a scene and from nothing else: each question is
-taken apart by a regular expression, and must then have exactly the one answer that the scene gives.
+The answers are derived a second time here, from a scene's things alone: a regular expression takes each
+question apart, and the scene must then give exactly that one answer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def the(things: list[Thing]) -> Thing:
 
 
 def answer_again(scene: Scene, prefix: str) -> tuple[str, str]:
-    """Task and answer, from the words of the prompt. Fails where a prompt has none, or more than one."""
+    """Task and answer, from the words of the prompt. Fails if a prompt has none, or more than one."""
     things = list(scene.things)
     matches = {name: re.fullmatch(pattern, prefix) for name, pattern in FORMS.items()}
     ((form, match),) = [(name, match) for name, match in matches.items() if match]
@@ -97,7 +97,7 @@ def answer_again(scene: Scene, prefix: str) -> tuple[str, str]:
             "above": other.y - first.y,
             "below": first.y - other.y,
         }[words["relation"]]
-        assert abs(amount) > 5  # plain to see
+        assert abs(amount) > 5  # easy to see
         return form, "yes" if amount > 0 else "no"
     things.sort(key=lambda thing: thing.x)
     if form == "caption":
@@ -134,7 +134,7 @@ def test_every_answer_is_right_and_the_only_one(split: Split) -> None:
     tasks: Counter[str] = Counter()
     for seed, scene in enumerate(scenes(400, split)):
         for example in asked(scene, seed, 16):
-            # Which sixteen codes draw an outline is looked at below.
+            # Which sixteen codes draw an outline is tested below.
             suffix = re.sub(r"<seg\d{3}>", "<seg>", example.suffix)
             assert (example.task, suffix) == answer_again(scene, example.prefix), example
             tasks[example.task] += 1
@@ -144,7 +144,7 @@ def test_every_answer_is_right_and_the_only_one(split: Split) -> None:
     assert set(tasks) == set(TASKS) == set(FORMS)
     often = tasks.pop("relation"), tasks.pop("detect")
     assert min(tasks.values()) > 0.75 * max(tasks.values())  # about equally often
-    assert min(often) > max(tasks.values())  # twice a round, or where things have one name
+    assert min(often) > max(tasks.values())  # twice per round, or if things share a name
 
 
 def test_the_same_prompt_has_one_answer_in_a_scene() -> None:
@@ -155,14 +155,14 @@ def test_the_same_prompt_has_one_answer_in_a_scene() -> None:
 
 
 def test_a_seed_is_a_row_of_questions() -> None:
-    some = scenes(30)
-    assert [asked(scene, 3) for scene in some] == [asked(scene, 3) for scene in some]
-    assert [asked(scene, 3) for scene in some] != [asked(scene, 4) for scene in some]
+    thirty = scenes(30)
+    assert [asked(scene, 3) for scene in thirty] == [asked(scene, 3) for scene in thirty]
+    assert [asked(scene, 3) for scene in thirty] != [asked(scene, 4) for scene in thirty]
 
 
 @pytest.mark.parametrize("relations", [1, 2, 4])
 def test_no_task_comes_again_before_all_had_their_turn(relations: int) -> None:
-    """But for relations, and for `detect` where things have one name."""
+    """Except for relations, and for `detect` if things share a name."""
     for seed, scene in enumerate(scenes(100)):
         rng = np.random.default_rng(seed)
         most = {task: 1 for task in TASKS if all(ask(scene, task, rng) is not None for _ in range(20))}
@@ -201,7 +201,7 @@ def test_ask_gives_the_task_or_nothing() -> None:
 
 
 def test_guessing_does_not_help() -> None:
-    """Yes and no about equally often, no count and no word most of the time, "none" rare."""
+    """Yes and no are about equally frequent, no count or word dominates, and "none" is rare."""
     answers: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
     for seed, scene in enumerate(scenes(1500)):
         for example in asked(scene, seed):
@@ -212,7 +212,7 @@ def test_guessing_does_not_help() -> None:
     assert most["count"] < 0.5
     assert most["color"] < 0.2
     assert most["shape"] < 0.35
-    assert most["size"] < 0.55  # small things find a place more easily
+    assert most["size"] < 0.55  # small things are easier to place
     for task in ("detect", "segment"):
         assert 0.02 < answers[task]["none"] / answers[task].total() < 0.1
 
@@ -254,15 +254,15 @@ def test_boxes_of_an_answer_are_those_of_the_things() -> None:
 
 @pytest.mark.parametrize("degrees", [0, 20])
 def test_outlines_of_an_answer_are_those_of_the_things(degrees: int) -> None:
-    """Sixteen codes draw what a thing looks like, wherever it is, and however it is turned."""
+    """Sixteen codes draw what a thing looks like, wherever it is and however it is rotated."""
     overlaps: dict[str, list[float]] = {shape: [] for shape in SHAPES}
     for seed, scene in enumerate(scenes(40)):
         scene = turned(scene, np.random.default_rng(seed), degrees)
         masks = text_to_masks(segmentation_text(scene.things), 256, 256)
         for mask, thing in zip(masks, scene.things, strict=True):
             overlaps[thing.shape].append(mask_iou(mask.mask, thing.mask(256)))
-    assert min(min(some) for some in overlaps.values()) > 0.75
-    assert all(np.mean(some) > 0.85 for some in overlaps.values())
+    assert min(min(values) for values in overlaps.values()) > 0.75
+    assert all(np.mean(values) > 0.85 for values in overlaps.values())
 
 
 def test_outlines_tell_shapes_and_angles_apart_and_nothing_else() -> None:
@@ -306,13 +306,13 @@ def test_the_tokenizer_knows_every_text(tokenizer: Tokenizer) -> None:
         assert "".join(WORD.findall(text)) == text
         ids = tokenizer.encode(text)
         tokens = [tokenizer.backend.id_to_token(index) for index in ids]
-        assert [token.replace("▁", " ") for token in tokens] == WORD.findall(text), text  # nothing is cut
+        assert [token.replace("▁", " ") for token in tokens] == WORD.findall(text), text  # nothing is split
         assert tokenizer.decode(ids) == text
 
 
 def test_every_answer_is_one_token_where_it_is_one_word(tokenizer: Tokenizer) -> None:
     for word in (*COLORS, *SHAPES, *SIZES, "yes", "no", "none", *"0123456789"):
         assert len(tokenizer.encode(word)) == 1
-    # Pieces of bytes do appear for words of another world, so that their absence above says something.
+    # Byte pieces do appear for words from another world, so their absence above means something.
     tokens = [tokenizer.backend.id_to_token(index) for index in tokenizer.encode("zебра")]
     assert any(token.startswith("<0x") for token in tokens)

@@ -1,4 +1,4 @@
-"""Other programs draw the same scenes: shapes, colors, places and noise are those of `Scene.draw`."""
+"""Other programs draw the same scenes: shapes, colors, positions and noise are those of `Scene.draw`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RENDERERS = [draw_with_matplotlib, pytest.param(draw_with_browser, marks=needs_b
 
 
 def scenes(number: int) -> list[Scene]:
-    """Every other one turned."""
+    """Every other one is rotated."""
     made = [make_scene(np.random.default_rng(seed), "test") for seed in range(number)]
     return [
         turned(scene, np.random.default_rng(seed), 15) if seed % 2 else scene
@@ -36,13 +36,13 @@ def levels(picture: Image.Image) -> np.ndarray:
 
 
 def lone(shape: str, angle: int) -> Scene:
-    """One thing of an uneven place and size, without noise."""
+    """One thing of fractional position and size, without noise."""
     thing = Thing(shape, "blue", "large", 27.3, 35.8, 13.6, COLORS["blue"], angle)
     return Scene((thing,), 200, 0.0, 0)
 
 
 def box_of(picture: Image.Image, ground: int) -> np.ndarray:
-    """x0, y0, x1, y1 of what is not ground, in pixels; of a pixel at an edge, the part that is covered."""
+    """x0, y0, x1, y1 of what is not background, in pixels; of a pixel at an edge, the covered part."""
     covered = np.abs(levels(picture) - ground).max(axis=2) / np.abs(levels(picture) - ground).max()
     columns, rows = covered.max(axis=0), covered.max(axis=1)
     edges = []
@@ -56,16 +56,16 @@ def box_of(picture: Image.Image, ground: int) -> np.ndarray:
 
 @pytest.mark.parametrize("draw", RENDERERS)
 def test_pictures_are_nearly_ours(draw: Draw) -> None:
-    """Edges differ; ground, noise and the order of scenes do not."""
-    some = scenes(45)  # more than two rows of a browser's page
-    pictures = draw(some, 64)
-    assert len(pictures) == len(some)
-    for scene, picture in zip(some, pictures, strict=True):
+    """Edges differ; background, noise and the order of scenes do not."""
+    batch = scenes(45)  # more than two rows of a browser's page
+    pictures = draw(batch, 64)
+    assert len(pictures) == len(batch)
+    for scene, picture in zip(batch, pictures, strict=True):
         assert (picture.size, picture.mode) == ((64, 64), "RGB")
         difference = np.abs(levels(picture) - levels(scene.draw(64)))
         assert 0.01 < difference.mean() < 2
-        assert np.median(difference) == 0  # the ground with its noise is the same, level by level
-    other = np.abs(levels(pictures[0]) - levels(some[1].draw(64)))
+        assert np.median(difference) == 0  # the background with its noise is the same, level by level
+    other = np.abs(levels(pictures[0]) - levels(batch[1].draw(64)))
     assert other.mean() > 5
 
 
@@ -73,8 +73,8 @@ def test_pictures_are_nearly_ours(draw: Draw) -> None:
 @pytest.mark.parametrize("pixels", [64, 224])
 def test_boxes_agree_to_a_pixel(draw: Draw, pixels: int) -> None:
     """With the things' own boxes, and so with what our renderer draws."""
-    some = [lone(shape, angle) for shape in SHAPES for angle in (0, 12)]
-    for scene, picture in zip(some, draw(some, pixels), strict=True):
+    batch = [lone(shape, angle) for shape in SHAPES for angle in (0, 12)]
+    for scene, picture in zip(batch, draw(batch, pixels), strict=True):
         truth = np.array(scene.things[0].box) * pixels / WORLD
         assert np.abs(box_of(picture, 200) - truth).max() < 1, scene.things[0]
         assert np.abs(box_of(scene.draw(pixels), 200) - truth).max() < 1
@@ -82,9 +82,9 @@ def test_boxes_agree_to_a_pixel(draw: Draw, pixels: int) -> None:
 
 @pytest.mark.parametrize("draw", RENDERERS)
 def test_nothing_is_moved_and_nothing_grows(draw: Draw) -> None:
-    """Middles and areas of single shapes, to a small part of a pixel."""
-    some = [lone(shape, angle) for shape in SHAPES for angle in (0, 7)]
-    for scene, picture in zip(some, draw(some, 64), strict=True):
+    """Centers and areas of single shapes, to a small fraction of a pixel."""
+    batch = [lone(shape, angle) for shape in SHAPES for angle in (0, 7)]
+    for scene, picture in zip(batch, draw(batch, 64), strict=True):
         for one, tolerance in ((picture, 0.01), (scene.draw(64), 0.06)):  # ours fills both ends of a line
             weights = (200 - levels(one)[..., 0]) / (200 - COLORS["blue"][0])
             y, x = np.mgrid[:64, :64] + 0.5
@@ -103,19 +103,19 @@ def test_nothing_is_moved_and_nothing_grows(draw: Draw) -> None:
 
 @pytest.mark.parametrize("draw", RENDERERS)
 def test_colors_are_exact(draw: Draw) -> None:
-    """In the middle of each thing and on each ground, dark ones too."""
-    some = [
+    """In the center of each thing and on each background, dark ones too."""
+    batch = [
         Scene((Thing("circle", color, "large", 32, 32, 14, rgb),), background, 0.0, 0)
         for (color, rgb), background in zip(COLORS.items(), range(40, 250, 27), strict=True)
     ]
-    for scene, picture in zip(some, draw(some, 64), strict=True):
+    for scene, picture in zip(batch, draw(batch, 64), strict=True):
         assert picture.getpixel((32, 32)) == scene.things[0].rgb
         assert picture.getpixel((2, 61)) == (scene.background,) * 3
 
 
 @pytest.mark.parametrize("draw", RENDERERS)
 def test_edges_are_mixed(draw: Draw) -> None:
-    """A square between pixels: its rim has a share of both colors, in every column and row alike."""
+    """A square between pixels: its edge mixes both colors, in every column and row alike."""
     square = Thing("square", "blue", "large", 32.25, 32.25, 10 * 2**0.5, (0, 0, 0))  # from 22.25 to 42.25
     (picture,) = draw([Scene((square,), 200, 0.0, 0)], 64)
     row = levels(picture)[32, :, 0]
@@ -129,15 +129,15 @@ def test_edges_are_mixed(draw: Draw) -> None:
 
 @pytest.mark.parametrize("draw", RENDERERS)
 def test_the_same_scenes_give_the_same_pictures(draw: Draw) -> None:
-    some = scenes(3)
-    first, again = draw(some, 64), draw(some[::-1], 64)[::-1]  # also in other places of a page
+    batch = scenes(3)
+    first, again = draw(batch, 64), draw(batch[::-1], 64)[::-1]  # also elsewhere on a page
     assert all(np.array_equal(levels(a), levels(b)) for a, b in zip(first, again, strict=True))
     assert draw([], 64) == []
 
 
 def test_settings_of_the_user_change_nothing() -> None:
-    some = scenes(2)
-    wanted = draw_with_matplotlib(some, 64)
+    batch = scenes(2)
+    wanted = draw_with_matplotlib(batch, 64)
     settings = {
         "figure.facecolor": "red",
         "patch.force_edgecolor": True,
@@ -145,7 +145,7 @@ def test_settings_of_the_user_change_nothing() -> None:
         "savefig.dpi": 300,
     }
     with matplotlib.rc_context(settings):
-        found = draw_with_matplotlib(some, 64)
+        found = draw_with_matplotlib(batch, 64)
     assert all(np.array_equal(levels(a), levels(b)) for a, b in zip(found, wanted, strict=True))
 
 
@@ -154,10 +154,10 @@ def test_settings_of_the_user_change_nothing() -> None:
 
 @needs_browser
 def test_a_page_ends_and_another_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = scenes(7)
-    wanted = draw_with_browser(some, 64)
-    monkeypatch.setattr(renderers, "SCENES_A_PAGE", 3)
-    found = draw_with_browser(some, 64)
+    batch = scenes(7)
+    wanted = draw_with_browser(batch, 64)
+    monkeypatch.setattr(renderers, "SCENES_PER_PAGE", 3)
+    found = draw_with_browser(batch, 64)
     assert len(found) == 7
     assert all(np.array_equal(levels(a), levels(b)) for a, b in zip(found, wanted, strict=True))
 
@@ -184,7 +184,7 @@ def test_browsers_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MINIVLM_CHROMIUM", "mine")
     assert find_browser() == str(tmp_path / "mine")
     monkeypatch.setenv("MINIVLM_CHROMIUM", str(tmp_path / "nothing"))
-    with pytest.raises(InputError, match=r"MINIVLM_CHROMIUM is '.*nothing', which is no program"):
+    with pytest.raises(InputError, match=r"MINIVLM_CHROMIUM is '.*nothing', which is not a program"):
         find_browser()
     monkeypatch.setenv("MINIVLM_CHROMIUM", "")
     assert find_browser() == str(tmp_path / "chromium")
@@ -195,7 +195,7 @@ def program(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-# A shell script that finds out where the picture is to go.
+# A shell script that finds out where the picture should go.
 FIND_OUT = 'for word in "$@"; do case "$word" in --screenshot=*) out="${word#--screenshot=}";; esac; done'
 
 
@@ -217,12 +217,12 @@ def test_a_browser_that_fails(
     monkeypatch.setenv("SMALL", str(tmp_path / "small.png"))
     monkeypatch.setenv("MINIVLM_CHROMIUM", str(tmp_path / "browser"))
     if "sleep" in script:
-        monkeypatch.setattr(renderers, "SECONDS_A_PAGE", 0.5)
+        monkeypatch.setattr(renderers, "SECONDS_PER_PAGE", 0.5)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     with pytest.raises(InputError, match=complaint) as caught:
         draw_with_browser(scenes(1), 64)
-    assert "set MINIVLM_CHROMIUM to another one, or leave out the column browser" in str(caught.value)
+    assert "set MINIVLM_CHROMIUM to another browser, or leave out the column browser" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "tmp").iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""The drawn world says the truth about itself: pictures, boxes, outlines and labels of patches."""
+"""The drawn world tells the truth about itself: pictures, boxes, outlines and labels of patches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_seed_is_a_scene_and_a_picture(split: Split) -> None:
 
 
 def box_of(drawn: np.ndarray) -> np.ndarray:
-    """x0, y0, x1, y1 of what is true."""
+    """x0, y0, x1, y1 of what is True."""
     rows, columns = np.nonzero(drawn)
     return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
 
@@ -60,12 +60,12 @@ def test_boxes_fit_what_is_drawn(shape: str, reducing: Image.Resampling, angle: 
     for color in COLORS:
         thing = lone(shape, color, rng, angle)
         drawn = np.abs(pixels(Scene((thing,), GRAY, 0.0, 0), 256, reducing) - GRAY).max(axis=2) > 8
-        # 4 pixels a unit; the drawing library rounds edges to a quarter of a pixel, and fills both ends.
+        # 4 pixels per unit; the drawing library rounds edges to a quarter of a pixel, and fills both ends.
         assert np.abs(box_of(drawn) - 4 * np.array(thing.box)).max() <= 1.5, (shape, color)
 
 
 def test_a_shape_has_its_form() -> None:
-    """The share of the box that is filled tells the four apart."""
+    """The fraction of the box that is filled tells the four apart."""
     shares = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5, "star": 0.384}
     rng = np.random.default_rng(1)
     for shape, share in shares.items():
@@ -102,7 +102,7 @@ def test_a_turned_circle_is_the_same() -> None:
 @pytest.mark.parametrize("angle", [0, 14])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_masks_are_what_is_drawn(shape: str, angle: int) -> None:
-    """White on black: a pixel is the thing's where the thing covers half of it."""
+    """White on black: a pixel belongs to the thing if the thing covers half of it."""
     rng = np.random.default_rng(4)
     for _ in range(5):
         thing = replace(lone(shape, "blue", rng, angle), rgb=(255, 255, 255))
@@ -140,7 +140,7 @@ def test_sizes_and_colors_cannot_be_confused() -> None:
     grays = [(level,) * 3 for level in range(40, 251)]
     for a, b in [*combinations(COLORS.values(), 2), *product(COLORS.values(), grays)]:
         most = max(abs(x - y) for x, y in zip(a, b, strict=True))
-        assert most > 3 * 12, (a, b)  # 12: what a color varies by
+        assert most > 3 * 12, (a, b)  # 12: how much a color varies
 
 
 def test_easy_scenes_have_one_or_two_things() -> None:
@@ -149,9 +149,9 @@ def test_easy_scenes_have_one_or_two_things() -> None:
 
 
 def test_some_scenes_have_twins_and_a_few_have_triplets() -> None:
-    """So that counting and detecting means more than naming."""
+    """So that counting and detecting take more than naming."""
     names = [[thing.name for thing in scene.things] for scene in scenes(3000)]
-    several = [max(Counter(some).values()) for some in names if len(some) > 1]
+    several = [max(Counter(listed).values()) for listed in names if len(listed) > 1]
     assert set(several) == {1, 2, 3}
     assert 0.2 < sum(most > 1 for most in several) / len(several) < 0.3
     assert 0.01 < sum(most > 2 for most in several) / len(several) < 0.05

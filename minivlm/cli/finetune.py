@@ -1,0 +1,88 @@
+"""`minivlm finetune`: a model that answers, trained further on your own pictures."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minivlm.cli import options as shared
+from minivlm.cli.program import command
+from minivlm.errors import InputError
+from minivlm.training.finetuning import PARTS, FinetuningConfig, finetune
+from minivlm.training.loop import LOG, read_log
+
+if TYPE_CHECKING:
+    from minivlm.cli.options import Commands
+
+HELP = """\
+Your pictures are described by lines of JSON, each with the path of a picture, a prompt and its answer:
+  {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a cup"}
+  {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
+Paths are relative to the file. The four numbers of a box are y0 x0 y1 x1 in 1024ths of the picture's sides;
+minivlm.processing.box_to_tokens makes them from pixels.
+
+Ctrl-C finishes the step and saves; the same command with --resume goes on.
+"""
+
+
+def add_to(commands: Commands) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "finetune",
+        help="train a model further on your own pictures",
+        description="Train the shipped model, or any other that answers, on your own pictures.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE.jsonl", required=True, help="what to train on, see below"
+    )
+    parser.add_argument("--validation", type=Path, metavar="FILE.jsonl", help="what to measure on")
+    parser.add_argument(
+        "--model", metavar="FOLDER_OR_REPO_ID", help="where to start (default: the shipped tiny model)"
+    )
+    parser.add_argument(
+        "--on-bad-line", choices=("refuse", "skip"), help="skip: leave bad lines out (default: refuse)"
+    )
+    shared.add_run(
+        parser, out="runs/tuned", measure_every=50, measured="--validation", warmup="a twentieth of all steps"
+    )
+    recipe = parser.add_argument_group("recipe")
+    number = partial(recipe.add_argument, metavar="N")
+    number("--epochs", type=int, help="times that every line is shown (default: 10)")
+    number("--steps", type=int, help="instead of --epochs")
+    number("--batch-size", type=int, help="lines computed at once (default: 8)")
+    number("--accumulate", type=int, help="batches for one step, as one larger batch (default: 1)")
+    number("--lr", type=float, help="learning rate (default: 1e-3 for small models, 2e-5 for large ones)")
+    recipe.add_argument(
+        "--freeze", choices=tuple(PARTS), action="append", help="leave this part as it is; may be given twice"
+    )
+    number("--max-length", type=int, help="tokens of picture and line at most (default: the model's context)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, and say how good the answers are and how to ask for more."""
+    if options.measure_every and options.validation is None:
+        raise InputError("--measure-every has nothing to measure on: add --validation FILE.jsonl")
+    values = shared.given(options, [field.name for field in fields(FinetuningConfig)])
+    values["freeze"] = tuple(part for part in PARTS if part in values.get("freeze", ()))
+    config = FinetuningConfig(**values)
+    warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
+    loop = shared.prepare_loop(options)
+    started = time.monotonic()
+    done = finetune(options.out, config, options.data, options.validation, warn=warn, loop=loop)
+    measured = [line for line in read_log(options.out / LOG) if line.get("exact match") is not None]
+    if measured:
+        first, last = measured[0], measured[-1]
+        print(
+            f"Exact answers to {options.validation}: {first['exact match']:.3f} at step {first['step']}, "
+            f"{last['exact match']:.3f} at step {last['step']}."
+        )
+    sample = done.samples[0]
+    ask = command("ask", sample.path, "--prompt", sample.prefix, "--model", options.out)
+    shared.print_end(started, options.out, f"Ask it:\n  {ask}")

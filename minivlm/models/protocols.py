@@ -1,0 +1,120 @@
+"""What evaluation, inspection, commands and training ask of a model: that it answers, or that it matches.
+
+A system belongs to a kind by what it offers, not by what it inherits. Which kind the folder of a checkpoint
+holds is said by `SYSTEMS` in load.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.generate import Decodable
+
+
+class PatchEmbeddings(Protocol):
+    """Where a picture becomes one vector per patch, with a learned vector per position."""
+
+    patch_embedding: nn.Conv2d
+    position_embedding: nn.Embedding  # a class token's row comes before those of the patches
+
+
+class Tower(Protocol):
+    """An image tower over a square grid of patches."""
+
+    @property
+    def embeddings(self) -> PatchEmbeddings:
+        """The first layer."""
+
+
+class ContextLength(Protocol):
+    """A config that says how much a decoder reads."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens of picture, prompt and answer together."""
+
+
+class Decoder(Protocol):
+    """The language model that writes the answer."""
+
+    embed_tokens: nn.Embedding
+
+    @property
+    def config(self) -> ContextLength:
+        """The decoder's own part of the config."""
+
+
+class AnswerOutput(Protocol):
+    """Scores of the next token at every position, and the loss where labels were given."""
+
+    logits: Tensor  # [B, S, V]
+    loss: Tensor | None
+
+
+class Answers(Decodable, Protocol):
+    """A model that answers prompts about pictures. Its processor is an `AnswerProcessor`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where inputs have to be."""
+
+    @property
+    def vision_tower(self) -> Tower:
+        """What looks at the picture."""
+
+    @property
+    def language_model(self) -> Decoder:
+        """What reads the prompt and writes the answer."""
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] -> what the decoder gets in place of patches, [B, N, D]."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> AnswerOutput:
+        """Logits of every position of a prompt with its answer, and the loss when labels are given."""
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, **inputs: Any) -> Tensor:
+        """New tokens only, [B, n], padded after each row's end."""
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int = 64, **inputs: Any) -> Iterator[Tensor]:
+        """The same, token by token: [B] as soon as it is known."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+
+
+class Matches(Protocol):
+    """A model that says how well a picture and a text fit. Its processor is a `PairProcessor`."""
+
+    has_class_token: bool  # ahead of the patches; without one, a pooling head reads the tower's last layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where inputs have to be."""
+
+    @property
+    def vision_model(self) -> Tower:
+        """The image tower."""
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] -> [B, D], of any length."""
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """input_ids [B, T] -> [B, D], of any length."""
+
+    def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """How well each picture fits each text: [n, D], [m, D] -> [n, m]."""
+
+    def probabilities(self, logits_per_image: Tensor) -> Tensor:
+        """The same from 0 to 1: [n, m] -> [n, m]."""
