@@ -329,13 +329,13 @@ def as_table(path: Path) -> str:
     ]
     runs = read(path)
     for name, variant in VARIANTS.items():
-        some = [run for run in runs if run["variant"] == name]
-        if not some:
+        seeds = [run for run in runs if run["variant"] == name]
+        if not seeds:
             continue
-        cells = [spread([run["metrics"][row] for run in some]) for row in SHOWN]
-        share = spread([run["within_picture_share"]["at the end"] for run in some])
-        seconds = statistics.mean(run["cpu_seconds"] for run in some)
-        columns = [variant.question, variant.change, str(len(some)), f"{seconds:.0f}", *cells, share]
+        cells = [spread([run["metrics"][row] for run in seeds]) for row in SHOWN]
+        share = spread([run["within_picture_share"]["at the end"] for run in seeds])
+        seconds = statistics.mean(run["cpu_seconds"] for run in seeds)
+        columns = [variant.question, variant.change, str(len(seeds)), f"{seconds:.0f}", *cells, share]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 

@@ -120,8 +120,8 @@ def unpacked(batch: Batch) -> Batch:
             rows["blocks"][-1] = torch.ones_like(rows["blocks"][-1])
             pictures.append(picture)
     tables = {
-        name: pad_sequence(some, batch_first=True, padding_value=pad.get(name, 0))
-        for name, some in rows.items()
+        name: pad_sequence(tensors, batch_first=True, padding_value=pad.get(name, 0))
+        for name, tensors in rows.items()
     }
     return replace(batch, pictures=torch.stack(pictures), **tables)
 
@@ -233,17 +233,17 @@ class Comparison:
 
     def row(self) -> str:
         """Of the table in `COMPARED`."""
-        speeds = (self.answers / statistics.median(some) for some in (self.ours, self.whole, self.pieces))
+        speeds = (self.answers / statistics.median(times) for times in (self.ours, self.whole, self.pieces))
         ratios = [
-            [theirs / ours for theirs, ours in zip(some, self.ours, strict=True)]
-            for some in (self.whole, self.pieces)
+            [theirs / ours for theirs, ours in zip(times, self.ours, strict=True)]
+            for times in (self.whole, self.pieces)
         ]
         cells = [
             f"{self.stage}: {FORMS[self.stage]}",
             "bf16" if self.bf16 else "fp32",
             self.form,
             *(f"{speed:.0f}" for speed in speeds),
-            *(spread(some) for some in ratios),
+            *(spread(by_round) for by_round in ratios),
         ]
         return f"| {' | '.join(cells)} |"
 
@@ -351,12 +351,12 @@ def draw_points(points: Sequence[Point], path: Path) -> None:
     panels = figure.subplots(1, len(axes), squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         for stage, label in FORMS.items():
-            some = [point for point in points if (point.axis, point.stage) == (axis, stage)]
-            middle = [statistics.median(point.times) for point in some]
-            below = [mid - min(point.times) for mid, point in zip(middle, some, strict=True)]
-            above = [max(point.times) - mid for mid, point in zip(middle, some, strict=True)]
+            curve = [point for point in points if (point.axis, point.stage) == (axis, stage)]
+            middle = [statistics.median(point.times) for point in curve]
+            below = [mid - min(point.times) for mid, point in zip(middle, curve, strict=True)]
+            above = [max(point.times) - mid for mid, point in zip(middle, curve, strict=True)]
             panel.errorbar(
-                [point.value for point in some],
+                [point.value for point in curve],
                 middle,
                 yerr=[below, above],
                 marker="o",

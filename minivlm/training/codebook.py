@@ -1,17 +1,16 @@
 """Training the small codebook of masks from nothing, on drawn figures, in minutes on one core.
 
-More than half of the figures are the shapes of the drawn world at any angle. The others are ellipses,
-polygons, blobs, rings and unions of them, so that the codebook serves for other things too. Every mask fills
-its box.
+More than half of the figures are shapes of the drawn world at any angle. The others are ellipses, polygons,
+blobs, rings and unions of them, so that the codebook is good for other things too. Every mask fills its box.
 
 Three things keep the codes useful:
 
-- A code that is never the nearest gets no gradient and would stay unused. After a while it is put where the
-  vectors are.
-- A code that changes with every small turn of a figure could not be guessed from a picture by a language
-  model. So each figure is drawn twice, turned a little and with other pixels, and the vectors of the one are
-  drawn to the codes of the other.
-- The encoder sees noise on the masks, and has to tell what is under it.
+- A code that is never the nearest gets no gradient and would stay unused. After a while it is moved to where
+  the vectors are.
+- A code that changes with every small turn of a figure is one that a language model cannot guess from a
+  picture. So each figure is drawn twice, turned a little and with other pixels, and the vectors of each
+  drawing are pulled toward the codes of the other.
+- The encoder sees masks with noise, and has to recognize what is under it.
 """
 
 from __future__ import annotations
@@ -32,30 +31,30 @@ from minivlm.processing.codebook import MASK_SIDE, NUM_CODES, MaskCodebook
 from minivlm.training.schedule import cosine_fall, warm_up
 
 CORNERS = {"circle": 64, "square": 4, "triangle": 3, "star": 10}
-OTHERS = ("ellipse", "polygon", "blob", "ring", "union")
+OTHER_KINDS = ("ellipse", "polygon", "blob", "ring", "union")
 
-SHAPES = 0.6  # share of figures that are shapes of the drawn world
-PIXELS = (12, 160)  # least and greatest length of a figure before it is resized
-PAIRS = 32  # figures a step, each drawn twice
+SHAPE_SHARE = 0.6  # of figures that are shapes of the drawn world
+PIXELS = (12, 160)  # smallest and largest length of a figure before it is resized
+PAIRS = 32  # figures per step, each drawn twice
 TURN = 10.0  # degrees; the two drawings differ by at most this angle
 NOISE = 0.2  # standard deviation, where a mask is 0 to 1
 PEAK_RATE = 2e-3
 WARMUP_STEPS = 100
 COMMITMENT = 0.25  # weight of the distance from a vector to its own code
 STABILITY = 0.5  # weight of the distance to the code of the other drawing
-PATIENCE = 50  # steps for which a code may stay unused
+PATIENCE = 50  # steps that a code may stay unused
 SETTLED = 0.7  # share of the steps after which unused codes are left alone
 
 
 @dataclass(frozen=True)
 class Figure:
-    """The union of outlines [corners, 2] less a hole, in any unit, y downwards."""
+    """The union of outlines [corners, 2], minus a hole, in any unit, with y pointing down."""
 
     outlines: tuple[np.ndarray, ...]
     hole: np.ndarray | None = None
 
     def draw(self, pixels: float, turn: float = 0.0) -> np.ndarray:
-        """Turned clockwise by radians, drawn `pixels` long, cut to its box: values 0 to 1, [64, 64]."""
+        """Turned clockwise by radians, drawn `pixels` long, cropped to its box: values 0 to 1, [64, 64]."""
         rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
         points = np.concatenate(self.outlines) @ rotation
         low, high = points.min(0), points.max(0)
@@ -78,18 +77,18 @@ def shape_outline(shape: str, angle: float = 0.0) -> np.ndarray:
     return _around(start + angle + 2 * math.pi * numbers / len(numbers), radii)
 
 
-def random_figure(rng: np.random.Generator, shapes: float = SHAPES) -> Figure:
-    """One of the shapes of the drawn world as often as `shapes`, often nearly upright, or another figure."""
+def random_figure(rng: np.random.Generator, shapes: float = SHAPE_SHARE) -> Figure:
+    """A shape of the drawn world with probability `shapes`, often nearly upright, or another figure."""
     if rng.random() < shapes:
         shape = tuple(CORNERS)[rng.integers(len(CORNERS))]
         widest = math.pi / 6 if rng.random() < 0.6 else math.pi
         return Figure((shape_outline(shape, rng.uniform(-widest, widest)),))
-    kind = OTHERS[rng.integers(len(OTHERS))]
+    kind = OTHER_KINDS[rng.integers(len(OTHER_KINDS))]
     if kind == "ring":
         outline = _random_outline("blob" if rng.random() < 0.5 else "ellipse", rng)
         return Figure((outline,), hole=outline * rng.uniform(0.3, 0.75))
     if kind == "union":
-        parts = [_random_outline(OTHERS[rng.integers(3)], rng) for _ in range(rng.integers(2, 4))]
+        parts = [_random_outline(OTHER_KINDS[rng.integers(3)], rng) for _ in range(rng.integers(2, 4))]
         return Figure(tuple(part * rng.uniform(0.4, 1.0) + rng.uniform(-0.7, 0.7, 2) for part in parts))
     return Figure((_random_outline(kind, rng),))
 
@@ -104,7 +103,9 @@ def _random_outline(kind: str, rng: np.random.Generator) -> np.ndarray:
         angles = np.sort(rng.uniform(0, 2 * math.pi, rng.integers(3, 9)))
         return _around(angles, rng.uniform(0.4, 1.0, len(angles)))
     angles = np.linspace(0, 2 * math.pi, 64, endpoint=False)
-    waves = np.arange(1, 6)[:, None]  # the radius of a blob waves one to five times on the way around
+    waves = np.arange(1, 6)[
+        :, None
+    ]  # the radius of a blob rises and falls one to five times on the way around
     heights = rng.normal(0, 0.25, (5, 1)) / np.sqrt(waves)
     phases = rng.uniform(0, 2 * math.pi, (5, 1))
     return _around(angles, np.exp((heights * np.cos(waves * angles + phases)).sum(0)))
@@ -150,7 +151,7 @@ def train_masks(out: Path, steps: int = 2500, seed: int = 0, progress: bool | No
 
 
 def _pairs(rng: np.random.Generator) -> np.ndarray:
-    """Masks [2 x 32, 64, 64] of 32 figures, and then of the same, turned a little and with other pixels."""
+    """Masks [2 x 32, 64, 64]: 32 figures, then the same ones, turned a little and with other pixels."""
     first, second = [], []
     for _ in range(PAIRS):
         figure = random_figure(rng)
@@ -165,13 +166,13 @@ def _random_length(rng: np.random.Generator) -> float:
 
 
 def _losses(codebook: MaskCodebook, masks: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the drawing is from the masks, and how far vectors and codes are from where they should be."""
+    """How far the drawing is from the masks, and how far vectors and codes are from where they belong."""
     drawn, vectors, codes = codebook(noisy)
     drawing = F.mse_loss(drawn, 2.0 * masks - 1.0)
     to_vectors = F.mse_loss(codes, vectors.detach())  # moves the codes
     to_codes = F.mse_loss(vectors, codes.detach())  # moves the vectors
     to_others = F.mse_loss(vectors, codes.detach().roll(PAIRS, 0))
-    # As a share of the variance: otherwise vectors that are small, not stable, would do.
+    # As a share of the variance: otherwise small vectors would do as well as stable ones.
     unstable = to_others / vectors.flatten(0, 1).var(0).mean()
     return drawing, to_vectors + COMMITMENT * to_codes + STABILITY * unstable
 
@@ -180,9 +181,9 @@ def _losses(codebook: MaskCodebook, masks: Tensor, noisy: Tensor) -> tuple[Tenso
 def _revive(
     codebook: MaskCodebook, masks: Tensor, idle: Tensor, generator: torch.Generator, first: bool
 ) -> None:
-    """Put codes that were not used for long, at the first step all codes, onto random vectors of masks.
+    """Move codes that were not used for long, and at the first step all codes, onto random vectors of masks.
 
-    idle: for each code, the steps since it was used; counted on.
+    idle: for each code, the steps since it was used; updated here.
     """
     vectors = codebook.vectors(masks).flatten(0, 1)
     idle += 1

@@ -1,8 +1,8 @@
-"""Training two towers, on drawn scenes with their captions or on a user's own pairs.
+"""Training two towers, on drawn scenes with their captions or on your own pairs.
 
-What is trained, and with which loss, stands in contrastive_recipe.py. A step is short: vectors of n pictures,
-vectors of their n captions, one loss of the [n, n] matrix. The towers may compute in bf16; the matrix, the
-temperature and the bias stay in fp32, where a small difference of two cosines is not lost.
+What is trained, and with which loss, is in contrastive_recipe.py. A step is short: vectors of n pictures,
+vectors of their n captions, one loss of the [n, n] matrix. The towers may compute in bf16. The matrix, the
+temperature and the bias stay in fp32, where a small difference between two cosines is not lost.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from minivlm.world.captions import DrawnPairs, Inputs
 from minivlm.world.scenes import COLORS, SHAPES, SIZES
 
 MEASURED_SCENES = 200
-MOST_SCALE = math.log(100)  # CLIP's limit: a temperature under 1/100 makes training unstable
+MOST_SCALE = math.log(100)  # CLIP's limit: temperatures below 1/100 make training unstable
 MOST_THINGS = 5  # in a scene
 
 
@@ -57,8 +57,8 @@ class ContrastiveRun(Trainable):
 
     Args:
         model, processor: as `build` made them.
-        pairs: of a file; None: drawn scenes.
-        validation: pairs to measure on; None: held-out scenes where scenes are drawn.
+        pairs: of a file; None draws scenes.
+        validation: pairs to measure on; None measures on held-out scenes, if scenes are drawn.
         teacher: a model and its processor, for the objective distill.
         workers: processes that prepare batches.
 
@@ -95,8 +95,8 @@ class ContrastiveRun(Trainable):
             DrawnPairs(processors, **numbers) if pairs is None else FilePairs(pairs, processors, **numbers)
         )
         if pairs is None:
-            for one in processors:
-                one(texts=_longest_caption(one.tokenizer))  # now, and not in some later batch
+            for each in processors:  # a caption that is too long is refused now, not in some later batch
+                each(texts=_longest_caption(each.tokenizer))
 
     @property
     def total_steps(self) -> int:
@@ -109,7 +109,7 @@ class ContrastiveRun(Trainable):
         return asdict(self.config) | {"data": f"{len(self.pairs)} pairs, {digest.hexdigest()[:8]}"}
 
     def place(self) -> dict[str, Any]:
-        """The temperature, by which cosines are divided, and the bias; with pairs of a file, the epoch."""
+        """The temperature that divides the cosines, and the bias; with pairs of a file, the epoch."""
         here: dict[str, Any] = {"temperature": round(math.exp(-self.model.logit_scale.item()), 5)}
         if isinstance(self.model, SigLIP):
             here["bias"] = round(self.model.logit_bias.item(), 4)
@@ -122,7 +122,7 @@ class ContrastiveRun(Trainable):
         return f"try a lower learning rate in a new folder, such as --lr {self.config.lr / 2:g}"
 
     def batches(self) -> Iterator[list[Inputs]]:
-        """The batch of each step from the present one, once for the student and once for the teacher.
+        """The batch of each step from the present one on, for the student and, if there is one, the teacher.
 
         Raises InputError: a picture of a file turns out to be damaged.
         """
@@ -132,7 +132,7 @@ class ContrastiveRun(Trainable):
             yield batch
 
     def advance(self, batch: list[Inputs]) -> dict[str, float]:
-        """One step of optimization."""
+        """One optimization step."""
         self.masters.zero_grad()
         loss = self._loss(batch)
         value = loss.item()
@@ -167,7 +167,7 @@ class ContrastiveRun(Trainable):
         return images, towers.encode_text(inputs["input_ids"].to(towers.device))
 
     def learning_rate(self) -> float:
-        """That of the next step."""
+        """The rate of the next step."""
         return self.config.lr * warm_up_then_fall(self.step, self.total_steps, self.config.warmup_steps)
 
     def measure(self) -> dict[str, float]:
@@ -207,13 +207,13 @@ def train_contrastive(
     Args:
         data: a file of pairs, see `minivlm.data.pairs`; None draws scenes.
         validation: a file like `data`, to measure on; without it, only runs on drawn scenes are measured.
-        warn: told about bad lines, which are then left out; without it they are refused.
+        warn: told about bad lines, which are then skipped; without it they are refused.
 
     Raises InputError: bad lines, or fewer good ones than a batch has; a model or teacher that cannot be
     loaded or is of another kind; `out` holds a run and `loop.resume` is not set, or the other way round, or
     the run has other settings; training diverges. See `minivlm.training.loop`.
     """
-    # The same folder by whatever path.
+    # A folder is the same by whatever path.
     config = replace(config, model=_resolved(config.model), teacher=_resolved(config.teacher))
     for name, source in (("model", config.model), ("teacher", config.teacher)):
         if source == str(out.resolve()):

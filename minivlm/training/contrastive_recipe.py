@@ -1,15 +1,15 @@
-"""What `minivlm train-contrastive` trains: two towers, every number that decides the result, the start.
+"""What `minivlm train-contrastive` trains: two towers, every number that decides the result, and their start.
 
-Four ways to bring pictures and captions together. What is compared is the same in all, the matrix of n
-pictures with n captions; what is asked of it, and who may change, differs:
+There are four ways to bring pictures and captions together. All compare n pictures with n captions in one
+matrix. They differ in what they ask of it, and in what may change:
 
 - clip: a softmax over every row and column (https://arxiv.org/abs/2103.00020).
 - siglip: a sigmoid for every pair (https://arxiv.org/abs/2303.15343).
 - lit: siglip with a locked image tower (https://arxiv.org/abs/2111.07991). The text tower learns to name what
-  a tower sees that was trained before, here PaliGemma's. That one has no vector for a whole picture, so the
-  pooling head is trained with the text tower, and only the tower below it is locked.
-- distill: clip, but a teacher's rows and columns take the place of "one caption is right, all others are
-  wrong". It learns which captions are nearly right as well.
+  a tower trained earlier sees, by default PaliGemma's. That tower has no vector for a whole picture, so a
+  pooling head is trained together with the text tower, and only the tower below it is locked.
+- distill: clip, but with a teacher's rows and columns in place of "one caption is right, all others are
+  wrong". So the student also learns which captions are nearly right.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SIZES_OF_TOWERS = (
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """Everything that decides the result, beside the data."""
+    """Everything that decides the result, besides the data."""
 
     objective: Objective = "siglip"
     model: str | None = None  # folder or repo id to start from; lit: whose image tower is locked
@@ -70,7 +70,7 @@ class ContrastiveConfig:
     text_width: int = 96
     text_layers: int = 2
     text_heads: int = 3
-    max_length: int = 32  # tokens of a caption, with the marks of start and end
+    max_length: int = 32  # tokens of a caption, including those for its start and end
     steps: int = 1000
     batch_size: int = 64
     lr: float = 2e-3
@@ -80,7 +80,7 @@ class ContrastiveConfig:
     bf16: bool | None = None  # None: where the device has instructions for it
 
     def __post_init__(self) -> None:
-        """Raises InputError: a number that nothing can be trained with, or folders that do not belong."""
+        """Raises InputError: a number that nothing can be trained with, or a teacher that does not belong."""
         if self.objective not in OBJECTIVES:
             raise InputError(f"there is no objective {self.objective!r}: choose from {', '.join(OBJECTIVES)}")
         for name, value in asdict(self).items():
@@ -113,10 +113,10 @@ class ContrastiveConfig:
 def build(
     config: ContrastiveConfig, texts: Iterable[str] | None = None
 ) -> tuple[CLIP | SigLIP, PairProcessor]:
-    """The towers before their first step, the same for the same seed; what is locked needs no gradient.
+    """The towers before their first step, the same for the same seed; locked parts need no gradient.
 
     Args:
-        texts: whose words the tokenizer of new towers knows; None: those of the drawn world's captions.
+        texts: whose words become tokens of new towers; None takes the captions of the drawn world.
 
     Raises InputError: the folder to start from cannot be loaded, or holds a model of another kind.
     """
@@ -148,20 +148,20 @@ def drawn_captions() -> list[str]:
 
 
 def caption_tokenizer(texts: Iterable[str], form: CaptionForm) -> CaptionTokenizer:
-    """A tokenizer in which every word of the texts, in lower case, is one token; other words are cut up."""
+    """A tokenizer in which every word of the texts, in lower case, is one token; others are split."""
     state = json.loads(build_tokenizer(text.lower() for text in texts).to_str())
-    # Words for places and outlines, and the placeholder of a picture: nothing that captions have.
+    # Captions have no words for places and outlines, and no placeholder for a picture.
     state["added_tokens"] = [
         token for token in state["added_tokens"] if token["content"] in (PAD, BOS, EOS, UNK)
     ]
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
-    # For transformers; our own tokenizer adds the marks by itself.
+    # For transformers. Our own tokenizer adds the start and the end itself.
     before = "" if form.bos_token is None else f"{form.bos_token} "
-    marks = [name for name in (form.bos_token, form.eos_token) if name is not None]
+    added = [name for name in (form.bos_token, form.eos_token) if name is not None]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{before}$A {form.eos_token}",
-        special_tokens=[(name, backend.token_to_id(name)) for name in marks],
+        special_tokens=[(name, backend.token_to_id(name)) for name in added],
     )
     return CaptionTokenizer(backend, form)
 
@@ -193,7 +193,7 @@ def _new_clip(config: ContrastiveConfig, texts: Iterable[str]) -> tuple[CLIP, Pa
             projection_dim=config.tower_width,
         )
     )
-    with torch.no_grad():  # the first place is that of the class token
+    with torch.no_grad():  # the first position belongs to the class token
         table = model.vision_model.embeddings.position_embedding.weight
         table[1:] = patch_positions(config.image_size // config.patch_size, config.tower_width)
     return model, PairProcessor(tokenizer, CLIPImageProcessor(image_size=config.image_size))

@@ -1,9 +1,9 @@
-"""Training a PaliGemma that exists on pictures of one's own.
+"""Fine-tuning PaliGemma on your own pictures.
 
-One row per example, under the mask that PaliGemma was trained with: picture and prompt see each other, the
-answer is read from left to right, and only the answer has a loss. Nothing here is special to the small model:
-every PaliGemma that `minivlm.load` opens can be trained, if it fits into memory four times (weights,
-gradients and AdamW's two moments in fp32) plus a copy in bf16.
+Each example is a row, under the mask that PaliGemma was trained with: picture and prompt see each other, the
+answer is read from left to right, and only the answer has a loss. Nothing is specific to the small model: any
+PaliGemma that `minivlm.load` opens can be trained, if memory holds it four times in fp32 (weights, gradients
+and AdamW's two moments) and once more in bf16.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, i
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.schedule import warm_up_then_fall
 
-CLIP = 1.0  # norm of a gradient
+MAX_GRADIENT_NORM = 1.0
 PARTS = {"tower": "vision_tower", "decoder": "language_model"}  # what can be frozen
 
 
 @dataclass(frozen=True)
 class FinetuningConfig:
-    """Everything that decides the result, beside the data."""
+    """Everything that decides the result, besides the data."""
 
     model: str = str(SHIPPED)  # folder or repo id
     seed: int = 0
-    epochs: int | None = None  # of all examples; 10 where `steps` does not say otherwise
+    epochs: int | None = None  # passes over all examples; None: 10, or what `steps` says
     steps: int | None = None
-    batch_size: int = 8  # rows that are computed at once
-    accumulate: int = 1  # batches whose gradients make one step
-    lr: float | None = None  # None: 1e-3 for small models like the shipped one, 2e-5 for large ones
+    batch_size: int = 8  # rows computed at once
+    accumulate: int = 1  # batches whose gradients are added up for one step
+    lr: float | None = None  # None: 1e-3 for a small model such as the shipped one, 2e-5 for a large one
     warmup_steps: int | None = None  # None: a twentieth of the steps
     freeze: tuple[str, ...] = ()  # of PARTS
     max_length: int | None = None  # tokens of a row; None: the model's context
@@ -118,7 +118,7 @@ class Finetuning(Trainable):
         return f"try a lower learning rate in a new folder, such as --lr {self.lr / 2:g}"
 
     def batches(self) -> Iterator[list[Inputs]]:
-        """The batches of each step, from the present one. Raises InputError: as `make_inputs`."""
+        """The batches of each step, from the present one on. Raises InputError: as `make_inputs`."""
         data = SampleBatches(
             self.samples,
             self.processor,
@@ -133,18 +133,18 @@ class Finetuning(Trainable):
             yield batches
 
     def advance(self, batch: list[Inputs]) -> dict[str, float]:
-        """One step of optimization, of the mean loss over all answer tokens of its batches."""
+        """One optimization step on the mean loss over all answer tokens of its batches."""
         self.masters.zero_grad()
         tokens = [_answer_tokens(part) for part in batch]
         total = 0.0
         for part, count in zip(batch, tokens, strict=True):
-            # In the mean of the batches' means, a token of a batch with short answers would count for more.
-            loss = self.working(**_to(part, self.model.device)).loss * (count / sum(tokens))
+            # In a mean of the batches' means, a token in a batch of short answers would count for more.
+            loss = self.working(**_to_device(part, self.model.device)).loss * (count / sum(tokens))
             total += loss.item()
             self.check_finite("the loss", total)
             loss.backward()
             collect_gradients(self.masters, self.working)
-        norm = nn.utils.clip_grad_norm_(self.masters.parameters(), CLIP)
+        norm = nn.utils.clip_grad_norm_(self.masters.parameters(), MAX_GRADIENT_NORM)
         self.check_finite("the gradient", norm.item())
         for group in self.optimizers["adamw"].param_groups:
             group["lr"] = self.learning_rate()
@@ -154,7 +154,7 @@ class Finetuning(Trainable):
         return {"loss": total}
 
     def learning_rate(self) -> float:
-        """That of the next step."""
+        """The rate of the next step."""
         warmup = self.config.warmup_steps or math.ceil(self.total_steps / 20)
         return self.lr * warm_up_then_fall(self.step, self.total_steps, warmup)
 
@@ -162,13 +162,14 @@ class Finetuning(Trainable):
     def measure(self) -> dict[str, float]:
         """Loss and exact answers on the validation examples.
 
-        No answer has to be generated. A greedy answer equals the true one if, with the true one before it,
-        each of its tokens is the most probable one.
+        No answer has to be generated: the greedy answer is the true one exactly if each of the true tokens is
+        the most probable after the true tokens before it.
         """
         size = self.config.batch_size
         loss, tokens, right = 0.0, 0, 0
         for start in range(0, len(self.validation), size):
-            part = _to(make_inputs(self.processor, self.validation[start : start + size]), self.model.device)
+            inputs = make_inputs(self.processor, self.validation[start : start + size])
+            part = _to_device(inputs, self.model.device)
             output = self.masters(**part)
             labels = part["labels"][:, 1:]
             hits = (output.logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORE)
@@ -187,7 +188,7 @@ def _answer_tokens(part: Inputs) -> int:
     return int((part["labels"][:, 1:] != IGNORE).sum())
 
 
-def _to(part: Inputs, device: torch.device) -> Inputs:
+def _to_device(part: Inputs, device: torch.device) -> Inputs:
     return {name: tensor.to(device) for name, tensor in part.items()}
 
 
@@ -205,7 +206,7 @@ def finetune(
     Args:
         data: see `minivlm.data.samples`.
         validation: a file like `data`, to measure on; without it nothing is measured.
-        warn: told about bad lines, which are then left out; without it they are refused.
+        warn: told about bad lines, which are then skipped; without it they are refused.
 
     Raises InputError: bad lines; a model that cannot be loaded; `out` holds a run and `loop.resume` is not
     set, or the other way round, or the run has other settings; training diverges. See

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment when nothing is half done."""
+"""Ctrl-C takes effect when nothing is half done."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def note_interrupts() -> Iterator[Callable[[], bool]]:
-    """Ask the function given whether Ctrl-C was pressed; the second time it stops everything at once.
+    """Gives a function that says whether Ctrl-C was pressed. Pressed again, it stops everything at once.
 
-    An exception in the middle of a step would leave weights of which some are a step ahead.
+    An exception in the middle of a step would leave some weights a step ahead of the others.
     """
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
@@ -32,5 +32,5 @@ def note_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches worker processes too. They have to deliver until the main process lets go of them."""
+    """Ctrl-C reaches worker processes too, but they must deliver until the main process lets them go."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""The log of a training run: log.csv, one line for some steps, one column for each number.
+"""The log of a training run, log.csv: a line every few steps, a column for each number.
 
-A cell is empty where there is nothing to say: a loss that a stage does not have, a metric that was not
-measured at that step. Any spreadsheet and `pandas.read_csv` open the file.
+A cell is empty where there is nothing to say: the stage does not have this loss, or the metric was not
+measured at this step. Any spreadsheet and `pandas.read_csv` open the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Line = dict[str, Any]  # column -> int, float, str, or None for an empty cell
 
 
 def write_log(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write the whole log, aside and in one move: whoever opens it finds no half of a line.
+    """Write the whole log, aside and in one move: whoever opens it never sees a partial line.
 
     Numbers are rounded to six digits. Raises InputError: the file cannot be written.
     """
@@ -45,7 +45,7 @@ def read_log(path: str | Path) -> list[Line]:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header) or "step" not in header or not row[header.index("step")].isdecimal():
             raise InputError(
-                f"{path} is damaged in line {number}: delete the file to go on without it, or mend the line"
+                f"{path} is damaged in line {number}: delete the file to go on without it, or fix the line"
             )
     return [{name: _as_value(cell) for name, cell in zip(header, row, strict=True)} for row in rows]
 
@@ -78,17 +78,17 @@ NOT_DRAWN = ("step", "stage", "epoch", "temperature", "bias")
 
 
 def plot_log(lines: Sequence[Line], path: Path, losses: Sequence[str]) -> None:
-    """Draw the columns of a log over the steps into a PNG file. Dotted lines stand between stages.
+    """Draw the columns of a log over the steps into a PNG file, with dotted lines between stages.
 
     Args:
         lines: of the log; without any, nothing is drawn.
-        losses: the columns with losses, beside those called so; other numbers, but for learning rates, are
-            metrics.
+        losses: columns that are losses, besides those whose name ends so. Other numbers are metrics, except
+            for learning rates.
 
     Raises InputError: the file cannot be written.
     """
-    # Half a second, which only the end of a training run should pay. A Figure of its own, and not pyplot's,
-    # needs no display and leaves a notebook's figures alone.
+    # This import takes half a second, which only the end of a training run should pay. A Figure of its own,
+    # not pyplot's, needs no display and leaves a notebook's figures alone.
     from matplotlib.figure import Figure
 
     if not lines:
@@ -98,7 +98,7 @@ def plot_log(lines: Sequence[Line], path: Path, losses: Sequence[str]) -> None:
     metrics = [name for name in names if name not in losses and not name.endswith("loss")]
     figure = Figure(figsize=(8, 7 if metrics else 4), dpi=120, layout="constrained")
     axes: list[Any] = figure.subplots(2 if metrics else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
-    borders = [b["step"] for a, b in pairwise(lines) if a.get("stage") != b.get("stage")]
+    borders = [line["step"] for last, line in pairwise(lines) if last.get("stage") != line.get("stage")]
     for axis, drawn, title in zip(
         axes, ([name for name in names if name not in metrics], metrics), ("loss", "metric"), strict=False
     ):

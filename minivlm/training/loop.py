@@ -139,7 +139,7 @@ def check_folder(out: Path, resume: bool) -> None:
     exists = (out / STATE).exists()
     if exists and not resume:
         raise InputError(
-            f"{out} holds a training run already: add --resume to continue it, or choose another folder"
+            f"{out} already holds a training run: add --resume to continue it, or choose another folder"
         )
     if resume and not exists:
         raise InputError(f"{out} holds no training run to resume: leave out --resume to start one")

@@ -1,7 +1,7 @@
 """What training asks of the model: to say what lies on each patch, and to answer.
 
-Both losses are sums of cross-entropies. What is special stands in two classes: `PatchHead` keeps the tower
-from collapsing, and `SoftTargets` tells the model that the words for coordinates are a ruler.
+Both losses are sums of cross-entropies. Two classes are unusual: `PatchHead` keeps the tower from collapsing,
+and `SoftTargets` tells the model that the words for coordinates are a ruler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minivlm.world.scenes import COLORS, SHAPES, SIZES, WORLD
 
 
 class PatchHead(nn.Linear):
-    """One linear layer that says for each image token what lies on its patch. Thrown away after training."""
+    """One linear layer that says for each image token what lies on its patch. Discarded after training."""
 
     sizes = (1 + len(COLORS), 1 + len(SHAPES), 1 + len(SIZES), 4)
 
@@ -46,7 +46,7 @@ def answer_loss(
     Args:
         image_tokens: [P, N, D], the tower's output.
         image_sees_prompt: the true prefix-LM mask; needs one question per row.
-        soft: targets for the words that are coordinates.
+        soft: targets for the words for coordinates.
     """
     features = model.multi_modal_projector(image_tokens)[batch.pictures]  # [R, N, D]
     embeds = torch.cat([features, model.language_model.embed(batch.input_ids)], dim=1)  # [R, S, D]
@@ -64,8 +64,8 @@ def answer_loss(
 class SoftTargets:
     """Cross-entropy that forgives a coordinate that is nearly right.
 
-    The 1024 `<loc>` words are a ruler, and one-hot targets do not say so: bin 300 is as wrong as bin 900
-    when the label is 301. Here the label of a coordinate is a bell of width sigma around its bin.
+    The 1024 `<loc>` words are a ruler, which one-hot targets do not say: if the label is 301, bin 300 is as
+    wrong as bin 900. Here the target of a coordinate is a bell of width sigma around its bin.
     """
 
     def __init__(self, tokenizer: Tokenizer, sigma: float) -> None:

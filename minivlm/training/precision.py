@@ -1,8 +1,8 @@
-"""Weights in fp32 that the optimizers hold, and a copy that computes, in bf16 where that pays.
+"""Weights in fp32 that the optimizers hold, and a copy that computes, in bf16 where it helps.
 
-bf16 has 8 bits for the digits of a number. That is enough to multiply with, and halves the work where the
-processor multiplies bf16 in hardware. It is not enough to learn with: a step of a thousandth of a weight is
-rounded away. So the steps are made in fp32 (the masters), and the copy follows them.
+bf16 has 8 bits for the digits of a number. That is fine enough for multiplying, and halves the work where the
+processor multiplies bf16 in hardware. It is too coarse for learning: a step of a thousandth of a weight is
+rounded away. So the optimizers change the weights in fp32 (the masters), and the copy follows them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def collect_gradients(masters: nn.Module, working: nn.Module) -> None:
-    """Add the gradients of the working copy to those of the masters, in fp32, and drop them there.
+    """Add the gradients of the working copy to those of the masters, in fp32, and clear them in the copy.
 
-    Where both are the same module, there is nothing to do; likewise in `follow_masters`.
+    If both are the same module, there is nothing to do. Likewise in `follow_masters`.
     """
     if working is masters:
         return

@@ -1,8 +1,8 @@
 """What `minivlm train` trains: every number that decides the result, and the model before its first step.
 
-The start is random but for two tables. Patches that are neighbors, and words for coordinates that are
-neighbors, begin with like vectors (sines and cosines of their place): both are rulers, and a model that has
-to find out the order of 1024 words by itself takes long to do so.
+The start is random except for two tables. Neighboring patches, and words for neighboring coordinates, start
+with similar vectors (sines and cosines of their position). Both are rulers, and a model needs a long time to
+find out the order of 1024 words by itself.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class TrainingConfig:
     muon_lr: float = 0.02
     adamw_lr: float = 0.003
     tower_lr_factor: float = 0.3  # of the tower's rates after its own stage
-    review_lr_factor: float = 0.5  # of all rates, where they start once more
+    review_lr_factor: float = 0.5  # of all rates, where they start again
     relations: int = 2  # questions about relations in a round of all
     review_relations: int = 5
     weight_decay: float = 0.02
     warmup_steps: int = 100
-    clip: float = 1.0
-    dense_weight: float = 0.5  # of the tower's own loss in stages 2 and 3
+    clip: float = 1.0  # norm of the gradient
+    dense_weight: float = 0.5  # of the tower's own loss after its stage
     loc_sigma: float = 6.0  # bins; soft targets for coordinates
-    bf16: bool | None = None  # None: where the CPU has instructions for it
+    bf16: bool | None = None  # None: where the device has instructions for it
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that no model can be built from or trained with."""
@@ -81,7 +81,7 @@ class TrainingConfig:
                 f"pictures of {self.image_size} pixels in patches of {self.patch_size} leave no room for "
                 f"words in {CONTEXT} tokens: choose larger patches"
             )
-        # The tower's start positions have four parts; rotary positions turn pairs of numbers in each head.
+        # The tower's start positions have four parts; rotary positions rotate pairs of numbers in each head.
         multiples = {"tower": math.lcm(4, self.tower_heads), "text": 2 * self.text_heads}
         for part, multiple in multiples.items():
             width = getattr(self, f"{part}_width")
@@ -92,7 +92,7 @@ class TrainingConfig:
 
     @property
     def total_steps(self) -> int:
-        """Steps of all three stages."""
+        """Steps of all stages."""
         return self.tower_steps + self.packed_steps + self.review_steps + self.prefix_steps
 
     def stage(self, step: int) -> str:
@@ -155,7 +155,7 @@ def build(config: TrainingConfig) -> tuple[PaliGemma, Processor]:
 
 
 def _start_positions(model: PaliGemma, tokenizer: Tokenizer) -> None:
-    """Give neighbors in space like vectors from the start: patches, and the words for coordinates."""
+    """Give neighbors in space similar vectors from the start: patches, and the words for coordinates."""
     with torch.no_grad():
         table = model.vision_tower.embeddings.position_embedding.weight
         table.copy_(patch_positions(int(len(table) ** 0.5), table.shape[1]))
@@ -166,7 +166,7 @@ def _start_positions(model: PaliGemma, tokenizer: Tokenizer) -> None:
 
 
 def patch_positions(side: int, width: int) -> Tensor:
-    """Vectors [side * side, width] of the places on a grid, row by row, where neighbors are alike."""
+    """Vectors [side * side, width] of the cells of a grid, row by row, where neighbors are similar."""
     waves = _waves(torch.arange(side), width // 2, shortest=4.0, longest=2.0 * side)
     rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
     return 0.5 * torch.cat([rows, columns], dim=1)

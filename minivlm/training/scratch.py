@@ -2,17 +2,17 @@
 
 Four stages:
 
-1. tower: one linear head per image token learns what lies on its patch. Without this the tower collapses:
-   its tokens become alike, the answers are guesses, and the loss takes very long to tell.
-2. packed: the whole model on several questions per picture, packed into one row. The picture does not see the
-   questions yet, which is what makes packing possible.
+1. tower: one linear head per image token learns what lies on its patch. Without this stage the tower
+   collapses: its tokens become alike, answers are guesses, and the loss is very slow to show it.
+2. packed: the whole model learns from several questions per picture, packed into one row. The picture does
+   not see the questions yet, which is what makes packing possible.
 3. review: the same with more questions about relations, which are the slowest to learn. The learning rates
-   start once more, from half of their peak.
+   start again, from half of their peak.
 4. prefix: one question per row under PaliGemma's true mask, where image and prompt see each other.
 
-Matrices inside the blocks are trained with Muon (https://kellerjordan.github.io/posts/muon/), everything
-else with AdamW. The forward and backward pass run in bf16 where the CPU multiplies it in hardware, the
-weights that the optimizer holds stay in fp32.
+Muon (https://kellerjordan.github.io/posts/muon/) trains the matrices inside blocks, AdamW everything else.
+Forward and backward pass run in bf16 where the device multiplies it in hardware. The weights that the
+optimizers hold stay in fp32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,56 +94,37 @@ class Run(Trainable):
         return {"stage": self.config.stage(self.step - 1)}
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from the present step to the last, drawn ahead in a worker process."""
+        """The batches from the present step to the last, drawn ahead by worker processes."""
         config = self.config
-
-        def stage(steps: int, pictures: int, questions: int, **options: Any) -> SceneBatches:
-            return SceneBatches(
-                self.processor,
-                config.patch_size,
-                seed=config.seed,
-                steps=steps,
-                pictures=pictures,
-                questions=questions,
-                **options,
-            )
-
-        first = config.tower_steps
-        easy_from = round(0.03 * config.packed_steps)
-        easy_to = round(0.25 * config.packed_steps)
-        data: ConcatDataset[Batch] = ConcatDataset(
-            [
-                stage(config.tower_steps, config.tower_pictures, 0),
-                stage(
-                    config.packed_steps,
-                    config.pictures,
-                    config.questions,
-                    row_tokens=config.row_tokens,
-                    first_step=first,
-                    easy_from=easy_from,
-                    easy_to=easy_to,
-                    relations=config.relations,
-                ),
-                stage(
-                    config.review_steps,
-                    config.pictures,
-                    config.questions,
-                    row_tokens=config.row_tokens,
-                    first_step=first + config.packed_steps,
-                    relations=config.review_relations,
-                ),
-                stage(
-                    config.prefix_steps,
-                    config.pictures,
-                    config.prefix_questions,
-                    row_tokens=config.prefix_row_tokens,
-                    first_step=first + config.packed_steps + config.review_steps,
-                    packed=False,
-                    relations=config.relations,
-                ),
-            ]
+        draw = partial(SceneBatches, self.processor, config.patch_size, seed=config.seed)
+        draw_packed = partial(
+            draw, pictures=config.pictures, questions=config.questions, row_tokens=config.row_tokens
         )
-        return in_order(data, range(self.step, config.total_steps), self.workers)
+        stages = [
+            draw(steps=config.tower_steps, pictures=config.tower_pictures, questions=0),
+            draw_packed(
+                steps=config.packed_steps,
+                first_step=config.tower_steps,
+                easy_from=round(0.03 * config.packed_steps),
+                easy_to=round(0.25 * config.packed_steps),
+                relations=config.relations,
+            ),
+            draw_packed(
+                steps=config.review_steps,
+                first_step=config.tower_steps + config.packed_steps,
+                relations=config.review_relations,
+            ),
+            draw(
+                steps=config.prefix_steps,
+                first_step=config.tower_steps + config.packed_steps + config.review_steps,
+                pictures=config.pictures,
+                questions=config.prefix_questions,
+                packed=False,
+                row_tokens=config.prefix_row_tokens,
+                relations=config.relations,
+            ),
+        ]
+        return in_order(ConcatDataset(stages), range(self.step, config.total_steps), self.workers)
 
     def advance(self, batch: Batch) -> dict[str, float]:
         """One step of optimization. Returns the losses."""
@@ -167,7 +149,7 @@ class Run(Trainable):
         return values
 
     def _update(self) -> None:
-        """Gradients of the working copy to the masters, one optimizer step, and the result back."""
+        """Hand the gradients to the masters, take one step of each optimizer, and hand the weights back."""
         masters = list(self.masters.parameters())
         for master in masters:
             master.grad = None
@@ -178,7 +160,7 @@ class Run(Trainable):
         for name, optimizer in self.optimizers.items():
             peak = self.config.muon_lr if name == "muon" else self.config.adamw_lr
             for group in optimizer.param_groups:
-                # What the tower has learned alone should not be erased by a decoder that knows nothing yet.
+                # A decoder that knows nothing yet should not erase what the tower has learned alone.
                 slow = group["tower"] and not alone
                 group["lr"] = peak * factor * (self.config.tower_lr_factor if slow else 1.0)
             optimizer.step()
@@ -203,12 +185,7 @@ class Run(Trainable):
         self.processor.save_pretrained(folder)
 
 
-def train(
-    out: Path,
-    config: TrainingConfig,
-    *,
-    loop: Loop = DEFAULT_LOOP,
-) -> Run:
+def train(out: Path, config: TrainingConfig, *, loop: Loop = DEFAULT_LOOP) -> Run:
     """Train from nothing, or from where a run in `out` was stopped, and leave a checkpoint folder in `out`.
 
     Raises InputError: `out` holds a run and `loop.resume` is not set, or the other way round, or the run has

@@ -1,11 +1,11 @@
 """The state of a training run in one file that is always whole.
 
-Weights, optimizer state and step go into one safetensors file, which is written aside and then renamed:
-whenever the process is killed, the file on disk is either the old state or the new one. No pickle is
-involved, so that a state file from somebody else is safe to open.
+Weights, optimizer state and step go into one safetensors file, which is written aside and then renamed.
+Whenever the process is killed, the file on disk is either the old state or the new one. No pickle is
+involved, so a state file from somebody else is safe to open.
 
-There is no random state to keep. Batch number n is a function of (seed, n), and nothing else is random. On
-which device a run computes is not kept either: it may go on on another one.
+There is no random state to keep: batch number n is a function of (seed, n), and nothing else is random. The
+device is not kept either, since a run may continue on another one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def load_state(
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         step, saved = int(metadata["step"]), json.loads(metadata["config"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): start the run anew in another folder") from error
+        raise InputError(f"{path} cannot be read ({error}): start a new run in another folder") from error
     wanted = json.loads(json.dumps(dict(config)))  # as it comes back from the file: tuples are lists
     differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     if differing:
@@ -72,7 +72,7 @@ def load_state(
     except RuntimeError as error:  # the settings name a folder, and its weights may have been replaced
         raise InputError(
             f"{path} holds weights of other shapes than this model: start from the model of that run, or "
-            "anew in another folder"
+            "start a new run in another folder"
         ) from error
     for kind, optimizer in optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}

@@ -1,9 +1,8 @@
 """Drawn pictures with captions for two towers, as many as training asks for.
 
-A batch is a function of (seed, step) alone, as in batches.py. What is special to these objectives: the wrong
-pairs come from the batch itself, so two equal captions in one batch would each be a right answer that counts
-as wrong. No batch therefore has a caption twice, which makes pictures of one thing a little rarer than they
-are elsewhere.
+A batch is a function of (seed, step) alone, as in batches.py. Contrastive training takes its wrong pairs from
+the batch itself, so two equal captions in it would each be a right answer that counts as wrong. Batches
+therefore have no caption twice, which makes pictures of one thing a little rarer than elsewhere.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class DrawnPairs(Dataset[list[Inputs]]):
         return [processor(pictures, captions) for processor in self.processors]
 
     def draw(self, step: int) -> tuple[list[Image.Image], list[str]]:
-        """Pictures of different captions, half of them with other looks."""
+        """Pictures with different captions, about half of them augmented."""
         rng = np.random.default_rng([self.seed, step])
         pictures: dict[str, Image.Image] = {}
         while len(pictures) < self.batch_size:

@@ -230,7 +230,7 @@ def test_another_seed_gives_another_order(
 def gradients(run: Finetuning, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradients of the first step, which are left where they are."""
     with monkeypatch.context() as patch:
-        patch.setattr("minivlm.training.finetuning.CLIP", 1e9)
+        patch.setattr("minivlm.training.finetuning.MAX_GRADIENT_NORM", 1e9)
         loss = run.advance(next(iter(run.batches())))["loss"]
     return loss, {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
 

@@ -254,7 +254,7 @@ def test_a_model_that_starts_trained_is_measured_first(tmp_path: Path) -> None:
 )
 def test_a_state_of_another_program_is_refused(metadata: dict[str, str], tmp_path: Path) -> None:
     state.save_file({"a": torch.ones(1)}, tmp_path / "state.safetensors", metadata)
-    with pytest.raises(InputError, match=r"state.safetensors cannot be read .*: start the run anew"):
+    with pytest.raises(InputError, match=r"state.safetensors cannot be read .*: start a new run"):
         go(Toy(), tmp_path, resume=True)
 
 

@@ -377,7 +377,7 @@ def test_a_log_with_lines_too_many(copied: Path, whole: Path) -> None:
 
 def test_a_run_is_not_overwritten(half: Path) -> None:
     before = {name: (half / name).read_bytes() for name in files(half)}
-    with pytest.raises(InputError, match=r"holds a training run already: add --resume .* another folder"):
+    with pytest.raises(InputError, match=r"already holds a training run: add --resume .* another folder"):
         train(half, CONFIG)
     assert {name: (half / name).read_bytes() for name in files(half)} == before
 
