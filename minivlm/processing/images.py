@@ -132,7 +132,7 @@ def _gray_to_rgb(image: Image.Image, white: float | None) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
-def normalize(
+def rescale_and_normalize(
     picture: Image.Image, mean: Sequence[float], std: Sequence[float], rescale_factor: float
 ) -> Tensor:
     """An RGB picture as fp32 [C, H, W]: rescaled in float64, rounded once, then (pixels - mean) / std."""
@@ -150,13 +150,13 @@ def preprocess(
 ) -> Tensor:
     """A picture of any size and mode as fp32 [C, image_size, image_size], in [-1, 1] with the defaults.
 
-    Matches `transformers`' SiglipImageProcessorPil on RGB pictures bit for bit. The dtypes in `normalize`
-    matter for this.
+    Matches `transformers`' SiglipImageProcessorPil on RGB pictures bit for bit, for which the dtypes in
+    `rescale_and_normalize` matter.
 
     Raises InputError: as `to_rgb`.
     """
     resized = to_rgb(image).resize((image_size, image_size), BICUBIC)
-    return normalize(resized, mean, std, rescale_factor)
+    return rescale_and_normalize(resized, mean, std, rescale_factor)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class ImageProcessor:
         if not images:
             raise InputError("there are no pictures: give at least one")
         settings = self.image_mean, self.image_std, self.rescale_factor
-        return torch.stack([normalize(self.fit(image), *settings) for image in images])
+        return torch.stack([rescale_and_normalize(self.fit(image), *settings) for image in images])
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Any picture -> RGB of image_size x image_size. The aspect ratio is not kept."""
