@@ -79,7 +79,7 @@ def test_pairs_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"minivlm eval --model {tmp_path / 'run'} --data {data}" in printed
     large = [*train[:4], "--out", str(tmp_path / "new"), "--on-bad-line", "skip", *options(batch_size=11)]
     assert main(["train", *large]) == 2
-    assert "batch_size is 11, and there are 10 pairs" in capsys.readouterr().err
+    assert "batch_size is 11, but there are 10 pairs" in capsys.readouterr().err
 
 
 def test_every_number_has_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
