@@ -26,7 +26,7 @@ from minivlm.errors import InputError
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
-from minivlm.processing.inputs import Inputs
+from minivlm.processing.inputs import Inputs, to_device
 from minivlm.processing.paligemma import IGNORE
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
@@ -139,7 +139,7 @@ class Finetuning(Trainable):
         total = 0.0
         for part, count in zip(batch, tokens, strict=True):
             # In a mean of the batches' means, a token in a batch of short answers would count for more.
-            loss = self.working(**_to_device(part, self.model.device)).loss * (count / sum(tokens))
+            loss = self.working(**to_device(part, self.model.device)).loss * (count / sum(tokens))
             total += loss.item()
             self.check_finite("the loss", total)
             loss.backward()
@@ -169,7 +169,7 @@ class Finetuning(Trainable):
         loss, tokens, right = 0.0, 0, 0
         for start in range(0, len(self.validation), size):
             inputs = make_inputs(self.processor, self.validation[start : start + size])
-            part = _to_device(inputs, self.model.device)
+            part = to_device(inputs, self.model.device)
             output = self.masters(**part)
             labels = part["labels"][:, 1:]
             hits = (output.logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORE)
@@ -186,10 +186,6 @@ class Finetuning(Trainable):
 
 def _answer_tokens(part: Inputs) -> int:
     return int((part["labels"][:, 1:] != IGNORE).sum())
-
-
-def _to_device(part: Inputs, device: torch.device) -> Inputs:
-    return {name: tensor.to(device) for name, tensor in part.items()}
 
 
 def finetune(
