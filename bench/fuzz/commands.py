@@ -2,7 +2,8 @@
 
     python bench/fuzz/commands.py --commands 200 --seed 0
 
-Each command runs in a process of its own, in a folder with pictures, texts, a folder of a model and things that
+Each command runs in a process of its own, in a folder with pictures, texts,
+    a folder of a model and things that
 only look like them. Output options may name any of these. Afterwards every file that was there has to hold
 what it held; only a file that an earlier run of the same kind could have written may be replaced.
 """
@@ -43,11 +44,14 @@ WRONG = (
     "\x1b[31m.png",
     "pairs.jsonl",
 )
-OUTS = ("new.png", "good.png", "link.png", "sub", "sub/good.png", "model/config.json", "new/deep/out.png", "out.xyz",
-        "pairs.jsonl", "prompts.txt", "new.webp", "new.jpg", "fifo.png", "dangling.png", "a" * 300 + ".png", "")  # fmt: skip
+OUTS = ("new.png", "good.png", "link.png", "sub", "sub/good.png", "model/config.json", "new/deep/out.png",
+    "out.xyz",
+        "pairs.jsonl", "prompts.txt", "new.webp", "new.jpg", "fifo.png", "dangling.png",
+        "a" * 300 + ".png", "")  # fmt: skip
 FOLDERS = ("new", "sub", "model", "good.png", "run", "sub/new", "link", "", ".")
 MODELS = ("model", "sub", "missing", "good.png", "clip/none", "", "model/config.json")
-PROMPTS = ("caption en", "detect red circle", "segment red circle", "what color is the star?", "", " ", "zzz qqq", "\x1b[2J",
+PROMPTS = ("caption en", "detect red circle", "segment red circle", "what color is the star?", "", " ",
+    "zzz qqq", "\x1b[2J",
            "é" * 50, "detect " * 400, "# not a prompt")  # fmt: skip
 NUMBERS = ("0", "1", "2", "-1", "3.5", "nan", "inf", "1e9", "x", "", "99999999999999999999")
 
@@ -81,7 +85,8 @@ def make_place(folder: Path) -> None:
 def make_command(rng: random.Random) -> list[str]:
     """A command line that somebody might type, by intent or by accident."""
     picture = lambda: rng.choice(PICTURES if rng.random() < 0.8 else WRONG)  # noqa: E731
-    kind = rng.choice(["ask"] * 5 + ["look"] * 2 + ["demo", "eval", "train", "finetune", "train-contrastive",
+    kind = rng.choice(["ask"] * 5 + ["look"] * 2 + ["demo", "eval", "train", "finetune",
+    "train-contrastive",
                       "train-codebook", "workshop", "progress", "typo"])  # fmt: skip
     words = [kind]
     if kind in ("ask", "look"):
@@ -111,15 +116,21 @@ def make_command(rng: random.Random) -> list[str]:
             rng.choice(["held_out", "tinted", "no"]),
         ]
     elif kind == "train":
-        words += ["--out", rng.choice(FOLDERS), "--image-size", "32", "--tower-steps", "1", "--packed-steps", "1",
-                  "--review-steps", "0", "--prefix-steps", "1", "--pictures", "2", "--measure-every", "0", "--tower-pictures", "2",
-                  "--tower-width", rng.choice(["24", "0", "7", "10000000000"]), "--tower-heads", "2"]  # fmt: skip
+        words += ["--out", rng.choice(FOLDERS), "--image-size", "32", "--tower-steps", "1",
+                  "--packed-steps", "1",
+                  "--review-steps", "0", "--prefix-steps", "1", "--pictures", "2", "--measure-every", "0",
+                  "--tower-pictures", "2",
+                  "--tower-width", rng.choice(["24", "0", "7", "10000000000"]), "--tower-heads",
+                  "2"]  # fmt: skip
     elif kind == "finetune":
-        words += ["--data", rng.choice(["lines.jsonl", "pairs.jsonl", "good.png", "missing"]), "--out", rng.choice(FOLDERS),
+        words += ["--data", rng.choice(["lines.jsonl", "pairs.jsonl", "good.png", "missing"]), "--out",
+                  rng.choice(FOLDERS),
                   "--steps", rng.choice(["1", "2", "0", "x"])]  # fmt: skip
     elif kind == "train-contrastive":
-        words += ["--data", rng.choice(["pairs.jsonl", "lines.jsonl"]), "--out", rng.choice(FOLDERS), "--steps", "1",
-                  "--batch-size", rng.choice(["2", "1", "0", "9"]), "--image-size", "16", "--tower-width", "16",
+        words += ["--data", rng.choice(["pairs.jsonl", "lines.jsonl"]), "--out", rng.choice(FOLDERS),
+                  "--steps", "1",
+                  "--batch-size", rng.choice(["2", "1", "0", "9"]), "--image-size", "16", "--tower-width",
+                  "16",
                   "--tower-layers", "1", "--tower-heads", "2"]  # fmt: skip
     elif kind == "train-codebook":
         words += ["--out", rng.choice([*OUTS, "new.npz"]), "--steps", "1"]

@@ -4,9 +4,9 @@
 
 Each folder holds a tiny system with random weights that transformers saved, and a config.json in which up to
 three values were changed, to what real files hold and to what they should not. Both programs open it. What
-may happen: both give the same logits and stop at the same token; this package refuses by name. What may not: other
-numbers without a word, and any exception that is not an `InputError`. Folders that transformers itself cannot
-open or run are counted, and only have to end in a refusal or in an answer here.
+may happen: both give the same logits and stop at the same token; this package refuses by name. What may not:
+other numbers without a word, and any exception that is not an `InputError`. Folders that transformers itself
+cannot open or run are counted, and only have to end in a refusal or in an answer here.
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ from transformers import (
 from minivlm import CLIP, InputError, PaliGemma, SigLIP, ViT
 
 VISION = {
-    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 28,
     "patch_size": 14, "num_channels": 3,
 }  # fmt: skip
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = TEXT | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 120, "max_position_embeddings": 64}
 PALIGEMMA = {
-    "model_type": "paligemma", "image_token_index": 119, "projection_dim": 32, "hidden_size": 32, "bos_token_id": 2,
+    "model_type": "paligemma", "image_token_index": 119, "projection_dim": 32, "hidden_size": 32,
+    "bos_token_id": 2,
     "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
 BASES: dict[str, dict[str, Any]] = {
@@ -60,15 +62,18 @@ BASES: dict[str, dict[str, Any]] = {
         "vision_config": VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
     },
     "clip": {
-        "model_type": "clip", "projection_dim": 20, "vision_config": VISION | {"model_type": "clip_vision_model"},
+        "model_type": "clip", "projection_dim": 20,
+        "vision_config": VISION | {"model_type": "clip_vision_model"},
         "text_config": TEXT
-        | {"model_type": "clip_text_model", "vocab_size": 99, "max_position_embeddings": 10, "bos_token_id": 97,
+        | {"model_type": "clip_text_model", "vocab_size": 99, "max_position_embeddings": 10,
+        "bos_token_id": 97,
            "eos_token_id": 98, "pad_token_id": 0},
     },
     "siglip": {
         "model_type": "siglip", "vision_config": VISION | {"model_type": "siglip_vision_model"},
         "text_config": TEXT
-        | {"hidden_size": 24, "model_type": "siglip_text_model", "vocab_size": 99, "max_position_embeddings": 10},
+        | {"hidden_size": 24, "model_type": "siglip_text_model", "vocab_size": 99,
+        "max_position_embeddings": 10},
     },
     "vit": VISION | {"model_type": "vit", "id2label": {"0": "cat", "1": "dog", "2": "star"},
                      "label2id": {"cat": 0, "dog": 1, "star": 2}},
@@ -122,11 +127,13 @@ KNOWN: dict[str, list[Any]] = {
     "pad_token_id": IDS,
     "rope_theta": [10000.0, 5000.0, 100, "10000"],
     "rope_scaling": [
-        None, {"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}, {"type": "default"},
+        None, {"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0},
+        {"type": "default"},
         {"rope_type": "yarn", "factor": 4.0}, {"type": "dynamic", "factor": 2.0}, [], "linear",
     ],
     "rope_parameters": [
-        {"rope_type": "default", "rope_theta": 500.0}, {"rope_theta": 500.0}, {"rope_type": "linear", "factor": 2.0,
+        {"rope_type": "default", "rope_theta": 500.0}, {"rope_theta": 500.0}, {"rope_type": "linear",
+        "factor": 2.0,
         "rope_theta": 10000.0}, [], {}, None, {"type": "linear", "factor": 2.0, "rope_theta": 10000.0},
         {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
     ],
@@ -139,7 +146,8 @@ KNOWN: dict[str, list[Any]] = {
     "layer_norm_eps": [1e-6, 1e-2, "1e-6", 0],
     "sliding_window": [1, 4, 4096, None, 2.5, 0, "4"],
     "query_pre_attn_scalar": [8, 5, 144, None, 2.5],
-    "layer_types": [["full_attention", "full_attention"], ["sliding_attention", "full_attention"], None, []],
+    "layer_types": [["full_attention", "full_attention"], ["sliding_attention", "full_attention"], None,
+    []],
     "use_bidirectional_attention": [True, False, None],
     "qkv_bias": [True, False],
     "pooler_act": ["tanh", "relu", None],
@@ -275,7 +283,8 @@ def outputs(system: str, model: Any, ours: bool, seed: int) -> list[Tensor]:
                 new = model.generate(ids, max_new_tokens=24, pixel_values=pixels)
             else:
                 new = model.generate(
-                    input_ids=ids, pixel_values=pixels, token_type_ids=types, attention_mask=mask, max_new_tokens=24,
+                    input_ids=ids, pixel_values=pixels, token_type_ids=types, attention_mask=mask,
+                    max_new_tokens=24,
                     do_sample=False,
                 )[:, ids.shape[1] :]  # fmt: skip
             return [logits, new]
@@ -291,6 +300,17 @@ def outputs(system: str, model: Any, ours: bool, seed: int) -> list[Tensor]:
             images, texts = model.encode_image(pixels), model.encode_text(words)
             return [model.logits(images, texts)]
         return [model(input_ids=words, pixel_values=pixels).logits_per_image]
+
+
+def both(system: str, folder: Path, seed: int) -> tuple[Any, Any]:
+    """What transformers and this package make of a folder: outputs or exceptions."""
+    theirs, ours = CLASSES[system]
+
+    def open_theirs() -> list[Tensor]:
+        model = theirs.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        return outputs(system, model.eval(), False, seed)
+
+    return attempt(open_theirs), attempt(lambda: outputs(system, ours.from_pretrained(folder), True, seed))
 
 
 def attempt(function: Callable[[], list[Tensor]]) -> list[Tensor] | Exception:
@@ -341,18 +361,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         try:
             changes = make_folder(system, folder, rng, number)
-            theirs_class, ours_class = CLASSES[system]
-            theirs = attempt(
-                lambda: outputs(
-                    system,
-                    theirs_class.from_pretrained(
-                        folder, dtype=torch.float32, attn_implementation="eager"
-                    ).eval(),
-                    False,
-                    number,
-                )
-            )
-            ours = attempt(lambda: outputs(system, ours_class.from_pretrained(folder), True, number))
+            theirs, ours = both(system, folder, number)
         finally:
             shutil.rmtree(folder)
         found = verdict(ours, theirs)

@@ -1,10 +1,11 @@
-"""Runs that are killed at random moments: is the folder always whole, and the resumed run the same to the bit?
+"""Runs that are killed at random moments: is the folder always whole, the resumed run the same to the bit?
 
     python bench/fuzz/kills.py --kills 100 --seed 0
 
 A tiny run is started in a process of its own and killed (SIGKILL) at a moment drawn from its whole length,
 again and again, with `--resume` from then on, until it ends. Then the next run begins. After each kill, a
-checkpoint in the folder has to open; at the end, weights and optimizer state have to equal those of a run that
+checkpoint in the folder has to open; at the end,
+    weights and optimizer state have to equal those of a run that
 nobody disturbed, and no temporary file may be left.
 """
 
@@ -28,9 +29,12 @@ import minivlm.cli
 from minivlm import InputError, load
 
 RUN = (
-    "train", "--image-size", "32", "--tower-width", "24", "--tower-layers", "1", "--tower-heads", "2", "--text-width", "32",
-    "--text-layers", "1", "--text-heads", "2", "--tower-steps", "6", "--packed-steps", "6", "--review-steps", "0",
-    "--prefix-steps", "6", "--tower-pictures", "2", "--pictures", "2", "--questions", "2", "--prefix-questions", "2",
+    "train", "--image-size", "32", "--tower-width", "24", "--tower-layers", "1", "--tower-heads", "2",
+    "--text-width", "32",
+    "--text-layers", "1", "--text-heads", "2", "--tower-steps", "6", "--packed-steps", "6",
+    "--review-steps", "0",
+    "--prefix-steps", "6", "--tower-pictures", "2", "--pictures", "2", "--questions", "2",
+    "--prefix-questions", "2",
     "--warmup-steps", "2", "--measure-every", "0", "--save-every", "2", "--workers", "0", "--threads", "1",
 )  # fmt: skip
 

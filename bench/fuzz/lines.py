@@ -2,7 +2,8 @@
 
     python bench/fuzz/lines.py --lines 300 --seed 0
 
-A line starts as a good one. Up to three changes follow: to a key, to a word for a coordinate, to the letters
+A line starts as a good one. Up to three changes follow: to a key, to a word for a coordinate,
+    to the letters
 around it. A line that is accepted has to survive the way into tokens and back, and whatever looks like a
 coordinate has to be one token. Any exception that is not an `InputError` is a fault.
 """
@@ -37,10 +38,14 @@ PREFIXES = (
     "detect red circle ; blue star",
 )
 WORDS = (
-    "<loc-001>", "<locnan>", "<loc 0256>", "<LOC0256>", "<loc_0256>", "&lt;loc0256&gt;", "<seg-03>", "<loc1024>",
-    "<loc256>", "<loc00256>", "<loc0256", "loc0256>", "<loc0256 >", "< loc0256>", "<loc0.25>", "<locinf>", "<seg128>",
-    "<seg16>", "<Loc0256>", "<loc０２５６>", "<loc0256><loc0256><loc0256>", "<loc0256><loc0256><loc0256><loc0256>",
-    "<image>", "<eos>", "<bos>", "<pad>", "<unk>", "\n", "\x00", "\u200b", "\ud800", ";", "<", ">", "é", "🙂", "",
+    "<loc-001>", "<locnan>", "<loc 0256>", "<LOC0256>", "<loc_0256>", "&lt;loc0256&gt;", "<seg-03>",
+    "<loc1024>",
+    "<loc256>", "<loc00256>", "<loc0256", "loc0256>", "<loc0256 >", "< loc0256>", "<loc0.25>", "<locinf>",
+    "<seg128>",
+    "<seg16>", "<Loc0256>", "<loc０２５６>", "<loc0256><loc0256><loc0256>",
+    "<loc0256><loc0256><loc0256><loc0256>",
+    "<image>", "<eos>", "<bos>", "<pad>", "<unk>", "\n", "\x00", "\u200b", "\ud800", ";", "<", ">", "é",
+    "🙂", "",
 )  # fmt: skip
 LOOKS_LIKE_A_WORD = re.compile(r"(?:<|&lt;)\s*(?:loc|seg)", re.IGNORECASE)
 
