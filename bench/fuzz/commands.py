@@ -113,7 +113,7 @@ def make_command(rng: random.Random) -> list[str]:
             "--scenes",
             rng.choice(["1", "2", "0", "-1", "x"]),
             "--columns",
-            rng.choice(["held_out", "tinted", "no"]),
+            rng.choice(["held_out", "turned", "no"]),
         ]
     elif kind == "train":
         words += ["--out", rng.choice(FOLDERS), "--image-size", "32", "--tower-steps", "1",
@@ -139,7 +139,7 @@ def make_command(rng: random.Random) -> list[str]:
     elif kind == "progress":
         words += [rng.choice(FOLDERS), "--yes"]
     else:
-        words = [rng.choice(["aks", "trian", "--hepl", "", "ask", "-h", "--version", "fine-tune"])]
+        words = [rng.choice(["askk", "trainn", "--hepl", "", "ask", "-h", "--version", "fine-tune"])]
     if rng.random() < 0.15 and kind in ("ask", "look", "eval", "finetune"):
         words += ["--model", rng.choice(MODELS)]
     if rng.random() < 0.05:

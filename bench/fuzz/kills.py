@@ -4,9 +4,8 @@
 
 A tiny run is started in a process of its own and killed (SIGKILL) at a moment drawn from its whole length,
 again and again, with `--resume` from then on, until it ends. Then the next run begins. After each kill, a
-checkpoint in the folder has to open; at the end,
-    weights and optimizer state have to equal those of a run that
-nobody disturbed, and no temporary file may be left.
+checkpoint in the folder has to open; at the end, weights and optimizer state have to equal those of a run
+that nobody disturbed, and no temporary file may be left.
 """
 
 from __future__ import annotations
