@@ -24,7 +24,7 @@ def execute(path: Path) -> str | None:
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
-        timeout=600,  # 07_training trains models
+        timeout=1500,  # 07_training trains models
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,  # times would change the file at every run
