@@ -292,7 +292,7 @@ def outputs(system: str, model: Any, ours: bool, seed: int) -> list[Tensor]:
             return [model(pixels) if ours else model(pixel_values=pixels).logits]
         if system == "clip":
             text = config.text if ours else config.text_config
-            eos = 98 if text.eos_token_id == 2 else text.eos_token_id
+            eos = text.eos_token_id if text.eos_token_id in range(3, 99) else 98
             words = torch.cat([torch.full((2, 1), 97), words[:, :3], torch.full((2, 1), eos)], dim=1)
         else:
             words = torch.randint(3, 90, (2, 10), generator=generator)
