@@ -29,6 +29,9 @@ from minivlm.files import write_aside
 # 2 and 3 in preprocessor_config.json
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of a TIFF
+SMALLER_WHITES = [2**bits - 1 for bits in range(9, 16)]
+
 
 def load_picture(path: str | Path) -> Image.Image:
     """Open a picture file and decode it completely; of an animation, only the first frame.
@@ -88,7 +91,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     - Transparent pixels are blended onto white, as in the reference. (Its older versions and big_vision drop
       the alpha channel instead, which reveals the hidden color of transparent pixels, often black.)
     - 16-bit gray (I;16 and its byte orders) is scaled by 255/65535. Pillow's own conversion clips at 255
-      instead, which turns nearly all of a 16-bit scan white.
+      instead, which turns nearly all of a 16-bit scan white. A TIFF may say that fewer bits are used: by
+      BitsPerSample, or by a MaxSampleValue such as 4095, unless a pixel is brighter. Where a file holds 12
+      bits in 16 without a word, nothing tells it from a dark picture, and it stays dark: scale it first.
     - 32-bit integers (I) and floats (F) do not define white. White is the smallest of 1 (F only), 255 and
       65535 that is not below the brightest pixel, or else the brightest pixel itself. Negative values and NaN
       become black.
@@ -101,12 +106,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     with _quiet_pillow():
         try:
             image.load()
+            # From tags that a turned copy no longer has.
+            white = _white_of_16_bits(image) if image.mode.startswith("I;16") else None
             with suppress(Exception):  # a damaged EXIF note is no reason to reject the pixels
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                return _gray_to_rgb(image, white=65535.0)
-            if image.mode in ("I", "F"):
-                return _gray_to_rgb(image, white=None)
+            if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+                return _gray_to_rgb(image, white)
             if image.has_transparency_data:
                 return _over_white(image)
             return image.convert("RGB")
@@ -119,6 +124,19 @@ def _over_white(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _white_of_16_bits(image: Image.Image) -> float:
+    """What white is in a file of 16-bit gray: 65535, or less where the tags of a TIFF say so."""
+    said = []
+    with suppress(Exception):  # other files have no tags, and damaged ones are no reason to reject the pixels
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        said += [2**bits - 1 for bits in tags.get(BITS_PER_SAMPLE, ())]
+        said += tags.get(MAX_SAMPLE_VALUE, ())
+    # Other numbers are only what the brightest pixel has.
+    said = [white for white in said if white in SMALLER_WHITES]
+    brightest = np.asarray(image).max() if said else 0
+    return float(min((white for white in said if white >= brightest), default=65535))
 
 
 def _gray_to_rgb(image: Image.Image, white: float | None) -> Image.Image:

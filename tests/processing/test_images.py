@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -131,6 +132,41 @@ def test_16_bit_png(tmp_path: Path) -> None:
     Image.fromarray(ramp).save(tmp_path / "scan.png")
     gray = np.asarray(to_rgb(load_picture(tmp_path / "scan.png")))[..., 0]
     assert gray.reshape(-1).tolist() == list(range(256))
+
+
+def tiff_of_12_bits(values: list[int], orientation: int) -> bytes:
+    """One row of 12 bits each, packed, as scanners and microscopes write it."""
+    row = int("".join(f"{value:012b}" for value in values), 2).to_bytes(len(values) * 12 // 8, "big")
+    tags = {256: len(values), 257: 1, 258: 12, 259: 1, 262: 1, 273: 134, 274: orientation, 277: 1, 278: 1}
+    tags[279] = len(row)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + row
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_a_tiff_that_says_it_has_12_bits(orientation: int, tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff_of_12_bits([0, 1024, 2048, 4095], orientation))
+    image = load_picture(tmp_path / "a.tif")
+    assert sorted(np.asarray(image)[0].tolist()) == [0, 1024, 2048, 4095]
+    gray = np.asarray(to_rgb(image))[0, :, 0].tolist()
+    assert (gray if orientation == 1 else gray[::-1]) == [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("largest", "brightest", "expected"),
+    [
+        (4095, 4095, [0, 64, 255]),  # 12 bits in 16, and the file says so
+        (1023, 1023, [0, 255, 255]),
+        (4095, 4096, [0, 4, 16]),  # not true
+        (3000, 3000, [0, 4, 12]),  # the brightest pixel, and no number of bits
+        (None, 4095, [0, 4, 16]),  # nothing tells it from a dark picture
+    ],
+)
+def test_12_bits_in_16(largest: int | None, brightest: int, expected: list[int], tmp_path: Path) -> None:
+    values = np.array([[0, min(1024, brightest), brightest]], dtype=np.uint16)
+    tags = {} if largest is None else {281: largest}
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo=tags)
+    assert np.asarray(to_rgb(load_picture(tmp_path / "a.tif")))[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(
