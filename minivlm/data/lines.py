@@ -16,6 +16,7 @@ from PIL import Image
 
 from minivlm.errors import InputError
 from minivlm.processing import load_picture
+from minivlm.processing.images import check_sides
 
 MAX_REASONS = 10  # bad lines named in a message
 
@@ -157,6 +158,7 @@ def _is_whole(path: Path) -> bool:
             warnings.simplefilter("error")
             with Image.open(path) as image:
                 kind = image.format
+                check_sides(image)
                 image.verify()
     except Exception:  # damaged files make Pillow raise almost anything
         return False

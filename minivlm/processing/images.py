@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from minivlm.errors import InputError
@@ -28,6 +28,8 @@ from minivlm.files import write_aside
 
 # 2 and 3 in preprocessor_config.json
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+
+MAX_SIDE = 2**17  # pixels; the widest JPEG has half as many
 
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of a TIFF
 SMALLER_WHITES = [2**bits - 1 for bits in range(9, 16)]
@@ -39,7 +41,8 @@ def load_picture(path: str | Path) -> Image.Image:
     The picture is returned as it was stored, in any mode and not yet upright: `to_rgb` takes care of both.
 
     Raises InputError: no such file, a folder, an empty file, not a picture, a truncated or damaged picture,
-    a picture with so many pixels that Pillow warns of a decompression bomb, a file without read permission.
+    a picture with so many pixels that Pillow warns of a decompression bomb or with a side above MAX_SIDE, a
+    file without read permission.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -62,6 +65,7 @@ def _decode(file: BinaryIO, path: Path) -> Image.Image:
     try:
         with _quiet_pillow():
             image = Image.open(file)
+            check_sides(image)
             image.load()  # Image.open reads only the header; truncation shows up here
             return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -71,8 +75,24 @@ def _decode(file: BinaryIO, path: Path) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not a picture in a known format: use PNG, JPEG or WebP") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        if "MAX_TEXT" in str(error):
+            raise InputError(
+                f"{path} has a color profile or a text of more than {PngImagePlugin.MAX_TEXT_CHUNK} bytes, "
+                "the limit against decompression bombs: save the picture again without it"
+            ) from error
         raise InputError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+
+
+def check_sides(image: Image.Image) -> None:
+    """Raises InputError: a side so long that resizing would take gigabytes, however few pixels there are."""
+    if max(image.size) > MAX_SIDE:
+        raise InputError(
+            f"the picture has {image.width} x {image.height} pixels: expected at most {MAX_SIDE} on a side. "
+            "Crop it to the part that matters"
+        )
 
 
 @contextmanager
@@ -98,11 +118,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
       65535 that is not below the brightest pixel, or else the brightest pixel itself. Negative values and NaN
       become black.
 
-    Raises InputError: a picture without pixels; a mode that Pillow cannot convert; a picture opened lazily
-    by the caller that turns out to be truncated.
+    Raises InputError: a picture without pixels or with a side above MAX_SIDE; a mode that Pillow cannot
+    convert; a picture opened lazily by the caller that turns out to be truncated.
     """
     if 0 in image.size:
         raise InputError(f"the picture has {image.width} x {image.height} pixels: expected at least 1 x 1")
+    check_sides(image)
     with _quiet_pillow():
         try:
             image.load()
