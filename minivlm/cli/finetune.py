@@ -23,7 +23,8 @@ Your pictures are described by lines of JSON, each with the path of a picture, a
   {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a cup"}
   {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
 Paths are relative to the file. The four numbers of a box are y0 x0 y1 x1 in 1024ths of the picture's sides;
-minivlm.processing.box_to_tokens makes them from pixels.
+minivlm.processing.box_to_tokens makes them from pixels. For a picture without the objects asked for, write a
+word such as none, or leave the suffix empty and choose the word with --empty-answer.
 
 Ctrl-C finishes the step and saves; the same command with --resume goes on.
 """
@@ -47,6 +48,11 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument(
         "--on-bad-line", choices=("refuse", "skip"), help="skip: leave bad lines out (default: refuse)"
+    )
+    parser.add_argument(
+        "--empty-answer",
+        metavar="WORD",
+        help="what an empty suffix stands for, such as none (default: such lines are bad)",
     )
     shared.add_run(
         parser, out="runs/tuned", measure_every=50, measured="--validation", warmup="a twentieth of all steps"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from minivlm.errors import InputError
 from minivlm.processing import load_picture
+from minivlm.processing.images import check_sides
 
 MAX_REASONS = 10  # bad lines named in a message
 
@@ -74,13 +75,20 @@ def read_lines(
     return good
 
 
-def read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
+def read_texts(
+    line: bytes, keys: Sequence[str], instead: Mapping[str, str | None] | None = None
+) -> list[str]:
     """The values of the keys in one line.
 
-    Raises InputError: it is not UTF-8 or not a JSON object; a key is missing, empty or not text.
+    Args:
+        instead: for some keys, what an empty text stands for.
+
+    Raises InputError: it is not UTF-8 or not a JSON object; a key is missing, empty, not text or given twice.
     """
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = json.loads(line.decode("utf-8"), object_pairs_hook=_each_once)
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         raise InputError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -89,22 +97,45 @@ def read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise InputError(f"not an object but {type(values).__name__}: write {_object_of(keys)}")
-    return [_text(values, key) for key in keys]
+    return [_text(values, key, (instead or {}).get(key)) for key in keys]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which by itself would let the last of equal keys win."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(f'the key "{twice}" is given twice: leave one of them')
+    return values
 
 
 def _object_of(keys: Sequence[str]) -> str:
     return "{" + ", ".join(f'"{key}"' for key in keys) + "}"
 
 
-def _text(values: dict[str, Any], key: str) -> str:
+def _text(values: dict[str, Any], key: str, instead: str | None) -> str:
     if key not in values:
         raise InputError(f'no "{key}" among its keys ({", ".join(map(repr, values)) or "none"})')
     value = values[key]
     if not isinstance(value, str):
         raise InputError(f'"{key}" is {json.dumps(value)[:40]}: expected text')
     if not value.strip():
-        raise InputError(f'"{key}" is empty')
+        if instead is None:
+            say = ": write the answer, or say what an empty one means, as in --empty-answer none"
+            raise InputError(f'"{key}" is empty{say * (key == "suffix")}')
+        return instead
     return value
+
+
+def check_marks(text: str, key: str, marks: Iterable[str]) -> None:
+    """Raises InputError: a text that begins or ends with a token that only the program may insert.
+
+    Other tools want them in the text. Here a typed one is text, and would be spelled out letter by letter.
+    """
+    for mark in marks:
+        if text.strip().startswith(mark) or text.strip().endswith(mark):
+            raise InputError(f'"{key}" contains {mark}, which is added where it belongs: remove it')
 
 
 def check_picture(path: Path, known: set[Path]) -> None:
@@ -127,6 +158,7 @@ def _is_whole(path: Path) -> bool:
             warnings.simplefilter("error")
             with Image.open(path) as image:
                 kind = image.format
+                check_sides(image)
                 image.verify()
     except Exception:  # damaged files make Pillow raise almost anything
         return False

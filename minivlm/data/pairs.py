@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minivlm.data.lines import BadLines, check_picture, read_lines, read_texts
+from minivlm.data.lines import BadLines, check_marks, check_picture, read_lines, read_texts
 from minivlm.errors import InputError
 from minivlm.processing import CaptionTokenizer, PairProcessor, load_picture, to_rgb
 
@@ -56,6 +56,7 @@ def read_pairs(
     def read_line(line: bytes, number: int, folder: Path) -> Pair:
         image, text = read_texts(line, KEYS)
         for tokenizer in tokenizers:
+            check_marks(text, "text", tokenizer.specials.values())
             length = len(tokenizer.encode(text))
             room = tokenizer.form.max_length - len(tokenizer.before) - 1
             if length > room:

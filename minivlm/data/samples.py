@@ -18,15 +18,23 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from minivlm.data.lines import BadLines, check_picture, read_lines, read_texts
+from minivlm.data.lines import BadLines, check_marks, check_picture, read_lines, read_texts
 from minivlm.errors import InputError
 from minivlm.processing import AnswerProcessor, load_picture, text_to_boxes, to_rgb
 from minivlm.processing.inputs import Inputs
 
 KEYS = ("image", "prefix", "suffix")
 
-_WORD = re.compile(r"<(loc|seg)([0-9]+)(>?)")
 _WORDS = {"loc": (4, 1024), "seg": (3, 128)}  # number of digits, number of words
+# What is meant as one of these words, however it is written: not <location>, but <loc_0256>, &lt;loc0256&gt;,
+# <LOC0256>, <loc-001>, <locnan>, loc0256>.
+_MEANT = re.compile(
+    r"(?:<|&lt;)[\s/]*(?:loc|seg)(?![a-z])|(?:<|&lt;)(?:loc|seg)(?=nan|none|null|inf)"
+    r"|(?:loc|seg)[0-9]+\s*(?:>|&gt;)",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"<(loc|seg)([0-9]+)>")
+_SHOWN = re.compile(r"(?:&lt;)?[^>&\n]{1,12}(?:>|&gt;)|\S{1,20}")  # how much of it a message shows
 _SEG = re.compile(r"<seg[0-9]{3}>")
 _OBJECT = re.compile(r"((?:<loc[0-9]{4}>)+)((?:<seg[0-9]{3}>)*)")
 
@@ -47,6 +55,7 @@ def read_samples(
     processor: AnswerProcessor,
     max_length: int,
     warn: Callable[[BadLines], object] | None = None,
+    empty_answer: str | None = None,
 ) -> list[Sample]:
     """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are skipped.
 
@@ -54,6 +63,8 @@ def read_samples(
         processor: of the model that will be trained; it determines how many tokens a line has.
         max_length: most tokens for picture, prompt and answer together.
         warn: told what is wrong with bad lines, which are then skipped; without it they are refused.
+        empty_answer: what the model learns to say where the answer is empty, as for a picture without the
+            objects asked for; None refuses such lines.
 
     Raises:
         BadLines: the file has bad lines; for what makes a line bad, see `_read_line`.
@@ -62,24 +73,31 @@ def read_samples(
     known: set[Path] = set()  # pictures that have been checked
 
     def read_line(line: bytes, number: int, folder: Path) -> Sample:
-        return _read_line(line, number, folder, processor, max_length, known)
+        return _read_line(line, number, folder, processor, max_length, known, empty_answer)
 
     return read_lines(path, read_line, KEYS, warn)
 
 
 def _read_line(
-    line: bytes, number: int, folder: Path, processor: AnswerProcessor, max_length: int, known: set[Path]
+    line: bytes,
+    number: int,
+    folder: Path,
+    processor: AnswerProcessor,
+    max_length: int,
+    known: set[Path],
+    empty_answer: str | None,
 ) -> Sample:
     """Read one line and check all of it.
 
-    Raises InputError: as `read_texts`; its text is too long, or has malformed boxes; its picture is missing
-    or damaged.
+    Raises InputError: as `read_texts` and `check_marks`; its text is too long, or has malformed boxes; its
+    picture is missing or damaged.
     """
-    image, prefix, suffix = read_texts(line, KEYS)
-    _check_words(prefix)
-    _check_words(suffix)
-    _check_boxes(suffix)
+    image, prefix, suffix = read_texts(line, KEYS, {"suffix": empty_answer})
     tokenizer = processor.tokenizer
+    for key, text in (("prefix", prefix), ("suffix", suffix)):
+        check_marks(text, key, tokenizer.specials.values())
+        _check_words(text)
+    _check_boxes(suffix)
     length = len(tokenizer.encode_prefix(prefix, processor.image_seq_length))
     length += len(tokenizer.encode_suffix(suffix))
     if length > max_length:
@@ -93,14 +111,17 @@ def _read_line(
 
 def _check_words(text: str) -> None:
     """Raises InputError: a `<loc>` or `<seg>` that is not in the vocabulary, and so would be spelled out."""
-    for match in _WORD.finditer(text):
-        digits, count = _WORDS[match[1]]
-        first, last = (f"<{match[1]}{number:0{digits}}>" for number in (0, count - 1))
-        if len(match[2]) != digits or not match[3]:
-            raise InputError(f"{match[0]} is malformed: expected {first} to {last}")
-        if int(match[2]) >= count:
-            where = " and lies outside the picture" if match[1] == "loc" else ""
-            raise InputError(f"{match[0]} does not exist{where}: expected {first} to {last}")
+    for meant in _MEANT.finditer(text):
+        word = _WORD.match(text, meant.start())
+        kind = "seg" if "seg" in meant[0].lower() else "loc"
+        digits, count = _WORDS[kind]
+        first, last = (f"<{kind}{number:0{digits}}>" for number in (0, count - 1))
+        if word is None or len(word[2]) != digits:
+            shown = _SHOWN.match(text, meant.start())
+            raise InputError(f"{shown[0] if shown else meant[0]} is malformed: expected {first} to {last}")
+        if int(word[2]) >= count:
+            where = " and lies outside the picture" if kind == "loc" else ""
+            raise InputError(f"{word[0]} does not exist{where}: expected {first} to {last}")
 
 
 def _check_boxes(suffix: str) -> None:

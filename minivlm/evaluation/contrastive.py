@@ -179,16 +179,20 @@ def zero_shot_scores(
 def evaluate_own_pairs(
     model: Matches, processor: PairProcessor, pairs: Sequence[Pair], progress: bool | None = None
 ) -> dict[str, Metric]:
-    """Retrieval among the pictures and captions of a file. Equal pictures or captions count as one.
+    """Retrieval among the pictures and captions of a file.
+
+    A picture that several lines name counts once. So do captions that the model cannot tell apart, such as "a
+    cat" and "A cat ": what counts is their ids.
 
     Raises InputError: a picture turns out to be damaged.
     """
     pictures = list(dict.fromkeys(pair.path for pair in pairs))
-    texts = list(dict.fromkeys(pair.text for pair in pairs))
+    ids = [tuple(processor.tokenizer.encode(pair.text)) for pair in pairs]
+    texts = {key: pair.text for key, pair in zip(ids, pairs, strict=True)}  # one for each row of ids
     right = torch.zeros(len(pictures), len(texts), dtype=torch.bool)
     row = {path: number for number, path in enumerate(pictures)}
-    column = {text: number for number, text in enumerate(texts)}
-    for pair in pairs:
-        right[row[pair.path], column[pair.text]] = True
-    images, captions = encode(model, processor, pictures, texts, progress, "own pairs")
+    column = {key: number for number, key in enumerate(texts)}
+    for key, pair in zip(ids, pairs, strict=True):
+        right[row[pair.path], column[key]] = True
+    images, captions = encode(model, processor, pictures, list(texts.values()), progress, "own pairs")
     return retrieval_scores(similarity(images, captions), right.to(images.device))

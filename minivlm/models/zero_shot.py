@@ -32,15 +32,9 @@ def class_embeddings(
         templates: sentences with {} in place of the name.
 
     Raises:
-        InputError: no names or no templates, a template without {}, or a sentence that is too long.
+        InputError: see `check_classes`; a sentence that is too long.
     """
-    if not names or not templates:
-        raise InputError(
-            f"got {len(names)} class names and {len(templates)} templates: give one of each at least"
-        )
-    for template in templates:
-        if "{}" not in template:
-            raise InputError(f'the template "{template}" has no place for the class name: write {{}} there')
+    check_classes(tokenizer, names, templates)
     means = []
     for name in names:
         # replace, not format: a name or a template may contain other braces.
@@ -48,6 +42,30 @@ def class_embeddings(
         embeds = model.encode_text(tokenizer(sentences).to(model.device))  # [templates, D]
         means.append(l2_normalize(l2_normalize(embeds).mean(dim=0)))
     return torch.stack(means)
+
+
+def check_classes(tokenizer: CaptionTokenizer, names: Sequence[str], templates: Sequence[str]) -> None:
+    """Raises InputError: no names or no templates, one text instead of a list, a template without {}, or two
+    names that the model reads alike ("cat" and "Cat").
+    """
+    for what, texts in (("class names", names), ("templates", templates)):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"the {what} are {texts!r}: expected a list of texts, one for each")
+    if not names or not templates:
+        raise InputError(
+            f"got {len(names)} class names and {len(templates)} templates: give one of each at least"
+        )
+    for template in templates:
+        if "{}" not in template:
+            raise InputError(f'the template "{template}" has no place for the class name: write {{}} there')
+    seen: dict[tuple[int, ...], str] = {}
+    for name in names:
+        ids = tuple(tokenizer.encode(name))
+        if ids in seen:
+            raise InputError(
+                f"the class names {seen[ids]!r} and {name!r} are the same to the model: leave one of them out"
+            )
+        seen[ids] = name
 
 
 @torch.no_grad()

@@ -41,12 +41,12 @@ class Box(NamedTuple):
 def box_to_tokens(box_xyxy: Sequence[float] | Box, width: float, height: float) -> str:
     """Four tokens, y0 x0 y1 x1, for a box x0, y0, x1, y1 in pixels of a width x height picture.
 
-    bin = clip(round(share * 1023), 0, 1023); halves round to the even bin, as in Python, NumPy and
-    TensorFlow. The clip cuts off what lies outside the picture. A round trip moves an edge by at most half a
-    bin.
+    bin = round(share * 1023) of what lies inside the picture; halves round to the even bin, as in Python,
+    NumPy and TensorFlow. A round trip moves an edge by at most half a bin, except that a box thinner than a
+    bin is widened to one: every box that is written can be read back.
 
-    Raises InputError: a picture without area; a box without area, with too few numbers or a number that
-    is not finite.
+    Raises InputError: a picture without area; a box without area or outside the picture, with too few
+    numbers or a number that is not finite.
     """
     check_size(width, height)
     if len(box_xyxy) < 4:
@@ -59,8 +59,20 @@ def box_to_tokens(box_xyxy: Sequence[float] | Box, width: float, height: float) 
             f"the box ({x0}, {y0}, {x1}, {y1}) has no area: expected x0 < x1 and y0 < y1, "
             "in the order x0, y0, x1, y1"
         )
-    shares = (y0 / height, x0 / width, y1 / height, x1 / width)
-    return "".join(f"<loc{min(max(round(share * (NUM_BINS - 1)), 0), NUM_BINS - 1):04}>" for share in shares)
+    if not (x0 < width and y0 < height and x1 > 0 and y1 > 0):
+        raise InputError(
+            f"the box ({x0}, {y0}, {x1}, {y1}) lies outside the picture of {width} x {height}: expected "
+            "pixels of this picture, in the order x0, y0, x1, y1"
+        )
+    (left, right), (top, bottom) = _bins(x0, x1, width), _bins(y0, y1, height)
+    return "".join(f"<loc{number:04}>" for number in (top, left, bottom, right))
+
+
+def _bins(low: float, high: float, side: float) -> tuple[int, int]:
+    """The bins of two edges, clipped to the picture and at least one apart."""
+    first, last = (round(min(max(edge, 0), side) / side * (NUM_BINS - 1)) for edge in (low, high))
+    first = min(first, NUM_BINS - 2)
+    return first, max(last, first + 1)
 
 
 def boxes_to_text(boxes: Iterable[Box], width: float, height: float) -> str:

@@ -10,7 +10,8 @@ bounded length that is read once:
 
 tokenizer.json defines how text is split into words. All of these models were trained on lowercase text,
 padded on the right. Most files lowercase the text themselves; for those that leave it to the program, as
-SigLIP 2 does (https://arxiv.org/abs/2502.14786), it is done here.
+SigLIP 2 does (https://arxiv.org/abs/2502.14786), it is done here. What else the programs do to a text before
+they split it, see cleaning.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.files import write_aside
-from minivlm.processing.tokens import encode_plain
+from minivlm.processing.cleaning import clean_for_clip, remove_punctuation
+from minivlm.processing.tokens import check_unicode, encode_plain
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class CaptionForm:
     max_length: int  # tokens, including bos and eos
     pad_to_max_length: bool  # otherwise to the longest caption in the batch
     processor_class: str  # the processor's class in transformers
+    tokenizer_class: str  # the tokenizer's, where a folder names none
 
     def changed_by(self, config: Mapping[str, Any], max_length: int | None) -> CaptionForm:
         """With the token names of a tokenizer_config.json, if the folder has one, and another length."""
@@ -57,8 +60,10 @@ class CaptionForm:
         return replace(self, **names, max_length=max_length)
 
 
-CLIP_CAPTIONS = CaptionForm("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", 77, False, "CLIPProcessor")
-SIGLIP_CAPTIONS = CaptionForm(None, "</s>", "</s>", 64, True, "SiglipProcessor")
+CLIP_CAPTIONS = CaptionForm(
+    "<|startoftext|>", "<|endoftext|>", "<|endoftext|>", 77, False, "CLIPProcessor", "CLIPTokenizer"
+)
+SIGLIP_CAPTIONS = CaptionForm(None, "</s>", "</s>", 64, True, "SiglipProcessor", "SiglipTokenizer")
 
 
 class CaptionTokenizer:
@@ -122,6 +127,11 @@ class CaptionTokenizer:
                 ) from error
             if not isinstance(config, Mapping):
                 raise InputError(f"{config_path} contains no settings: download it again")
+        kind = str(config.get("tokenizer_class") or form.tokenizer_class).removesuffix("Fast")
+        if kind == "SiglipTokenizer":  # of SigLIP 1; others leave the text to the file
+            if config.get("do_lower_case") is False:
+                raise InputError(f"{config_path}: do_lower_case is False: only True is supported here")
+            remove_punctuation(backend)
         return cls(backend, form.changed_by(config, max_length))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -148,6 +158,9 @@ class CaptionTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of the words alone. Raises InputError: a string that is not valid Unicode."""
+        check_unicode(text)
+        if self.form.tokenizer_class == "CLIPTokenizer":
+            text = clean_for_clip(text)
         return encode_plain(self.backend, text, self.specials)
 
     def __call__(self, texts: str | Sequence[str], truncate: bool = False) -> Tensor:

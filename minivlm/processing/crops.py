@@ -3,6 +3,10 @@
 - ViT: resized to a square, aspect ratio not kept, but with the bilinear filter.
 - CLIP: the short side is resized and the central square cropped, so shapes are not distorted, but the ends of
   a long picture are lost. Mean and standard deviation are those of CLIP's training pictures, per channel.
+
+Where an odd number of pixels is left over, half of them is rounded to the even number, as in the program that
+CLIP was trained with and in open_clip, both by torchvision. transformers rounds down, and so sees the picture
+shifted by one pixel for about a quarter of all sizes.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ class CLIPImageProcessor(ImageProcessor):
         upright = image.height > image.width
         size = (self.image_size, resized) if upright else (resized, self.image_size)
         image = image.resize(size, Image.Resampling(self.resample))
-        left, top = (image.width - self.image_size) // 2, (image.height - self.image_size) // 2
+        left, top = (round((side - self.image_size) / 2) for side in image.size)  # as torchvision, see above
         return image.crop((left, top, left + self.image_size, top + self.image_size))
 
     @classmethod

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from minivlm.errors import InputError
@@ -29,6 +29,11 @@ from minivlm.files import write_aside
 # 2 and 3 in preprocessor_config.json
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
+MAX_SIDE = 2**17  # pixels; the widest JPEG has half as many
+
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of a TIFF
+SMALLER_WHITES = [2**bits - 1 for bits in range(9, 16)]
+
 
 def load_picture(path: str | Path) -> Image.Image:
     """Open a picture file and decode it completely; of an animation, only the first frame.
@@ -36,7 +41,8 @@ def load_picture(path: str | Path) -> Image.Image:
     The picture is returned as it was stored, in any mode and not yet upright: `to_rgb` takes care of both.
 
     Raises InputError: no such file, a folder, an empty file, not a picture, a truncated or damaged picture,
-    a picture with so many pixels that Pillow warns of a decompression bomb, a file without read permission.
+    a picture with so many pixels that Pillow warns of a decompression bomb or with a side above MAX_SIDE, a
+    file without read permission.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -59,6 +65,7 @@ def _decode(file: BinaryIO, path: Path) -> Image.Image:
     try:
         with _quiet_pillow():
             image = Image.open(file)
+            check_sides(image)
             image.load()  # Image.open reads only the header; truncation shows up here
             return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -68,8 +75,24 @@ def _decode(file: BinaryIO, path: Path) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not a picture in a known format: use PNG, JPEG or WebP") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        if "MAX_TEXT" in str(error):
+            raise InputError(
+                f"{path} has a color profile or a text of more than {PngImagePlugin.MAX_TEXT_CHUNK} bytes, "
+                "the limit against decompression bombs: save the picture again without it"
+            ) from error
         raise InputError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+
+
+def check_sides(image: Image.Image) -> None:
+    """Raises InputError: a side so long that resizing would take gigabytes, however few pixels there are."""
+    if max(image.size) > MAX_SIDE:
+        raise InputError(
+            f"the picture has {image.width} x {image.height} pixels: expected at most {MAX_SIDE} on a side. "
+            "Crop it to the part that matters"
+        )
 
 
 @contextmanager
@@ -88,25 +111,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     - Transparent pixels are blended onto white, as in the reference. (Its older versions and big_vision drop
       the alpha channel instead, which reveals the hidden color of transparent pixels, often black.)
     - 16-bit gray (I;16 and its byte orders) is scaled by 255/65535. Pillow's own conversion clips at 255
-      instead, which turns nearly all of a 16-bit scan white.
+      instead, which turns nearly all of a 16-bit scan white. A TIFF may say that fewer bits are used: by
+      BitsPerSample, or by a MaxSampleValue such as 4095, unless a pixel is brighter. Where a file holds 12
+      bits in 16 without a word, nothing tells it from a dark picture, and it stays dark: scale it first.
     - 32-bit integers (I) and floats (F) do not define white. White is the smallest of 1 (F only), 255 and
       65535 that is not below the brightest pixel, or else the brightest pixel itself. Negative values and NaN
       become black.
 
-    Raises InputError: a picture without pixels; a mode that Pillow cannot convert; a picture opened lazily
-    by the caller that turns out to be truncated.
+    Raises InputError: a picture without pixels or with a side above MAX_SIDE; a mode that Pillow cannot
+    convert; a picture opened lazily by the caller that turns out to be truncated.
     """
     if 0 in image.size:
         raise InputError(f"the picture has {image.width} x {image.height} pixels: expected at least 1 x 1")
+    check_sides(image)
     with _quiet_pillow():
         try:
             image.load()
+            # From tags that a turned copy no longer has.
+            white = _white_of_16_bits(image) if image.mode.startswith("I;16") else None
             with suppress(Exception):  # a damaged EXIF note is no reason to reject the pixels
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                return _gray_to_rgb(image, white=65535.0)
-            if image.mode in ("I", "F"):
-                return _gray_to_rgb(image, white=None)
+            if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+                return _gray_to_rgb(image, white)
             if image.has_transparency_data:
                 return _over_white(image)
             return image.convert("RGB")
@@ -119,6 +145,19 @@ def _over_white(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _white_of_16_bits(image: Image.Image) -> float:
+    """What white is in a file of 16-bit gray: 65535, or less where the tags of a TIFF say so."""
+    said = []
+    with suppress(Exception):  # other files have no tags, and damaged ones are no reason to reject the pixels
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        said += [2**bits - 1 for bits in tags.get(BITS_PER_SAMPLE, ())]
+        said += tags.get(MAX_SAMPLE_VALUE, ())
+    # Other numbers are only what the brightest pixel has.
+    said = [white for white in said if white in SMALLER_WHITES]
+    brightest = np.asarray(image).max() if said else 0
+    return float(min((white for white in said if white >= brightest), default=65535))
 
 
 def _gray_to_rgb(image: Image.Image, white: float | None) -> Image.Image:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from minivlm.errors import InputError
-from minivlm.processing.boxes import OBJECT, Box, box_to_tokens, check_size, text_to_boxes
+from minivlm.processing.boxes import NUM_BINS, OBJECT, Box, box_to_tokens, check_size, text_to_boxes
 from minivlm.processing.codebook import (
     CODES_PER_MASK,
     MASK_SIDE,
@@ -59,11 +59,11 @@ class Mask(NamedTuple):
 def crop_mask(mask: np.ndarray, box_xyxy: Sequence[float] | Box) -> np.ndarray:
     """A mask [height, width], bools or 0 to 255, cropped to a box in pixels: values 0 to 1, [64, 64].
 
-    The edges are rounded to whole pixels, halves to even, and the crop is resized with the bilinear filter,
-    which averages when it shrinks.
+    The edges are rounded to whole pixels, halves to even, with a pixel at least between them, and the crop is
+    resized with the bilinear filter, which averages when it shrinks.
 
-    Raises InputError: a mask with other values or axes, a box that covers no pixel of the picture; otherwise
-    as `box_to_tokens`.
+    Raises InputError: a mask with other values or axes, or one that is empty inside the box; otherwise as
+    `box_to_tokens`.
     """
     if mask.ndim != 2:
         raise InputError(f"the mask is {list(mask.shape)}: expected [height, width]")
@@ -75,11 +75,12 @@ def crop_mask(mask: np.ndarray, box_xyxy: Sequence[float] | Box) -> np.ndarray:
             )
     box_to_tokens(box_xyxy, mask.shape[1], mask.shape[0])  # for its checks
     x0, y0, x1, y1 = (max(0, round(float(edge))) for edge in box_xyxy[:4])
-    part = mask[y0:y1, x0:x1].astype(np.float32)
-    if not part.size:
+    x0, y0 = min(x0, mask.shape[1] - 1), min(y0, mask.shape[0] - 1)
+    part = mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].astype(np.float32)
+    if not part.any():
         raise InputError(
-            f"the box from {x0}, {y0} to {x1}, {y1} covers no pixel of the mask {list(mask.shape)}: choose "
-            "a larger box inside the picture"
+            f"the mask is empty inside the box from {x0}, {y0} to {x1}, {y1}: a thing without a pixel has no "
+            "shape. Leave it out, or choose the box around its mask"
         )
     resized = np.array(Image.fromarray(part).resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR))
     return resized if mask.dtype == np.bool_ else resized / np.float32(255)
@@ -99,13 +100,23 @@ def mask_to_tokens(
 ) -> str:
     """Four `<loc>` and sixteen `<seg>` tokens for a mask [height, width] in a box in pixels.
 
+    What is written can be read back: the box is widened where `text_to_masks` would find no pixel in it.
+
     codebook: None means the shipped one.
     Raises InputError: as `box_to_tokens` and `crop_mask`.
     """
     inside = torch.from_numpy(crop_mask(mask, box_xyxy))
     codes = (codebook or load_codebook()).encode(inside[None])
     height, width = mask.shape
-    return box_to_tokens(box_xyxy, width, height) + codes_to_text(codes[0])
+    (box,) = text_to_boxes(box_to_tokens(box_xyxy, width, height), width, height)
+    right, bottom = _reach(box.x0, box.x1, width), _reach(box.y0, box.y1, height)
+    return box_to_tokens((box.x0, box.y0, right, bottom), width, height) + codes_to_text(codes[0])
+
+
+def _reach(low: float, high: float, side: int) -> float:
+    """`high`, or so much more that a pixel lies between the edges once both are written and truncated."""
+    # Written, an edge moves by up to half a bin.
+    return high if int(high) > int(low) else int(low) + 1 + 0.75 * side / (NUM_BINS - 1)
 
 
 @torch.no_grad()

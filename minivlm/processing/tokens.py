@@ -150,10 +150,7 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str, specials: Mapping[int
         ids: list[int] = backend.encode(part, add_special_tokens=False).ids
         return ids
 
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"character {error.start} of the text is not Unicode: remove it") from error
+    check_unicode(text)
     ids = encode(text)
     if specials.keys().isdisjoint(ids):
         return ids
@@ -163,6 +160,14 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str, specials: Mapping[int
         f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in specials.values() if len(s) > 1
     )
     return [index for part in re.split(inside, text) for index in encode(part)]
+
+
+def check_unicode(text: str) -> None:
+    """Raises InputError: half a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"character {error.start} of the text is not Unicode: remove it") from error
 
 
 def _as_words(backend: tokenizers.Tokenizer, tokens: set[str]) -> tokenizers.Tokenizer:

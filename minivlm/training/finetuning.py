@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class FinetuningConfig:
     warmup_steps: int | None = None  # None: a twentieth of the steps
     freeze: tuple[str, ...] = ()  # of PARTS
     max_length: int | None = None  # tokens of a row; None: the model's context
+    empty_answer: str | None = None  # what an empty answer stands for; None: it is refused
     bf16: bool | None = None  # None: where the device has instructions for it
 
     def __post_init__(self) -> None:
@@ -216,8 +218,10 @@ def finetune(
     model, processor = load_answering(config.model, dtype=torch.float32, device=loop.device)
     context = model.language_model.config.max_position_embeddings
     limit = min(context, config.max_length or context)
-    samples = read_samples(data, processor, limit, warn)
-    others = read_samples(validation, processor, limit, warn) if validation is not None else []
+    read = partial(
+        read_samples, processor=processor, max_length=limit, warn=warn, empty_answer=config.empty_answer
+    )
+    samples, others = read(data), [] if validation is None else read(validation)
     run = Finetuning(config, model, processor, samples, others, loop.workers)
     run_to_end(run, out, loop)
     return run

@@ -193,11 +193,12 @@ def test_every_option_for_your_own_pictures(start: Path, data: Path, monkeypatch
     arguments = ["--validation", "v.jsonl", "--model", str(start), "--steps", "5", "--batch-size", "3"]
     arguments += ["--accumulate", "2", "--lr", "0.5", "--warmup-steps", "7", "--seed", "9", "--bf16"]
     arguments += ["--freeze", "decoder", "--freeze", "tower", "--max-length", "99", "--on-bad-line", "skip"]
+    arguments += ["--empty-answer", "none"]
     assert main(["finetune", "--data", str(data), *arguments, "--measure-every", "4"]) == 130
     *args, options = calls[-1]
     config = FinetuningConfig(
         model=str(start), seed=9, steps=5, batch_size=3, accumulate=2, lr=0.5, warmup_steps=7,
-        freeze=("tower", "decoder"), max_length=99, bf16=True,
+        freeze=("tower", "decoder"), max_length=99, empty_answer="none", bf16=True,
     )  # fmt: skip
     assert args == [Path("runs/tuned"), config, data, Path("v.jsonl")]
     assert callable(options.pop("warn"))

@@ -120,7 +120,7 @@ def test_blank_lines_and_a_bom(content: bytes, read: Callable[..., list[Sample]]
         (changed(image=None), '"image" is null: expected text'),
         (changed(prefix=["p"]), r'"prefix" is \["p"\]: expected text'),
         (changed(prefix=""), '"prefix" is empty'),
-        (changed(suffix=" \n"), '"suffix" is empty'),
+        (changed(suffix=" \n"), '"suffix" is empty: write the answer, or say what'),
         (changed(image=""), '"image" is empty'),
         ('{"image": "a.png", "prefix": "p", "suffix": "a\\ud800"}', "character 1 of the text is not Unicode"),
         (changed(image="missing.png"), "missing.png: no such file: check the path"),
@@ -147,6 +147,27 @@ def test_blank_lines_and_a_bom(content: bytes, read: Callable[..., list[Sample]]
         (changed(suffix="<loc0256><loc0128><loc0512><loc0128> crate"), "has no area"),
         (changed(suffix=f"{BOX}{MASK[:24]} crate"), f"3 <seg> after the box {BOX}: a mask has 16"),
         (changed(suffix=f"{MASK} crate"), "<seg> without a box before it"),
+        (changed(suffix=BOX.replace("0256", "-001")), "<loc-001> is malformed: expected <loc0000>"),
+        (changed(suffix="<locnan><loc0128><loc0512><loc0640>"), "<locnan> is malformed"),
+        (changed(suffix=BOX.replace("loc0256", "loc 0256")), "<loc 0256> is malformed"),
+        (changed(suffix=BOX.replace("loc0256", "loc_0256")), "<loc_0256> is malformed"),
+        (changed(suffix=BOX.replace("loc0256", "LOC0256")), "<LOC0256> is malformed"),
+        (changed(suffix=BOX.replace("loc0256", "Loc0256")), "<Loc0256> is malformed"),
+        (changed(suffix=BOX.replace("loc0256", " loc0256 ")), "< loc0256 > is malformed"),
+        (changed(suffix=BOX.replace("<loc0256", "loc0256")), "loc0256> is malformed"),
+        (changed(suffix=BOX.replace("loc0256", "loc256.5")), "<loc256.5> is malformed"),
+        (changed(suffix=BOX.replace("0256", "\u0660\u0662\u0665\u0666")), "is malformed"),
+        (changed(suffix="&lt;loc0256&gt;&lt;loc0128&gt; crate"), "&lt;loc0256&gt; is malformed"),
+        (changed(suffix="<loc>256</loc> crate"), "<loc> is malformed"),
+        (changed(suffix=f"{BOX}<seg-03>{MASK[8:]}"), "<seg-03> is malformed: expected <seg000> to <seg127>"),
+        (changed(prefix="segment <Seg003>"), "<Seg003> is malformed"),
+        (changed(prefix="<image>what is it?"), '"prefix" contains <image>, which is added where it belongs'),
+        (changed(prefix=" <image>\n<bos>what is it?"), '"prefix" contains'),
+        (changed(suffix="a red circle<eos>"), '"suffix" contains <eos>, .* where it belongs: remove it'),
+        (changed(suffix="a red circle <eos>\n"), '"suffix" contains <eos>'),
+        (changed(suffix="<bos>a red circle"), '"suffix" contains <bos>'),
+        ('{"image": "a", "suffix": "s", "prefix": "p", "suffix": "t"}', 'the key "suffix" is given twice'),
+        ('{"image": "a.png", "prefix": "p", "suffix": "t", "x": {"a": 1, "a": 2}}', 'key "a" is given twice'),
     ],
 )  # fmt: skip
 def test_bad_lines(line: Any, message: str, read: Callable[..., list[Sample]]) -> None:
@@ -206,7 +227,21 @@ def test_the_longest_line_that_fits(read: Callable[..., list[Sample]], processor
     assert inputs["input_ids"].shape[1] == length
 
 
-@pytest.mark.parametrize("text", ["<image>", "a <location> ; <segment>", "x < y", "<loc>", "<bos><eos>", ";"])
+def test_an_empty_answer_is_what_the_user_says(read: Callable[..., list[Sample]]) -> None:
+    """For a picture without the objects that are asked for."""
+    (sample, other) = read(changed(suffix=" "), GOOD, empty_answer="none")
+    assert (sample.suffix, other.suffix) == ("none", GOOD["suffix"])
+    assert read(changed(suffix=""), empty_answer="")[0].suffix == ""
+    for empty in ("prefix", "image"):
+        with pytest.raises(BadLines, match=f'"{empty}" is empty'):
+            read(changed(**{empty: ""}), empty_answer="none")
+    with pytest.raises(BadLines, match=r"<loc9> is malformed"):
+        read(changed(suffix=""), empty_answer="<loc9>")
+
+
+@pytest.mark.parametrize(
+    "text", ["the tag <image> here", "a <location> ; <segment>", "x < y", "<local>", "a loc0256", ";"]
+)
 def test_what_only_looks_special_is_text(text: str, read: Callable[..., list[Sample]]) -> None:
     (sample,) = read(changed(prefix=text, suffix=text))
     assert (sample.prefix, sample.suffix) == (text, text)

@@ -33,6 +33,7 @@ def test_good_lines(tmp_path: Path) -> None:
         ({"text": "a " * 40}, "line 2: its text has 41 tokens, but the model reads at most 27"),
         ({"image": "no.png"}, "line 2: .*no.png: no such file"),
         ({"text": "\ud800"}, "line 2: .*Unicode"),
+        ({"text": "<bos>a cat<eos>"}, 'line 2: "text" contains <.os>, which is added'),
     ],
 )
 def test_bad_lines(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

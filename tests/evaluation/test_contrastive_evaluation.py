@@ -127,6 +127,24 @@ def test_several_captions_of_a_picture(tmp_path: Path) -> None:
     assert scores["image to text recall@5"].value == 1
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("a square", "A square"), ("a square", "a square "), ("a square", "a  square"), ("\u00fc", "u\u0308")],
+)
+def test_captions_that_the_model_cannot_tell_apart_are_one(one: str, other: str, tmp_path: Path) -> None:
+    """Otherwise each would come before the other, and neither could be found first."""
+    model, processor = build(config(objective="clip"))
+    lines = []
+    for name, gray, text in (("a", 20, one), ("b", 220, other)):
+        Image.fromarray(np.full((8, 8, 3), gray, np.uint8)).save(tmp_path / f"{name}.png")
+        lines.append(json.dumps({"image": f"{name}.png", "text": text}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    pairs = read_pairs(tmp_path / "pairs.jsonl", [processor.tokenizer])
+    scores = evaluate_own_pairs(model, processor, pairs, progress=False)
+    assert scores["text to image recall@1"].cases == 1
+    assert scores["image to text recall@1"].value == 1
+
+
 def test_columns_that_there_are_not() -> None:
     model, processor = build(config())
     with pytest.raises(InputError, match="no column 'text_only' for two towers: choose from held_out"):

@@ -118,6 +118,11 @@ def test_braces_in_names_and_templates_are_text(opened: tuple[Any, PairProcessor
         (NAMES, [], "3 class names and 0 templates"),
         (NAMES, ["a photo"], r'"a photo" has no place for the class name: write \{\} there'),
         (["cat " * 40], TEMPLATES, "but the model reads"),
+        ("cat", TEMPLATES, "the class names are 'cat': expected a list of texts"),
+        (NAMES, "a {}", "the templates are 'a {}': expected a list of texts"),
+        (["cat", 3], TEMPLATES, r"class names are \['cat', 3\]: expected a list of texts"),
+        (["cat", "dog", "cat"], TEMPLATES, "class names 'cat' and 'cat' are the same to the model"),
+        (["dog", "a cat", "A Cat"], TEMPLATES, "class names 'a cat' and 'A Cat' are the same to the model"),
     ],
 )
 def test_refused_classes(

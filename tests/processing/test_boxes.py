@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minivlm.data.samples import _check_boxes
 from minivlm.errors import InputError
 from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_boxes
 
@@ -18,8 +20,8 @@ sizes = st.integers(1, 5000)
 @st.composite
 def pictures_and_boxes(draw: st.DrawFn) -> tuple[int, int, tuple[float, float, float, float]]:
     width, height = draw(sizes), draw(sizes)
-    x0, x1 = sorted(draw(st.tuples(st.floats(0, width), st.floats(0, width))))
-    y0, y1 = sorted(draw(st.tuples(st.floats(0, height), st.floats(0, height))))
+    x0, x1 = sorted(draw(st.tuples(*[st.floats(-width, 2 * width) | st.floats(0, width)] * 2)))
+    y0, y1 = sorted(draw(st.tuples(*[st.floats(-height, 2 * height) | st.floats(0, height)] * 2)))
     return width, height, (x0, y0, x1, y1)
 
 
@@ -36,6 +38,24 @@ def test_halves_go_to_the_even_bin() -> None:
     assert box_to_tokens((0.5, 1.5, 2.5, 3.5), 1023, 1023) == "<loc0002><loc0000><loc0004><loc0002>"
 
 
+@pytest.mark.parametrize(
+    ("box", "side", "edges"),
+    [
+        ((500, 500, 503, 503), 8000, (64, 65)),  # thinner than a bin
+        ((999.6, 10, 1000, 20), 1000, (1022, 1023)),  # and at the edge
+        ((1000 - 1e-9, 10, 1200, 20), 1000, (1022, 1023)),
+        ((-9, 10, 1e-9, 20), 1000, (0, 1)),
+        ((-1e308, 10, 1e308, 20), 1e-3 + 20, (0, 1023)),  # the share itself would be infinite
+    ],
+)
+def test_a_box_thinner_than_a_bin_is_widened_to_one(
+    box: tuple[float, float, float, float], side: float, edges: tuple[int, int]
+) -> None:
+    text = box_to_tokens(box, side, side)
+    assert (text[12:18], text[30:36]) == tuple(f"c{number:04}>" for number in edges)  # x0 and x1
+    assert len(text_to_boxes(text, side, side)) == 1
+
+
 def test_the_whole_picture_and_beyond() -> None:
     whole = "<loc0000><loc0000><loc1023><loc1023>"
     assert box_to_tokens((0, 0, 7, 9), 7, 9) == whole
@@ -48,23 +68,24 @@ def test_the_whole_picture_and_beyond() -> None:
 def test_there_and_back_moves_an_edge_by_at_most_half_a_bin(
     case: tuple[int, int, tuple[float, float, float, float]],
 ) -> None:
-    width, height, box = case
-    if not (box[0] < box[2] and box[1] < box[3]):
-        with pytest.raises(InputError, match="has no area"):
-            box_to_tokens(box, width, height)
+    width, height, (x0, y0, x1, y1) = case
+    if x0 == x1 or y0 == y1 or x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
+        with pytest.raises(InputError, match=r"has no area|lies outside the picture"):
+            box_to_tokens((x0, y0, x1, y1), width, height)
         return
-    text = box_to_tokens(box, width, height)
+    text = box_to_tokens((x0, y0, x1, y1), width, height)
     # An independent formula: shares in the order y0 x0 y1 x1, NumPy's rounding.
-    x0, y0, x1, y1 = box
-    bins = np.round(np.array([y0 / height, x0 / width, y1 / height, x1 / width]) * 1023).clip(0, 1023)
-    assert text == "".join(f"<loc{int(number):04d}>" for number in bins)
-    back = text_to_boxes(text, width, height)
-    if bins[0] == bins[2] or bins[1] == bins[3]:
-        assert back == []  # thinner than a bin
-        return
-    half = 0.5 / 1023 * (1 + 1e-9)
-    for side, (there, again) in enumerate(zip(box, back[0][:4], strict=True)):
-        assert abs(there - again) <= half * (height if side % 2 else width)
+    exact = np.array([y0 / height, x0 / width, y1 / height, x1 / width]).clip(0, 1) * 1023
+    bins = np.array([int(number) for number in re.findall(r"\d{4}", text)])
+    wide = np.tile(np.round(exact[:2]) < np.round(exact[2:]), 2)  # at least one bin
+    assert (bins == np.round(exact))[wide].all()
+    assert (abs(bins - exact) <= 1.5)[~wide].all()
+    assert (bins[2:] - bins[:2] >= 1).all()
+    _check_boxes(text)  # a line of JSONL may hold it
+    (back,) = text_to_boxes(text, width, height)
+    assert back[:4] == pytest.approx(
+        [bins[i] / 1023 * side for i, side in ((1, width), (0, height), (3, width), (2, height))]
+    )
 
 
 @settings(deadline=None)
@@ -154,6 +175,10 @@ def test_any_text_is_read(text: str, width: int, height: int) -> None:
         ((0, 0, 0, 1), (5, 5), "has no area"),
         ((0, 0, math.nan, 1), (5, 5), "not finite"),
         ((0, 0, math.inf, 1), (5, 5), "not finite"),
+        ((1100, 100, 1200, 200), (1000, 1000), "lies outside the picture of 1000 x 1000: expected pixels"),
+        ((100, -20, 200, 0), (1000, 1000), "lies outside"),
+        ((-9, 3, 0, 4), (5, 5), "lies outside"),
+        ((3, 5, 4, 9), (5, 5), "lies outside"),
         ((0, 0, 1, 1), (0, 5), "0 x 5: expected"),
         ((0, 0, 1, 1), (5, -1), "5 x -1: expected"),
         ((0, 0, 1, 1), (math.nan, 5), "nan x 5: expected"),

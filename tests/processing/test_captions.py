@@ -41,6 +41,8 @@ def siglip(tmp_path: Path) -> Path:
     folder = tmp_path / "siglip"
     folder.mkdir()
     siglip_backend().save(str(folder / "tokenizer.json"))
+    # The file says it all: SigLIP 1's own class is in test_cleaning.py.
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return folder
 
 
@@ -99,6 +101,7 @@ def test_siglip_2_ids_equal_the_reference(tmp_path: Path) -> None:
     """Gemma's file format, which keeps capitals; transformers' class for SigLIP 2 lowercases."""
     build_tokenizer(CORPUS).save(str(tmp_path / "tokenizer.json"))
     config = {"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"}
+    config["tokenizer_class"] = "GemmaTokenizer"  # as published
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = CaptionTokenizer.from_pretrained(tmp_path, SIGLIP_CAPTIONS)
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]

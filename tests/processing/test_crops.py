@@ -24,9 +24,16 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def theirs(processor: Any, image: Image.Image) -> torch.Tensor:
-    pixels: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"]
+def theirs(processor: Any, image: Image.Image, **settings: Any) -> torch.Tensor:
+    pixels: torch.Tensor = processor(image, **settings, return_tensors="pt")["pixel_values"]
     return pixels
+
+
+def center_crop(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """As in torchvision, with which CLIP was trained: `torchvision.transforms.functional.center_crop`."""
+    height, width = pixels.shape[-2:]
+    top, left = round((height - side) / 2.0), round((width - side) / 2.0)
+    return pixels[..., top : top + side, left : left + side]
 
 
 @pytest.mark.parametrize("image_size", [15, 64, 224])
@@ -37,7 +44,19 @@ def test_clip_equals_the_reference_bit_for_bit(size: tuple[int, int], image_size
     image = noise(*size)
     pixels = CLIPImageProcessor(image_size=image_size)([image])
     assert pixels.shape == (1, 3, image_size, image_size)
-    assert torch.equal(pixels, theirs(reference, image))
+    # Resized and normalized by transformers, cropped as by torchvision.
+    assert torch.equal(pixels, center_crop(theirs(reference, image, do_center_crop=False), image_size))
+
+
+def test_transformers_crops_one_pixel_further_left_where_it_does_not_round() -> None:
+    reference = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    same = 0
+    for width in range(320, 720, 10):  # resized to 32, 33, ..., 71
+        image = noise(width, 320)
+        ours, other = CLIPImageProcessor(image_size=32)([image]), theirs(reference, image)
+        same += torch.equal(ours, other)
+        assert torch.equal(ours, other) or torch.equal(ours[..., :-1], other[..., 1:])
+    assert same == 30  # of 40
 
 
 @pytest.mark.parametrize("size", SIZES)

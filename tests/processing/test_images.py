@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -12,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
+from minivlm.data.lines import check_picture
 from minivlm.errors import InputError
-from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
+from minivlm.processing.images import MAX_SIDE, ImageProcessor, load_picture, preprocess, to_rgb
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"]
 MODES += ["I", "I;16", "I;16B", "I;16L", "F"]
@@ -131,6 +135,41 @@ def test_16_bit_png(tmp_path: Path) -> None:
     Image.fromarray(ramp).save(tmp_path / "scan.png")
     gray = np.asarray(to_rgb(load_picture(tmp_path / "scan.png")))[..., 0]
     assert gray.reshape(-1).tolist() == list(range(256))
+
+
+def tiff_of_12_bits(values: list[int], orientation: int) -> bytes:
+    """One row of 12 bits each, packed, as scanners and microscopes write it."""
+    row = int("".join(f"{value:012b}" for value in values), 2).to_bytes(len(values) * 12 // 8, "big")
+    tags = {256: len(values), 257: 1, 258: 12, 259: 1, 262: 1, 273: 134, 274: orientation, 277: 1, 278: 1}
+    tags[279] = len(row)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + row
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_a_tiff_that_says_it_has_12_bits(orientation: int, tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff_of_12_bits([0, 1024, 2048, 4095], orientation))
+    image = load_picture(tmp_path / "a.tif")
+    assert sorted(np.asarray(image)[0].tolist()) == [0, 1024, 2048, 4095]
+    gray = np.asarray(to_rgb(image))[0, :, 0].tolist()
+    assert (gray if orientation == 1 else gray[::-1]) == [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("largest", "brightest", "expected"),
+    [
+        (4095, 4095, [0, 64, 255]),  # 12 bits in 16, and the file says so
+        (1023, 1023, [0, 255, 255]),
+        (4095, 4096, [0, 4, 16]),  # not true
+        (3000, 3000, [0, 4, 12]),  # the brightest pixel, and no number of bits
+        (None, 4095, [0, 4, 16]),  # nothing tells it from a dark picture
+    ],
+)
+def test_12_bits_in_16(largest: int | None, brightest: int, expected: list[int], tmp_path: Path) -> None:
+    values = np.array([[0, min(1024, brightest), brightest]], dtype=np.uint16)
+    tags = {} if largest is None else {281: largest}
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo=tags)
+    assert np.asarray(to_rgb(load_picture(tmp_path / "a.tif")))[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -296,6 +335,46 @@ def test_decompression_bomb(width: int, limit: int, tmp_path: Path, monkeypatch:
     assert load_picture(tmp_path / "a.png").size == (width, 10)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     assert f"more than {limit} pixels" in refusal(tmp_path / "a.png")
+
+
+def png(width: int, height: int) -> bytes:
+    """A black picture of one bit a pixel, without Pillow, which would hold all of it."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(height * (1 + (width + 7) // 8)))
+    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("size", [(67_000_000, 1), (1, MAX_SIDE + 1)])
+def test_a_side_that_would_take_gigabytes_to_resize(size: tuple[int, int], tmp_path: Path) -> None:
+    """A file of a few kilobytes. It is refused before it is decoded."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png(*size))
+    message = f"the picture has {size[0]} x {size[1]} pixels: expected at most {MAX_SIDE} on a side"
+    assert message in refusal(path)
+    with Image.open(path) as lazily, pytest.raises(InputError, match=message):
+        to_rgb(lazily)
+    with pytest.raises(InputError, match=message):
+        check_picture(path, set())
+    path.write_bytes(png(MAX_SIDE, 1))
+    assert to_rgb(load_picture(path)).size == (MAX_SIDE, 1)
+
+
+@pytest.mark.parametrize("kind", ["profile", "text"])
+def test_more_metadata_than_pillow_reads(kind: str, tmp_path: Path) -> None:
+    """The pixels are whole: "damaged" would be wrong, and another copy no help."""
+    path = tmp_path / "a.png"
+    if kind == "profile":
+        noise(8, 8).save(path, icc_profile=np.random.default_rng(0).bytes(3_000_000))
+    else:
+        info = PngInfo()
+        info.add_text("notes", "a" * 3_000_000, zip=True)
+        noise(8, 8).save(path, pnginfo=info)
+    assert "a color profile or a text of more than 1048576 bytes" in refusal(path)
+    assert "damaged" not in refusal(path)
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

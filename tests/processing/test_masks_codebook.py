@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from minivlm.data.samples import _check_boxes
 from minivlm.errors import InputError
 from minivlm.looking import BOX_COLORS, draw_boxes, draw_masks
 from minivlm.processing.boxes import Box, box_to_tokens, text_to_boxes
@@ -332,9 +333,11 @@ def test_crop_by_formula(box: tuple[float, ...]) -> None:
 def test_crop_outside_the_picture() -> None:
     mask = np.ones((20, 30), dtype=bool)
     assert (crop_mask(mask, (-5, -3, 100, 100)) == 1).all()
-    for box in ((40, 0, 50, 20), (3, 3, 3.4, 9), (-9, 0, -2, 20)):
-        with pytest.raises(InputError, match="covers no pixel of the mask"):
+    for box in ((40, 0, 50, 20), (-9, 0, -2, 20)):
+        with pytest.raises(InputError, match="lies outside the picture of 30 x 20"):
             crop_mask(mask, box)
+    for box in ((3, 3, 3.4, 9), (29.9, 0, 30, 20), (4, 19.8, 5, 20)):  # thinner than a pixel: one
+        assert (crop_mask(mask, box) == 1).all()
     for box, message in (
         ((0, 0, math.nan, 9), "not finite"),
         ((9, 0, 3, 9), "no area"),
@@ -379,6 +382,44 @@ def test_tokens_of_a_mask(published: Path) -> None:
         assert mask_to_tokens(mask, box, codebook) == box_to_tokens(box, 200, 100) + codes_to_text(codes)
     with pytest.raises(InputError, match="has no area"):
         mask_to_tokens(mask, (9, 0, 3, 9))
+
+
+def test_an_empty_mask_is_no_shape() -> None:
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[15:, 20:] = True
+    for empty in (mask, mask * np.uint8(255), np.zeros((20, 30), dtype=np.uint8)):
+        for function in (crop_mask, mask_to_tokens):
+            with pytest.raises(InputError, match=r"empty inside the box from 3, 2 to 10, 9: .* Leave it out"):
+                function(empty, (3, 2, 10, 9))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(1, 700), st.integers(1, 700))
+def test_every_mask_that_is_written_can_be_read_back(data: st.DataObject, width: int, height: int) -> None:
+    x0, x1 = sorted(data.draw(st.tuples(st.floats(0, width), st.floats(0, width))))
+    y0, y1 = sorted(data.draw(st.tuples(st.integers(0, height), st.integers(0, height))))
+    assume(x0 < x1 and y0 < y1)
+    text = mask_to_tokens(np.ones((height, width), dtype=bool), (x0, y0, x1, y1))
+    _check_boxes(text)  # a line of JSONL may hold it
+    (found,) = text_to_masks(text, width, height)
+    assert found.mask.any()
+    for edge, again, side in ((x0, found.box.x0, width), (y0, found.box.y0, height)):
+        assert abs(edge - again) <= 1.5 * side / 1023
+    for edge, again, side in ((x1, found.box.x1, width), (y1, found.box.y1, height)):
+        assert abs(edge - again) <= 1 + 1.5 * side / 1023
+
+
+def test_a_pixel_between_two_bins_is_kept() -> None:
+    """A column whose edges are rounded towards each other: truncated to pixels, they would meet."""
+    mask = np.ones((700, 700), dtype=bool)
+    lost = []
+    for x in range(700):
+        (box,) = text_to_boxes(box_to_tokens((x, 0, x + 1, 9), 700, 700), 700, 700)
+        lost += [x] * (int(box.x0) == int(box.x1))
+    assert len(lost) > 50
+    for x in lost[::10]:
+        (found,) = text_to_masks(mask_to_tokens(mask, (x, 0, x + 1, 9)), 700, 700)
+        assert found.mask.any()
 
 
 def test_masks_of_an_answer_by_the_published_evaluation(published: Path) -> None:

@@ -195,6 +195,18 @@ def test_a_pickled_copy_gives_the_same_batches(config: FinetuningConfig, data: P
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
 
+def test_the_word_for_an_empty_answer_is_trained(
+    config: FinetuningConfig, data: Path, tmp_path: Path
+) -> None:
+    lines = (data / "train.jsonl").read_text().splitlines()[:2]
+    write(tmp_path / "train.jsonl", [json.loads(line) | {"suffix": ""} for line in lines])
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    config = replace(config, epochs=1, empty_answer="none")
+    run = finetune(tmp_path / "out", config, tmp_path / "train.jsonl", tmp_path / "train.jsonl")
+    assert [sample.suffix for sample in (*run.samples, *run.validation)] == ["none"] * 4
+
+
 def test_epochs_and_steps(config: FinetuningConfig, data: Path) -> None:
     def steps(**changes: Any) -> int:
         return prepared(replace(config, **changes), data).total_steps
