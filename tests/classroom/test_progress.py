@@ -51,9 +51,9 @@ CATCH_UP = "patch_count = checks.patches.solutions.patch_count"
 LIMITS = Limits(seconds=60)
 
 
-def hand_in(path: Path, *sources: str) -> Path:
+def hand_in(path: Path, *sources: str, first: str = FIRST) -> Path:
     """A notebook about patches with these cells."""
-    cells = [new_code_cell(source) for source in (FIRST, *sources, "checks.patches.patch_count(patch_count)")]
+    cells = [new_code_cell(source) for source in (first, *sources, "checks.patches.patch_count(patch_count)")]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new_notebook(cells=cells), path)
     return path
@@ -112,6 +112,47 @@ def test_what_counts_as_an_answer(tmp_path: Path) -> None:
     result = result_of(path)
     assert result.passed == ["patch_count"]
     assert result.remark.startswith("add_class_token: "), "a wrong answer is named before one that is missing"
+
+
+def indented(source: str) -> str:
+    return "    " + source.replace("\n", "\n    ")
+
+
+RESIZE = "def resize_positions(*given):\n    return checks.patches.solutions.resize_positions(*given)"
+
+
+def test_how_a_cell_is_written_does_not_matter(tmp_path: Path) -> None:
+    path = hand_in(
+        tmp_path / "ada.ipynb",
+        "try:\n    import torch.nn.functional as F\nexcept ImportError:\n    F = None",
+        f"%%capture\n%%time\n{COUNT}\n# harder than checks.patches.solutions.patch_count",
+        f"!echo hello\n%matplotlib inline\n%autosave 60\nif True:\n{indented(UNPATCH)}",
+        "%time add_class_token = lambda x, t, p: torch.cat([t.expand(len(x), -1, -1), x], dim=1) + p",
+        "def resize_positions(table, new_side):\n    return table",
+        "resize_positions = checks.patches.solutions.resize_positions",
+        "# a second try, below the solution\n"
+        "def resize_positions(table, side):\n"
+        "    old = math.isqrt(len(table))\n"
+        "    grid = F.interpolate(table.T.reshape(1, -1, old, old), size=(side, side), mode='bilinear')\n"
+        "    return grid[0].flatten(1).T",
+        first=f"%%time\n{FIRST}",
+    )
+    result = result_of(path)
+    assert result.passed == result.exercises
+    assert result.remark == ""
+
+
+def test_solutions_of_the_package_are_no_answers(tmp_path: Path) -> None:
+    path = hand_in(
+        tmp_path / "ada.ipynb",
+        f"%%timeit -n1 -r1\n{COUNT}",  # in Jupyter, too, its check finds no such name
+        "from minivlm.checks.patches import solutions as ready\nunpatchify = ready.unpatchify",
+        f"# minivlm/vision/pixels.py\n{CLASS_TOKEN}",  # the course's own notebooks show the package's code
+        f"%%time\n{RESIZE}",
+    )
+    result = result_of(path)
+    assert result.passed == []
+    assert result.remark == "patch_count: its cell runs, but keeps nothing: remove its magic, as %%timeit"
 
 
 def test_the_answer_is_not_what_the_catch_up_cell_binds(tmp_path: Path) -> None:
