@@ -4,7 +4,8 @@
 
     python -m minivlm.classroom.grading NOTEBOOK --report DESCRIPTOR
 
-once for each notebook, and reads its report: lines of JSON, the last of them an empty object. Answers are
+once for each notebook, and reads its report: lines of JSON, the last of them an empty object. When it closes
+standard input, or ends, everything that the notebook has started ends, too (supervise.py). Answers are
 judged by the checks of the installed package, not by the notebook's check cells or its stored outputs. What a
 notebook computes between its exercises takes minutes and matters to no check, so of those cells only imports,
 definitions and constants are run, unless `--whole` asks for everything.
@@ -26,8 +27,9 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from minivlm import checks
-from minivlm.classroom import landlock
+from minivlm.classroom import landlock, namespace
 from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
+from minivlm.classroom.supervise import supervise
 from minivlm.errors import extra
 
 if TYPE_CHECKING:
@@ -240,6 +242,8 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true")
     options = parser.parse_args()
     os.set_inheritable(options.report, False)
+    supervise()
+    namespace.enter(options.folder)
     limit(int(2 * options.seconds) + 1, options.memory)
     notebook = read_notebook(options.notebook)
     landlock.change_only([options.folder, *filter(Path.exists, DEVICES)])
