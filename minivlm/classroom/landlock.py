@@ -28,9 +28,8 @@ FOLDER_RIGHTS = 1 << 4 | 1 << 5 | sum(1 << bit for bit in range(6, 13))  # to re
 MOVE = 1 << 13  # to another folder; since version 2, and before that never allowed
 TRUNCATE = 1 << 14  # since version 3
 DEVICES = 1 << 15  # to control them, beyond reading and writing; since version 5
-SCOPES = (
-    1 << 0 | 1 << 1
-)  # abstract sockets and signals, of processes not restricted likewise; since version 6
+# No abstract sockets of, and no signals to, processes that are not restricted likewise; since version 6.
+SCOPES = 1 << 0 | 1 << 1
 
 
 def version() -> int:

@@ -416,7 +416,7 @@ def test_reports_are_not_trusted(text: str) -> None:
         (b"", "is not JSON"),
         (b"no", "is not JSON"),
         ("[]".encode("utf-16"), "is text in UTF-16"),
-        (gzip.compress(b"{}"), "is a gzip file, not a notebook: unpack it"),
+        (gzip.compress(b"{}", mtime=0), "is a gzip file, not a notebook: unpack it"),
         (b"PK\x03\x04\x14\x00", "is a zip file, not a notebook: unpack it"),
         (bytes(range(128, 256)), "is not text in UTF-8"),
         (b"\xef\xbb\xbf[1]", "is JSON, but not a notebook"),
