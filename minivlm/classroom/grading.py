@@ -4,7 +4,8 @@
 
     python -m minivlm.classroom.grading NOTEBOOK --report DESCRIPTOR
 
-once for each notebook, and reads its report: lines of JSON, the last of them an empty object. Answers are
+once for each notebook, and reads its report: lines of JSON, the last of them an empty object. When it closes
+standard input, or ends, everything that the notebook has started ends, too (supervise.py). Answers are
 judged by the checks of the installed package, not by the notebook's check cells or its stored outputs. What a
 notebook computes between its exercises takes minutes and matters to no check, so of those cells only imports,
 definitions and constants are run, unless `--whole` asks for everything.
@@ -17,22 +18,27 @@ import ast
 import importlib
 import json
 import os
-import re
 import signal
-from collections.abc import Callable, Iterator
+import symtable
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from minivlm import checks
-from minivlm.classroom import landlock
+from minivlm.classroom import landlock, namespace
 from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
+from minivlm.classroom.supervise import supervise
 from minivlm.errors import extra
 
 if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
     from nbformat import NotebookNode
 
 LONGEST_REMARK = 300  # characters
+NOT_KEPT = "its cell runs, but keeps nothing: remove its magic, as %%timeit"
+KEEPING = ("time", "capture", "prun")  # magics that run what they are given as if they were not there
 LARGEST_FILE = 200 * 2**20  # bytes
 DEVICES = (Path("/dev/null"), Path("/dev/shm"))  # what cooperating processes write to
 # The parts of an expression without names and calls.
@@ -50,63 +56,121 @@ CONSTANT = (
 
 
 def judge(notebook: NotebookNode, whole: bool = False, seconds: float = 0) -> Iterator[dict[str, Any]]:
-    """Run a notebook. Yields {"cell": number} before each cell and, for each exercise in it,
+    """Run a notebook. Yields {"cell": number} before each cell and, for each answer in it,
     {"name": str, "passed": bool, "remark": str}, where the remark is the check's hint.
 
-    An answer is what a name is bound to right before its catch-up cell, which binds it to the solution.
-    A cell or check that takes longer than `seconds` (0: no limit) is interrupted, and the next ones run.
+    An answer is what a cell binds an exercise's name to, unless that is the package's own. It is judged
+    right before another cell binds the name again, as a catch-up cell does, or at the end. The first one
+    that passes counts. A cell or check that takes longer than `seconds` (0: no limit) is interrupted, and
+    the next ones run.
     """
-    with extra("notebooks"):
-        from IPython.core.interactiveshell import InteractiveShell
-        from traitlets.config import Config
-
     module = module_of(notebook)
     if module is None:
         return
     check_module = importlib.import_module(f"minivlm.checks.{module}")
     waiting = exercises_of(module)
-    config = Config()
-    config.HistoryManager.enabled = False
-    shell = InteractiveShell.instance(config=config)
+    shell = _kernel()
+    missing: dict[str, str] = {}  # names that a cell should have bound, and why it has not
     answered: set[str] = set()
 
     def verdicts(names: set[str]) -> Iterator[dict[str, Any]]:
         for name in [name for name in waiting if name in names & answered]:
-            waiting.remove(name)
-            passed, remark = _ask_check(getattr(check_module, name), shell.user_ns.get(name), seconds)
+            answered.remove(name)
+            if name in shell.user_ns:
+                passed, remark = _ask_check(getattr(check_module, name), shell.user_ns[name], seconds)
+            else:
+                passed, remark = False, missing[name]
+            if passed:
+                waiting.remove(name)
             yield {"name": name, "passed": passed, "remark": remark}
 
     for number, cell in enumerate(notebook.cells, start=1):
         if cell.cell_type != "code":
             continue
         yield {"cell": number}
-        caught_up = set(re.findall(r"\bsolutions\.(\w+)", cell.source))
-        yield from verdicts(caught_up)
-        try:
-            tree = ast.parse(shell.transform_cell(cell.source))  # without IPython's %magic
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            tree = ast.Module([], [])
-        answers = set() if caught_up else _bound(tree).intersection(waiting)
-        answered |= answers
-        if answers or caught_up or whole:
+        statements = _statements(shell, cell.source)
+        bound = set().union(*map(_bound, statements)).intersection(waiting)
+        yield from verdicts(bound)
+        if bound or whole:
+            remark = "its cell takes too long"
             with suppress(TimeoutError), _at_most(seconds):
-                shell.run_cell(cell.source)  # shows errors of the cell without raising them
+                done = shell.run_cell(cell.source)  # shows errors of the cell without raising them
+                remark = NOT_KEPT if done.success else "its cell stops with an error"
+            missing |= dict.fromkeys(bound, remark)
         else:
-            _run_definitions(tree, shell.user_ns, seconds)
+            _run_definitions(_statements(shell, cell.source, KEEPING), shell.user_ns, seconds)
+        if not cell.source.lstrip().startswith("# minivlm/"):  # which is the package's code, shown
+            answered |= {name for name in bound if _own(name, statements, shell.user_ns)}
     yield from verdicts(answered)
 
 
-def _run_definitions(tree: ast.Module, scope: dict[str, Any], seconds: float) -> None:
+def _kernel() -> InteractiveShell:
+    """IPython with what a notebook's kernel adds to it, and without a terminal, which cannot be had here."""
+    with extra("notebooks"):
+        from ipykernel.zmqshell import KernelMagics
+        from IPython.core.interactiveshell import InteractiveShell
+        from traitlets.config import Config
+
+    class Kernel(InteractiveShell):
+        system = InteractiveShell.system_raw  # for !commands; IPython's own choice opens a terminal
+
+        def enable_gui(self, gui: Any = None) -> None:
+            """Windows are not shown."""
+
+    config = Config()
+    config.HistoryManager.enabled = False
+    shell = Kernel.instance(config=config)
+    shell.register_magics(KernelMagics)  # such as %autosave
+    return shell
+
+
+def _statements(shell: InteractiveShell, source: str, magics: Container[str] | None = None) -> list[ast.stmt]:
+    """The statements of a cell. For a magic that is given some, as `%%time` is, those stand in its place,
+    unless it is none of these `magics` (None: any)."""
+    try:
+        tree = ast.parse(shell.transform_cell(source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    found: list[ast.stmt] = []
+    for node in tree.body:
+        match node:
+            case ast.Expr(
+                ast.Call(
+                    ast.Attribute(attr="run_cell_magic" | "run_line_magic"),
+                    [ast.Constant(str(magic)), *_, ast.Constant(str(given))],
+                )
+            ):
+                if magics is None or magic in magics:
+                    found += _statements(shell, given, magics)
+            case _:
+                found.append(node)
+    return found
+
+
+def _own(name: str, statements: Sequence[ast.stmt], scope: Mapping[str, Any]) -> bool:
+    """Whether a name is bound to somebody's own work, or should have been; not to the package's solution."""
+    value = scope.get(name)
+    if isinstance(value, FunctionType) and value.__module__.startswith("minivlm."):
+        return False
+    return not any(
+        isinstance(part, ast.Attribute)
+        and part.attr == name
+        and ast.unparse(part.value).split(".")[-1] == "solutions"
+        for node in statements
+        if name in _bound(node)
+        for part in ast.walk(node)
+    )
+
+
+def _run_definitions(statements: Sequence[ast.stmt], scope: dict[str, Any], seconds: float) -> None:
     """Run the imports, definitions and constants of a cell. If one fails, the next ones still run."""
-    for node in filter(_defines, tree.body):
+    for node in filter(_defines, statements):
         with suppress(Exception, SystemExit), _at_most(seconds):
             exec(compile(ast.Module([node], []), "notebook", "exec"), scope)
 
 
 def _ask_check(check: Callable[[Any], None], answer: Any, seconds: float) -> tuple[bool, str]:
     """Whether a check accepts an answer, and what it says if not."""
-    if answer is None:
-        return False, "its cell stops with an error"
     try:
         with _at_most(seconds):
             check(answer)
@@ -131,18 +195,22 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _bound(tree: ast.Module) -> set[str]:
-    """Names of functions and variables that a cell binds at its top level."""
-    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
-    found = [name for node in assigned for name in ast.walk(node) if isinstance(name, ast.Name)]
-    return names | {name.id for name in found if isinstance(name.ctx, ast.Store)}
+def _bound(node: ast.stmt) -> set[str]:
+    """Names that a statement binds outside of functions and classes, also inside of `if` and `with`."""
+    try:
+        table = symtable.symtable(ast.unparse(node), "notebook", "exec")
+    except (SyntaxError, RecursionError):
+        return set()
+    return {one.get_name() for one in table.get_symbols() if one.is_assigned() or one.is_imported()}
 
 
 def _defines(node: ast.stmt) -> bool:
-    """Whether a statement is an import, a function, a class or a constant."""
+    """Whether a statement is an import, a function, a class or a constant, or holds nothing else, as
+    `try: import ...` does."""
     if isinstance(node, ast.Assign | ast.AnnAssign):
         return node.value is not None and all(isinstance(part, CONSTANT) for part in ast.walk(node.value))
+    if isinstance(node, ast.If | ast.Try | ast.With):
+        return all(map(_defines, node.body))
     kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     return isinstance(node, kinds)
 
@@ -174,6 +242,8 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true")
     options = parser.parse_args()
     os.set_inheritable(options.report, False)
+    supervise()
+    namespace.enter(options.folder)
     limit(int(2 * options.seconds) + 1, options.memory)
     notebook = read_notebook(options.notebook)
     landlock.change_only([options.folder, *filter(Path.exists, DEVICES)])

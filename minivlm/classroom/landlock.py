@@ -2,9 +2,10 @@
 
 With Landlock (https://docs.kernel.org/userspace-api/landlock.html), in the kernel since version 5.13, a
 process gives up rights for good, and needs no privilege to do so. What is given up here is every way to
-write, create, move and delete files. Reading, the network, other processes, and the owner, mode and dates of
-files are not restricted. The C library has no functions for it, so the system calls are made by number; the
-numbers are the same on all processors.
+write, create, move and delete files, and, since version 6, to send signals to other processes and to
+connect to their abstract sockets. Reading, the network, and the owner, mode and dates of files are not
+restricted. The C library has no functions for it, so the system calls are made by number; the numbers are the
+same on all processors.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ WRITE_FILE = 1 << 1
 FOLDER_RIGHTS = 1 << 4 | 1 << 5 | sum(1 << bit for bit in range(6, 13))  # to remove, and to create any kind
 MOVE = 1 << 13  # to another folder; since version 2, and before that never allowed
 TRUNCATE = 1 << 14  # since version 3
+DEVICES = 1 << 15  # to control them, beyond reading and writing; since version 5
+# No abstract sockets of, and no signals to, processes that are not restricted likewise; since version 6.
+SCOPES = 1 << 0 | 1 << 1
 
 
 def version() -> int:
@@ -36,17 +40,19 @@ def version() -> int:
 
 
 def change_only(folders: Sequence[Path]) -> bool:
-    """From now on this thread, and what it starts, can change no files outside these. False: no Landlock.
+    """From now on this thread, and what it starts, can change no files outside these, and, where the kernel
+    knows scopes, send no signals to others. False: no Landlock.
 
     Raises OSError: a folder does not exist, or the kernel refuses.
     """
     known = version()
     if not known:
         return False
-    of_files = WRITE_FILE | (TRUNCATE if known >= 3 else 0)
+    of_files = WRITE_FILE | (TRUNCATE if known >= 3 else 0) | (DEVICES if known >= 5 else 0)
     rights = of_files | FOLDER_RIGHTS | (MOVE if known >= 2 else 0)
     library = _library()
-    attributes = struct.pack("=Q", rights)
+    # Files, network, scopes: older kernels know, and expect, a shorter structure.
+    attributes = struct.pack("=3Q", rights, 0, SCOPES) if known >= 6 else struct.pack("=Q", rights)
     rules = _checked(library.syscall(CREATE, attributes, ctypes.c_size_t(len(attributes)), 0))
     try:
         for folder in folders:

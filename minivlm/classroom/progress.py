@@ -2,10 +2,12 @@
 
 Running a notebook means running other people's code. Each notebook gets a process of its own (grading.py)
 with a time limit, a memory limit, copies for a home and a working folder, and an environment without the
-secrets of this one; on Linux it cannot change any file outside its folder (landlock.py). That limits
-accidents: endless loops, exhausted memory, a deleted folder. It is not a sandbox. Malicious code can read any
-file and use any connection that the user who runs it can, start a process that outlives its group, fill a
-disk with many files, and write the report itself, so the table is not an exam.
+secrets of this one. On Linux, as far as the kernel has the means, it cannot change any file outside its
+folder (landlock.py, namespace.py) or signal other processes, and what it leaves running is ended
+(supervise.py). That limits accidents: endless loops, exhausted memory, a deleted folder. It is not a sandbox.
+Malicious code can read any file and use any connection that the user who runs it can, fill a disk with many
+files, and write the report itself, so the table is not an exam. docs/teaching.md says what holds on which
+system.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import secrets
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +34,13 @@ from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
 from minivlm.errors import InputError
 
 INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # environment variables
+DEEPEST = 20  # folders below that of the class
+LARGEST_FILE = 200 * 2**20  # bytes of what is copied for a notebook
 RUN_ID = "MINIVLM_PROGRESS"  # the environment variable by which leftover processes are recognized
+SECONDS = (4, 24 * 3600)  # bounds of the limit: a cell gets a quarter
+MEMORY = (2, 1024)  # bounds of the limit, in GB: Python with PyTorch needs one of address space
 LONGEST_REPORT = 100_000  # bytes
+SECONDS_TO_END = 20.0  # for what a notebook has started
 SECONDS_TO_START = 300.0  # for the imports of the process, on a slow machine
 
 
@@ -57,11 +66,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Limits:
-    """For each notebook."""
+    """For each notebook. Raises InputError: a number out of bounds."""
 
     seconds: float = 120  # counted from the first cell
     memory: int = 4 * 2**30  # bytes of address space
     whole: bool = False  # also run what is not a definition, exercise or check
+
+    def __post_init__(self) -> None:
+        least, most = SECONDS
+        if not least <= self.seconds <= most:
+            raise InputError(f"{self.seconds} seconds for a notebook: give it from {least} to {most}")
+        least, most = MEMORY
+        if not least * 2**30 <= self.memory <= most * 2**30:
+            gigabytes = self.memory // 2**30
+            raise InputError(f"{gigabytes} GB of memory for a notebook: give it from {least} to {most}")
 
 
 def find_handed_in(folder: Path) -> list[HandedIn]:
@@ -73,10 +91,8 @@ def find_handed_in(folder: Path) -> list[HandedIn]:
     Raises InputError: no such folder, or no notebooks in it.
     """
     found = []
-    for path in sorted(folder.rglob("*.ipynb")):
+    for path in sorted(_notebooks_below(folder)):
         parts = path.relative_to(folder).with_suffix("").parts
-        if any(part.startswith(".") for part in parts) or not path.is_file():  # .ipynb_checkpoints
-            continue
         inside = parts[1:] if parts[1:2] != ("notebooks",) else parts[2:]
         found.append(HandedIn(path, parts[0], "/".join(inside)))
     if not found:
@@ -88,19 +104,42 @@ def find_handed_in(folder: Path) -> list[HandedIn]:
     return found
 
 
+def _notebooks_below(folder: Path) -> list[Path]:
+    """Not in hidden folders, as .ipynb_checkpoints, behind links, or deeper than `DEEPEST`."""
+    found, folders = [], [(folder, 0)]
+    while folders:
+        place, depth = folders.pop()
+        with suppress(OSError), os.scandir(place) as entries:  # somebody's folder cannot be read
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [(place / entry.name, depth + 1)] if depth < DEEPEST else []
+                elif entry.name.endswith(".ipynb"):
+                    found.append(place / entry.name)
+    return found
+
+
 def judge_handed_in(handed_in: HandedIn, limits: Limits) -> Result:
     """Run one notebook within limits. Whatever is wrong with it becomes a remark, not an error."""
     try:
-        notebook = read_notebook(handed_in.path)
+        return _judge(handed_in, limits)
     except InputError as error:
-        reason = str(error).removeprefix(f"{handed_in.path} ")
-        return Result(handed_in.student, handed_in.notebook, [], [], reason)
+        remark = str(error).removeprefix(f"{handed_in.path} ")
+    except Exception as error:  # of one student, which must not cost the others their line
+        remark = f"{type(error).__name__}: {error}"
+    return Result(handed_in.student, handed_in.notebook, [], [], remark)
+
+
+def _judge(handed_in: HandedIn, limits: Limits) -> Result:
+    """Raises InputError: the file is not a notebook."""
+    notebook = read_notebook(handed_in.path)
     module = module_of(notebook)
     if module is None:
         return Result(handed_in.student, handed_in.notebook, [], [], "it uses no checks of this course")
     exercises = exercises_of(module)
-    with tempfile.TemporaryDirectory(prefix="minivlm-progress-", ignore_cleanup_errors=True) as scratch:
-        report, ended_early = _run(handed_in.path, Path(scratch), limits)
+    with _scratch_folder() as scratch:
+        report, ended_early = _run(handed_in.path, scratch, limits)
     said = {line.name: line for line in report}
     passed = [name for name in exercises if name in said and said[name].passed]
     found = {name: said[name].remark if name in said else "no cell defines it" for name in exercises}
@@ -137,7 +176,7 @@ def _run(path: Path, scratch: Path, limits: Limits) -> tuple[list[_Verdict], str
         command,
         cwd=work,
         env=_environment(scratch) | {RUN_ID: run_id},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # its end ends the process
         stdout=subprocess.DEVNULL,  # what is printed is discarded, so it may be a gigabyte
         stderr=subprocess.DEVNULL,
         pass_fds=[writing],
@@ -148,7 +187,7 @@ def _run(path: Path, scratch: Path, limits: Limits) -> tuple[list[_Verdict], str
         text, late = _read(reading, limits.seconds)
     finally:
         os.close(reading)
-        _kill(process, run_id)
+        _end(process, run_id)
     return _understand(text, late, limits.seconds, process.returncode)
 
 
@@ -214,17 +253,53 @@ def _copy_surroundings(path: Path, scratch: Path, whole: bool) -> None:
     for fonts in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):
         shutil.copy(fonts, scratch / "home")
     course = Path(minivlm.__file__).parents[1]
-    for figures in (path.parents[1] / "figures", course / "figures"):
-        if whole and figures.is_dir():
-            shutil.copytree(figures, scratch / "course" / "figures", symlinks=True)
+    for figures in (path.absolute().parents[1] / "figures", course / "figures"):
+        if whole and figures.is_dir() and not figures.is_symlink():  # which could be to everything
+            with suppress(OSError, RecursionError):  # what is no file, or cannot be read, is left out
+                shutil.copytree(
+                    figures, scratch / "course" / "figures", symlinks=True, copy_function=_copy_file
+                )
             break
 
 
-def _kill(process: subprocess.Popen[bytes], run_id: str) -> None:
-    """Kill a process and all that it has started: its group, and on Linux also what has left the group."""
-    with suppress(ProcessLookupError):
+def _copy_file(source: str, target: str) -> None:
+    """Raises OSError: it is something else, such as a pipe, or too large."""
+    status = os.stat(source)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+        raise OSError(f"{source} is not an ordinary file")
+    shutil.copy(source, target)
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A temporary folder, removed whatever is in it: programs do that at any depth, and Python does not."""
+    folder = Path(tempfile.mkdtemp(prefix="minivlm-progress-"))
+    try:
+        yield folder
+    finally:
+        if not folder.is_symlink():
+            for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+                subprocess.run(
+                    [*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
+                )
+
+
+def _end(process: subprocess.Popen[bytes], run_id: str) -> None:
+    """End a process and all that it has started. Its supervisor does that, unless the notebook has ended or
+    stopped the supervisor, which older kernels allow; then its group, and on Linux what names it, are killed.
+    """
+    assert process.stdin is not None
+    process.stdin.close()
+    deadline = time.monotonic() + SECONDS_TO_END
+    while hasattr(os, "waitid") and time.monotonic() < deadline:
+        # Without taking note of the end, after which the number might be given to another process.
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.01)
+    with suppress(ProcessLookupError, PermissionError):  # macOS: there is no one left
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process.wait() >= 0:
+        return
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended, or belongs to another user
             if f"{RUN_ID}={run_id}".encode() in environment.read_bytes():

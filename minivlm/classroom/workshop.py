@@ -34,8 +34,14 @@ if TYPE_CHECKING:
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 BLANK = 'raise NotImplementedError("your turn: replace this line, then run the check below")'
 MAY_FAIL = "raises-exception"
-# Whatever looks like a marker: a misspelled one would give the solution away.
-LIKE_A_MARKER = re.compile(r"#+\s*(begin|end)\s*solutions?\W*", re.IGNORECASE)
+# Whatever looks like a marker: a misspelled one, or one of nbgrader's others, would give the solution away.
+LIKE_A_MARKER = re.compile(
+    r"#[\W_]*(begin|end|start|stop)[\W_]*(of\b)?[\W_]*(the\b)?[\W_]*(solution|answer|hidden|mark\W?scheme)"
+    r"|#[\W_]*(solution|answer|hidden\W?tests?|mark\W?scheme)s?[\W_]*(begin|end|start|stop)"
+    r"|###[\W_]*(begin|end|solution)",
+    re.IGNORECASE,
+)
+IN_TEXT = re.compile(r"#+[\W_]*(begin|end)[\W_]*solution", re.IGNORECASE)  # where # begins a heading
 README = """\
 # Workshop
 
@@ -67,12 +73,13 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
     student = copy.deepcopy(notebook)
     for number, cell in enumerate(student.cells, start=1):
         tags = cell.metadata.get("tags", [])
+        exercise = "exercise" in tags or cell.metadata.get("nbgrader", {}).get("solution")
         where = f"cell {number} ({cell.get('id', 'no id')})"
-        source = _blanked(cell.source, where)
+        source = _blanked(cell.source, where, cell.cell_type == "code")
         solved = source != cell.source
         if solved and cell.cell_type != "code":
             raise InputError(f"{where} has a solution, but is not a code cell: move it into one")
-        if "exercise" in tags and not solved:
+        if exercise and not solved:
             raise InputError(f"{where} is an exercise without a solution: put it between {BEGIN} and {END}")
         cell.source = source
         if solved or "check" in tags:
@@ -81,7 +88,7 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
     return student
 
 
-def _blanked(source: str, where: str) -> str:
+def _blanked(source: str, where: str, code: bool) -> str:
     """Raises InputError: as `student_copy`."""
     lines: list[str] = []
     begun = 0  # the line of the open marker
@@ -97,8 +104,8 @@ def _blanked(source: str, where: str) -> str:
             if not begun:
                 raise InputError(f"{at}: {END} without {BEGIN} above it")
             begun = 0
-        elif LIKE_A_MARKER.fullmatch(text):
-            raise InputError(f"{at}: {text!r} is nearly a marker: write {BEGIN} or {END}")
+        elif (LIKE_A_MARKER if code else IN_TEXT).search(text):
+            raise InputError(f"{at}: {text!r} is nearly a marker: write {BEGIN} or {END}, or other words")
         elif not begun:
             lines.append(line)
     if begun:
@@ -132,7 +139,7 @@ def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Pat
     Nothing is written if anything is wrong with any notebook.
 
     Raises InputError: no notebooks, one that cannot be read or copied (see `student_copy`), a missing
-    picture, or files that already exist in `out`, unless `overwrite`.
+    picture or one outside the course, or files that already exist in `out`, unless `overwrite`.
     """
     with extra("notebooks"):
         import nbformat
@@ -173,16 +180,25 @@ def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Pat
 def _shown(notebook: NotebookNode, root: Path) -> set[str]:
     """Files that a notebook names as ../figures/..., relative to the root.
 
-    Raises InputError: one is missing.
+    Raises InputError: one is missing, is outside the root, or is no file.
     """
     found: set[str] = set()
     for cell in notebook.cells:
         for name in SHOWN_FILE.findall(cell.source):
-            pattern = re.sub(r"{[^}]*}", "*", name)
-            files = [str(path.relative_to(root)) for path in root.glob(pattern)]
+            outside = (
+                f"it shows ../{name}, which is not in {root.resolve()}: move it there, or remove the line"
+            )
+            if ".." in Path(name).parts:
+                raise InputError(outside)
+            files = list(root.glob(re.sub(r"({[^}]*})+", "*", name.lstrip("/"))))
             if not files:
                 raise InputError(f"it shows ../{name}, which does not exist")
-            found.update(files)
+            for path in files:
+                if not path.resolve().is_relative_to(root.resolve()):  # a link
+                    raise InputError(outside)
+                if not path.is_file():
+                    raise InputError(f"it shows ../{name}, and {path} is not a file: put a picture there")
+                found.add(str(path.relative_to(root)))
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm.classroom import landlock
-from minivlm.classroom.progress import Limits, find_handed_in, judge_handed_in
+from minivlm.classroom.progress import MEMORY, SECONDS, Limits, find_handed_in, judge_handed_in
 from minivlm.cli import options as shared
 from minivlm.cli.program import command
 from minivlm.errors import InputError, extra
@@ -24,9 +24,10 @@ FOLDER/STUDENT.ipynb: one notebook of each student.
 Imports, definitions and exercises of each notebook are run, and judged by the checks of the installed
 package. This is code of others, and it runs as you. Each notebook gets a process of its own, a copied
 folder, a home of its own, and limits of time, memory and the size of files, so that accidents stay
-harmless. Linux with Landlock (kernel 5.13 and later) also keeps it from changing files elsewhere. It is
-no sandbox: code that means harm can read whatever you can, use the network, and fake its result; without
-Landlock, also delete what you can. Where that matters, use a container or a user without rights.
+harmless. Linux with Landlock (kernel 5.13 and later) also keeps it from changing files elsewhere, and from
+6.12 on from ending other programs. It is no sandbox: code that means harm can read whatever you can, use the
+network, and fake its result; without Landlock, also delete what you can. docs/teaching.md has the details.
+Where that matters, use a container or a user without rights.
 """
 LONGEST_REMARK = 100  # characters in a table
 
@@ -47,10 +48,14 @@ def add_to(commands: Commands) -> None:
         type=shared.at_least_1,
         default=120,
         metavar="N",
-        help="for one notebook; a cell gets a quarter (default: 120)",
+        help="for one notebook, {} to {}; a cell gets a quarter (default: 120)".format(*SECONDS),
     )
     progress.add_argument(
-        "--memory", type=shared.at_least_1, default=4, metavar="GB", help="for one notebook (default: 4)"
+        "--memory",
+        type=shared.at_least_1,
+        default=4,
+        metavar="GB",
+        help="for one notebook, {} to {} (default: 4)".format(*MEMORY),
     )
     progress.add_argument(
         "--whole", action="store_true", help="run all cells of the notebooks, which takes minutes for each"
@@ -65,8 +70,10 @@ def run(options: argparse.Namespace) -> None:
     with extra("notebooks"):
         import IPython  # noqa: F401
         import nbformat  # noqa: F401
+    limits = Limits(options.seconds, options.memory * 2**30, options.whole)
     found = find_handed_in(options.folder)
     risk = "" if landlock.version() else " Nothing on this system keeps it from changing your files."
+    risk += "" if landlock.version() >= 6 else " It could end your other programs, too."
     risk += " YOU ARE ROOT: it could change everything on this machine." if os.geteuid() == 0 else ""
     if not options.yes:
         more = command("progress", "--help")
@@ -75,7 +82,6 @@ def run(options: argparse.Namespace) -> None:
             f"harmless, but it is no sandbox (see {more}).{risk} If you want that, add --yes"
         )
     print(f"minivlm: running the code of {len(found)} notebooks, as you.{risk}", file=sys.stderr)
-    limits = Limits(options.seconds, options.memory * 2**30, options.whole)
     rows = [(_plain(one.student), _plain(one.notebook)) for one in found]
     students = max(len("student"), *(len(student) for student, _ in rows))
     notebooks = max(len("notebook"), 12, *(len(notebook) for _, notebook in rows))

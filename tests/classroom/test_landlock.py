@@ -6,6 +6,7 @@ What is given up is gone for good, so each test has its own process.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,27 @@ def test_changes_are_refused_elsewhere_and_nowhere_else(tmp_path: Path, elsewher
 def test_reading_and_starting_programs_go_on(tmp_path: Path, elsewhere: Path) -> None:
     code = "print(Path(PLACE, 'file').read_text()); subprocess.run(['true'], check=True)"
     assert run(code, tmp_path / "allowed", tmp_path) == "mine\n"
+
+
+@pytest.mark.skipif(landlock.version() < 6, reason="needs Landlock 6, in Linux 6.12 and later")
+def test_others_get_no_signals_and_no_connections(tmp_path: Path) -> None:
+    """The signal is 0, which is delivered to nobody: only the permission is looked at."""
+    name = f"\0minivlm-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(name)
+        server.listen()
+        code = (
+            "import socket\n"
+            "def outcome(act):\n"
+            "    try:\n        act()\n"
+            "    except PermissionError:\n        return 'refused'\n"
+            "    return 'done'\n"
+            f"print(outcome(lambda: os.kill({os.getpid()}, 0)))\n"
+            f"print(outcome(lambda: socket.socket(socket.AF_UNIX).connect({name!r})))\n"
+            "own = subprocess.Popen(['sleep', '600'])\n"
+            "print(outcome(own.kill), own.wait())\n"
+        )
+        assert run(code, tmp_path / "allowed", tmp_path) == "refused\nrefused\ndone -9\n"
 
 
 @needs_landlock

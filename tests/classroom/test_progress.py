@@ -6,8 +6,11 @@ therefore do several things at once, in different exercises.
 
 from __future__ import annotations
 
+import gzip
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +28,7 @@ from minivlm.classroom.progress import (
     HandedIn,
     Limits,
     Result,
+    _copy_surroundings,
     _understand,
     _Verdict,
     find_handed_in,
@@ -51,9 +55,9 @@ CATCH_UP = "patch_count = checks.patches.solutions.patch_count"
 LIMITS = Limits(seconds=60)
 
 
-def hand_in(path: Path, *sources: str) -> Path:
+def hand_in(path: Path, *sources: str, first: str = FIRST) -> Path:
     """A notebook about patches with these cells."""
-    cells = [new_code_cell(source) for source in (FIRST, *sources, "checks.patches.patch_count(patch_count)")]
+    cells = [new_code_cell(source) for source in (first, *sources, "checks.patches.patch_count(patch_count)")]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new_notebook(cells=cells), path)
     return path
@@ -114,6 +118,47 @@ def test_what_counts_as_an_answer(tmp_path: Path) -> None:
     assert result.remark.startswith("add_class_token: "), "a wrong answer is named before one that is missing"
 
 
+def indented(source: str) -> str:
+    return "    " + source.replace("\n", "\n    ")
+
+
+RESIZE = "def resize_positions(*given):\n    return checks.patches.solutions.resize_positions(*given)"
+
+
+def test_how_a_cell_is_written_does_not_matter(tmp_path: Path) -> None:
+    path = hand_in(
+        tmp_path / "ada.ipynb",
+        "try:\n    import torch.nn.functional as F\nexcept ImportError:\n    F = None",
+        f"%%capture\n%%time\n{COUNT}\n# harder than checks.patches.solutions.patch_count",
+        f"!echo hello\n%matplotlib inline\n%autosave 60\nif True:\n{indented(UNPATCH)}",
+        "%time add_class_token = lambda x, t, p: torch.cat([t.expand(len(x), -1, -1), x], dim=1) + p",
+        "def resize_positions(table, new_side):\n    return table",
+        "resize_positions = checks.patches.solutions.resize_positions",
+        "# a second try, below the solution\n"
+        "def resize_positions(table, side):\n"
+        "    old = math.isqrt(len(table))\n"
+        "    grid = F.interpolate(table.T.reshape(1, -1, old, old), size=(side, side), mode='bilinear')\n"
+        "    return grid[0].flatten(1).T",
+        first=f"%%time\n{FIRST}",
+    )
+    result = result_of(path)
+    assert result.passed == result.exercises
+    assert result.remark == ""
+
+
+def test_solutions_of_the_package_are_no_answers(tmp_path: Path) -> None:
+    path = hand_in(
+        tmp_path / "ada.ipynb",
+        f"%%timeit -n1 -r1\n{COUNT}",  # in Jupyter, too, its check finds no such name
+        "from minivlm.checks.patches import solutions as ready\nunpatchify = ready.unpatchify",
+        f"# minivlm/vision/pixels.py\n{CLASS_TOKEN}",  # the course's own notebooks show the package's code
+        f"%%time\n{RESIZE}",
+    )
+    result = result_of(path)
+    assert result.passed == []
+    assert result.remark == "patch_count: its cell runs, but keeps nothing: remove its magic, as %%timeit"
+
+
 def test_the_answer_is_not_what_the_catch_up_cell_binds(tmp_path: Path) -> None:
     wrong = "def patch_count(h, w, p):\n    return h // p"
     result = result_of(hand_in(tmp_path / "ada.ipynb", wrong, CATCH_UP, UNPATCH))
@@ -164,6 +209,11 @@ import os, shutil, subprocess
 from pathlib import Path
 assert "MY_SECRET_TOKEN" not in os.environ
 loose = subprocess.Popen(["sleep", "4242"], start_new_session=True)
+gone = os.fork()
+if gone == 0:  # whose parent will have ended, and without what names it
+    os.setsid()
+    subprocess.Popen(["sleep", "4243"], start_new_session=True, env={})
+    os._exit(0)
 for folder in (Path.home(), Path(".."), Path(os.environ["TMPDIR"])):
     shutil.rmtree(folder.resolve())
 try:
@@ -179,7 +229,8 @@ else:
     result = result_of(path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert result.passed == ["patch_count", "add_class_token"]
-    assert b"sleep\x004242\x00" not in running(), "a process is left"
+    left = {b"sleep\x004242\x00", *([b"sleep\x004243\x00"] if sys.platform == "linux" else [])}
+    assert not left.intersection(running()), "a process is left"
 
 
 @pytest.mark.skipif(not landlock.version(), reason="needs Linux with Landlock")
@@ -200,6 +251,126 @@ print(open("/dev/null", "w"), Path("mine").write_text("in its own folder"))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert result_of(path).passed == ["patch_count"]
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.skipif(landlock.version() < 6, reason="needs Landlock 6, in Linux 6.12 and later")
+def test_the_others_cannot_be_ended(tmp_path: Path) -> None:
+    """Only whether it would be allowed is tried: signal 0 is delivered to nobody."""
+    harm = f"""
+import os
+for process in ({os.getpid()}, os.getppid()):
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        continue
+    raise SystemExit
+"""
+    path = hand_in(tmp_path / "ada.ipynb", harm + COUNT)
+    assert result_of(path).passed == ["patch_count"]
+
+
+def test_dates_and_modes_elsewhere_stay(tmp_path: Path) -> None:
+    """Where the system allows a namespace; test_namespace.py has the details."""
+    (tmp_path / "own").mkdir()
+    enter = "import sys; from pathlib import Path; from minivlm.classroom import namespace; "
+    enter += "sys.exit(not namespace.enter(Path(sys.argv[1])))"
+    if subprocess.run([sys.executable, "-c", enter, str(tmp_path / "own")], check=False).returncode != 0:
+        pytest.skip("this system allows no namespaces")
+    notes = tmp_path / "notes.txt"
+    notes.touch()
+    harm = f"""
+import os
+for change in (lambda p: os.chmod(p, 0o600), os.utime):
+    try:
+        change({str(notes)!r})
+    except OSError:
+        continue
+    raise SystemExit
+assert os.listdir("/dev/shm") == []
+"""
+    path = hand_in(tmp_path / "ada.ipynb", harm + COUNT)
+    assert result_of(path).passed == ["patch_count"]
+
+
+def test_a_chain_of_folders_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    harm = """
+import os, tempfile
+os.chmod(tempfile.mkdtemp(dir="."), 0)
+for _ in range(3000):
+    os.mkdir("another-folder")
+    os.chdir("another-folder")
+"""
+    assert result_of(hand_in(tmp_path / "ada.ipynb", COUNT + harm, CATCH_UP)).passed == ["patch_count"]
+    assert os.listdir(tmp_path / "scratch") == []
+
+
+def test_whatever_lies_beside_a_notebook(tmp_path: Path) -> None:
+    """`--whole` copies the figures of a student: those that are ordinary files."""
+    figures = tmp_path / "class/ada/figures"
+    (figures / "folder").mkdir(parents=True)
+    (figures / "folder/map.png").write_bytes(b"map")
+    (figures / "link.png").symlink_to("/dev/zero")
+    os.mkfifo(figures / "pipe.png")
+    with (figures / "huge.png").open("wb") as file:
+        file.truncate(10**12)
+    (tmp_path / "scratch/home").mkdir(parents=True)
+    path = tmp_path / "class/ada/notebooks/00_tour.ipynb"
+    _copy_surroundings(path, tmp_path / "scratch", whole=True)
+    copied = tmp_path / "scratch/course/figures"
+    assert sorted(os.listdir(copied)) == ["folder", "link.png"]
+    assert (copied / "link.png").is_symlink()
+    assert (copied / "folder/map.png").read_bytes() == b"map"
+
+    (tmp_path / "class/ben").mkdir()
+    (tmp_path / "all/secret").mkdir(parents=True)
+    (tmp_path / "class/ben/figures").symlink_to(tmp_path / "all")
+    (tmp_path / "other/home").mkdir(parents=True)
+    _copy_surroundings(tmp_path / "class/ben/notebooks/00_tour.ipynb", tmp_path / "other", whole=True)
+    assert not (tmp_path / "other/course/figures/secret").exists()
+
+
+def test_a_notebook_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    _copy_surroundings(Path("ada.ipynb"), tmp_path, whole=False)
+
+
+@pytest.mark.parametrize("error", [RecursionError("too deep"), OSError(28, "No space left"), KeyError("x")])
+def test_any_error_is_a_remark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(minivlm.classroom.progress, "_run", fail)
+    result = result_of(hand_in(tmp_path / "ada.ipynb", COUNT))
+    assert (result.student, result.passed, result.exercises) == ("ada", [], [])
+    assert result.remark == f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("option", "number", "message"),
+    [
+        ("--seconds", "3", "3 seconds for a notebook: give it from 4 to 86400"),
+        ("--seconds", "9" * 400, "seconds for a notebook: give it from 4 to 86400"),
+        ("--memory", "1", "1 GB of memory for a notebook: give it from 2 to 1024"),
+        ("--memory", "1025", "1025 GB of memory for a notebook: give it from 2 to 1024"),
+        ("--memory", "9" * 400, "GB of memory for a notebook: give it from 2 to 1024"),
+    ],
+)
+def test_limits_have_bounds(
+    tmp_path: Path, option: str, number: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hand_in(tmp_path / "ada.ipynb", COUNT)
+    assert main(["progress", str(tmp_path), "--yes", option, number]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_the_smallest_limits_suffice(tmp_path: Path) -> None:
+    path = hand_in(tmp_path / "ada.ipynb", COUNT)
+    assert result_of(path, Limits(seconds=4, memory=2 * 2**30)).passed == ["patch_count"]
 
 
 def running() -> list[bytes]:
@@ -244,11 +415,15 @@ def test_reports_are_not_trusted(text: str) -> None:
     [
         (b"", "is not JSON"),
         (b"no", "is not JSON"),
-        (b"\xff\xfe\x00", "not a notebook"),
+        ("[]".encode("utf-16"), "is text in UTF-16"),
+        (gzip.compress(b"{}", mtime=0), "is a gzip file, not a notebook: unpack it"),
+        (b"PK\x03\x04\x14\x00", "is a zip file, not a notebook: unpack it"),
+        (bytes(range(128, 256)), "is not text in UTF-8"),
+        (b"\xef\xbb\xbf[1]", "is JSON, but not a notebook"),
         (b"[1]", "is JSON, but not a notebook"),
         (b'{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}', "is JSON, but not a notebook"),
         (b'{"cells": [], "nbformat": 4, "nbformat_minor": 5, "metadata": {}}', "it uses no checks"),
-        (b"[" * 100_000, "is JSON, but not a notebook"),
+        (b"[" * 100_000, "is nested too deep"),
     ],
 )
 def test_what_is_no_notebook_is_a_remark(tmp_path: Path, content: bytes, remark: str) -> None:
@@ -287,6 +462,30 @@ def test_both_layouts(tmp_path: Path) -> None:
     ]
 
 
+def test_odd_folders_cost_nobody_else(tmp_path: Path) -> None:
+    """A chain of folders that is too long for Python, a pipe, and a link to nothing."""
+    os.mkfifo(tmp_path / "ada.ipynb")
+    (tmp_path / "ben.ipynb").symlink_to("nowhere")
+    (tmp_path / "cleo").symlink_to("/")
+    place = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("chain", dir_fd=place)
+        deeper = os.open("chain", os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = deeper
+    os.close(place)
+    try:
+        found = find_handed_in(tmp_path)
+    finally:  # pytest's own cleaning up would not manage
+        subprocess.run(["rm", "-rf", str(tmp_path / "chain")], check=True)
+    assert [one.student for one in found] == ["ada", "ben"]
+    remarks = [judge_handed_in(one, LIMITS).remark for one in found]
+    assert remarks == [
+        "is not an ordinary file: hand in the notebook itself",
+        "cannot be read: No such file or directory",
+    ]
+
+
 @pytest.mark.parametrize("name", ["empty", "missing", "file"])
 def test_folders_without_notebooks_are_refused(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -320,6 +519,10 @@ def test_nothing_is_run_without_yes(
     message = capsys.readouterr().err
     assert "ROOT" not in message
     assert "your files" not in message
+    assert "It could end your other programs" in message
+    monkeypatch.setattr(landlock, "version", lambda: 6)
+    assert main(["progress", str(tmp_path)]) == 2
+    assert "other programs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["nbformat", "IPython"])

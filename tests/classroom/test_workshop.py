@@ -131,6 +131,65 @@ def test_wrong_markers_are_named_with_cell_and_line(lines: list[str], message: s
         student_copy(one_exercise(*lines))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "### BEGIN SOLUTION 1",
+        "### BEGIN_SOLUTION",
+        "### BEGIN-SOLUTION",
+        "### BEGINSOLUTION",
+        "### BEGIN SOLUTION (short)",
+        "### BEGIN THE SOLUTION",
+        "### BEGIN SOLUTOIN",
+        "### BEGIN HIDDEN TESTS",
+        "### BEGIN MARK SCHEME",
+        "### START SOLUTION",
+        "### SOLUTION BEGIN",
+        "### SOLUTION",
+        "# BEGIN ANSWER",
+        "## end of solution",
+        "#@ begin_solution",
+        "x = 1  ### BEGIN SOLUTION",
+        "return x  # END SOLUTION",
+        "####BEGIN SOLUTION####",
+    ],
+)
+def test_what_is_nearly_a_marker_gives_nothing_away(line: str) -> None:
+    for tags in (("exercise",), ()):
+        with pytest.raises(InputError, match=r"cell 2 \(the-cell\), line 2: .* is nearly a marker"):
+            student_copy(one_exercise("def double(x):", f"    {line}", "    return 2 * x", tags=tags))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# the solution of this",
+        "# begins at 0",
+        "#### Part",
+        "x = 1  # the end",
+        "answer = 1  # right",
+        "# the end of the answer",
+    ],
+)
+def test_ordinary_comments_stay(line: str) -> None:
+    notebook = one_exercise("def double(x):", f"    {line}", "    return 2 * x", tags=())
+    assert student_copy(notebook).cells[1].source == notebook.cells[1].source
+
+
+def test_headings_may_talk_about_solutions() -> None:
+    notebook = one_exercise("### Solutions", "### End of the solutions", kind="markdown", tags=())
+    assert student_copy(notebook).cells[1].source == notebook.cells[1].source
+    with pytest.raises(InputError, match="is nearly a marker"):
+        student_copy(one_exercise("### BEGIN SOLUTION 1", "x", kind="markdown", tags=()))
+
+
+def test_what_nbgrader_calls_a_solution_needs_markers() -> None:
+    notebook = one_exercise("x = 1", tags=())
+    notebook.cells[1].metadata["nbgrader"] = {"solution": True}
+    with pytest.raises(InputError, match="is an exercise without a solution"):
+        student_copy(notebook)
+
+
 def test_a_solution_in_text_is_refused() -> None:
     with pytest.raises(InputError, match=r"cell 2 \(the-cell\).*not a code cell"):
         student_copy(one_exercise(BEGIN, "x", END, kind="markdown", tags=()))
@@ -307,6 +366,36 @@ def test_answers_are_not_overwritten(small: Path, tmp_path: Path) -> None:
     assert copied.read_text(encoding="utf-8") == "my answers"
     write_workshop(small, out, overwrite=True)
     assert BLANK in nbformat.read(copied, as_version=4).cells[1].source
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../secret.json", "not in .*course: move it there"),
+        ("figures/../../secret.json", "not in .*course: move it there"),
+        ("figures/link.json", "not in .*course: move it there"),
+        ("/figures/../../secret.json", "not in .*course: move it there"),
+        ("figures/pipe.png", "pipe.png is not a file"),
+        ("figures/folder.png", "folder.png is not a file"),
+        ("/etc/passwd.json", "does not exist"),
+    ],
+)
+def test_only_files_of_the_course_are_handed_out(
+    small: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "secret.json").write_text("a token")
+    figures = small.parent / "figures"
+    (figures / "link.json").symlink_to(tmp_path / "secret.json")
+    (figures / "folder.png").mkdir()
+    if os.name == "posix":
+        os.mkfifo(figures / "pipe.png")
+    notebook = nbformat.read(small / "00_first.ipynb", as_version=4)
+    notebook.cells.append(new_code_cell(f'open("../{name}")'))
+    nbformat.write(notebook, small / "01_second.ipynb")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        write_workshop(small, tmp_path / "deep/out")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
