@@ -1,0 +1,40 @@
+"""Whether what a run learns from is still the same when it is resumed: a few digits that change with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minivlm.errors import InputError
+
+
+def digest_of_lines(lines: Sequence[object], pictures: Iterable[Path]) -> str:
+    """Changes with any text, and with any byte of a picture.
+
+    Args:
+        lines: what JSON can hold.
+
+    Raises InputError: a picture is gone since it was checked.
+    """
+    total = hashlib.sha256(json.dumps(lines).encode())
+    for path in dict.fromkeys(pictures):
+        try:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): put the picture back") from error
+    return total.hexdigest()[:8]
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """Changes with any weight."""
+    total = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        total.update(name.encode())
+        total.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:8]
