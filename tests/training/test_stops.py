@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -324,6 +325,42 @@ def test_training_in_a_thread(tmp_path: Path, whole: Path) -> None:
     thread.start()
     thread.join()
     assert_same_end(tmp_path, whole)
+
+
+# Processes that prepare batches
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stopped(
+    number: signal.Signals, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said, with how to go on, and nobody stays behind for whom this process would wait at its end."""
+    advance = Run.advance
+
+    def hit(run: Run, batch: Any) -> dict[str, float]:
+        if run.step == 4:
+            for process in multiprocessing.active_children():
+                assert process.pid is not None
+                os.kill(process.pid, number)
+        return advance(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", hit)
+        patch.setattr(loop, "PATIENCE", 3)
+        with pytest.raises(InputError, match=r"stopped delivering .DataLoader .*goes on from step \d, saved"):
+            train(tmp_path, CONFIG, loop=replace(EVERY, workers=1))
+    wait_until(lambda: not multiprocessing.active_children())
+    train(tmp_path, CONFIG, loop=replace(EVERY, resume=True))
+    assert_same_end(tmp_path, whole)
+
+
+def test_an_error_of_our_own_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(run: Run, batch: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Run, "advance", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(tmp_path, CONFIG, loop=EVERY)
 
 
 # Full disks, damaged files, other folders
