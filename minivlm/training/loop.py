@@ -257,15 +257,23 @@ def _stops_explained(folder: RunFolder) -> Iterator[None]:
         raise Diverged(f"{error}{kept}") from error
     except InputError as error:
         raise InputError(f"{error}; {folder.how_to_go_on()}") from error
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        # A worker's end is seen at any moment, by PyTorch's handler of signals or in an exchange with it.
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
+    except (RuntimeError, MemoryError, EOFError, ConnectionError) as error:
+        reason = _outside(error)
+        if reason is None:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"the processes that prepare batches have stopped delivering ({reason.rstrip('. ')}): if memory "
-            f"ran out, use fewer --workers or smaller batches; {folder.how_to_go_on()}"
-        ) from error
+        raise InputError(f"{reason}; {folder.how_to_go_on()}") from error
+
+
+def _outside(error: Exception) -> str | None:
+    """What went wrong outside of this program, or None for an error that keeps its traceback."""
+    told = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+    if isinstance(error, EOFError | ConnectionError) or told.startswith("DataLoader "):
+        # A worker's end is seen at any moment, by PyTorch's handler of signals or in an exchange with it.
+        advice = "if memory ran out, use fewer --workers or smaller batches"
+        return f"the processes that prepare batches have stopped delivering ({told}): {advice}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in told:
+        return f"memory ran out ({told}): use a smaller model, smaller batches or shorter texts"
+    return None
 
 
 def _means(steps: Sequence[Mapping[str, float]], losses: Sequence[str]) -> dict[str, float | None]:
