@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import random
+import signal
+import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -128,32 +128,23 @@ def test_products_of_several_threads_at_once(states: list[bool], monkeypatch: py
 
 @needs_onednn
 @torch.no_grad()
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no timer that interrupts")
 def test_interrupts_at_any_moment(monkeypatch: pytest.MonkeyPatch):
     """Ctrl-C during products, hundreds of times: afterwards the switch is on, and nobody waits forever."""
     monkeypatch.setattr(one_row, "onednn_has_bf16", lambda: True)
-    x, multiplies = torch.zeros(1, 8, dtype=BF16), threading.Event()
-    chance = random.Random(0)
-    times = 300
-
-    def interrupt() -> None:
-        for _ in range(times):
-            multiplies.wait()
-            multiplies.clear()
-            time.sleep(chance.uniform(0, 1e-3))
-            _thread.interrupt_main()
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    left = 0
-    for _ in range(times):
-        try:
-            multiplies.set()
-            while True:
-                linear(x, MATRIX)
-        except KeyboardInterrupt:
-            left += not enabled() or one_row._one_product.locked()
-            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
-    thread.join()
+    x, chance, left = torch.zeros(1, 8, dtype=BF16), random.Random(0), 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(1000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 1e-3))
+                while True:
+                    linear(x, MATRIX)
+            except KeyboardInterrupt:
+                left += not enabled() or one_row._one_product.locked()
+                torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+    finally:
+        signal.signal(signal.SIGALRM, before)
     assert left == 0
 
 
