@@ -110,7 +110,7 @@ class ContrastiveRun(Trainable):
 
     def place(self) -> dict[str, Any]:
         """The temperature that divides the cosines, and the bias; with pairs of a file, the epoch."""
-        here: dict[str, Any] = {"temperature": round(math.exp(-self.model.logit_scale.item()), 5)}
+        here: dict[str, Any] = {"temperature": round((-self.model.logit_scale).exp().item(), 5)}
         if isinstance(self.model, SigLIP):
             here["bias"] = round(self.model.logit_bias.item(), 4)
         if self.pairs is not None:
@@ -191,7 +191,7 @@ class ContrastiveRun(Trainable):
 def _told(pairs: Sequence[Pair] | None) -> str:
     """For `settings`."""
     if pairs is None:
-        return "drawn"
+        return "no file"
     lines = [(pair.image, pair.text) for pair in pairs]
     return f"{len(pairs)} pairs, {digest_of_lines(lines, (pair.path for pair in pairs))}"
 

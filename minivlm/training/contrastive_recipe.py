@@ -41,7 +41,7 @@ from minivlm.processing import (
 from minivlm.processing.tokens import BOS, EOS, PAD, UNK
 from minivlm.text.clip import CLIPTextConfig
 from minivlm.text.siglip import SiglipTextConfig
-from minivlm.training.limits import check_numbers
+from minivlm.training.limits import check_numbers, check_warmup
 from minivlm.training.recipe import patch_positions
 from minivlm.vision.clip import CLIPVisionConfig
 from minivlm.vision.siglip import SiglipVisionConfig
@@ -85,6 +85,7 @@ class ContrastiveConfig:
         if self.objective not in OBJECTIVES:
             raise InputError(f"there is no objective {self.objective!r}: choose from {', '.join(OBJECTIVES)}")
         check_numbers(asdict(self))
+        check_warmup(self.warmup_steps, self.steps)
         if self.batch_size == 1:
             why = (
                 "every pair would be right, and the answer always yes"

@@ -27,7 +27,7 @@ from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import Inputs, to_device
 from minivlm.processing.paligemma import IGNORE
 from minivlm.training.digest import digest_of_lines
-from minivlm.training.limits import check_numbers, require_room
+from minivlm.training.limits import check_numbers, check_warmup, require_room
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.schedule import warm_up_then_fall
@@ -97,6 +97,7 @@ class Finetuning(Trainable):
             self.rows = config.steps * self.rows_per_step
         else:
             self.rows = (config.epochs or 10) * len(samples)
+        check_warmup(config.warmup_steps or 1, self.total_steps)
         self.told = {"data": _told(samples), "validation": _told(validation)}
 
     @property
@@ -182,6 +183,8 @@ class Finetuning(Trainable):
 
 def _told(samples: Sequence[Sample]) -> str:
     """For `settings`."""
+    if not samples:
+        return "no file"
     lines = [(sample.image, sample.prefix, sample.suffix) for sample in samples]
     return f"{len(samples)} examples, {digest_of_lines(lines, (sample.path for sample in samples))}"
 

@@ -62,6 +62,15 @@ def check_numbers(config: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is {value}: choose a number from {least:g} to {most}")
 
 
+def check_warmup(warmup_steps: int, steps: int) -> None:
+    """Raises InputError: the learning rate would hardly leave 0. A hundred steps, the default, are fine."""
+    if warmup_steps > max(steps, 100):
+        raise InputError(
+            f"warmup_steps is {warmup_steps}, and the run has {steps} steps: the learning rate would never "
+            "reach its peak. Choose fewer"
+        )
+
+
 def require_room(parameters: int, pictures: int, image_size: int, device: torch.device | str) -> None:
     """Check that the device holds a model four times in fp32, and the pictures of a batch.
 

@@ -18,7 +18,7 @@ from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
 from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer
 from minivlm.processing.boxes import NUM_BINS
 from minivlm.text.gemma import GemmaConfig
-from minivlm.training.limits import check_numbers
+from minivlm.training.limits import check_numbers, check_warmup
 from minivlm.training.schedule import warm_up_then_fall
 from minivlm.vision.siglip import SiglipVisionConfig
 from minivlm.world.questions import vocabulary
@@ -67,6 +67,7 @@ class TrainingConfig:
         check_numbers(asdict(self))
         if self.total_steps == 0:
             raise InputError("no stage has any steps: nothing would be trained")
+        check_warmup(self.warmup_steps, self.total_steps)
         if self.image_size % self.patch_size:
             raise InputError(
                 f"image_size {self.image_size} does not divide into patches of {self.patch_size}: "

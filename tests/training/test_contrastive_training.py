@@ -233,7 +233,7 @@ def test_pairs_of_ones_own(tmp_path: Path) -> None:
     assert [line["epoch"] for line in lines] == [1, 1.5, 2, 3]
     assert all(0 <= line["text to image recall@1"] <= 1 for line in lines if line["step"] in (3, 6))
     assert lines[0]["bias"] != lines[-1]["bias"]
-    with pytest.raises(InputError, match=r"other settings \(validation 10 pairs, \w+ -> drawn\)"):
+    with pytest.raises(InputError, match=r"other settings \(validation 10 pairs, \w+ -> no file\)"):
         train_contrastive(tmp_path / "run", config(), data, loop=replace(EVERY, resume=True))
     others = make_pairs(tmp_path / "others", lines=11)
     with pytest.raises(InputError, match=r"other settings \(data 10 pairs, \w+ -> 11 pairs"):
@@ -331,6 +331,13 @@ def test_a_picture_that_has_gone_since_it_was_looked_at(
 def test_a_run_that_diverges(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape("such as --lr 5e+08")):
         train_contrastive(tmp_path, config("siglip", lr=1e9), loop=EVERY)
+
+
+def test_a_temperature_that_no_number_holds() -> None:
+    run = a_run("siglip")
+    with torch.no_grad():
+        run.model.logit_scale.fill_(-1e6)
+    assert run.place()["temperature"] == float("inf")
 
 
 def test_every_word_of_the_drawn_world_is_a_token() -> None:
