@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
+import types
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from itertools import product
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,3 +161,31 @@ def alone() -> Found:
     """With a process group of one."""
     assert dist.get_world_size() == 1
     return gradients(distributed.siglip_loss, tensors())
+
+
+def breaks_off(number: int) -> bytes:
+    """Process 1 is stopped or killed in the middle of sending its result."""
+    if dist.get_rank() == 1:
+        send = Connection._send  # type: ignore[attr-defined]
+
+        def half(self: Connection, content: bytes, *args: Any) -> None:
+            send(self, content[: len(content) // 2], *args)
+            os.kill(os.getpid(), number)
+
+        Connection._send = half  # type: ignore[attr-defined]
+    return bytes(10_000)
+
+
+def returns_what_only_it_knows() -> Any:
+    """An object of a class of a module that the parent cannot import."""
+    module = types.ModuleType("known_in_the_child_only")
+    sys.modules[module.__name__] = module
+    kind = type("Kind", (), {"__module__": module.__name__})
+    module.Kind = kind  # type: ignore[attr-defined]
+    return kind()
+
+
+def waits_for_the_end(folder: str) -> None:
+    """Leaves its process id, and never returns."""
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(1000)

@@ -20,6 +20,7 @@ from minivlm.models.load import SHIPPED, SYSTEMS, Kind, LoadOptions, kind_of, lo
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.speed.compiled import compile_parts
+from minivlm.training.limits import MOST_AT_ONCE
 from minivlm.training.loop import Loop
 
 if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
@@ -139,7 +140,7 @@ def add_field(parser: argparse._ActionsContainer, field: Field[Any]) -> None:
 def prepare_loop(options: argparse.Namespace) -> Loop:
     """Set the number of threads, and return what the options of `add_run` say about the loop.
 
-    Raises InputError: the device cannot be used.
+    Raises InputError: the device cannot be used; more threads or workers than make sense here.
     """
     loop = Loop(
         resume=options.resume,
@@ -149,6 +150,8 @@ def prepare_loop(options: argparse.Namespace) -> Loop:
         device=check_device(options.device),
     )
     if options.threads is not None:
+        if options.threads > MOST_AT_ONCE:
+            raise InputError(f"threads is {options.threads}: choose a number from 1 to {MOST_AT_ONCE} here")
         torch.set_num_threads(options.threads)
     return loop
 

@@ -24,10 +24,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
@@ -56,6 +58,8 @@ class ProcessError(RuntimeError):
 class _Child:
     process: BaseProcess
     pipe: Connection
+    reader: Thread | None = None
+    report: bytes | None = None  # pickled
     result: Any = None
     ended: bool = False
     error: str | None = None  # the last line, if it failed
@@ -73,7 +77,8 @@ def run(
     """Call `function(*args)` in `size` new processes that form a process group; results in order of rank.
 
     Each process uses one thread. The function gets its rank from `torch.distributed.get_rank()`. Arguments
-    and results are pickled. No process is left behind, however this ends.
+    and results are pickled. No process is left behind, however this ends: if this process is killed, the
+    others notice and end.
 
     Args:
         size: number of processes.
@@ -82,12 +87,20 @@ def run(
         exchange_timeout: seconds that one process waits for another.
 
     Raises:
-        ProcessError: a process failed, or time ran out. The message names the rank that failed first.
-        ValueError: new processes cannot import the function, or `size` is less than 1.
+        ProcessError: a process failed, its result cannot be read here, or time ran out. The message names the
+            rank that failed first.
+        ValueError: new processes cannot import the function, arguments cannot be pickled, or `size` is less
+            than 1.
     """
     if size < 1:
         raise ValueError(f"{size} processes: expected 1 or more")
-    task = pickle.dumps((_name_of(function), args))
+    name = _name_of(function)
+    try:
+        task = pickle.dumps((name, args))
+    except Exception as error:  # an object may raise anything when it is pickled
+        raise ValueError(
+            f"the arguments of {name} cannot be sent to other processes ({error}): pass what can be pickled"
+        ) from error
     context = _context()
     children: list[_Child] = []
     with tempfile.TemporaryDirectory(prefix="minivlm-", ignore_cleanup_errors=True) as folder:
@@ -105,6 +118,8 @@ def run(
                 if child.process.pid is not None:
                     child.process.kill()
                     child.process.join()
+                if child.reader is not None:
+                    child.reader.join(GRACE)  # it sees that the process is gone
                 child.pipe.close()
     return [child.result for child in children]
 
@@ -143,6 +158,8 @@ def _work(
     pipe: Connection, meeting: Path, rank: int, size: int, exchange_timeout: float, task: bytes
 ) -> None:
     """Join the group, call the function, report."""
+    parent = Thread(target=_end_with, args=(pipe,), daemon=True)
+    parent.start()
     try:
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -163,13 +180,20 @@ def _work(
         told = traceback.format_exception_only(error)[-1].strip()
         report = pickle.dumps(("error", told, traceback.format_exc(), isinstance(error, ExchangeError)))
         failed = True
-    with contextlib.suppress(OSError, EOFError):
+    with contextlib.suppress(OSError):
         pipe.send_bytes(report)
         if not failed:  # others may still be reading what this one has sent: stay until the end of the run
-            pipe.recv_bytes()
+            parent.join()
     # Skip the interpreter's shutdown, where the group may wait for processes that are gone. The connections
     # of a failed process close at once, and the others notice.
     sys.stdout.flush()
+    os._exit(0)
+
+
+def _end_with(pipe: Connection) -> None:
+    """End this process when the one that waits closes the connection, at the latest when it is killed."""
+    with contextlib.suppress(OSError, EOFError):
+        pipe.recv_bytes()  # nothing is ever sent this way
     os._exit(0)
 
 
@@ -178,17 +202,20 @@ def _work(
 
 def _collect(children: list[_Child], timeout: float) -> None:
     """Wait until all have reported. Raises ProcessError, GRACE seconds after the first failure."""
+    # A process may be stopped in the middle of its report. Only the thread that reads it waits for the rest.
+    ended: SimpleQueue[_Child] = SimpleQueue()
+    for child in children:
+        child.reader = Thread(target=_receive, args=(child, ended), daemon=True)
+        child.reader.start()
     end = time.monotonic() + timeout
-    while waiting := [child for child in children if not child.ended]:
-        failed = [child for child in children if child.error]
-        if failed:
-            end = min(end, time.monotonic() + GRACE)
-        ready = wait([child.pipe for child in waiting], max(0.0, end - time.monotonic()))
-        for child in waiting:
-            if child.pipe in ready:
-                _receive(child)
-        if not ready:
+    for _ in children:
+        try:
+            child = ended.get(timeout=max(0.0, end - time.monotonic()))
+        except Empty:
             break
+        _understand(child)
+        if child.error:
+            end = min(end, time.monotonic() + GRACE)
     failed = [child for child in children if child.error]
     late = [rank for rank, child in enumerate(children) if not child.ended]
     if not failed and not late:
@@ -207,16 +234,27 @@ def _collect(children: list[_Child], timeout: float) -> None:
     )
 
 
-def _receive(child: _Child) -> None:
+def _receive(child: _Child, ended: SimpleQueue[_Child]) -> None:
+    """Wait for the report of a process, in a thread of its own."""
+    with contextlib.suppress(OSError, EOFError):  # it has died, perhaps in the middle
+        child.report = child.pipe.recv_bytes()
+    ended.put(child)
+
+
+def _understand(child: _Child) -> None:
     """Read the report of a process; one that reports nothing has died."""
     child.ended = True
-    try:
-        kind, *content = pickle.loads(child.pipe.recv_bytes())
-    except EOFError:
+    if child.report is None:
         child.process.join(GRACE)
         code = child.process.exitcode
         child.error = f"it ended with exit code {code} and reported nothing"
         child.details = ADVICE.get(code or 0, "")
+        return
+    try:
+        kind, *content = pickle.loads(child.report)
+    except Exception as error:  # a class that this process cannot import, or anything that its code raises
+        child.error = f"its result cannot be read here: {type(error).__name__}: {error}"
+        child.details = "Return tensors, numbers and text, or objects of classes that both processes import."
         return
     if kind == "result":
         child.result = content[0]

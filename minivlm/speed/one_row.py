@@ -6,21 +6,22 @@ products to oneDNN, whose kernels are made for many rows: with one row they reac
 bandwidth, and PyTorch's own kernel reaches most of it (bench/inference.py).
 
 PyTorch chooses between the two with a process-wide switch, not with an argument. Here, oneDNN is off only
-while such a product runs, and the switch is restored when the last concurrent one ends. So several threads
-may generate at once: what another thread multiplies at that moment uses PyTorch's kernel as well, whose
-results are equal up to rounding. Without bf16 kernels in oneDNN, nothing is ever switched.
+while such a product runs. There is one at a time: those of other threads wait, since one alone uses all of
+the memory's bandwidth. So several threads may generate at once: whatever else another thread multiplies at
+that moment uses PyTorch's kernel as well, whose results are equal up to rounding. Without bf16 kernels in
+oneDNN, nothing is ever switched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from threading import Lock, get_ident
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_one_product = Lock()
 
 
 @cache
@@ -46,8 +47,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, at memory speed if x is a single row."""
     if not is_one_row(x):
         return F.linear(x, weight, bias)
-    with _without_onednn():
-        return F.linear(x, weight, bias)
+    with _one_product:
+        before = torch._C._get_mkldnn_enabled()
+        try:  # Python notices Ctrl-C only after a call into C, so the switch is always restored
+            torch._C._set_mkldnn_enabled(False)
+            return F.linear(x, weight, bias)
+        finally:
+            torch._C._set_mkldnn_enabled(before)
 
 
 class OneRowLinear(nn.Linear):
@@ -68,29 +74,3 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> scores [..., V]."""
         return linear(x, self.table[0].weight)
-
-
-class _Switch:
-    """The threads that run a product without oneDNN now, and the switch's setting before the first."""
-
-    lock, threads, before = Lock(), set[int](), True
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    with _Switch.lock:
-        if not _Switch.threads:
-            _Switch.before = bool(torch.backends.mkldnn.enabled)
-        _Switch.threads.add(get_ident())  # a set: what an interrupt leaves behind, the next product removes
-    try:
-        _set_onednn(False)
-        yield
-    finally:
-        with _Switch.lock:
-            _Switch.threads.discard(get_ident())
-            if not _Switch.threads:
-                _set_onednn(_Switch.before)
-
-
-def _set_onednn(enabled: bool) -> None:
-    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]

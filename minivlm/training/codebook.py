@@ -16,8 +16,10 @@ Three things keep the codes useful:
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -120,10 +122,11 @@ def train_masks(out: Path, steps: int = 2500, seed: int = 0, progress: bool | No
     """Train a codebook from nothing and write it to `out`, an npz file.
 
     progress: True shows a bar, False none, None only on a terminal.
-    Raises InputError: no steps, or a file that cannot be written.
+    Raises InputError: no steps; a file that is there already, or cannot be written.
     """
     if steps < 1:
         raise InputError(f"{steps} steps train nothing: choose 1 or more")
+    _check_out(out)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=()):
@@ -148,6 +151,18 @@ def train_masks(out: Path, steps: int = 2500, seed: int = 0, progress: bool | No
     codebook.eval().requires_grad_(False)
     codebook.save(out)
     return codebook
+
+
+def _check_out(out: Path) -> None:
+    """Before training, not after it. Raises InputError: the file is there already, or cannot be written."""
+    if os.path.lexists(out):
+        raise InputError(f"{out} already exists, and training would replace it: choose another name")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}. Choose another folder") from error
 
 
 def _pairs(rng: np.random.Generator) -> np.ndarray:

@@ -8,8 +8,6 @@ temperature and the bias stay in fp32, where a small difference between two cosi
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -30,7 +28,9 @@ from minivlm.models.load import load
 from minivlm.models.siglip import SigLIP
 from minivlm.processing import CaptionTokenizer, PairProcessor
 from minivlm.training.contrastive_recipe import ContrastiveConfig, build
-from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
+from minivlm.training.digest import digest_of_lines, digest_of_weights
+from minivlm.training.limits import require_room
+from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.schedule import warm_up_then_fall
 from minivlm.world.captions import DrawnPairs, Inputs
@@ -80,9 +80,12 @@ class ContrastiveRun(Trainable):
     ) -> None:
         self.config, self.processor, self.workers = config, processor, workers
         self.pairs, self.validation = pairs, validation
+        self.told = {"data": _told(pairs), "validation": _told(validation)}
         self.measures = pairs is None or validation is not None
         self.model = self.masters = model
         self.teacher = None if teacher is None else teacher[0]
+        if self.teacher is not None:
+            self.told["teacher's weights"] = digest_of_weights(self.teacher)
         self.step = 0
         self.starts_trained = config.model is not None
         bf16 = config.bf16 if config.bf16 is not None else bf16_pays(model.device)
@@ -103,14 +106,11 @@ class ContrastiveRun(Trainable):
         return self.config.steps
 
     def settings(self) -> dict[str, Any]:
-        if self.pairs is None:
-            return asdict(self.config) | {"data": "drawn"}
-        digest = hashlib.sha256(json.dumps([(pair.image, pair.text) for pair in self.pairs]).encode())
-        return asdict(self.config) | {"data": f"{len(self.pairs)} pairs, {digest.hexdigest()[:8]}"}
+        return asdict(self.config) | self.told
 
     def place(self) -> dict[str, Any]:
         """The temperature that divides the cosines, and the bias; with pairs of a file, the epoch."""
-        here: dict[str, Any] = {"temperature": round(math.exp(-self.model.logit_scale.item()), 5)}
+        here: dict[str, Any] = {"temperature": round((-self.model.logit_scale).exp().item(), 5)}
         if isinstance(self.model, SigLIP):
             here["bias"] = round(self.model.logit_bias.item(), 4)
         if self.pairs is not None:
@@ -188,6 +188,14 @@ class ContrastiveRun(Trainable):
         self.processor.save_pretrained(folder)
 
 
+def _told(pairs: Sequence[Pair] | None) -> str:
+    """For `settings`."""
+    if pairs is None:
+        return "no file"
+    lines = [(pair.image, pair.text) for pair in pairs]
+    return f"{len(pairs)} pairs, {digest_of_lines(lines, (pair.path for pair in pairs))}"
+
+
 def _longest_caption(tokenizer: CaptionTokenizer) -> str:
     names = [f"a {size} {color} {shape}" for size in SIZES for color in COLORS for shape in SHAPES]
     return ", ".join([max(names, key=lambda name: len(tokenizer.encode(name)))] * MOST_THINGS)
@@ -218,16 +226,18 @@ def train_contrastive(
     for name, source in (("model", config.model), ("teacher", config.teacher)):
         if source == str(out.resolve()):
             raise InputError(f"{out} holds the {name} that training needs: choose another folder")
-    check_folder(out, loop.resume)
-    teacher = None if config.teacher is None else _load_teacher(config.teacher, loop.device)
-    model, processor = build(config, None if data is None else read_captions(data))
-    model.to(loop.device)
-    tokenizers = [processor.tokenizer] if teacher is None else [processor.tokenizer, teacher[1].tokenizer]
-    pairs = None if data is None else read_pairs(data, tokenizers, warn)
-    others = None if validation is None else read_pairs(validation, tokenizers[:1], warn)
-    run = ContrastiveRun(config, model, processor, pairs, others, teacher, loop.workers)
-    run_to_end(run, out, loop)
-    return run
+    with run_folder(out, loop.resume):
+        teacher = None if config.teacher is None else _load_teacher(config.teacher, loop.device)
+        new = config.parameters if config.model is None else 0  # a folder's were checked when it was loaded
+        require_room(new, config.batch_size, config.image_size, loop.device)
+        model, processor = build(config, None if data is None else read_captions(data))
+        model.to(loop.device)
+        tokenizers = [processor.tokenizer] if teacher is None else [processor.tokenizer, teacher[1].tokenizer]
+        pairs = None if data is None else read_pairs(data, tokenizers, warn)
+        others = None if validation is None else read_pairs(validation, tokenizers[:1], warn)
+        run = ContrastiveRun(config, model, processor, pairs, others, teacher, loop.workers)
+        run_to_end(run, out, loop)
+        return run
 
 
 def _resolved(name: str | None) -> str | None:

@@ -41,6 +41,7 @@ from minivlm.processing import (
 from minivlm.processing.tokens import BOS, EOS, PAD, UNK
 from minivlm.text.clip import CLIPTextConfig
 from minivlm.text.siglip import SiglipTextConfig
+from minivlm.training.limits import check_numbers, check_warmup
 from minivlm.training.recipe import patch_positions
 from minivlm.vision.clip import CLIPVisionConfig
 from minivlm.vision.siglip import SiglipVisionConfig
@@ -83,10 +84,8 @@ class ContrastiveConfig:
         """Raises InputError: a number that nothing can be trained with, or a teacher that does not belong."""
         if self.objective not in OBJECTIVES:
             raise InputError(f"there is no objective {self.objective!r}: choose from {', '.join(OBJECTIVES)}")
-        for name, value in asdict(self).items():
-            least = 0 if isinstance(value, float) or name == "seed" else 1
-            if type(value) in (int, float) and not least <= value < 2**32:  # a bool is an int, too
-                raise InputError(f"{name} is {value}: choose a number from {least} to below 2^32")
+        check_numbers(asdict(self))
+        check_warmup(self.warmup_steps, self.steps)
         if self.batch_size == 1:
             why = (
                 "every pair would be right, and the answer always yes"
@@ -108,6 +107,12 @@ class ContrastiveConfig:
             )
         if self.tower_width % 4:  # two coordinates, a sine and a cosine each
             raise InputError(f"tower_width is {self.tower_width}: choose a multiple of 4")
+
+    @property
+    def parameters(self) -> int:
+        """About as many as new towers have."""
+        tower = 12 * self.tower_layers * self.tower_width**2 + 3 * self.patch_size**2 * self.tower_width
+        return tower + 12 * self.text_layers * self.text_width**2 + self.max_length * self.text_width
 
 
 def build(

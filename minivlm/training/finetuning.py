@@ -9,8 +9,6 @@ and AdamW's two moments) and once more in bf16.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +27,9 @@ from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import Inputs, to_device
 from minivlm.processing.paligemma import IGNORE
-from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
+from minivlm.training.digest import digest_of_lines
+from minivlm.training.limits import check_numbers, check_warmup, require_room
+from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.schedule import warm_up_then_fall
 
@@ -56,10 +56,7 @@ class FinetuningConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that nothing can be trained with, or both epochs and steps."""
-        for name, value in asdict(self).items():
-            least = 0 if name in ("lr", "seed") else 1
-            if type(value) in (int, float) and not least <= value < 2**32:  # a bool is an int, too
-                raise InputError(f"{name} is {value}: choose a number from {least} to below 2^32")
+        check_numbers(asdict(self))
         if self.epochs is not None and self.steps is not None:
             raise InputError("epochs and steps are both given, and each says when to stop: choose one")
         unknown = set(self.freeze) - set(PARTS)
@@ -102,15 +99,15 @@ class Finetuning(Trainable):
             self.rows = config.steps * self.rows_per_step
         else:
             self.rows = (config.epochs or 10) * len(samples)
-        lines = json.dumps([(sample.image, sample.prefix, sample.suffix) for sample in samples])
-        self.digest = hashlib.sha256(lines.encode()).hexdigest()[:8]
+        check_warmup(config.warmup_steps or 1, self.total_steps)
+        self.told = {"data": _told(samples), "validation": _told(validation)}
 
     @property
     def total_steps(self) -> int:
         return math.ceil(self.rows / self.rows_per_step)
 
     def settings(self) -> dict[str, Any]:
-        return asdict(self.config) | {"data": f"{len(self.samples)} examples, {self.digest}"}
+        return asdict(self.config) | self.told
 
     def place(self) -> dict[str, Any]:
         rows = min(self.step * self.rows_per_step, self.rows)
@@ -186,6 +183,14 @@ class Finetuning(Trainable):
         self.processor.save_pretrained(folder)
 
 
+def _told(samples: Sequence[Sample]) -> str:
+    """For `settings`."""
+    if not samples:
+        return "no file"
+    lines = [(sample.image, sample.prefix, sample.suffix) for sample in samples]
+    return f"{len(samples)} examples, {digest_of_lines(lines, (sample.path for sample in samples))}"
+
+
 def _answer_tokens(part: Inputs) -> int:
     return int((part["labels"][:, 1:] != IGNORE).sum())
 
@@ -214,14 +219,17 @@ def finetune(
         config = replace(config, model=str(Path(config.model).resolve()))
     if str(out.resolve()) == config.model:
         raise InputError(f"{out} is the model that training starts from: choose another folder")
-    check_folder(out, loop.resume)
-    model, processor = load_answering(config.model, dtype=torch.float32, device=loop.device)
-    context = model.language_model.config.max_position_embeddings
-    limit = min(context, config.max_length or context)
-    read = partial(
-        read_samples, processor=processor, max_length=limit, warn=warn, empty_answer=config.empty_answer
-    )
-    samples, others = read(data), [] if validation is None else read(validation)
-    run = Finetuning(config, model, processor, samples, others, loop.workers)
-    run_to_end(run, out, loop)
-    return run
+    with run_folder(out, loop.resume):
+        model, processor = load_answering(config.model, dtype=torch.float32, device=loop.device)
+        assert isinstance(model, nn.Module)  # as every model that is loaded
+        weights = sum(weight.numel() for weight in model.parameters())
+        require_room(weights, config.batch_size, processor.image_processor.image_size, loop.device)
+        context = model.language_model.config.max_position_embeddings
+        limit = min(context, config.max_length or context)
+        read = partial(
+            read_samples, processor=processor, max_length=limit, warn=warn, empty_answer=config.empty_answer
+        )
+        samples, others = read(data), [] if validation is None else read(validation)
+        run = Finetuning(config, model, processor, samples, others, loop.workers)
+        run_to_end(run, out, loop)
+        return run

@@ -1,4 +1,4 @@
-"""Ctrl-C takes effect when nothing is half done."""
+"""Ctrl-C takes effect when nothing is half done, and so does SIGTERM, with which a system ends a process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def note_interrupts() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed. Pressed again, it stops everything at once.
+    """Gives a function that says whether one of the signals has come. The next one stops everything at once.
 
     An exception in the middle of a step would leave some weights a step ahead of the others.
     """
@@ -24,13 +26,15 @@ def note_interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         noted.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = [(number, signal.signal(number, note)) for number in SIGNALS]
     try:
         yield noted.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches worker processes too, but they must deliver until the main process lets them go."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """They reach worker processes too, but those must deliver until the main process lets them go."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

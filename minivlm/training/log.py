@@ -42,12 +42,24 @@ def read_log(path: str | Path) -> list[Line]:
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be read ({reason}): expected the log of a training run") from error
+    lines = []
     for number, row in enumerate(rows, start=2):
-        if len(row) != len(header) or "step" not in header or not row[header.index("step")].isdecimal():
+        line = {name: _as_value(cell) for name, cell in zip(header, row, strict=False)}
+        texts = [name for name, value in line.items() if isinstance(value, str) and name != "stage"]
+        if len(row) != len(header) or texts or not isinstance(line.get("step"), int):
             raise InputError(
                 f"{path} is damaged in line {number}: delete the file to go on without it, or fix the line"
             )
-    return [{name: _as_value(cell) for name, cell in zip(header, row, strict=True)} for row in rows]
+        lines.append(line)
+    return lines
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is the log of a run, as far as its first line says."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(5) in (b"step,", b"")
 
 
 def log_as_json(path: str | Path) -> str:

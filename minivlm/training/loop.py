@@ -14,10 +14,13 @@ and ends with the same weights as one that was never interrupted (on the same ma
 from __future__ import annotations
 
 import math
+import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +30,27 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from minivlm.errors import InputError
+from minivlm.training.folder import LOG, PLOT, STATE, run_folder
 from minivlm.training.interrupts import ignore_interrupts, note_interrupts
+from minivlm.training.limits import MOST_AT_ONCE
 from minivlm.training.log import Line, log_as_json, plot_log, read_log, write_log
 from minivlm.training.state import load_state, save_state
 
 __all__ = [
     "DEFAULT_LOOP",
+    "LOG",
     "Diverged",
     "Loop",
     "Trainable",
-    "check_folder",
     "in_order",
     "log_as_json",
     "read_log",
+    "run_folder",
     "run_to_end",
 ]
 
-STATE, LOG, PLOT = "state.safetensors", "log.csv", "loss.png"
+
+PATIENCE = 600  # seconds to wait for a batch
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,15 @@ class Loop:
     workers: int = 1  # processes that prepare batches ahead; 0 prepares them in this one
     device: torch.device | str = "cpu"
     progress: bool | None = None  # True shows a bar, False none; None: only on a terminal
+
+    def __post_init__(self) -> None:
+        """Raises InputError: a number that nothing can be carried out with."""
+        for name, least in (("save_every", 1), ("log_every", 1), ("measure_every", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}: choose a number of steps from {least}")
+        if not 0 <= self.workers <= MOST_AT_ONCE:
+            raise InputError(f"workers is {self.workers}: choose a number from 0 to {MOST_AT_ONCE} here")
 
 
 DEFAULT_LOOP = Loop()
@@ -119,34 +135,29 @@ class Trainable(ABC):
 
 
 def in_order(data: Dataset[Any], steps: Iterable[int], workers: int) -> Iterator[Any]:
-    """Items of a data set, made ahead by worker processes. How many there are does not change the order."""
+    """Items of a data set, made ahead by worker processes. How many there are does not change the order.
+
+    Raises RuntimeError: as the loader, if a worker was killed, or has delivered nothing for PATIENCE seconds.
+    """
     loader = DataLoader(
         data,
         batch_size=None,
         sampler=steps,
         num_workers=workers,  # 0: in this process
         prefetch_factor=4 if workers else None,
+        timeout=PATIENCE if workers else 0,
         worker_init_fn=ignore_interrupts,
     )
-    return iter(loader)
-
-
-def check_folder(out: Path, resume: bool) -> None:
-    """Make the folder of a run.
-
-    Raises InputError: it cannot be made, or it holds a run and `resume` is not set, or the other way round.
-    """
-    exists = (out / STATE).exists()
-    if exists and not resume:
-        raise InputError(
-            f"{out} already holds a training run: add --resume to continue it, or choose another folder"
-        )
-    if resume and not exists:
-        raise InputError(f"{out} holds no training run to resume: leave out --resume to start one")
+    others = active_children()
+    items = iter(loader)
+    started = [process for process in active_children() if process not in others]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
+        yield from items
+    finally:
+        for process in started:  # one that is stopped could not end, and this process would wait for it
+            with suppress(ProcessLookupError):
+                if process.pid is not None and hasattr(signal, "SIGCONT"):  # not on Windows
+                    os.kill(process.pid, signal.SIGCONT)
 
 
 def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
@@ -206,7 +217,7 @@ class RunFolder:
         run.step, self.unlogged = load_state(self.out / STATE, run.masters, run.optimizers, run.settings())
         run.working.load_state_dict(run.masters.state_dict())
         self.saved = run.step
-        log_so_far = read_log(self.out / LOG) if (self.out / LOG).exists() else []
+        log_so_far = read_log(self.out / LOG) if (self.out / LOG).is_file() else []
         self.lines = [line for line in log_so_far if line["step"] <= run.step]
 
     def log(self, bar: tqdm[Any], measure: bool) -> None:
@@ -246,6 +257,23 @@ def _stops_explained(folder: RunFolder) -> Iterator[None]:
         raise Diverged(f"{error}{kept}") from error
     except InputError as error:
         raise InputError(f"{error}; {folder.how_to_go_on()}") from error
+    except (RuntimeError, MemoryError, EOFError, ConnectionError) as error:
+        reason = _outside(error)
+        if reason is None:
+            raise
+        raise InputError(f"{reason}; {folder.how_to_go_on()}") from error
+
+
+def _outside(error: Exception) -> str | None:
+    """What went wrong outside of this program, or None for an error that keeps its traceback."""
+    told = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+    if isinstance(error, EOFError | ConnectionError) or told.startswith("DataLoader "):
+        # A worker's end is seen at any moment, by PyTorch's handler of signals or in an exchange with it.
+        advice = "if memory ran out, use fewer --workers or smaller batches"
+        return f"the processes that prepare batches have stopped delivering ({told}): {advice}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in told:
+        return f"memory ran out ({told}): use a smaller model, smaller batches or shorter texts"
+    return None
 
 
 def _means(steps: Sequence[Mapping[str, float]], losses: Sequence[str]) -> dict[str, float | None]:

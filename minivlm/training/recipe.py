@@ -18,6 +18,7 @@ from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
 from minivlm.processing import ImageProcessor, Processor, Tokenizer, build_tokenizer
 from minivlm.processing.boxes import NUM_BINS
 from minivlm.text.gemma import GemmaConfig
+from minivlm.training.limits import check_numbers, check_warmup
 from minivlm.training.schedule import warm_up_then_fall
 from minivlm.vision.siglip import SiglipVisionConfig
 from minivlm.world.questions import vocabulary
@@ -63,14 +64,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that no model can be built from or trained with."""
-        may_be_zero = ("seed", "tower_steps", "packed_steps", "review_steps", "prefix_steps")
-        for name, value in asdict(self).items():
-            least = 0 if isinstance(value, float) or name in may_be_zero else 1
-            least = 16 if name.endswith("row_tokens") else least  # a short question with its answer
-            if name != "bf16" and not least <= value < 2**32:
-                raise InputError(f"{name} is {value}: choose a number from {least} to below 2^32")
+        check_numbers(asdict(self))
         if self.total_steps == 0:
             raise InputError("no stage has any steps: nothing would be trained")
+        check_warmup(self.warmup_steps, self.total_steps)
         if self.image_size % self.patch_size:
             raise InputError(
                 f"image_size {self.image_size} does not divide into patches of {self.patch_size}: "
@@ -89,6 +86,12 @@ class TrainingConfig:
                 raise InputError(
                     f"{part}_width is {width}: with this number of heads, choose a multiple of {multiple}"
                 )
+
+    @property
+    def parameters(self) -> int:
+        """About as many as the model has."""
+        tower = 12 * self.tower_layers * self.tower_width**2 + 3 * self.patch_size**2 * self.tower_width
+        return tower + 8 * self.text_layers * self.text_width**2
 
     @property
     def total_steps(self) -> int:

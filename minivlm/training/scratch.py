@@ -30,7 +30,8 @@ from torch.utils.data import ConcatDataset
 
 from minivlm.evaluation import evaluate
 from minivlm.models.paligemma import PaliGemma
-from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, check_folder, in_order, run_to_end
+from minivlm.training.limits import require_room
+from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.recipe import TrainingConfig, build
@@ -68,6 +69,8 @@ class Run(Trainable):
         self.device = torch.device(device)
         self.workers = workers
         self.step = 0
+        pictures = max(config.pictures, config.tower_pictures)
+        require_room(config.parameters, pictures, config.image_size, device)
         self.model, self.processor = build(config)
         self.masters = nn.ModuleDict({"model": self.model, "head": PatchHead(config.tower_width)})
         self.masters.to(self.device)
@@ -191,7 +194,7 @@ def train(out: Path, config: TrainingConfig, *, loop: Loop = DEFAULT_LOOP) -> Ru
     Raises InputError: `out` holds a run and `loop.resume` is not set, or the other way round, or the run has
     another config; training diverges. See `minivlm.training.loop` for what is left in `out`.
     """
-    check_folder(out, loop.resume)
-    run = Run(config, loop.device, loop.workers)
-    run_to_end(run, out, loop)
-    return run
+    with run_folder(out, loop.resume):
+        run = Run(config, loop.device, loop.workers)
+        run_to_end(run, out, loop)
+        return run

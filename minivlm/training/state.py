@@ -11,6 +11,7 @@ device is not kept either, since a run may continue on another one.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,21 @@ def save_state(
         for index, slots in optimizer.state_dict()["state"].items():
             for slot, value in slots.items():
                 tensors[f"{kind}.{index}.{slot}"] = torch.as_tensor(value)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"step": str(step), "config": json.dumps(dict(config)), "unlogged": json.dumps(unlogged)}
+    metadata["checksum"] = checksum(tensors, metadata)
     with write_aside(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(tensors, temporary, metadata)
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of all that is in the file. safetensors has none, and a damaged state would go on unnoticed."""
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, total)
+    others = sorted(item for item in metadata.items() if item[0] != "checksum")
+    return f"{zlib.crc32(json.dumps(others).encode(), total):08x}"
 
 
 def load_state(
@@ -57,9 +70,11 @@ def load_state(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        step, saved = int(metadata["step"]), json.loads(metadata["config"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if metadata.get("checksum") != checksum(tensors, metadata):
+            raise OSError("it was damaged or changed, or is not of this version")
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): start a new run in another folder") from error
+    step, saved = int(metadata["step"]), json.loads(metadata["config"])
     wanted = json.loads(json.dumps(dict(config)))  # as it comes back from the file: tuples are lists
     differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     if differing:
@@ -80,7 +95,7 @@ def load_state(
             index, slot = name.split(".")
             state.setdefault(int(index), {})[slot] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return step, json.loads(metadata.get("unlogged", "[]"))
+    return step, json.loads(metadata["unlogged"])
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

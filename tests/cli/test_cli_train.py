@@ -113,6 +113,9 @@ def test_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (recipe(pictures=0), "pictures is 0"),
+        ([*recipe(), "--threads", "100000"], "threads is 100000: choose a number from 1 to"),
+        ([*recipe(), "--workers", "100000"], "workers is 100000: choose a number from 0 to"),
+        (recipe(clip=0), "clip is 0.0: choose a number from 0.001"),
         (recipe(patch_size=5), "does not divide into patches of 5"),
         (recipe(muon_lr="nan"), "muon_lr is nan"),
         (recipe(muon_lr=4e9, adamw_lr=4e9, packed_steps=20), "not a number .*: try a lower learning rate"),
@@ -175,8 +178,10 @@ def test_finetune(tune: list[str], data: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert main(tune) == 2
     assert "add --resume" in one_line(capsys.readouterr().err)
-    assert main([*tune, "--resume", "--lr", "0.1"]) == 2
+    assert main([*tune, "--validation", str(data), "--resume", "--lr", "0.1"]) == 2
     assert "other settings (lr None -> 0.1)" in one_line(capsys.readouterr().err)
+    assert main([*tune, "--resume"]) == 2
+    assert re.search(r"\(validation 6 examples, \w+ -> no file\)", one_line(capsys.readouterr().err))
 
 
 def test_every_option_for_your_own_pictures(start: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,14 @@ import torch
 from helpers import assert_differs, assert_equal
 from torch import Tensor
 
+import minivlm
 from minivlm import distributed, losses
 from minivlm.distributed import EXCHANGES, ExchangeError, ProcessError, costs
 from minivlm.distributed.example import siglip_step
 from minivlm.distributed.exchanges import Exchange
 
-BENCH = Path(__file__).parents[2] / "bench"
+TESTS = Path(__file__).parents[1]
+BENCH = TESTS.parent / "bench"
 SIZES = (2, 3, 4)
 NAMES = [exchange.__name__ for exchange in EXCHANGES]
 
@@ -186,6 +192,69 @@ def test_time_is_limited_and_nobody_stays() -> None:
     with pytest.raises(ProcessError, match=r"2 of 3 processes have not finished: 1, 2\. They were stopped"):
         distributed.run(3, cases.hangs, timeout=3.0)
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows stops no process")
+def test_a_process_that_breaks_off_while_it_reports() -> None:
+    """Stopped: the time-out holds. Killed: its end is told."""
+    start = time.monotonic()
+    with pytest.raises(ProcessError, match="1 of 2 processes have not finished: 1"):
+        distributed.run(2, cases.breaks_off, int(signal.SIGSTOP), timeout=15.0)
+    assert time.monotonic() - start < 60
+    with pytest.raises(ProcessError, match="process 1 of 2 failed: it ended with exit code -9 and reported"):
+        distributed.run(2, cases.breaks_off, int(signal.SIGKILL))
+
+
+def test_a_result_that_cannot_be_read_here() -> None:
+    wanted = (
+        "process 0 of 1 failed: its result cannot be read here: ModuleNotFoundError: .*known_in_the_child"
+    )
+    with pytest.raises(ProcessError, match=wanted):
+        distributed.run(1, cases.returns_what_only_it_knows)
+
+
+def test_arguments_that_cannot_be_sent() -> None:
+    with pytest.raises(ValueError, match="arguments of distributed_cases:hangs cannot be sent to other proc"):
+        distributed.run(1, cases.hangs, lambda: 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_parent_leaves_nobody(tmp_path: Path) -> None:
+    code = (
+        "import sys; from minivlm import distributed\n"
+        "if __name__ == '__main__': distributed.run(2, 'distributed_cases:waits_for_the_end', sys.argv[1])"
+    )
+    path = os.pathsep.join(str(folder) for folder in (Path(minivlm.__file__).parents[1], TESTS))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": path}
+    )
+    try:
+        _wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    children = [int(entry.name) for entry in tmp_path.iterdir()]
+    try:
+        _wait_until(lambda: not any(_is_alive(child) for child in children))
+    finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # ended, though nobody has asked for its exit code
+
+
+def _wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
 
 
 def test_results_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -703,6 +703,18 @@ def test_training_without_steps(tmp_path: Path) -> None:
         train_masks(tmp_path / "file" / "a.npz", steps=1, progress=False)
 
 
+def test_training_replaces_nothing_and_says_so_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_training, "_pairs", lambda rng: pytest.fail("it began"))
+    (tmp_path / "a.npz").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("a.npz", "link"):
+        with pytest.raises(InputError, match="already exists, and training would replace it"):
+            train_masks(tmp_path / name, steps=1)
+    with pytest.raises(InputError, match=r"cannot write .*File exists. Choose another folder"):
+        train_masks(tmp_path / "a.npz" / "b.npz", steps=1)
+    assert (tmp_path / "a.npz").read_text() == "mine"
+
+
 # Pictures
 
 

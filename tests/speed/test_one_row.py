@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -93,44 +96,56 @@ def test_only_our_own_switch_is_undone(states: list[bool]):
 
 
 @needs_onednn
-def test_products_of_several_threads_at_once(states: list[bool]):
-    """The switch is restored when the last of them ends, whichever started first."""
-    first_runs, second_ended = threading.Event(), threading.Event()
+def test_products_of_several_threads_at_once(states: list[bool], monkeypatch: pytest.MonkeyPatch):
+    """The second waits: it would take the setting of the first for the user's, and leave that behind."""
+    inside, may_end = threading.Event(), threading.Event()
+    watched = nn.functional.linear
 
-    def first() -> None:
-        with one_row._without_onednn():
-            first_runs.set()
-            second_ended.wait(10)
-            states.append(enabled())
+    def slow(*arguments: Any) -> Tensor:
+        if threading.current_thread() is first:
+            inside.set()
+            assert may_end.wait(60)
+        return watched(*arguments)
 
-    thread = threading.Thread(target=first)
-    thread.start()
-    assert first_runs.wait(10)
-    with one_row._without_onednn():
-        states.append(enabled())
-    states.append(enabled())
-    second_ended.set()
-    thread.join()
-    assert states == [False, False, False]
+    @torch.no_grad()
+    def multiply() -> None:
+        linear(torch.zeros(1, 8, dtype=BF16), MATRIX)
+
+    monkeypatch.setattr(nn.functional, "linear", slow)
+    first, second = threading.Thread(target=multiply), threading.Thread(target=multiply)
+    first.start()
+    assert inside.wait(60)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    assert states == []
+    may_end.set()
+    first.join()
+    second.join()
+    assert states == [False, False]
     assert enabled()
 
 
 @needs_onednn
-def test_an_interrupted_product_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch):
-    """Ctrl-C just before a product, in the worst place: the next product of the thread mends it."""
-
-    def interrupt(enabled: bool) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(one_row, "_set_onednn", interrupt)
-        with pytest.raises(KeyboardInterrupt), one_row._without_onednn():
-            pass
-    one_row._Switch.threads.add(threading.get_ident())  # as if even the end had been interrupted
-    with one_row._without_onednn():
-        assert not enabled()
-    assert enabled()
-    assert not one_row._Switch.threads
+@torch.no_grad()
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no timer that interrupts")
+def test_interrupts_at_any_moment(monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C during products, hundreds of times: afterwards the switch is on, and nobody waits forever."""
+    monkeypatch.setattr(one_row, "onednn_has_bf16", lambda: True)
+    x, chance, left = torch.zeros(1, 8, dtype=BF16), random.Random(0), 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(1000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 1e-3))
+                while True:
+                    linear(x, MATRIX)
+            except KeyboardInterrupt:
+                left += not enabled() or one_row._one_product.locked()
+                torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert left == 0
 
 
 @needs_onednn

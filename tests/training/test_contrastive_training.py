@@ -233,6 +233,8 @@ def test_pairs_of_ones_own(tmp_path: Path) -> None:
     assert [line["epoch"] for line in lines] == [1, 1.5, 2, 3]
     assert all(0 <= line["text to image recall@1"] <= 1 for line in lines if line["step"] in (3, 6))
     assert lines[0]["bias"] != lines[-1]["bias"]
+    with pytest.raises(InputError, match=r"other settings \(validation 10 pairs, \w+ -> no file\)"):
+        train_contrastive(tmp_path / "run", config(), data, loop=replace(EVERY, resume=True))
     others = make_pairs(tmp_path / "others", lines=11)
     with pytest.raises(InputError, match=r"other settings \(data 10 pairs, \w+ -> 11 pairs"):
         train_contrastive(tmp_path / "run", config(), others, data, loop=replace(EVERY, resume=True))
@@ -241,11 +243,21 @@ def test_pairs_of_ones_own(tmp_path: Path) -> None:
 def test_towers_of_a_folder_go_on(tmp_path: Path) -> None:
     make_towers(tmp_path / "start", "siglip", seed=7)
     start = load_file(tmp_path / "start" / "model.safetensors")
-    settings = config(model=str(tmp_path / "start"), lr=0.0)
+    settings = config(model=str(tmp_path / "start"), lr=1e-9)
     train_contrastive(tmp_path / "run", settings, loop=replace(EVERY, measure_every=6))
     assert log_of(tmp_path / "run")[0]["step"] == 0  # measured before the first step
     end = load_file(tmp_path / "run" / "model.safetensors")
-    assert all(torch.equal(tensor, end[name]) for name, tensor in start.items())
+    assert all(torch.allclose(tensor, end[name], atol=1e-7, rtol=0) for name, tensor in start.items())
+
+
+def test_another_teacher_under_the_same_name(tmp_path: Path) -> None:
+    make_towers(tmp_path / "teacher", "clip")
+    settings = config("distill", teacher=str(tmp_path / "teacher"))
+    train_contrastive(tmp_path / "run", settings, loop=EVERY)
+    train_contrastive(tmp_path / "run", settings, loop=replace(EVERY, resume=True))
+    make_towers(tmp_path / "teacher", "clip", seed=9)
+    with pytest.raises(InputError, match=r"other settings \(teacher's weights (\w+) -> (?!\1)\w+\)"):
+        train_contrastive(tmp_path / "run", settings, loop=replace(EVERY, resume=True))
 
 
 # Refusals
@@ -259,6 +271,9 @@ def test_towers_of_a_folder_go_on(tmp_path: Path) -> None:
         ("clip", {"batch_size": 0}, "batch_size is 0: choose a number from 1"),
         ("siglip", {"lr": float("nan")}, "lr is nan"),
         ("siglip", {"steps": 0}, "steps is 0"),
+        ("siglip", {"lr": 0.0}, "lr is 0.0: choose a number from 1e-09"),
+        ("siglip", {"clip": 0.0}, "clip is 0.0: choose a number from 0.001"),
+        ("siglip", {"text_width": 2**20}, "text_width is 1048576: choose a number from 1 to 8192"),
         ("siglip", {"image_size": 20}, "does not divide into patches of 8"),
         ("siglip", {"tower_width": 18}, "tower_width is 18: choose a multiple of 4"),
         ("distill", {}, "learns from a teacher: give the folder"),
@@ -316,6 +331,13 @@ def test_a_picture_that_has_gone_since_it_was_looked_at(
 def test_a_run_that_diverges(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape("such as --lr 5e+08")):
         train_contrastive(tmp_path, config("siglip", lr=1e9), loop=EVERY)
+
+
+def test_a_temperature_that_no_number_holds() -> None:
+    run = a_run("siglip")
+    with torch.no_grad():
+        run.model.logit_scale.fill_(-1e6)
+    assert run.place()["temperature"] == float("inf")
 
 
 def test_every_word_of_the_drawn_world_is_a_token() -> None:

@@ -366,13 +366,24 @@ def test_what_may_not_change_is_named(
     (others / "train.jsonl").write_text("\n".join(lines[1:]))
     changed = replace(config, lr=0.5, freeze=("tower",))
     with pytest.raises(InputError) as caught:
-        finetune(folder, changed, others / "train.jsonl", loop=Loop(resume=True))
+        finetune(folder, changed, others / "train.jsonl", others / "train.jsonl", loop=Loop(resume=True))
     assert "(data 9 examples, " in str(caught.value)
     assert "-> 8 examples, " in str(caught.value)
-    assert "freeze [] -> ['tower'], lr None -> 0.5)" in str(caught.value)
+    assert "freeze [] -> ['tower'], lr None -> 0.5, validation 3 examples, " in str(caught.value)
     # The same data, model and settings by other paths are the same.
     other = replace(config, model=str(start / ".." / start.name))
-    finetune(folder, other, shutil.copytree(data, tmp_path / "moved") / "train.jsonl", loop=Loop(resume=True))
+    moved = shutil.copytree(data, tmp_path / "moved")
+    lines = (moved / "train.jsonl", moved / "validation.jsonl")
+    finetune(folder, other, *lines, loop=Loop(resume=True))
+    # Another picture under the same name is not, whichever file it belongs to.
+    for changed_picture, name in (("3.png", "data 9"), ("10.png", "validation 3")):
+        again = shutil.copytree(data, tmp_path / name)
+        shutil.copy(again / "0.png", again / changed_picture)
+        lines = (again / "train.jsonl", again / "validation.jsonl")
+        with pytest.raises(
+            InputError, match=rf"other settings \({name} examples, (\w+) -> \d examples, \w+\)"
+        ):
+            finetune(folder, config, *lines, loop=Loop(resume=True))
 
 
 def test_the_result_may_not_overwrite_its_start(config: FinetuningConfig, data: Path, start: Path) -> None:
@@ -394,8 +405,8 @@ def test_a_picture_that_breaks_during_training(
     content = broken.read_bytes()
     model, processor = minivlm.load(config.model)
     samples = read_samples(others / "train.jsonl", processor, 512)
-    broken.write_bytes(content[:100])
     run = Finetuning(config, model, processor, samples, workers=workers)
+    broken.write_bytes(content[:100])
     with pytest.raises(InputError, match=rf"^line {row + 1}: .*{row}.png is truncated or damaged") as caught:
         run_to_end(run, tmp_path, Loop(log_every=1, measure_every=0, save_every=2, progress=False))
     assert "Traceback" not in str(caught.value)
@@ -443,7 +454,9 @@ def test_without_validation_nothing_is_measured(config: FinetuningConfig, data: 
         ({"batch_size": 0}, "batch_size is 0"),
         ({"accumulate": -1}, "accumulate is -1"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"lr": -1.0}, "lr is -1.0: choose a number from 0"),
+        ({"lr": -1.0}, "lr is -1.0: choose a number from 1e-09"),
+        ({"lr": 0.0}, "lr is 0.0: choose a number from 1e-09"),  # nothing would be learned, without a word
+        ({"batch_size": 2**20}, "batch_size is 1048576: choose a number from 1 to 65536"),
         ({"warmup_steps": 0}, "warmup_steps is 0"),
         ({"max_length": 0}, "max_length is 0"),
         ({"seed": -1}, "seed is -1"),
@@ -482,5 +495,5 @@ def test_a_limit_below_the_context(config: FinetuningConfig, data: Path, tmp_pat
 def test_settings_can_be_written_down(config: FinetuningConfig, data: Path) -> None:
     """The defaults too; they are in the state as JSON."""
     settings = prepared(config, data).settings()
-    assert settings.keys() == asdict(config).keys() | {"data"}
+    assert settings.keys() == asdict(config).keys() | {"data", "validation"}
     assert json.loads(json.dumps(settings))["data"].startswith("9 examples, ")

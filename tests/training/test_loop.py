@@ -179,6 +179,21 @@ def test_weights_that_are_not_numbers_are_never_saved(tmp_path: Path) -> None:
     assert run.measured == [4]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")],
+)
+def test_memory_that_runs_out(error: Exception, tmp_path: Path) -> None:
+    class Full(Toy):
+        def advance(self, batch: int) -> dict[str, float]:
+            if self.step == 6:
+                raise error
+            return super().advance(batch)
+
+    with pytest.raises(InputError, match=r"memory ran out \(.*smaller batches .*goes on from step 4, saved"):
+        go(Full(), tmp_path)
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     class Pressed(Toy):
         def advance(self, batch: int) -> dict[str, float]:

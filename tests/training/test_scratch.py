@@ -61,6 +61,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"row_tokens": 5}, "row_tokens is 5: choose a number from 16"),
         ({"muon_lr": float("nan")}, "muon_lr is nan"),
         ({"adamw_lr": -0.1}, "adamw_lr is -0.1"),
+        (
+            {"clip": 0.0},
+            "clip is 0.0: choose a number from 0.001",
+        ),  # nothing would be learned, without a word
+        ({"muon_lr": 0.0}, "muon_lr is 0.0: choose a number from 1e-09"),
+        ({"warmup_steps": 2000}, "warmup_steps is 2000, and the run has 12 steps: .* Choose fewer"),
+        ({"tower_width": 2**20}, "tower_width is 1048576: choose a number from 1 to 8192"),
+        ({"text_layers": 10**9}, "text_layers is 1000000000: choose a number from 1 to 256"),
+        ({"pictures": 10**6}, "pictures is 1000000: choose a number from 1 to 4096"),
+        ({"row_tokens": 600}, "row_tokens is 600: choose a number from 16 to 512"),
         (dict.fromkeys(("tower_steps", "packed_steps", "prefix_steps"), 0), "no stage has any steps"),
         ({"patch_size": 7}, "image_size 32 does not divide into patches of 7"),
         ({"image_size": 256}, "leave no room for words"),
@@ -72,6 +82,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_numbers_that_no_model_can_be_trained_with(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(CONFIG, **changes)
+
+
+def test_a_model_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number is allowed; together they are too large. Nothing is built."""
+    monkeypatch.setattr("minivlm.training.scratch.build", lambda config: pytest.fail("it began"))
+    large = replace(CONFIG, text_width=8192, text_layers=256)
+    with pytest.raises(InputError, match=r"137,439 million weights in training and 2 pictures at once take"):
+        train(tmp_path, large)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"workers": -1}, {"workers": 10**5}, {"save_every": 0}, {"log_every": 0}, {"measure_every": -1}],
+)
+def test_numbers_that_no_run_can_be_carried_out_with(changes: dict[str, int]) -> None:
+    name, value = next(iter(changes.items()))
+    with pytest.raises(InputError, match=f"{name} is {value}: choose a number"):
+        Loop(**changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

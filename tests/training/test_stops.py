@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -117,7 +118,8 @@ def test_the_comparison_sees_one_step_of_difference(copied: Path, whole: Path) -
     tensors = load_file(path)
     with state.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    state.save_file(tensors, path, metadata | {"step": "7"})
+    changed = metadata | {"step": "7"}
+    state.save_file(tensors, path, changed | {"checksum": state.checksum(tensors, changed)})
     train(copied, CONFIG, loop=replace(EVERY, resume=True))
     ours, wanted = load_file(copied / "model.safetensors"), load_file(whole / "model.safetensors")
     assert not all(torch.equal(ours[key], wanted[key]) for key in wanted)
@@ -238,6 +240,7 @@ def test_killed_while_saving(moment: str, server: Server, copied: Path, whole: P
     assert len(left) == 1  # it was killed while writing, and had no time to tidy up
     train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(copied, whole)
+    assert not [name for name in files(copied) if name.endswith(".tmp")]
 
 
 def test_killed_again_and_again(server: Server, tmp_path: Path) -> None:
@@ -265,8 +268,9 @@ def test_killed_again_and_again(server: Server, tmp_path: Path) -> None:
 # Ctrl-C
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_finishes_the_step_and_saves(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pressed in the middle of an update, when an exception would leave some weights a step ahead."""
     step = torch.optim.AdamW.step
@@ -276,16 +280,16 @@ def test_ctrl_c_finishes_the_step_and_saves(
         nonlocal calls
         calls += 1
         if calls == 5:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return step(optimizer, *args)
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", pressed)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, CONFIG, loop=Loop(save_every=1000, log_every=2, measure_every=0))
     assert step_of(tmp_path) == 5
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     train(tmp_path, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(tmp_path, whole)  # the log too, though 5 is between two of its lines
 
@@ -301,12 +305,15 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         train(tmp_path, CONFIG, loop=EVERY)
 
 
-def test_ctrl_c_in_a_terminal(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """There it reaches the process that draws the pictures, too."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_terminal(
+    number: signal.Signals, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """There it reaches the process that draws the pictures, too, as SIGTERM does at a system's shutdown."""
     config = replace(CONFIG, packed_steps=100_000)
     process = server.start(tmp_path, config)
     wait_until((tmp_path / "state.safetensors").exists)
-    assert server.kill(-process, signal.SIGINT) == 130
+    assert server.kill(-process, number) == 130
     assert step_of(tmp_path) > 0
     assert files(tmp_path) == {"state.safetensors", "log.csv"}
     assert capfd.readouterr().err == ""
@@ -318,6 +325,42 @@ def test_training_in_a_thread(tmp_path: Path, whole: Path) -> None:
     thread.start()
     thread.join()
     assert_same_end(tmp_path, whole)
+
+
+# Processes that prepare batches
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stopped(
+    number: signal.Signals, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said, with how to go on, and nobody stays behind for whom this process would wait at its end."""
+    advance = Run.advance
+
+    def hit(run: Run, batch: Any) -> dict[str, float]:
+        if run.step == 4:
+            for process in multiprocessing.active_children():
+                assert process.pid is not None
+                os.kill(process.pid, number)
+        return advance(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", hit)
+        patch.setattr(loop, "PATIENCE", 3)
+        with pytest.raises(InputError, match=r"stopped delivering .DataLoader .*goes on from step \d, saved"):
+            train(tmp_path, CONFIG, loop=replace(EVERY, workers=1))
+    wait_until(lambda: not multiprocessing.active_children())
+    train(tmp_path, CONFIG, loop=replace(EVERY, resume=True))
+    assert_same_end(tmp_path, whole)
+
+
+def test_an_error_of_our_own_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(run: Run, batch: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Run, "advance", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(tmp_path, CONFIG, loop=EVERY)
 
 
 # Full disks, damaged files, other folders
@@ -359,12 +402,13 @@ def test_a_full_disk_while_writing_the_log(copied: Path, monkeypatch: pytest.Mon
     assert (copied / "log.csv").read_bytes() == before
 
 
-def test_leftover_temporary_files_do_no_harm(copied: Path, whole: Path) -> None:
+def test_leftover_temporary_files_are_removed(copied: Path, whole: Path) -> None:
     for name in ("state.safetensors", "log.csv", "model.safetensors", "config.json"):
         (copied / f".{name}.0123abcd.tmp").write_bytes(b"half of someth")
     train(copied, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(copied, whole)
     minivlm.load(copied)
+    assert not [name for name in files(copied) if name.endswith(".tmp")]
 
 
 def test_a_log_with_lines_too_many(copied: Path, whole: Path) -> None:
@@ -394,6 +438,31 @@ def test_resuming_with_another_config_names_what_differs(half: Path) -> None:
     assert "seed" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, metadata: metadata.update(step="1000"),
+        lambda tensors, metadata: metadata.update(step="-1"),
+        lambda tensors, metadata: metadata.update(unlogged='[{"patch": "x"}]'),
+        lambda tensors, metadata: metadata.update(config="[]"),
+        lambda tensors, metadata: metadata.pop("checksum"),
+        lambda tensors, metadata: [tensors.pop(name) for name in list(tensors) if name.startswith("adamw.")],
+        lambda tensors, metadata: tensors.update({"adamw.x": torch.ones(1)}),
+        lambda tensors, metadata: tensors.update({"adamw.0.exp_avg": torch.ones(3)}),
+        lambda tensors, metadata: next(iter(tensors.values())).view(-1)[:1].neg_(),  # one flipped bit
+    ],
+)
+def test_a_state_that_was_changed_is_refused(change: Callable[..., Any], copied: Path) -> None:
+    path = copied / "state.safetensors"
+    tensors = load_file(path)
+    with state.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    change(tensors, metadata)
+    state.save_file(tensors, path, metadata)
+    with pytest.raises(InputError, match=r"cannot be read \(it was damaged or changed, .*: start a new run"):
+        train(copied, CONFIG, loop=Loop(resume=True))
+
+
 @pytest.mark.parametrize("content", [b"", b"half", None])
 def test_a_damaged_state_is_refused(content: bytes | None, copied: Path) -> None:
     path = copied / "state.safetensors"
@@ -409,6 +478,7 @@ def test_a_damaged_state_is_refused(content: bytes | None, copied: Path) -> None
         (b"step,stage,patch\n2,tower,1.5\n\n", "is damaged in line 3"),
         (b"patch,answer\n1,2\n", "is damaged in line 2"),
         (b"step,patch\ntwo,1\n", "is damaged in line 2"),
+        (b"step,patch\n2,1.5\n4,one\n", "is damaged in line 3"),  # after training, it would not be drawn
         (b"\xff\xfe", r"cannot be read .*: expected the log of a training run"),
     ],
 )

@@ -1,0 +1,30 @@
+"""Whether what a run learns from is still the same when it is resumed: a few digits that change with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def digest_of_lines(lines: Sequence[object], pictures: Iterable[Path]) -> str:
+    """Changes with any text of the lines, and with any byte of a picture. JSON has to hold the lines."""
+    total = hashlib.sha256(json.dumps(lines).encode())
+    for path in dict.fromkeys(pictures):
+        with suppress(OSError), path.open("rb") as file:  # gone since it was checked: its batch will say so
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:8]
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """Changes with any weight."""
+    total = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        total.update(name.encode())
+        total.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:8]
