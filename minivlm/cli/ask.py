@@ -14,6 +14,7 @@ from PIL import Image
 from minivlm.cli import options as shared
 from minivlm.cli.pictures import check_picture_name, draw_answers, run_lengths, save_picture
 from minivlm.errors import InputError
+from minivlm.files import check_output
 from minivlm.looking import side_by_side
 from minivlm.models.protocols import Answers
 from minivlm.processing import (
@@ -83,6 +84,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError('there is nothing to ask: add --prompt "caption en" or --prompts-file FILE')
     if options.draw is not None:
         check_picture_name(options.draw)
+        inputs = [*options.pictures, *([options.prompts_file] if options.prompts_file else [])]
+        check_output(options.draw, inputs)
     # Everything that can be refused is checked before the model is loaded.
     pictures = [to_rgb(load_picture(path)) for path in options.pictures]
     model, processor = shared.open_answering(options)

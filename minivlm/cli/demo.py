@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.cli.pictures import draw_answers, save_picture
 from minivlm.cli.program import command
+from minivlm.errors import InputError
+from minivlm.files import check_output
 from minivlm.models.load import load_answering
 from minivlm.processing import load_picture, to_rgb
-from minivlm.world.demo import SAMPLES, read_samples, write_samples
+from minivlm.world.demo import PROMPTS_FILE, SAMPLES, read_samples, write_samples
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
@@ -27,13 +29,18 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print a table of answers, and write the pictures with what was pointed at."""
-    folder = SAMPLES
-    if not folder.is_dir():
-        folder = options.out / "samples"
+    # A folder of the workshop has the pictures, which its notebooks show, and no prompts.
+    folder = SAMPLES if (SAMPLES / PROMPTS_FILE).is_file() else options.out / "samples"
+    if not (folder / PROMPTS_FILE).is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"{folder} holds other files than samples: choose another folder with --out")
         write_samples(folder)
+    samples = read_samples(folder)
+    for path in samples:
+        check_output(options.out / path.name, [*samples, folder / PROMPTS_FILE])
     model, processor = load_answering()
     rows = [("picture", "prompt", "answer")]
-    for path, prompts in read_samples(folder).items():
+    for path, prompts in samples.items():
         picture = to_rgb(load_picture(path))
         inputs: dict[str, Any] = processor([picture] * len(prompts), prompts)
         answers = processor.decode(model.generate(**inputs))

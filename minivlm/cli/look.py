@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
-from minivlm.files import write_aside
+from minivlm.files import check_output, write_aside
 from minivlm.models.protocols import Answers, Matches, Tower
 from minivlm.processing import AnswerProcessor, PairProcessor, load_picture, to_rgb
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from minivlm.cli.options import Commands
 
+FILES = (
+    "filters.png", "positions.png", "heads.png", "attention.png", "importance.png", "words.png", "hover.html",
+)  # fmt: skip
 MOST_MAPS = 23  # words of an answer that get a map of their own
 
 
@@ -38,6 +41,7 @@ def add_to(commands: Commands) -> None:
     look.add_argument(
         "--out", type=Path, default=Path("look"), metavar="FOLDER", help="where to write (default: look)"
     )
+    look.add_argument("--overwrite", action="store_true", help="replace files of the same names in FOLDER")
     shared.add_model(look, "a PaliGemma, CLIP or SigLIP checkpoint")
     look.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="length of an answer (default: 64)"
@@ -55,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.prompt.strip():
         raise InputError('--prompt is empty: ask something, such as "caption en"')
     picture = to_rgb(load_picture(options.picture))
-    _make_folder(options.out)
+    _check_folder(options)
     kind, model, processor = shared.open_reading(options)
     look_at = _look_at_answer if kind == "answers" else _look_at_match
     look_at(model, processor, picture, options)
@@ -181,17 +185,12 @@ def _draw_importance(pixel_values: Tensor, scores: dict[str, Tensor], out: Path)
     )
 
 
-def _make_folder(folder: Path) -> None:
-    """Raises InputError: there can be no such folder, or nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".minivlm-look"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot write into {folder}: {error.strerror}. Choose another folder with --out"
-        ) from error
+def _check_folder(options: argparse.Namespace) -> None:
+    """Raises InputError: the files cannot be written, or would replace others of the same names."""
+    for path in (options.out / name for name in FILES):
+        check_output(path, [options.picture])
+        if path.exists() and not options.overwrite:
+            raise InputError(f"{path} exists: choose another folder with --out, or add --overwrite")
 
 
 def _save(figure: Figure, path: Path, fact: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
+from minivlm.files import check_output
 from minivlm.training.codebook import train_masks
 
 if TYPE_CHECKING:
@@ -33,5 +34,6 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say where the codebook is."""
+    check_output(options.out, replace=False)
     train_masks(options.out, steps=options.steps, seed=options.seed)
     print(f"The codebook is in {options.out}.")

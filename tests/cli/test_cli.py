@@ -34,6 +34,7 @@ from minivlm.evaluation.columns import COLUMNS
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, text_to_masks
 from minivlm.training.recipe import TrainingConfig, build
+from minivlm.world.demo import write_samples
 
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023
@@ -584,6 +585,28 @@ def test_arguments_that_are_refused(
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("name", ["photo.png", "./photo.png", "link.png", "prompts.png"])
+def test_a_drawing_replaces_no_input(
+    ask: Ask, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(picture, "photo.png")
+    Path("link.png").symlink_to("photo.png")
+    Path("prompts.png").write_text("caption en")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    line = ask.refused("photo.png", "--prompts-file", "prompts.png", "--draw", name)
+    assert line == f"{Path(name)} is read here, and would be overwritten: choose another name to write to"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Path("link.png").is_symlink()
+
+
+def test_a_drawing_replaces_no_device(ask: Ask, picture: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    line = ask.refused(picture, "--prompt", "caption en", "--draw", tmp_path / "pipe.png")
+    assert "pipe.png is a folder, a device or a pipe" in line
+    assert (tmp_path / "pipe.png").is_fifo()
+
+
 def break_folder(folder: Path, kind: str) -> None:
     weights = folder / "model.safetensors"
     config = json.loads((folder / "config.json").read_text())
@@ -902,9 +925,36 @@ def answers(processor: Processor, input_ids: Tensor) -> Tensor:
     return torch.tensor([[*row, *[tokenizer.pad_id] * (width - len(row))] for row in rows])
 
 
-@pytest.mark.parametrize("content", [None, "[]", "{", '{"a.png": 3}'])
+def test_demo_in_a_folder_of_the_workshop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the pictures that notebooks show, but no prompts. They stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    Path("figures/samples").mkdir(parents=True)
+    Path("figures/samples/scene_1.png").write_bytes(b"of the workshop")
+    assert main(["demo"]) == 0
+    assert "minivlm ask demo/samples/scene_1.png" in capsys.readouterr().out
+    assert main(["demo"]) == 0  # once more, over its own pictures
+    capsys.readouterr()
+    assert main(["demo", "--out", "figures"]) == 2
+    assert "figures/samples holds other files than samples: choose" in one_line(capsys.readouterr().err)
+    assert Path("figures/samples/scene_1.png").read_bytes() == b"of the workshop"
+
+
+def test_demo_replaces_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_samples(Path("figures/samples"))
+    before = {path: path.read_bytes() for path in Path("figures/samples").iterdir()}
+    assert main(["demo", "--out", "figures/samples"]) == 2
+    assert "scene_1.png is read here, and would be overwritten" in one_line(capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in Path("figures/samples").iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"a.png": 3}'])
 def test_damaged_samples(
-    content: str | None,
+    content: str,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -913,8 +963,7 @@ def test_damaged_samples(
     monkeypatch.setattr(cli.demo, "load_answering", lambda: minivlm.load(folder))
     monkeypatch.chdir(tmp_path)
     Path("figures/samples").mkdir(parents=True)
-    if content is not None:
-        Path("figures/samples/prompts.json").write_text(content)
+    Path("figures/samples/prompts.json").write_text(content)
     assert main(["demo"]) == 2
     assert "prompts.json cannot be read" in one_line(capsys.readouterr().err)
 

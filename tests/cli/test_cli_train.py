@@ -335,6 +335,10 @@ def test_train_codebook_for_a_moment(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "masks.npz"
     assert main(["train-codebook", "--out", str(out), "--steps", "2"]) == 0
     assert minivlm.processing.MaskCodebook.from_file(out)
+    content = out.read_bytes()
+    assert main(["train-codebook", "--out", str(out), "--steps", "1"]) == 2
+    assert "masks.npz exists, and would be overwritten" in one_line(capsys.readouterr().err)
+    assert out.read_bytes() == content
     (tmp_path / "file").touch()
     assert main(["train-codebook", "--out", str(tmp_path / "file" / "x.npz"), "--steps", "1"]) == 2
     assert "cannot write" in one_line(capsys.readouterr().err)
