@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,8 @@ import torch
 from PIL import Image
 
 from minivlm.cli import options as shared
-from minivlm.cli.pictures import check_picture_name, draw_answers, run_lengths, save_picture
+from minivlm.cli.pictures import draw_answers, drawings, run_lengths, save_picture
 from minivlm.errors import InputError
-from minivlm.files import check_output
-from minivlm.looking import side_by_side
 from minivlm.models.protocols import Answers
 from minivlm.processing import (
     AnswerProcessor,
@@ -57,8 +55,8 @@ def add_to(commands: Commands) -> None:
     ask.add_argument(
         "--draw",
         type=Path,
-        metavar="OUT.png",
-        help="write the pictures with the boxes and masks of the answers",
+        metavar="OUT",
+        help="write the picture with the boxes and masks of the answers; of several pictures, into a folder",
     )
     ask.add_argument("--json", action="store_true", help="one JSON object a line")
     ask.add_argument(
@@ -82,15 +80,16 @@ def run(options: argparse.Namespace) -> None:
         raise InputError('a --prompt is empty: ask something, such as "caption en"')
     if not prompts:
         raise InputError('there is nothing to ask: add --prompt "caption en" or --prompts-file FILE')
+    # Everything that can be refused is checked before the model is loaded. Pictures are opened once more when
+    # it is their turn: many large ones would fill the memory.
+    sizes = [to_rgb(load_picture(path)).size for path in options.pictures]
+    drawn: Sequence[Path | None] = [None] * len(sizes)
     if options.draw is not None:
-        check_picture_name(options.draw)
         inputs = [*options.pictures, *([options.prompts_file] if options.prompts_file else [])]
-        check_output(options.draw, inputs)
-    # Everything that can be refused is checked before the model is loaded.
-    pictures = [to_rgb(load_picture(path)) for path in options.pictures]
+        drawn = drawings(options.draw, options.pictures, sizes, inputs)
     model, processor = shared.open_answering(options)
-    drawn = []
-    for path, picture in zip(options.pictures, pictures, strict=True):
+    for path, drawing in zip(options.pictures, drawn, strict=True):
+        picture = to_rgb(load_picture(path))
         answers = []
         for prompt in prompts:
             pieces = _stream_answer(model, processor, picture, prompt, options)
@@ -109,12 +108,10 @@ def run(options: argparse.Namespace) -> None:
                 print()
                 for box in _found(answer, picture)["boxes"]:
                     print(f"  {box['name']}: {box['box']}")
-        if options.draw is not None:
-            drawn.append(draw_answers(picture, answers))
-    if options.draw is not None:
-        save_picture(side_by_side(drawn), options.draw)
-        if not options.json:
-            print(f"drawn: {options.draw}")
+        if drawing is not None:
+            save_picture(draw_answers(picture, answers), drawing)
+            if not options.json:
+                print(f"drawn: {drawing}")
 
 
 def _found(answer: str, picture: Image.Image) -> dict[str, list[dict[str, Any]]]:

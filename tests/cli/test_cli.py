@@ -6,6 +6,7 @@ calls `main`. The model is untrained, so where the words of an answer matter the
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +34,7 @@ from minivlm.cli import main
 from minivlm.cli.pictures import run_lengths
 from minivlm.evaluation.columns import COLUMNS
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor, text_to_masks
+from minivlm.processing import Processor, images, text_to_masks
 from minivlm.training.recipe import TrainingConfig, build
 from minivlm.world.demo import write_samples
 
@@ -305,24 +307,88 @@ def test_masks_are_drawn_beside_boxes(ask: Ask, say: Callable[..., list[Tensor]]
     assert changed[0:200, [200, 399]].all()  # the star's frame
 
 
-def test_several_pictures_are_drawn_side_by_side(
-    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+@pytest.mark.parametrize("exists", [True, False])
+def test_several_pictures_are_drawn_into_a_folder(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path, exists: bool
 ) -> None:
+    """One file each, also where two have the same name."""
     Image.new("RGB", (500, 400), "red").save(tmp_path / "b.png")
-    Image.new("RGB", (10, 20), "blue").save(tmp_path / "c.png")
+    shutil.copy(tmp_path / "b.png", tmp_path / "wide.jpg.png")
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (10, 20), "blue").save(tmp_path / "other" / "b.bmp")
+    if exists:
+        (tmp_path / "drawn").mkdir()
     say(CAPTION, RED, BLUE)
     out, _ = ask(
-        picture, tmp_path / "b.png", tmp_path / "c.png", "--prompt", "detect x", "--json",
-        "--draw", tmp_path / "all.png",
+        picture, tmp_path / "b.png", tmp_path / "other" / "b.bmp", "--prompt", "detect x",
+        "--draw", tmp_path / "drawn",
     )  # fmt: skip
-    assert len(out.splitlines()) == 3  # nothing but JSON
-    # Small ones are enlarged to 320 pixels on their shorter side, and 8 pixels lie between.
-    drawn = Image.open(tmp_path / "all.png")
-    assert drawn.size == (960 + 8 + 500 + 8 + 320, 640)
-    places = {(964, 10): "white", (968 + 450, 390): "red", (968 + 450, 410): "white", (1476 + 5, 630): "blue"}
-    assert {place: drawn.getpixel(place) for place in places} == {
-        place: ImageColor.getrgb(name) for place, name in places.items()
-    }
+    wanted = {"wide.png": (960, 320), "b.png": (500, 400), "b-2.png": (320, 640)}
+    assert {path.name: Image.open(path).size for path in (tmp_path / "drawn").iterdir()} == wanted
+    assert [line for line in out.splitlines() if "drawn: " in line] == [
+        f"drawn: {tmp_path / 'drawn' / name}" for name in wanted
+    ]
+
+
+def test_one_picture_is_drawn_into_a_folder(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+) -> None:
+    say(RED)
+    ask(picture, "--prompt", "detect x", "--draw", tmp_path / "drawn", "--json")
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["wide.png"]
+
+
+def test_drawings_that_would_replace_pictures(ask: Ask, picture: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        shutil.copy(picture, tmp_path / name)
+    line = ask.refused(tmp_path / "a.png", tmp_path / "b.png", "--prompt", "x", "--draw", tmp_path)
+    assert "a.png is read here, and would be overwritten" in line
+    line = ask.refused(tmp_path / "a.png", tmp_path / "b.png", "--prompt", "x", "--draw", tmp_path / "c.png")
+    assert line == f"{tmp_path}/c.png is one file, for 2 pictures: name a folder, such as {tmp_path}/c"
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("a.webp", 16_384), ("a.jpg", 65_536), ("a.gif", 65_536), ("a.tga", 65_536), ("a.ico", 257)],
+)
+def test_drawings_that_no_format_can_hold(ask: Ask, tmp_path: Path, name: str, side: int) -> None:
+    """They are refused before the model is asked, not after its answers."""
+    Image.new("RGB", (side, 1)).save(tmp_path / "long.png")
+    line = ask.refused(tmp_path / "long.png", "--prompt", "x", "--draw", tmp_path / name)
+    assert re.search(r"a\.\w+ would have \d+ x \d+ pixels, which \w+ cannot hold: use a.png", line)
+
+
+def test_a_drawing_that_fails(
+    ask: Ask, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("Failed to encode image")
+
+    monkeypatch.setattr(cli.pictures, "_check_format", lambda path: None)
+    monkeypatch.setattr(cli.pictures, "_check_sides", lambda path, width, height: None)
+    monkeypatch.setattr(Image.Image, "save", fail)
+    _, err = ask(picture, "--prompt", "x", "--draw", tmp_path / "a.avif", code=2)
+    assert one_line(err).endswith("a.avif cannot be written (Failed to encode image): use a.png")
+
+
+def test_one_picture_is_held_at_a_time(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[weakref.ref[Image.Image]] = []
+    counts = []
+
+    def spy(picture: Image.Image) -> Image.Image:
+        gc.collect()
+        counts.append(sum(one() is not None for one in opened))
+        rgb = images.to_rgb(picture)
+        opened.append(weakref.ref(rgb))
+        return rgb
+
+    monkeypatch.setattr(cli.ask, "to_rgb", spy)
+    say(*[CAPTION] * 5)
+    ask(*[picture] * 5, "--prompt", "caption en")
+    assert len(counts) >= 5
+    assert max(counts) <= 1
 
 
 def test_a_typed_placeholder_is_text(
@@ -563,7 +629,6 @@ def test_pictures_that_are_refused(
             "device 'nonsense' cannot be used .*--device cpu",
         ),
         (["--prompt", "caption en", "--device", "meta"], "device 'meta' cannot be used here"),
-        (["--prompt", "caption en", "--draw", "boxes"], "has no ending that names a picture format"),
         (["--prompt", "caption en", "--draw", "boxes.xyz"], "use something like boxes.png"),
         (["--prompt", "caption en", "--draw", "boxes.psd"], "use something like boxes.png"),  # read only
         (["--prompt", "caption en", "--draw", "boxes.xbm"], "use something like boxes.png"),  # no colors
