@@ -1039,6 +1039,83 @@ def test_ctrl_c(ask: Ask, picture: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (out, err) == ("", "minivlm: stopped\n")
 
 
+@pytest.mark.parametrize("module", ["torch", "argparse"])
+def test_ctrl_c_while_modules_are_imported(module: str, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    done = command("ask", picture, "--prompt", "caption en", env={"PYTHONPATH": path})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "minivlm: stopped\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(folder: Path, picture: Path, tmp_path: Path, closed: str) -> None:
+    """Nobody reads the answer, and no file takes the stream's place."""
+    words = [
+        sys.executable, "-m", "minivlm", "ask", picture, "--prompt", "caption en", "--model", folder,
+        "--max-new-tokens", "2", "--draw", tmp_path / "out.png",
+    ]  # fmt: skip
+    line = f"{shlex.join(map(str, words))} {closed}"
+    done = subprocess.run(line, shell=True, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert all(said.startswith(NOTE) for said in done.stderr.splitlines())
+    assert Image.open(tmp_path / "out.png").format == "PNG"
+
+
+ESCAPE = "\x1b]0;title\x07\x9b2J\u202e"
+
+
+def test_nothing_is_printed_that_a_terminal_obeys(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+) -> None:
+    """Names, prompts, answers, and messages about them."""
+    path = shutil.copy(picture, tmp_path / f"{ESCAPE}.png")
+    say(f"{ESCAPE}\n{RED}{ESCAPE}", RED)
+    drawn = tmp_path / f"{ESCAPE}.jpg"
+    out, _ = ask(path, "--prompt", f"detect {ESCAPE}", "--prompt", "caption en", "--draw", drawn)
+    refused = ask.refused(tmp_path / f"{ESCAPE}.gif", "--prompt", "caption en")
+    shown = "\\x1b]0;title\\x07\\x9b2J\\u202e"
+    for text in (out, refused, *ask.notes):
+        assert all(letter == "\n" or letter.isprintable() for letter in text)
+    assert f"{tmp_path}/{shown}.png | detect {shown}\n{shown}\n<loc0256>" in out
+    assert f"drawn: {tmp_path}/{shown}.jpg" in out
+    assert f"{shown}.gif: no such file" in refused
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ask", "LONG", "--prompt", "x"],
+        ["ask", "PICTURE", "--prompt", "x", "--model", "LONG"],
+        ["ask", "PICTURE", "--prompt", "x", "--draw", "LONG.png"],
+        ["ask", "PICTURE", "--prompt", "x", "--draw", "LONG"],
+        ["ask", "PICTURE", "--prompts-file", "LONG"],
+        ["look", "PICTURE", "--out", "LONG"],
+        ["look", "LONG"],
+        ["eval", "--model", "LONG"],
+        ["train", "--out", "LONG"],
+        ["train-codebook", "--out", "LONG"],
+        ["finetune", "--data", "LONG"],
+        ["workshop", "LONG"],
+        ["progress", "LONG", "--yes"],
+        ["demo", "--out", "LONG"],
+    ],
+    ids=" ".join,
+)
+def test_names_that_are_too_long(
+    arguments: list[str], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    long = "n" * 300
+    typed = [word.replace("LONG", long).replace("PICTURE", str(picture)) for word in arguments]
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(typed) == 2
+    line = one_line(err.getvalue())
+    assert long in line
+    assert "cannot write the answers" not in line
+
+
 def read_first_line_and_leave(*arguments: str | Path) -> tuple[str, str]:
     """What `minivlm ... | head -1` shows, and what is complained about."""
     process = subprocess.Popen(

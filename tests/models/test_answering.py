@@ -69,9 +69,7 @@ def test_help_opens_with_what_a_user_needs() -> None:
 def test_names_are_there_when_they_are_asked_for() -> None:
     """Also folders of the package, without an import of their own; nothing before."""
     code = "import sys, minivlm; assert 'torch' not in sys.modules; minivlm.processing.load_picture; "
-    code += (
-        "[getattr(minivlm, name) for name in minivlm.__all__]; assert dir(minivlm) == sorted(dir(minivlm)); "
-    )
+    code += "[getattr(minivlm, name) for name in minivlm.__all__]; "
     code += "from minivlm import *; load, answer, PaliGemma; assert not hasattr(minivlm, 'nothing')"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert sorted(name for names in minivlm._HOMES.values() for name in names.split()) == minivlm.__all__
