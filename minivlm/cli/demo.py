@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     )
     sample = folder / "scene_1.png"
     shared.say(f"  ask your own question      {command('ask', sample, '--prompt', 'caption en')}")
-    shared.say(f"  measure the model          {command('eval')}")
+    shared.say(f"  measure the model          {command('eval', '--scenes', '50')}")
     shared.say(f"  train your own             {command('train', '--out', 'runs/mine')}")
     if folder == SAMPLES:  # the course is in the repository alone
         print("  read how it works          make lab, from 00_tour on")
