@@ -301,7 +301,7 @@ def test_ctrl_c_and_kill_while_training(tune: list[str], data: Path) -> None:
         assert printed == ""
         if number == signal.SIGINT:
             assert process.returncode == 130
-            assert err == (
+            assert err.endswith(  # before it, about how long the run would have taken
                 f"minivlm: stopped after step {steps[-1]} of 300000; the same command with --resume goes on "
                 f"from step {steps[-1]}, saved in {out}\n"
             )
