@@ -32,7 +32,8 @@ help: ## show this list
 demo: $(READY) ## answer questions about pictures with the shipped model
 	$(BIN)/minivlm demo
 
-test: $(DEV) ## run lint, unit and nbval; all three, also where one of them fails
+test: $(DEV) ## about half an hour: run lint, unit and nbval; all three, also where one of them fails
+	@echo "make test: about half an hour on two cores"
 	@failed=; for part in lint unit nbval; do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
 	if [ -n "$$failed" ]; then echo "make test: failed in:$$failed" >&2; exit 1; fi
 
@@ -57,8 +58,9 @@ test-browser: $(BROWSER) ## run notebooks, book and hover page in Chromium (skip
 notebooks: $(DEV) ## run every notebook from a clean kernel and store its outputs
 	$(BIN)/python notebooks/execute.py
 
+# As root, JupyterLab asks for LAB_ARGS=--allow-root; LAB_ARGS="--no-browser --port 9000" is for a machine elsewhere.
 lab: $(READY) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
+	$(BIN)/jupyter-lab $(LAB_ARGS) --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 workshop: $(READY) ## write the notebooks for students into workshop/
 	$(BIN)/minivlm workshop $(OUT)
@@ -72,6 +74,7 @@ wheelhouse: $(READY) ## gather all wheels in wheelhouse/, for machines without a
 	$(PIP) wheel $(FLAGS) --find-links wheelhouse --wheel-dir wheelhouse ".[notebooks]"
 
 book: $(BOOK) ## build the book, a static site, in build/book
+	@echo "make book: about three minutes"
 	$(BIN)/python docs/book/build.py
 
 wheel: $(DEV) ## build the package in dist, install it into an empty environment and run its demonstration
@@ -91,11 +94,21 @@ $(BIN)/python:
 	       "name one that is, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 
+# What PyTorch's own build asks for is known once it is there, before the larger part is fetched.
+define WARN_OF_CUDA
+import importlib.metadata as metadata, sys
+if sys.platform == "linux" and any("nvidia" in name or "cuda" in name for name in metadata.requires("torch") or ()):
+    print("This is PyTorch for NVIDIA GPUs, and pip is about to fetch CUDA: 5.1 GB in all instead of 1.4. To avoid it,")
+    print("stop here with Ctrl-C, and run: make clean && make TORCH_INDEX=https://download.pytorch.org/whl/cpu lab")
+endef
+export WARN_OF_CUDA
+
 # PyTorch comes first and alone: only this one package is looked up at $(TORCH_INDEX), and where that index is out of
 # reach pip says so once and goes on without it. The second step keeps the build that the first one chose.
 $(VENV)/.ready-torch: $(BIN)/python constraints.txt
 	@echo "Setting up $(VENV) (the first time: about a minute, 1.4 GB) ..."
 	$(PIP) install $(FLAGS) --no-deps $(FROM) torch
+	@$(BIN)/python -c "$$WARN_OF_CUDA" >&2
 	@touch $@
 
 $(READY): $(VENV)/.ready-torch pyproject.toml constraints.txt

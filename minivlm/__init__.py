@@ -1,20 +1,38 @@
-"""A vision-language model from an image patch to a sentence: the package that the course's notebooks build.
+"""Vision-language models that you can read: load one, ask it, look inside it, train it.
+
+    load        open a checkpoint: a folder, or a repo of the Hub; by default the small model that ships
+    answer      from a picture and a prompt to words, in one line
+    InputError  what every refusal raises: what was wrong, and what to do
+
+    PaliGemma, CLIP, SigLIP, ViT    what `load` returns, and what it returns beside them:
+    Processor, PairProcessor        pictures and words in, tensors out, and back
 
 >>> import minivlm
+>>> minivlm.answer("photo.jpg", "caption en")
 >>> model, processor = minivlm.load("google/paligemma-3b-mix-224")
+>>> minivlm.answer("photo.jpg", "caption en", (model, processor))
+
+Pictures, boxes and masks are in `minivlm.processing`, training is in `minivlm.training`, and drawings of what
+goes on inside a model are in `minivlm.looking`. The command line is described by `minivlm --help`.
 """
 
-from minivlm.errors import InputError
-from minivlm.models.clip import CLIP, CLIPConfig
-from minivlm.models.load import load
-from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
-from minivlm.models.siglip import SigLIP, SiglipConfig
-from minivlm.models.vit import ViT
-from minivlm.processing import PairProcessor, Processor
-from minivlm.text.gemma import GemmaConfig
-from minivlm.text.gemma2 import Gemma2Config
-from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
-from minivlm.vision.vit import ViTConfig
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minivlm.errors import InputError
+    from minivlm.models.answering import answer
+    from minivlm.models.clip import CLIP, CLIPConfig
+    from minivlm.models.load import load
+    from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
+    from minivlm.models.siglip import SigLIP, SiglipConfig
+    from minivlm.models.vit import ViT
+    from minivlm.processing import PairProcessor, Processor
+    from minivlm.text.gemma import GemmaConfig
+    from minivlm.text.gemma2 import Gemma2Config
+    from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
+    from minivlm.vision.vit import ViTConfig
 
 __version__ = "0.1.0"
 
@@ -34,5 +52,35 @@ __all__ = [
     "SiglipVisionModel",
     "ViT",
     "ViTConfig",
+    "answer",
     "load",
 ]
+
+_HOMES = {
+    "errors": "InputError",
+    "models.answering": "answer",
+    "models.clip": "CLIP CLIPConfig",
+    "models.load": "load",
+    "models.paligemma": "PaliGemma PaliGemmaConfig",
+    "models.siglip": "SigLIP SiglipConfig",
+    "models.vit": "ViT",
+    "processing": "PairProcessor Processor",
+    "text.gemma": "GemmaConfig",
+    "text.gemma2": "Gemma2Config",
+    "vision.siglip": "SiglipVisionConfig SiglipVisionModel",
+    "vision.vit": "ViTConfig",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used: PyTorch takes seconds, which `minivlm --help` should not."""
+    for home, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:  # a folder of the package
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -3,6 +3,9 @@
 The new content is written to a file next to the old one and flushed to disk. Then it replaces the old one in
 a single step, which the file system does completely or not at all. So a full disk, a crash or a power cut in
 the middle leaves the old file as it was.
+
+Only a regular file is ever replaced, or a new name taken. Links are followed: the file that one leads to is
+replaced, and the link stays. A device, a pipe or a folder is refused; a rename would put a file in its place.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,9 +34,12 @@ def write_aside(path: Path) -> Iterator[Path]:
     Whoever has the old file open or memory-mapped keeps it, complete.
 
     Raises:
-        InputError: the file cannot be written (disk full, no permission, not a folder).
+        InputError: the file cannot be written (disk full, no permission, not a folder), or `path` names
+            something else than a regular file.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    path = _behind_links(path)
+    # A name has 255 bytes at most; 60 characters leave room for the rest in any alphabet.
+    temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -51,6 +58,52 @@ def write_aside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # already renamed, or never created
             temporary.unlink()
+
+
+def check_output(path: Path, inputs: Iterable[str | Path] = (), replace: bool = True) -> None:
+    """Refuse before the work what `write_aside` would refuse after it. Nothing is written here.
+
+    Args:
+        inputs: files that the program reads, which must stay as they are. Missing ones are ignored.
+        replace: whether a file of this name may be replaced.
+
+    Raises InputError: `path` is one of the inputs, by whatever name or link; it is no regular file; it exists
+    although it may not be replaced; its folder cannot be made or written into.
+    """
+    target = _behind_links(path)
+    if any(_same(target, Path(name)) for name in inputs):
+        raise InputError(f"{path} is read here, and would be overwritten: choose another name to write to")
+    if not replace and target.exists():
+        raise InputError(f"{path} exists, and would be overwritten: choose another name, or remove it first")
+    folder = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not folder.is_dir():
+        raise InputError(f"cannot write {path}: {folder} is not a folder. Choose another name to write to")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: {folder} may not be written into. Choose another folder")
+
+
+def _behind_links(path: Path) -> Path:
+    """Where a file of this name is or will be. Raises InputError: something else than a file is there."""
+    try:
+        # Asked before links are resolved: /dev/stdout leads to a pipe, which has no path.
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # a new name
+        regular = True
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}. Choose another name to write to") from error
+    if not regular:
+        raise InputError(f"{path} is a folder, a device or a pipe: give the name of a file to write to")
+    return Path(os.path.realpath(path))
+
+
+def _same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:  # one of them does not exist, or cannot be asked about
+        return False
 
 
 def _flush(path: Path) -> None:

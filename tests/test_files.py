@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from minivlm.errors import InputError
-from minivlm.files import write_aside
+from minivlm.files import check_output, write_aside
 
 
 def test_the_new_file_appears_at_the_end_of_the_block(tmp_path: Path):
@@ -119,3 +119,94 @@ def test_a_safetensors_file_is_readable_like_any_other(tmp_path: Path):
     with write_aside(tmp_path / "a.safetensors") as temporary:
         save_file({"a": torch.zeros(1)}, temporary)
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode
+
+
+# What may be written to
+
+
+def special(path: Path, kind: str) -> Path:
+    """Something that is no regular file."""
+    if kind == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("only root makes device nodes")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    else:
+        path.symlink_to(special(path.with_name("device"), "device"))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "link to a device", "loop"])
+def test_only_regular_files_are_replaced(tmp_path: Path, kind: str):
+    """A rename would put a file where the device was."""
+    path = special(tmp_path / "null", kind)
+    before = {name: os.lstat(tmp_path / name).st_mode for name in os.listdir(tmp_path)}
+    with pytest.raises(InputError, match=r"null"), write_aside(path):
+        pytest.fail("the block must not run")
+    with pytest.raises(InputError, match=r"null"):
+        check_output(path)
+    assert {name: os.lstat(tmp_path / name).st_mode for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link(tmp_path: Path, exists: bool):
+    """What it leads to is written, also in another folder."""
+    target, link = tmp_path / "there" / "a.txt", tmp_path / "link"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    if exists:
+        target.write_text("old")
+    check_output(link)
+    with write_aside(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert os.listdir(target.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "../pictures/photo.jpg", "link.jpg", "hard.jpg"])
+def test_an_input_is_no_output(tmp_path: Path, name: str):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    photo = folder / "photo.jpg"
+    photo.write_bytes(b"photo")
+    (folder / "link.jpg").symlink_to("photo.jpg")
+    os.link(photo, folder / "hard.jpg")
+    with pytest.raises(InputError, match="is read here, and would be overwritten: choose another name"):
+        check_output(folder / name, ["missing.jpg", photo])
+    check_output(folder / "other.jpg", [photo])
+
+
+def test_what_exists_stays_where_it_is_to_stay(tmp_path: Path):
+    (tmp_path / "a.npz").touch()
+    check_output(tmp_path / "a.npz")
+    with pytest.raises(InputError, match=r"a.npz exists, and would be overwritten"):
+        check_output(tmp_path / "a.npz", replace=False)
+
+
+def test_a_folder_is_looked_at_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_output(tmp_path / "new" / "folder" / "a")
+    assert os.listdir(tmp_path) == []  # nothing is made yet
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is not a folder"):
+        check_output(tmp_path / "file" / "folder" / "a")
+    monkeypatch.setattr(os, "access", lambda *rest: False)  # root may write anywhere
+    with pytest.raises(InputError, match="may not be written into"):
+        check_output(tmp_path / "new" / "a")
+
+
+@pytest.mark.parametrize("letter", ["a", "\N{HIRAGANA LETTER A}"])
+def test_the_longest_names(tmp_path: Path, letter: str):
+    """255 bytes are a name; more are refused by name."""
+    longest = letter * (255 // len(letter.encode()))
+    with write_aside(tmp_path / longest) as temporary:
+        temporary.write_text("a")
+    assert os.listdir(tmp_path) == [longest]
+    with pytest.raises(InputError, match="File name too long"), write_aside(tmp_path / (longest + letter)):
+        pytest.fail("the block must not run")

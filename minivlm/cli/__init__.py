@@ -2,18 +2,23 @@
 `train | finetune | train-contrastive | train-codebook`, and for a classroom `doctor | workshop | progress`.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
-output as they are generated; progress bars go to standard error, and only to a terminal.
+output as they are generated; notes and progress go to standard error.
+
+Nothing here, nor in the modules of the commands, imports PyTorch before a command runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
+import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
+import minivlm
 from minivlm.cli import (
     ask,
     demo,
@@ -27,10 +32,9 @@ from minivlm.cli import (
     train_contrastive,
     workshop,
 )
-from minivlm.cli.options import one_line, show
+from minivlm.cli.options import one_line, show, tell
 from minivlm.cli.program import command
-from minivlm.data.lines import BadLines
-from minivlm.errors import InputError
+from minivlm.errors import InputError, extra
 
 EXAMPLES = """\
 examples:
@@ -61,44 +65,87 @@ MOVED = {  # old spellings, and the commands that took their place
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors as one line."""
+    """Errors as one line, with a guess at what was meant."""
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            message += _near(wrong[1], re.findall(r"[\w-]+", wrong[2]))
         self.exit(
             2, f"{self.prog}: error: {one_line(message)} (see {command(*self.prog.split()[1:], '--help')})\n"
         )
 
+    def refuse_unknown(self, arguments: Sequence[str]) -> NoReturn:
+        """What is left over after all that was understood."""
+        name = arguments[0].partition("=")[0]
+        self.error(f"unrecognized arguments: {' '.join(arguments)}{_near(name, self._option_string_actions)}")
+
+
+def _near(typed: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+class _PrintCompletion(argparse.Action):
+    """Print a script for the shell that completes commands, options and file names."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, option: object = None) -> None:
+        with extra("completion"):
+            import shtab
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     moved = _moved(arguments)
     if moved is not None:
-        print(f"minivlm: error: {moved}", file=sys.stderr)
+        tell(moved, "error")
         return 2
-    options = _parser().parse_args(arguments)
     try:
+        options = _parse(arguments)
         code = options.run(options) or 0
         sys.stdout.flush()
-    except BadLines as error:
-        show(error, "error")
-        return 2
     except InputError as error:
-        print(f"minivlm: error: {one_line(str(error))}", file=sys.stderr)
+        show(error, "error")
         return 2
     except KeyboardInterrupt as stop:
         print(f"minivlm: stopped {one_line(str(stop))}".rstrip(), file=sys.stderr)
         return 130
     except OSError as error:
+        if error.filename is not None:  # a name too long for the system, for instance
+            tell(f"{os.fsdecode(error.filename)}: {error.strerror}: check the name", "error")
+            return 2
         if not isinstance(error, BrokenPipeError):  # the reader (head, less) has left, which is no mistake
-            print(f"minivlm: error: cannot write the answers: {error.strerror or error}", file=sys.stderr)
+            tell(f"cannot write the answers: {error.strerror or error}", "error")
         # Without this, Python would try once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return int(code)
+
+
+def _open_closed_streams() -> None:
+    """Give a stream that was closed (`>&-`) a place where nothing is kept, before a file takes its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command, with its function `run`."""
+    parser = _parser()
+    if not arguments:  # help for whoever looks; for a script, a mistake, as argparse and git have it
+        parser.print_help()
+        parser.exit(2)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse_unknown(unknown)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,10 +155,19 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"minivlm {minivlm.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh"),
+        help="print a script for the shell that completes what is typed",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     models = (demo, ask, look, train, finetune, train_contrastive, train_codebook, evaluate)
     for module in (*models, doctor, workshop, progress):
         module.add_to(commands)
+    for one in commands.choices.values():
+        one.set_defaults(parser=one)
     return parser
 
 

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-
 from minivlm.cli import options as shared
-from minivlm.cli.pictures import check_picture_name, draw_answers, run_lengths, save_picture
 from minivlm.errors import InputError
-from minivlm.looking import side_by_side
-from minivlm.models.protocols import Answers
-from minivlm.processing import (
-    AnswerProcessor,
-    load_picture,
-    text_to_boxes,
-    text_to_masks,
-    to_device,
-    to_rgb,
-)
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from minivlm.cli.options import Commands
+    from minivlm.models.answering import Loaded
 
 HELP = """\
 The shipped model knows colored shapes. It understands:
@@ -35,6 +26,10 @@ The shipped model knows colored shapes. It understands:
   segment red circle                            what size is the red circle?
   how many circles are there?                   is there a red circle?
   is the red circle left of the blue star?
+
+Without a prompt, on a terminal, it asks for prompts about one picture until Ctrl-D. Of the file of prompts,
+empty lines and lines that begin with "# " are left out. With --json, "confidence" is the probability of the
+answer's least sure token, from 0 to 1; a coordinate counts as any coordinate.
 """
 
 
@@ -51,13 +46,15 @@ def add_to(commands: Commands) -> None:
         "pictures", metavar="PICTURE", nargs="+", help="picture files, of any format that Pillow reads"
     )
     ask.add_argument("--prompt", action="append", default=[], help="what to ask; may be given several times")
-    ask.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts from a text file, one a line")
+    ask.add_argument(
+        "--prompts-file", type=shared.path, metavar="FILE", help="prompts from a text file, one a line"
+    )
     shared.add_model(ask)
     ask.add_argument(
         "--draw",
-        type=Path,
-        metavar="OUT.png",
-        help="write the pictures with the boxes and masks of the answers",
+        type=shared.path,
+        metavar="OUT",
+        help="write the picture with the boxes and masks of the answers; of several pictures, into a folder",
     )
     ask.add_argument("--json", action="store_true", help="one JSON object a line")
     ask.add_argument(
@@ -76,46 +73,99 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Ask, and print each answer while it is generated."""
-    prompts = [*options.prompt, *_read_prompts(options.prompts_file)]
+    from minivlm.cli.pictures import draw_answers, drawings, save_picture
+    from minivlm.processing import load_picture, to_rgb
+
+    prompts: Iterable[str] = [*options.prompt, *_read_prompts(options.prompts_file)]
     if not all(prompt.strip() for prompt in prompts):
         raise InputError('a --prompt is empty: ask something, such as "caption en"')
-    if not prompts:
+    chat = not prompts and len(options.pictures) == 1 and sys.stdin.isatty() and sys.stdout.isatty()
+    if chat:
+        prompts = _typed()
+    elif not prompts:
         raise InputError('there is nothing to ask: add --prompt "caption en" or --prompts-file FILE')
+    # Everything that can be refused is checked before the model is loaded. Pictures are opened once more when
+    # it is their turn: many large ones would fill the memory.
+    sizes = [to_rgb(load_picture(path)).size for path in options.pictures]
+    drawn: Sequence[Path | None] = [None] * len(sizes)
     if options.draw is not None:
-        check_picture_name(options.draw)
-    # Everything that can be refused is checked before the model is loaded.
-    pictures = [to_rgb(load_picture(path)) for path in options.pictures]
-    model, processor = shared.open_answering(options)
-    drawn = []
-    for path, picture in zip(options.pictures, pictures, strict=True):
-        answers = []
+        inputs = [*options.pictures, *([options.prompts_file] if options.prompts_file else [])]
+        drawn = drawings(options.draw, options.pictures, sizes, inputs)
+    loaded = shared.open_answering(options)
+    for path, drawing in zip(options.pictures, drawn, strict=True):
+        picture = to_rgb(load_picture(path))
+        answers: list[str] = []
         for prompt in prompts:
-            pieces = _stream_answer(model, processor, picture, prompt, options)
-            answer = next(pieces)  # what is refused here is refused before anything is printed
+            try:
+                answers.append(_ask(loaded, path, picture, prompt, options, chat, first=not answers))
+            except InputError as error:
+                if not chat:
+                    raise
+                shared.show(error, "error")
+        if drawing is not None:
+            save_picture(draw_answers(picture, answers), drawing)
             if not options.json:
-                print(f"{path} | {prompt}\n{answer}", end="", flush=True)
-            for piece in pieces:
-                answer += piece
-                if not options.json:
-                    print(piece, end="", flush=True)
-            answers.append(answer)
-            if options.json:
-                line = {"picture": path, "prompt": prompt, "answer": answer, **_found(answer, picture)}
-                print(json.dumps(line), flush=True)
-            else:
-                print()
-                for box in _found(answer, picture)["boxes"]:
-                    print(f"  {box['name']}: {box['box']}")
-        if options.draw is not None:
-            drawn.append(draw_answers(picture, answers))
-    if options.draw is not None:
-        save_picture(side_by_side(drawn), options.draw)
+                shared.say(f"drawn: {drawing}")
+
+
+def _ask(
+    loaded: Loaded,
+    path: str,
+    picture: Image.Image,
+    prompt: str,
+    options: argparse.Namespace,
+    chat: bool,
+    first: bool,
+) -> str:
+    """Print and return the answer to one prompt. `first`: about this picture."""
+    from minivlm.cli import notes
+    from minivlm.models.answering import AnswerStream
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    stream = AnswerStream(*loaded, picture, prompt, **{name: getattr(options, name) for name in names})
+    pieces = iter(stream)
+    answer = next(pieces)  # what is refused here is refused before anything is printed
+    if not options.json:
+        shared.say(f"{answer}" if chat else f"{path} | {prompt}\n{answer}", end="")
+    for piece in pieces:
+        answer += piece
         if not options.json:
-            print(f"drawn: {options.draw}")
+            shared.say(piece, end="")
+    found = _found(answer, picture)
+    if options.json:
+        sure = None if stream.confidence is None else round(stream.confidence, 4)
+        line = {"picture": path, "prompt": prompt, "answer": answer, "confidence": sure, **found}
+        print(json.dumps(line), flush=True)
+    else:
+        shared.say("")
+        for box in found["boxes"]:
+            shared.say(f"  {box['name']}: {box['box']}")
+    for note in (
+        *(notes.of_picture(*picture.size) if first else ()),
+        *notes.of_prompt(prompt, loaded[1].tokenizer),
+        *notes.of_answer(stream.confidence),
+    ):
+        shared.tell(note, "note")
+    return answer
+
+
+def _typed() -> Iterator[str]:
+    """Prompts as they are typed, until the end of the input."""
+    with suppress(ImportError):  # keys to go back to earlier lines, where the system has them
+        import readline  # noqa: F401
+    print("Ask about the picture. Ctrl-D ends.", file=sys.stderr)
+    with suppress(EOFError):
+        while True:
+            prompt = input("> ").strip()
+            if prompt:
+                yield prompt
+    print()
 
 
 def _found(answer: str, picture: Image.Image) -> dict[str, list[dict[str, Any]]]:
     """The boxes in an answer, and its masks, in pixels of the picture."""
+    from minivlm.cli.pictures import run_lengths
+    from minivlm.processing import text_to_boxes, text_to_masks
 
     def described(box: tuple[Any, ...]) -> dict[str, Any]:
         return {"name": box[4], "box": [round(edge, 1) for edge in box[:4]]}
@@ -138,35 +188,8 @@ def _read_prompts(path: Path | None) -> list[str]:
         raise InputError(
             f"{path} cannot be read: {reason}. Give a text file with one prompt a line"
         ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    stripped = (line.strip() for line in lines)
+    prompts = [line for line in stripped if line and line != "#" and not line.startswith("# ")]
     if not prompts:
         raise InputError(f"{path} holds no prompt: write one a line")
     return prompts
-
-
-def _stream_answer(
-    model: Answers,
-    processor: AnswerProcessor,
-    picture: Image.Image,
-    prompt: str,
-    options: argparse.Namespace,
-) -> Iterator[str]:
-    """The answer in pieces of text, as they become known."""
-    ids: list[int] = []
-    shown = ""
-    tokens = model.stream(
-        **to_device(processor([picture], [prompt]), model.device),
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    for token in tokens:
-        ids.append(int(token[0]))
-        text = processor.decode(torch.tensor([ids]))[0]
-        # Half of a character that takes several byte tokens decodes to U+FFFD: wait for the rest.
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield text[len(shown) :]

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
-from minivlm.data.pairs import read_pairs
 from minivlm.errors import InputError
-from minivlm.evaluation import evaluate
-from minivlm.evaluation.columns import COLUMNS
-from minivlm.evaluation.contrastive import PAIR_COLUMNS, evaluate_own_pairs, evaluate_pairs
-from minivlm.evaluation.tables import as_json, as_text
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
+
+# Of `minivlm.evaluation.columns`, whose import takes seconds.
+COLUMNS = (
+    "held_out", "unseen_pairs", "other_grays", "turned", "jpeg", "matplotlib", "browser", "text_only",
+)  # fmt: skip
 
 
 def add_to(commands: Commands) -> None:
@@ -32,13 +31,13 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--columns",
         nargs="+",
-        choices=tuple(COLUMNS),
+        choices=COLUMNS,
         metavar="COLUMN",
         help=f"some of: {', '.join(COLUMNS)} (default: all; of CLIP and SigLIP, all but text_only)",
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=shared.path,
         metavar="FILE.jsonl",
         help="of CLIP and SigLIP: retrieval among your own pairs, instead of scenes",
     )
@@ -48,6 +47,11 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the table."""
+    from minivlm.data.pairs import read_pairs
+    from minivlm.evaluation import evaluate
+    from minivlm.evaluation.contrastive import PAIR_COLUMNS, evaluate_own_pairs, evaluate_pairs
+    from minivlm.evaluation.tables import as_json, as_text
+
     if options.data is not None:
         shared.refuse(options, ("scenes", "seed", "columns"), "is about drawn scenes: leave out it or --data")
     asked = {"scenes": 2000, "seed": 1} | shared.given(options, ("scenes", "seed"))

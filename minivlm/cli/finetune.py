@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
 from minivlm.cli.program import command
 from minivlm.errors import InputError
-from minivlm.training.finetuning import PARTS, FinetuningConfig, finetune
-from minivlm.training.loop import LOG, read_log
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
@@ -29,6 +25,8 @@ word such as none, or leave the suffix empty and choose the word with --empty-an
 Ctrl-C finishes the step and saves; the same command with --resume goes on.
 """
 
+PARTS = ("tower", "decoder")  # of `minivlm.training.finetuning`, whose import takes seconds
+
 
 def add_to(commands: Commands) -> None:
     """Describe the command."""
@@ -40,11 +38,14 @@ def add_to(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--data", type=Path, metavar="FILE.jsonl", required=True, help="what to train on, see below"
+        "--data", type=shared.path, metavar="FILE.jsonl", required=True, help="what to train on, see below"
     )
-    parser.add_argument("--validation", type=Path, metavar="FILE.jsonl", help="what to measure on")
+    parser.add_argument("--validation", type=shared.path, metavar="FILE.jsonl", help="what to measure on")
     parser.add_argument(
-        "--model", metavar="FOLDER_OR_REPO_ID", help="where to start (default: the shipped tiny model)"
+        "--model",
+        type=shared.text,
+        metavar="FOLDER_OR_REPO_ID",
+        help="where to start (default: the shipped tiny model)",
     )
     parser.add_argument(
         "--on-bad-line", choices=("refuse", "skip"), help="skip: leave bad lines out (default: refuse)"
@@ -65,7 +66,7 @@ def add_to(commands: Commands) -> None:
     number("--accumulate", type=int, help="batches for one step, as one larger batch (default: 1)")
     number("--lr", type=float, help="learning rate (default: 1e-3 for small models, 2e-5 for large ones)")
     recipe.add_argument(
-        "--freeze", choices=tuple(PARTS), action="append", help="leave this part as it is; may be given twice"
+        "--freeze", choices=PARTS, action="append", help="leave this part as it is; may be given twice"
     )
     number("--max-length", type=int, help="tokens of picture and line at most (default: the model's context)")
     parser.set_defaults(run=run)
@@ -73,6 +74,11 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say how good the answers are and how to ask for more."""
+    from dataclasses import fields
+
+    from minivlm.training.finetuning import FinetuningConfig, finetune
+    from minivlm.training.loop import LOG, read_log
+
     if options.measure_every and options.validation is None:
         raise InputError("--measure-every has nothing to measure on: add --validation FILE.jsonl")
     values = shared.given(options, [field.name for field in fields(FinetuningConfig)])
@@ -85,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     measured = [line for line in read_log(options.out / LOG) if line.get("exact match") is not None]
     if measured:
         first, last = measured[0], measured[-1]
-        print(
+        shared.say(
             f"Exact answers to {options.validation}: {first['exact match']:.3f} at step {first['step']}, "
             f"{last['exact match']:.3f} at step {last['step']}."
         )

@@ -8,21 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
-from torch import Tensor
-
 from minivlm.cli import options as shared
 from minivlm.errors import InputError
-from minivlm.files import write_aside
-from minivlm.models.protocols import Answers, Matches, Tower
-from minivlm.processing import AnswerProcessor, PairProcessor, load_picture, to_rgb
+from minivlm.files import check_output, write_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL import Image
+    from torch import Tensor
 
     from minivlm.cli.options import Commands
+    from minivlm.models.protocols import Answers, Matches, Tower
+    from minivlm.processing import AnswerProcessor, PairProcessor
 
+FILES = (
+    "filters.png", "positions.png", "heads.png", "attention.png", "importance.png", "words.png", "hover.html",
+)  # fmt: skip
 MOST_MAPS = 23  # words of an answer that get a map of their own
 
 
@@ -36,8 +37,13 @@ def add_to(commands: Commands) -> None:
     look.add_argument("picture", metavar="PICTURE", help="a picture file, of any format that Pillow reads")
     look.add_argument("--prompt", default="caption en", help='question, or text (default: "caption en")')
     look.add_argument(
-        "--out", type=Path, default=Path("look"), metavar="FOLDER", help="where to write (default: look)"
+        "--out",
+        type=shared.path,
+        default=Path("look"),
+        metavar="FOLDER",
+        help="where to write (default: look)",
     )
+    look.add_argument("--overwrite", action="store_true", help="replace files of the same names in FOLDER")
     shared.add_model(look, "a PaliGemma, CLIP or SigLIP checkpoint")
     look.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="length of an answer (default: 64)"
@@ -52,17 +58,19 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Answer, draw, and print what each file shows."""
+    from minivlm.processing import load_picture, to_rgb
+
     if not options.prompt.strip():
         raise InputError('--prompt is empty: ask something, such as "caption en"')
     picture = to_rgb(load_picture(options.picture))
-    _make_folder(options.out)
+    _check_folder(options)
     kind, model, processor = shared.open_reading(options)
     look_at = _look_at_answer if kind == "answers" else _look_at_match
     look_at(model, processor, picture, options)
-    print(f"drawn: {options.out}")
+    shared.say(f"drawn: {options.out}")
 
 
-# Drawing takes half a second to import, which no other command should pay: so each function imports it.
+# Drawing takes half a second more to import: each function imports what it draws with.
 
 
 def _look_at_answer(
@@ -74,7 +82,7 @@ def _look_at_answer(
     from minivlm.looking.inspection import inspect_answer
 
     seen = inspect_answer(model, processor, picture, options.prompt, options.max_new_tokens)
-    print(f"{options.picture} | {options.prompt}\n{seen.answer}")
+    shared.say(f"{options.picture} | {options.prompt}\n{seen.answer}")
     _draw_tower(model.vision_tower, seen.tower, options.out)
 
     by_word = seen.attention.mean(dim=(1, 2))  # [A, N]
@@ -103,7 +111,7 @@ def _look_at_answer(
     page = hover_page(seen.pixel_values, whole, words, f"{options.prompt}: {seen.answer}")
     with write_aside(options.out / "hover.html") as temporary:
         temporary.write_text(f'<!doctype html><meta charset="utf-8">\n{page}\n', encoding="utf-8")
-    print("  hover.html      the same to explore: open it in a browser")
+    shared.say("  hover.html      the same to explore: open it in a browser")
 
 
 def _look_at_match(
@@ -114,7 +122,7 @@ def _look_at_match(
     from minivlm.looking.inspection import inspect_match
 
     seen = inspect_match(model, processor, picture, options.prompt)
-    print(f"{options.picture} | {options.prompt}\ncosine {seen.cosine:.3f}")
+    shared.say(f"{options.picture} | {options.prompt}\ncosine {seen.cosine:.3f}")
     _draw_tower(model.vision_model, seen.tower, options.out)
     _save(
         plots.draw_patch_scores(
@@ -131,6 +139,8 @@ def _look_at_match(
 
 def _draw_tower(tower: Tower, maps: Tensor, out: Path) -> None:
     """Filters, positions and heads of an image tower, with its attention maps [layers, H, N, N]."""
+    import torch
+
     from minivlm.looking import measures, plots
 
     filters = tower.embeddings.patch_embedding.weight.detach().float()
@@ -181,20 +191,15 @@ def _draw_importance(pixel_values: Tensor, scores: dict[str, Tensor], out: Path)
     )
 
 
-def _make_folder(folder: Path) -> None:
-    """Raises InputError: there can be no such folder, or nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".minivlm-look"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot write into {folder}: {error.strerror}. Choose another folder with --out"
-        ) from error
+def _check_folder(options: argparse.Namespace) -> None:
+    """Raises InputError: the files cannot be written, or would replace others of the same names."""
+    for path in (options.out / name for name in FILES):
+        check_output(path, [options.picture])
+        if path.exists() and not options.overwrite:
+            raise InputError(f"{path} exists: choose another folder with --out, or add --overwrite")
 
 
 def _save(figure: Figure, path: Path, fact: str) -> None:
     with write_aside(path) as temporary:
         figure.savefig(temporary, format="png")
-    print(f"  {path.name:15} {fact}")
+    shared.say(f"  {path.name:15} {fact}")

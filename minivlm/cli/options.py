@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import Field
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from minivlm.checkpoints.devices import check_device
-from minivlm.data.lines import BadLines
 from minivlm.errors import InputError
-from minivlm.models.load import SHIPPED, SYSTEMS, Kind, LoadOptions, kind_of, load
-from minivlm.models.protocols import Answers
-from minivlm.processing import AnswerProcessor
-from minivlm.speed.compiled import compile_parts
-from minivlm.training.limits import MOST_AT_ONCE
-from minivlm.training.loop import Loop
 
-if TYPE_CHECKING:  # argparse has no public name for what add_subparsers returns
+if TYPE_CHECKING:
+    from minivlm.models.load import Kind, LoadOptions
+    from minivlm.models.protocols import Answers
+    from minivlm.processing import AnswerProcessor
+    from minivlm.training.loop import Loop
+
+    # argparse has no public name for what add_subparsers returns
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+# PyTorch takes seconds to import. No command does it before it runs, so that --help and mistakes in typing
+# are answered at once: what needs it is imported by the function that uses it.
+
+Recipe = Mapping[str, Mapping[str, tuple[int | float, str]]]  # group -> field -> default, and what it means
 SHARED = ("seed", "warmup_steps", "bf16")  # options of `add_run` that are fields of every recipe
 
 
@@ -34,22 +34,23 @@ SHARED = ("seed", "warmup_steps", "bf16")  # options of `add_run` that are field
 
 def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma checkpoint") -> None:
     """--model, --revision, --dtype, --device, --quantize, --pack, --compile."""
-    parser.add_argument(
-        "--model", metavar="FOLDER_OR_REPO_ID", help=f"{what} (default: the shipped tiny one)"
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", type=text, metavar="FOLDER_OR_REPO_ID", help=f"{what} (default: the shipped tiny one)"
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the repo (default: its main branch)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add_device(parser)
-    parser.add_argument("--quantize", choices=("int8",), help="round the decoder's matrices (default: no)")
-    parser.add_argument(
+    group.add_argument("--revision", help="branch, tag or commit of the repo (default: its main branch)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add_device(group)
+    group.add_argument("--quantize", choices=("int8",), help="round the decoder's matrices (default: no)")
+    group.add_argument(
         "--pack", action="store_true", help="a copy of the weights that is faster for prompts and batches"
     )
-    parser.add_argument(
+    group.add_argument(
         "--compile", action="store_true", help="use torch.compile, which helps with many answers"
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     """--device."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
 
@@ -67,6 +68,8 @@ def open_reading(options: argparse.Namespace) -> tuple[Kind, Any, Any]:
 
     Raises InputError: it reads no text; otherwise as `load`.
     """
+    from minivlm.models.load import SHIPPED, SYSTEMS, kind_of
+
     choices, name = _choices(options), options.model or SHIPPED
     kind = kind_of(name, options.revision)
     if kind == "classifies":
@@ -76,14 +79,22 @@ def open_reading(options: argparse.Namespace) -> tuple[Kind, Any, Any]:
 
 
 def _open(options: argparse.Namespace, kind: Kind, choices: LoadOptions) -> tuple[Any, Any]:
+    from minivlm.models.load import SHIPPED, load
+
     model, processor = load(options.model or SHIPPED, kind=kind, **choices)
     if options.compile:
+        from minivlm.speed.compiled import compile_parts
+
         compile_parts(model)
     return model, processor
 
 
 def _choices(options: argparse.Namespace) -> LoadOptions:
     """What the options of `add_model` say about loading."""
+    import torch
+
+    from minivlm.checkpoints.devices import check_device
+
     if options.model is None:
         refuse(options, ("revision",), "is of a repo of the Hub: add --model OWNER/NAME, or leave it out")
     return {
@@ -109,32 +120,39 @@ def add_run(
         measured: what metrics are taken on.
         warmup: the default number of steps.
     """
-    number = partial(parser.add_argument, metavar="N")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the model (default: {out})")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    group = parser.add_argument_group("run")
+    number = partial(group.add_argument, metavar="N")
+    group.add_argument("--out", type=path, default=Path(out), help=f"folder for the model (default: {out})")
+    group.add_argument("--resume", action="store_true", help="continue the run in --out")
     number("--save-every", type=at_least_1, default=250, help="steps (default: 250)")
     number(
         "--measure-every",
         type=at_least_0,
         help=f"steps between metrics for log.csv, on {measured} (default: {measure_every}; 0: never)",
     )
-    add_device(parser)
+    add_device(group)
     number("--threads", type=at_least_1, help="to compute with (default: all cores)")
     number("--workers", type=at_least_0, default=1, help="processes that prepare batches (default: 1)")
     number("--seed", type=int, help="(default: 0)")
     number("--warmup-steps", type=int, help=f"(default: {warmup})")
-    parser.add_argument(
+    group.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
         help="compute in bf16, with weights in fp32 (default: where the device has instructions for it)",
     )
 
 
-def add_field(parser: argparse._ActionsContainer, field: Field[Any]) -> None:
-    """An option for a number of a recipe."""
-    parser.add_argument(
-        option_of(field.name), type=type(field.default), metavar="N", help=f"(default: {field.default})"
-    )
+def add_recipe(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    """An option for each number of a recipe, in groups."""
+    for title, numbers in recipe.items():
+        group = parser.add_argument_group(title)
+        for name, (default, meaning) in numbers.items():
+            group.add_argument(
+                option_of(name),
+                type=type(default),
+                metavar="N",
+                help=f"{meaning} (default: {default})".strip(),
+            )
 
 
 def prepare_loop(options: argparse.Namespace) -> Loop:
@@ -142,6 +160,12 @@ def prepare_loop(options: argparse.Namespace) -> Loop:
 
     Raises InputError: the device cannot be used; more threads or workers than make sense here.
     """
+    import torch
+
+    from minivlm.checkpoints.devices import check_device
+    from minivlm.training.limits import MOST_AT_ONCE
+    from minivlm.training.loop import Loop
+
     loop = Loop(
         resume=options.resume,
         save_every=options.save_every,
@@ -158,9 +182,11 @@ def prepare_loop(options: argparse.Namespace) -> Loop:
 
 def print_end(started: float, out: Path, what_next: str) -> None:
     """The last lines of a run that began at `started`, a time of `time.monotonic`."""
+    import torch
+
     minutes = (time.monotonic() - started) / 60
-    print(f"Trained for {minutes:.1f} minutes with {torch.get_num_threads()} threads.")
-    print(f"The model is in {out}. {what_next}")
+    say(f"Trained for {minutes:.1f} minutes with {torch.get_num_threads()} threads.")
+    say(f"The model is in {out}. {what_next}")
 
 
 # ---- single options ----------------------------------------------------------------------------------------
@@ -189,6 +215,18 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def text(typed: str) -> str:
+    """The type of names: `--model ""` is a mistake, often a variable of the shell that was never set."""
+    if not typed.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return typed
+
+
+def path(typed: str) -> Path:
+    """The type of files and folders. An empty one would be the current folder."""
+    return Path(text(typed))
+
+
 def at_least_0(text: str) -> int:
     """The type of numbers that may be 0."""
     if not text.isdecimal():
@@ -206,14 +244,37 @@ def at_least_1(text: str) -> int:
 # ---- messages ----------------------------------------------------------------------------------------------
 
 
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def plain(text: str) -> str:
+    """Names, prompts and answers without what a terminal would obey: escapes, and turns of the direction."""
+    return OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on standard output, at once."""
+    print(plain(text), end=end, flush=True)
+
+
+def tell(message: str, kind: str) -> None:
+    """A line on standard error. `kind` is error, warning or note."""
+    print(f"minivlm: {kind}: {one_line(message)}", file=sys.stderr)
+
+
 def one_line(message: str) -> str:
     """The message without line breaks, which the name of a file, for instance, may bring in."""
-    return " ".join(message.splitlines())
+    return plain(" ".join(message.splitlines()))
 
 
-def show(bad: BadLines, kind: str) -> None:
-    """Bad lines one below the other, on standard error. `kind` is error or warning."""
-    print(f"minivlm: {kind}: {one_line(bad.summary)}:", file=sys.stderr)
-    for reason in bad.reasons:
+def show(error: InputError, kind: str) -> None:
+    """A message on standard error; bad lines of a file stand one below the other."""
+    reasons = getattr(error, "reasons", None)
+    if reasons is None:  # no `BadLines`, whose module takes seconds to import
+        tell(str(error), kind)
+        return
+    bad: Any = error
+    tell(f"{bad.summary}:", kind)
+    for reason in reasons:
         print(f"  {one_line(reason)}", file=sys.stderr)
     print(bad.advice, file=sys.stderr)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from minivlm.errors import InputError
-from minivlm.files import write_aside
-from minivlm.looking import draw_masks
+from minivlm.files import check_output, write_aside
+from minivlm.looking import draw_masks, drawn_size
 from minivlm.processing import Mask, text_to_boxes, text_to_masks
 
 
@@ -41,7 +42,37 @@ def run_lengths(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": [0, *counts] if pixels[0] else counts}
 
 
-def check_picture_name(path: Path) -> None:
+def drawings(
+    draw: Path, pictures: Sequence[str], sizes: Sequence[tuple[int, int]], inputs: Sequence[str | Path]
+) -> list[Path]:
+    """A name for the drawing of each picture: that of `draw`, or PNG files in the folder `draw`.
+
+    Args:
+        sizes: width and height of the pictures.
+        inputs: files that must not be replaced.
+
+    Raises InputError: several pictures and one file; a name that the drawing cannot be written to.
+    """
+    if draw.is_dir() or not draw.suffix:
+        stems = Counter[str]()
+        names = []
+        for stem in (Path(picture).stem for picture in pictures):
+            stems[stem] += 1
+            names.append(draw / (f"{stem}.png" if stems[stem] == 1 else f"{stem}-{stems[stem]}.png"))
+    elif len(pictures) > 1:
+        raise InputError(
+            f"{draw} is one file, for {len(pictures)} pictures: name a folder, such as {draw.with_suffix('')}"
+        )
+    else:
+        names = [draw]
+    for name, size in zip(names, sizes, strict=True):
+        _check_format(name)
+        _check_sides(name, *drawn_size(*size))
+        check_output(name, inputs)
+    return names
+
+
+def _check_format(path: Path) -> None:
     """Raises InputError: the ending names no format that colors can be written in."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     try:
@@ -52,7 +83,27 @@ def check_picture_name(path: Path) -> None:
         ) from error
 
 
+def _check_sides(path: Path, width: int, height: int) -> None:
+    """Raises InputError: the format cannot hold so many pixels side by side, as WebP no more than 16383."""
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    try:
+        for size in ((width, 1), (1, height)):
+            content = io.BytesIO()
+            Image.new("RGB", size).save(content, format=kind)
+            if kind in Image.OPEN and Image.open(content).size != size:  # ICO is made smaller without a word
+                raise ValueError
+    except Exception as error:  # formats raise almost anything
+        raise InputError(
+            f"{path} would have {width} x {height} pixels, which {kind} cannot hold: use {path.stem}.png"
+        ) from error
+
+
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture in the format that its name's ending says. Raises InputError: it cannot be written."""
     with write_aside(path) as temporary:
-        picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+        try:
+            picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the format
+                raise
+            raise InputError(f"{path} cannot be written ({error}): use {path.stem}.png") from error

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivlm.classroom import landlock
-from minivlm.classroom.progress import MEMORY, SECONDS, Limits, find_handed_in, judge_handed_in
+from minivlm.classroom.progress import MEMORY, SECONDS
 from minivlm.cli import options as shared
 from minivlm.cli.program import command
 from minivlm.errors import InputError, extra
@@ -41,7 +39,7 @@ def add_to(commands: Commands) -> None:
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    progress.add_argument("folder", type=Path, metavar="FOLDER", help="what the students handed in")
+    progress.add_argument("folder", type=shared.path, metavar="FOLDER", help="what the students handed in")
     progress.add_argument("--yes", action="store_true", help="yes, run the code that others wrote")
     progress.add_argument(
         "--seconds",
@@ -65,6 +63,9 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print a line for each notebook when it is known."""
+    from minivlm.classroom import landlock
+    from minivlm.classroom.progress import Limits, find_handed_in, judge_handed_in
+
     if os.name != "posix":
         raise InputError("progress needs Linux or macOS: this system has no limits on processes")
     with extra("notebooks"):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm.cli import options as shared
-from minivlm.training.codebook import train_masks
+from minivlm.files import check_output
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
 
-STEPS = inspect.signature(train_masks).parameters["steps"].default
+STEPS = 2500  # the default of `train_masks`, whose module takes seconds to import
 
 
 def add_to(commands: Commands) -> None:
@@ -23,7 +21,9 @@ def add_to(commands: Commands) -> None:
         help="train the codebook of masks from nothing",
         description="Train the codebook that turns masks into words; the defaults made the shipped one.",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="the codebook, an npz file")
+    parser.add_argument(
+        "--out", type=shared.path, metavar="FILE", required=True, help="the codebook, an npz file"
+    )
     parser.add_argument(
         "--steps", type=shared.at_least_1, default=STEPS, metavar="N", help=f"(default: {STEPS})"
     )
@@ -33,5 +33,8 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say where the codebook is."""
+    from minivlm.training.codebook import train_masks
+
+    check_output(options.out, replace=False)
     train_masks(options.out, steps=options.steps, seed=options.seed)
-    print(f"The codebook is in {options.out}.")
+    shared.say(f"The codebook is in {options.out}.")

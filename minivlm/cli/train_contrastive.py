@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +11,6 @@ from typing import TYPE_CHECKING
 from minivlm.cli import options as shared
 from minivlm.cli.program import command
 from minivlm.errors import InputError
-from minivlm.training.contrastive import train_contrastive
-from minivlm.training.contrastive_recipe import OBJECTIVES, SIZES_OF_TOWERS, ContrastiveConfig
-from minivlm.training.loop import LOG, read_log
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
@@ -33,6 +29,29 @@ Ctrl-C finishes the step and saves; the same command with --resume goes on.
 """
 OWN = ("objective", "model", "teacher")  # fields of the recipe that have options of their own
 
+# Taken from `ContrastiveConfig`, whose module takes seconds to import.
+OBJECTIVES = ("clip", "siglip", "lit", "distill")
+RECIPE: shared.Recipe = {
+    "sizes of new towers": {
+        "image_size": (64, "pixels of a picture's side"),
+        "patch_size": (8, "pixels of a patch's side"),
+        "tower_width": (96, "of the image tower"),
+        "tower_layers": (3, ""),
+        "tower_heads": (3, ""),
+        "text_width": (96, "of the text tower"),
+        "text_layers": (2, ""),
+        "text_heads": (3, ""),
+        "max_length": (32, "tokens of a caption, with its start and end"),
+    },
+    "how they learn": {
+        "steps": (1000, ""),
+        "batch_size": (64, "pairs that are compared with each other"),
+        "lr": (0.002, "peak learning rate"),
+        "weight_decay": (0.02, "of matrices"),
+        "clip": (1.0, "norm of the gradient at most"),
+    },
+}
+
 
 def add_to(commands: Commands) -> None:
     """Describe the command."""
@@ -47,32 +66,39 @@ def add_to(commands: Commands) -> None:
         "--objective", choices=OBJECTIVES, default="siglip", help="what is learned (default: siglip)"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="FILE.jsonl", help="pairs of your own (default: drawn scenes)"
+        "--data", type=shared.path, metavar="FILE.jsonl", help="pairs of your own (default: drawn scenes)"
     )
     parser.add_argument(
-        "--validation", type=Path, metavar="FILE.jsonl", help="pairs of your own to measure on"
+        "--validation", type=shared.path, metavar="FILE.jsonl", help="pairs of your own to measure on"
     )
     parser.add_argument(
         "--on-bad-line", choices=("refuse", "skip"), help="skip: leave bad lines out (default: refuse)"
     )
-    parser.add_argument("--model", metavar="FOLDER_OR_REPO_ID", help="where to start (default: new towers)")
     parser.add_argument(
-        "--teacher", metavar="FOLDER_OR_REPO_ID", help="of --objective distill: CLIP or SigLIP"
+        "--model", type=shared.text, metavar="FOLDER_OR_REPO_ID", help="where to start (default: new towers)"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=shared.text,
+        metavar="FOLDER_OR_REPO_ID",
+        help="of --objective distill: CLIP or SigLIP",
     )
     shared.add_run(
         parser, out="runs/OBJECTIVE", measure_every=250, measured="200 held-out scenes or on --validation"
     )
-    recipe = parser.add_argument_group("recipe")
-    for field in fields(ContrastiveConfig):
-        if field.name not in (*OWN, *shared.SHARED):
-            shared.add_field(recipe, field)
+    shared.add_recipe(parser, RECIPE)
     parser.set_defaults(run=run, out=None)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say how well the towers find each other and how to measure more."""
+    from minivlm.training.contrastive import train_contrastive
+    from minivlm.training.contrastive_recipe import ContrastiveConfig
+    from minivlm.training.loop import LOG, read_log
+
     _check(options)
-    config = ContrastiveConfig(**shared.given(options, [field.name for field in fields(ContrastiveConfig)]))
+    names = [*OWN, *shared.SHARED, *(name for numbers in RECIPE.values() for name in numbers)]
+    config = ContrastiveConfig(**shared.given(options, names))
     out = options.out or Path("runs") / config.objective
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
     loop = shared.prepare_loop(options)
@@ -80,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
     train_contrastive(out, config, options.data, options.validation, warn=warn, loop=loop)
     for line in reversed(read_log(out / LOG)):
         if line.get("image to text recall@1") is not None:
-            print(
+            shared.say(
                 f"Recall@1 at step {line['step']}: {line['image to text recall@1']:.3f} from image to text, "
                 f"{line['text to image recall@1']:.3f} from text to image."
             )
@@ -92,13 +118,14 @@ def run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises InputError: options that do not belong together."""
+    sizes = tuple(RECIPE["sizes of new towers"])
     if options.data is None:
         needs = ("validation", "on_bad_line")
         shared.refuse(options, needs, "is for pairs of your own: add --data FILE.jsonl, or leave it out")
     elif options.measure_every and options.validation is None:
         raise InputError("--measure-every has nothing to measure on: add --validation FILE.jsonl")
     if options.objective == "lit":
-        locked = [name for name in SIZES_OF_TOWERS if name.startswith(("image", "patch", "tower"))]
+        locked = [name for name in sizes if name.startswith(("image", "patch", "tower"))]
         shared.refuse(options, locked, "is decided by the locked tower: leave it out")
     elif options.model is not None:
-        shared.refuse(options, SIZES_OF_TOWERS, "is decided by the folder of --model: leave one of them out")
+        shared.refuse(options, sizes, "is decided by the folder of --model: leave one of them out")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivlm.classroom.workshop import find_notebooks, write_workshop
+from minivlm.cli import options as shared
 
 if TYPE_CHECKING:
     from minivlm.cli.options import Commands
@@ -19,9 +18,12 @@ def add_to(commands: Commands) -> None:
         help="write the notebooks for students, without solutions",
         description="Write the course's notebooks with blanks for solutions, and the pictures they show.",
     )
-    workshop.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    workshop.add_argument("out", type=shared.path, metavar="OUT", help="the folder to write")
     workshop.add_argument(
-        "--notebooks", type=Path, metavar="FOLDER", help="where they are (default: notebooks/ of the clone)"
+        "--notebooks",
+        type=shared.path,
+        metavar="FOLDER",
+        help="where they are (default: notebooks/ of the clone)",
     )
     workshop.add_argument(
         "--overwrite", action="store_true", help="replace files in OUT, with the answers that they hold"
@@ -31,6 +33,8 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write them, and say what to do with them."""
+    from minivlm.classroom.workshop import find_notebooks, write_workshop
+
     copies = write_workshop(options.notebooks or find_notebooks(), options.out, options.overwrite)
     print(f"{len(copies)} notebooks, and the pictures that they show: {options.out}")
     print("They need an installed minivlm and nothing else: hand out the folder as it is.")

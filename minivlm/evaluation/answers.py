@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from minivlm.errors import InputError
 from minivlm.evaluation.baselines import text_only_answers
 from minivlm.evaluation.columns import COLUMNS, Column
 from minivlm.evaluation.scoring import Question, score
 from minivlm.evaluation.tables import Metric, Table
+from minivlm.evaluation.waiting import Bar, evenly_spread
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor, Tokenizer, box_to_tokens, text_to_boxes, to_device
 from minivlm.world.questions import TASKS, Example, ask
@@ -79,11 +79,14 @@ def evaluate(
         name: questions_of(COLUMNS[name], scenes, seed, pixels) for name in columns if name not in missing
     }
     table: Table = {name: {} for name in columns}
+    # Columns take about as long as each other: the first says how long all of them take.
+    rounds = len(asked.keys() - {"text_only"})
     for name, questions in asked.items():
         if name == "text_only":
             table[name] = score(questions, text_only_answers([question.example for question in questions]))
         else:
-            table[name] = _examine(model, processor, questions, progress, COLUMNS[name].title)
+            table[name] = _examine(model, processor, questions, progress, COLUMNS[name].title, rounds)
+            rounds = 0
     return table
 
 
@@ -93,13 +96,21 @@ def _examine(
     questions: Sequence[Question],
     progress: bool | None,
     label: str,
+    rounds: int,
 ) -> dict[str, Metric]:
     """Metrics of the model's answers; it is also asked how sure it is of the boxes that it detects."""
     pictures = [question.picture for question in questions]
     prompts = [question.example.prefix for question in questions]
     expected = [question.example.suffix for question in questions]
     answers = answer_all(
-        model, processor, pictures, prompts, progress=progress, label=label, expected=expected
+        model,
+        processor,
+        pictures,
+        prompts,
+        progress=progress,
+        label=label,
+        rounds=rounds,
+        expected=expected,
     )
     detect = [i for i, question in enumerate(questions) if question.example.task == "detect"]
     found = box_scores(
@@ -123,13 +134,15 @@ def answer_all(
     batch_size: int = 64,
     progress: bool | None = None,
     label: str | None = None,
+    rounds: int = 1,
     expected: Sequence[str] | None = None,
 ) -> list[str]:
     """Greedy answers to many prompts, in batches of rows of about equal length.
 
     Args:
-        progress: True shows a bar, False none, None only on a terminal.
+        progress: True shows a bar, False none, None a bar on a terminal and lines elsewhere.
         label: what the bar is called.
+        rounds: as in `Bar`.
         expected: answers of about the same length, where they are known. A batch takes as long as its longest
             answer, so rows are sorted by them; nothing but the time depends on it.
     """
@@ -138,8 +151,8 @@ def answer_all(
         range(len(prompts)), key=lambda i: (prompts[i].split()[0], answer_lengths[i], len(prompts[i]))
     )
     answers = [""] * len(prompts)
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, label, unit="batch", disable=None if progress is None else not progress):
+    starts = [batch * batch_size for batch in evenly_spread(-(-len(order) // batch_size))]
+    for start in Bar(starts, label, unit="batch", progress=progress, rounds=rounds):
         rows = order[start : start + batch_size]
         inputs = to_device(processor([pictures[i] for i in rows], [prompts[i] for i in rows]), model.device)
         texts = processor.decode(model.generate(**inputs, max_new_tokens=LONGEST_ANSWER))

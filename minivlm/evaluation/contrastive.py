@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from minivlm.data.pairs import Pair
 from minivlm.errors import InputError
@@ -31,6 +30,7 @@ from minivlm.evaluation.retrieval import (
     recall,
 )
 from minivlm.evaluation.tables import Metric, Table
+from minivlm.evaluation.waiting import Bar
 from minivlm.losses import similarity
 from minivlm.models.protocols import Matches
 from minivlm.models.zero_shot import class_embeddings
@@ -126,7 +126,7 @@ def encode(
     starts = [("image", i) for i in range(0, len(pictures), BATCH)]
     starts += [("text", i) for i in range(0, len(texts), BATCH)]
     embeds: dict[str, list[Tensor]] = {"image": [], "text": []}
-    for kind, i in tqdm(starts, desc=label, leave=False, disable=None if progress is None else not progress):
+    for kind, i in Bar(starts, label, unit="batch", leave=False, progress=progress):
         if kind == "image":
             pixel_values = processor(images=pictures[i : i + BATCH])["pixel_values"]
             embeds[kind].append(model.encode_image(pixel_values.to(model.device)).float())

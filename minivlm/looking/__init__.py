@@ -5,6 +5,6 @@ makes a page to explore them. Only drawing.py is imported here: the others need 
 second to import.
 """
 
-from minivlm.looking.drawing import BOX_COLORS, draw_boxes, draw_masks, side_by_side
+from minivlm.looking.drawing import draw_boxes, draw_masks, drawn_size
 
-__all__ = ["BOX_COLORS", "draw_boxes", "draw_masks", "side_by_side"]
+__all__ = ["draw_boxes", "draw_masks", "drawn_size"]

@@ -128,6 +128,12 @@ class Processor:
             texts.append(self.tokenizer.decode(row[:end]))
         return texts
 
+    def batch_decode(
+        self, ids: Tensor | Sequence[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
+        """As the tokenizer's `batch_decode`, under the name that processors of `transformers` have."""
+        return self.tokenizer.batch_decode(ids, skip_special_tokens)
+
     def _pictures(
         self, images: Picture | Sequence[Picture | None] | None, num_prompts: int
     ) -> list[Image.Image | None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.files import write_aside
@@ -120,6 +121,16 @@ class Tokenizer:
         """
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def batch_decode(
+        self, ids: Tensor | Sequence[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
+        """Text of each row of ids, [B, n] or lists, as `batch_decode` in `transformers`.
+
+        Nothing ends at `<eos>`: that is what a processor's `decode` is for.
+        """
+        rows = ids.tolist() if isinstance(ids, Tensor) else ids
+        return [self.decode(row, skip_special_tokens) for row in rows]
 
     def encode_prefix(self, prefix: str, image_seq_len: int) -> list[int]:
         """The first segment (token type 0): image tokens, `<bos>`, the prompt and a newline.

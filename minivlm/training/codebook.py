@@ -26,9 +26,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from minivlm.errors import InputError
+from minivlm.evaluation.waiting import Bar
 from minivlm.processing.codebook import MASK_SIDE, NUM_CODES, MaskCodebook
 from minivlm.training.schedule import cosine_fall, warm_up
 
@@ -134,7 +134,7 @@ def train_masks(out: Path, steps: int = 2500, seed: int = 0, progress: bool | No
         codebook = MaskCodebook()
     optimizer = torch.optim.AdamW(codebook.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     idle = torch.zeros(NUM_CODES)
-    bar = tqdm(range(steps), unit="step", disable=None if progress is None else not progress)
+    bar = Bar(range(steps), unit="step", progress=progress)
     for step in bar:
         rate = PEAK_RATE * warm_up(step, WARMUP_STEPS) * cosine_fall(step, steps)
         optimizer.param_groups[0]["lr"] = rate

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from minivlm.errors import InputError
+from minivlm.evaluation.waiting import Bar
 from minivlm.training.folder import LOG, PLOT, STATE, run_folder
 from minivlm.training.interrupts import ignore_interrupts, note_interrupts
 from minivlm.training.limits import MOST_AT_ONCE
@@ -178,13 +178,7 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
     folder = RunFolder(run, out)
     if loop.resume:
         folder.resume()
-    bar = tqdm(
-        run.batches(),
-        initial=run.step,
-        total=run.total_steps,
-        unit="step",
-        disable=None if loop.progress is None else not loop.progress,
-    )
+    bar = Bar(run.batches(), initial=run.step, total=run.total_steps, unit="step", progress=loop.progress)
     with bar, _stops_explained(folder), note_interrupts() as interrupted:
         if measures and run.starts_trained and run.step == 0:
             folder.log(bar, measure=True)
@@ -220,7 +214,7 @@ class RunFolder:
         log_so_far = read_log(self.out / LOG) if (self.out / LOG).is_file() else []
         self.lines = [line for line in log_so_far if line["step"] <= run.step]
 
-    def log(self, bar: tqdm[Any], measure: bool) -> None:
+    def log(self, bar: Bar, measure: bool) -> None:
         """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
         run = self.run
         here = {**run.place(), **_means(self.unlogged, run.losses)}

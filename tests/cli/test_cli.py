@@ -6,35 +6,52 @@ calls `main`. The model is untrained, so where the words of an answer matter the
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
+import pty
 import re
+import select
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minivlm
-from minivlm import cli
-from minivlm.cli import main
+from minivlm import cli, evaluation, processing
+from minivlm.cli import main, pictures
+from minivlm.cli.notes import unknown_words
 from minivlm.cli.pictures import run_lengths
 from minivlm.evaluation.columns import COLUMNS
+from minivlm.models import load as loading
+from minivlm.models.answering import AnswerStream
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor, text_to_masks
+from minivlm.processing import Processor, images, text_to_masks
+from minivlm.training import codebook, finetuning
+from minivlm.training.contrastive_recipe import OBJECTIVES, SIZES_OF_TOWERS, ContrastiveConfig
 from minivlm.training.recipe import TrainingConfig, build
+from minivlm.world.demo import read_samples, write_samples
 
+COMMANDS = (
+    "demo", "ask", "look", "train", "finetune", "train-contrastive", "train-codebook", "eval", "doctor",
+    "workshop", "progress",
+)  # fmt: skip
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023
 BLUE = "<loc0000><loc0512><loc0511><loc1023> blue star"
@@ -68,6 +85,9 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+NOTE = "minivlm: note: "
+
+
 class Ask:
     """`minivlm ask` with the untrained model, two tokens long unless told otherwise."""
 
@@ -75,10 +95,13 @@ class Ask:
         self.folder, self.capsys = folder, capsys
 
     def __call__(self, *arguments: str | Path, length: int = 2, code: int = 0) -> tuple[str, str]:
-        """What was printed on standard output and on standard error."""
+        """What was printed on standard output, and on standard error except for notes."""
         fixed = ["ask", "--model", self.folder, "--max-new-tokens", length]
         assert main([str(argument) for argument in (*fixed, *arguments)]) == code
-        return tuple(self.capsys.readouterr())
+        out, err = self.capsys.readouterr()
+        lines = err.splitlines(keepends=True)
+        self.notes = [line.removeprefix(NOTE).rstrip() for line in lines if line.startswith(NOTE)]
+        return out, "".join(line for line in lines if not line.startswith(NOTE))
 
     def refused(self, *arguments: str | Path, **options: int) -> str:
         out, err = self(*arguments, code=2, **options)
@@ -168,7 +191,11 @@ def test_the_untrained_model_answers(ask: Ask, picture: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["caption en\nwhat color is the star?\n", "caption en\r\n\r\n  what color is the star?  \r\n\n\n"],
+    [
+        "caption en\nwhat color is the star?\n",
+        "# a\n#\ncaption en\n # b\nwhat color is the star?",
+        "caption en\r\n\r\n  what color is the star?  \r\n\n\n",
+    ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_prompts_from_a_file(
@@ -199,7 +226,8 @@ def test_json_has_boxes_in_pixels_of_the_picture(
     out, err = ask(picture, tall, "--prompt", "detect it", "--prompt", "caption en", "--json")
     lines = [json.loads(line) for line in out.splitlines()]
     assert err == ""
-    assert all(set(line) == {"picture", "prompt", "answer", "boxes", "masks"} for line in lines)
+    keys = {"picture", "prompt", "answer", "confidence", "boxes", "masks"}
+    assert all(set(line) == keys for line in lines)
     assert [line["picture"] for line in lines] == [str(picture)] * 2 + [str(tall)] * 2
     # 300 x 100 pixels, though the model sees a square of 64
     wanted = [
@@ -212,6 +240,7 @@ def test_json_has_boxes_in_pixels_of_the_picture(
         "picture": str(tall),
         "prompt": "detect it",
         "answer": CAPTION,
+        "confidence": None,  # the model is not asked
         "boxes": [],
         "masks": [],
     }
@@ -304,24 +333,88 @@ def test_masks_are_drawn_beside_boxes(ask: Ask, say: Callable[..., list[Tensor]]
     assert changed[0:200, [200, 399]].all()  # the star's frame
 
 
-def test_several_pictures_are_drawn_side_by_side(
-    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+@pytest.mark.parametrize("exists", [True, False])
+def test_several_pictures_are_drawn_into_a_folder(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path, exists: bool
 ) -> None:
+    """One file each, also where two have the same name."""
     Image.new("RGB", (500, 400), "red").save(tmp_path / "b.png")
-    Image.new("RGB", (10, 20), "blue").save(tmp_path / "c.png")
+    shutil.copy(tmp_path / "b.png", tmp_path / "wide.jpg.png")
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (10, 20), "blue").save(tmp_path / "other" / "b.bmp")
+    if exists:
+        (tmp_path / "drawn").mkdir()
     say(CAPTION, RED, BLUE)
     out, _ = ask(
-        picture, tmp_path / "b.png", tmp_path / "c.png", "--prompt", "detect x", "--json",
-        "--draw", tmp_path / "all.png",
+        picture, tmp_path / "b.png", tmp_path / "other" / "b.bmp", "--prompt", "detect x",
+        "--draw", tmp_path / "drawn",
     )  # fmt: skip
-    assert len(out.splitlines()) == 3  # nothing but JSON
-    # Small ones are enlarged to 320 pixels on their shorter side, and 8 pixels lie between.
-    drawn = Image.open(tmp_path / "all.png")
-    assert drawn.size == (960 + 8 + 500 + 8 + 320, 640)
-    places = {(964, 10): "white", (968 + 450, 390): "red", (968 + 450, 410): "white", (1476 + 5, 630): "blue"}
-    assert {place: drawn.getpixel(place) for place in places} == {
-        place: ImageColor.getrgb(name) for place, name in places.items()
-    }
+    wanted = {"wide.png": (960, 320), "b.png": (500, 400), "b-2.png": (320, 640)}
+    assert {path.name: Image.open(path).size for path in (tmp_path / "drawn").iterdir()} == wanted
+    assert [line for line in out.splitlines() if "drawn: " in line] == [
+        f"drawn: {tmp_path / 'drawn' / name}" for name in wanted
+    ]
+
+
+def test_one_picture_is_drawn_into_a_folder(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+) -> None:
+    say(RED)
+    ask(picture, "--prompt", "detect x", "--draw", tmp_path / "drawn", "--json")
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["wide.png"]
+
+
+def test_drawings_that_would_replace_pictures(ask: Ask, picture: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        shutil.copy(picture, tmp_path / name)
+    line = ask.refused(tmp_path / "a.png", tmp_path / "b.png", "--prompt", "x", "--draw", tmp_path)
+    assert "a.png is read here, and would be overwritten" in line
+    line = ask.refused(tmp_path / "a.png", tmp_path / "b.png", "--prompt", "x", "--draw", tmp_path / "c.png")
+    assert line == f"{tmp_path}/c.png is one file, for 2 pictures: name a folder, such as {tmp_path}/c"
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("a.webp", 16_384), ("a.jpg", 65_536), ("a.gif", 65_536), ("a.tga", 65_536), ("a.ico", 257)],
+)
+def test_drawings_that_no_format_can_hold(ask: Ask, tmp_path: Path, name: str, side: int) -> None:
+    """They are refused before the model is asked, not after its answers."""
+    Image.new("RGB", (side, 1)).save(tmp_path / "long.png")
+    line = ask.refused(tmp_path / "long.png", "--prompt", "x", "--draw", tmp_path / name)
+    assert re.search(r"a\.\w+ would have \d+ x \d+ pixels, which \w+ cannot hold: use a.png", line)
+
+
+def test_a_drawing_that_fails(
+    ask: Ask, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("Failed to encode image")
+
+    monkeypatch.setattr(pictures, "_check_format", lambda path: None)
+    monkeypatch.setattr(pictures, "_check_sides", lambda path, width, height: None)
+    monkeypatch.setattr(Image.Image, "save", fail)
+    _, err = ask(picture, "--prompt", "x", "--draw", tmp_path / "a.avif", code=2)
+    assert one_line(err).endswith("a.avif cannot be written (Failed to encode image): use a.png")
+
+
+def test_one_picture_is_held_at_a_time(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[weakref.ref[Image.Image]] = []
+    counts = []
+
+    def spy(picture: Image.Image) -> Image.Image:
+        gc.collect()
+        counts.append(sum(one() is not None for one in opened))
+        rgb = images.to_rgb(picture)
+        opened.append(weakref.ref(rgb))
+        return rgb
+
+    monkeypatch.setattr(processing, "to_rgb", spy)
+    say(*[CAPTION] * 5)
+    ask(*[picture] * 5, "--prompt", "caption en")
+    assert len(counts) >= 5
+    assert max(counts) <= 1
 
 
 def test_a_typed_placeholder_is_text(
@@ -355,14 +448,151 @@ def test_sampling_is_repeatable_with_a_seed(ask: Ask, picture: Path) -> None:
 def test_dtypes(ask: Ask, picture: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
 
+    load = loading.load
+
     def spy(*args: Any, **kwargs: Any) -> Any:
         loaded.append(kwargs["dtype"])
-        return minivlm.load(*args, **kwargs)
+        return load(*args, **kwargs)
 
-    monkeypatch.setattr(cli.options, "load", spy)
+    monkeypatch.setattr(loading, "load", spy)
     out, _ = ask(picture, "--prompt", "caption en", "--dtype", dtype)
     assert len(out.splitlines()) >= 2
     assert loaded == [getattr(torch, dtype)]
+
+
+# Notes, and how sure the model is
+
+
+@torch.no_grad()
+def test_the_least_sure_token_is_the_confidence(ask: Ask, picture: Path) -> None:
+    """As a second pass over prompt and answer sees it."""
+    out, _ = ask(picture, "--prompt", "caption en", "--json", length=4)
+    model, processor = minivlm.load(ask.folder)
+    inputs = processor(picture, "caption en")
+    ids = model.generate(**inputs, max_new_tokens=4)
+    start = inputs["input_ids"].shape[1] - 1
+    everything = torch.cat([inputs["input_ids"], ids], dim=1)
+    segments = torch.zeros_like(everything)
+    segments[:, start + 1 :] = 1
+    output = model(everything, pixel_values=inputs["pixel_values"], token_type_ids=segments)
+    sure = output.logits[0, start:-1].softmax(-1)
+    kinds = {i: kind for kind in (processor.tokenizer.loc_ids, processor.tokenizer.seg_ids) for i in kind}
+    wanted = min(float(row[kinds.get(i, [i])].sum()) for row, i in zip(sure, ids[0].tolist(), strict=True))
+    assert json.loads(out)["confidence"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_temperature_does_not_change_how_sure_a_token_is(ask: Ask, picture: Path) -> None:
+    arguments = [picture, "--prompt", "caption en", "--json", "--temperature", "50", "--top-k", "1"]
+    hot, cold = (json.loads(ask(*some)[0]) for some in (arguments, arguments[:4]))
+    assert hot == cold
+
+
+def test_a_coordinate_counts_as_any_coordinate() -> None:
+    model, processor = minivlm.load()
+    stream = AnswerStream(model, processor, "figures/samples/scene_1.png", "detect cyan star")
+    assert "".join(stream).endswith(" cyan star")
+    assert stream.confidence is not None
+    assert stream.confidence > 0.9  # a single one has about 0.1, since its neighbors are as good
+    assert "logits" not in vars(model)  # the model is as it was
+
+
+def test_notes_of_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
+    scene = "figures/samples/scene_1.png"
+    assert main(["ask", scene, "--prompt", "caption en", "--prompt", "what color is the elephant?"]) == 0
+    out, err = capsys.readouterr()
+    notes = err.splitlines()
+    assert len(out.splitlines()) == 4
+    assert notes[0].startswith('minivlm: note: the model never saw "elephant" in training')
+    assert re.search(r"the model is not sure: .* a probability of [1-4]?\d%$", notes[1])
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize(("size", "noted"), [((100, 201), True), ((300, 100), True), ((160, 90), False)])
+def test_pictures_far_from_square(
+    ask: Ask, say: Callable[..., list[Tensor]], tmp_path: Path, size: tuple[int, int], noted: bool
+) -> None:
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    say(CAPTION, CAPTION)
+    ask(tmp_path / "a.png", "--prompt", "caption en", "--prompt", "caption en")
+    assert len(ask.notes) == noted  # once, not for every prompt
+    assert all(f"{size[0]} x {size[1]}" in note for note in ask.notes)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("is the red circle left of the blue star?", []),
+        ("detect red circle ; blue star", []),
+        ("segment <loc0256> <seg003>", []),
+        ("what is the dog doing to the dog?", ['"dog"', '"doing"', '"to"']),
+        ("Caption en.", ['"Caption"', '"."']),
+        ("détecte", ['"détecte"']),
+    ],
+)
+def test_unknown_words(processor: Processor, prompt: str, unknown: list[str]) -> None:
+    assert unknown_words(prompt, processor.tokenizer) == unknown
+
+
+def test_every_prompt_of_the_samples_is_known(processor: Processor) -> None:
+    prompts = {prompt for prompts in read_samples(Path("figures/samples")).values() for prompt in prompts}
+    assert not any(unknown_words(prompt, processor.tokenizer) for prompt in prompts)
+
+
+def test_a_large_vocabulary_knows_words_in_pieces(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(processor.tokenizer), "vocab_size", 256_000)
+    assert unknown_words("what is the dog doing, é?", processor.tokenizer) == ['"é"']
+
+
+# A conversation
+
+
+def converse(*lines: bytes, arguments: Sequence[str | Path]) -> tuple[str, int]:
+    """What a terminal shows while these lines are typed into `minivlm ask`, and the exit code."""
+    above, below = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minivlm", "ask", *map(str, arguments)],
+        stdin=below,
+        stdout=below,
+        stderr=subprocess.STDOUT,
+        env=environment() | {"TERM": "dumb"},
+        preexec_fn=lambda: os.login_tty(below),  # so that Ctrl-C arrives as a signal
+    )
+    os.close(below)
+    shown, typed = "", list(lines)
+    try:
+        while True:
+            if not select.select([above], [], [], 60)[0]:
+                process.kill()
+                pytest.fail(f"nothing more came after {shown!r}")
+            shown += os.read(above, 4096).decode()
+            if shown.endswith("> ") and typed:
+                os.write(above, typed.pop(0))
+    except OSError:  # the process has left the terminal
+        pass
+    os.close(above)
+    return shown.replace("\r", ""), process.wait(60)
+
+
+def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
+    """The picture stays, prompts come, a mistake does not end it, Ctrl-D does."""
+    lines = (b"detect cyan star\n", b"\n", b"x " * 600 + b"\n", b"what color is the star?\n", b"\x04")
+    shown, code = converse(*lines, arguments=["figures/samples/scene_1.png", "--draw", tmp_path / "a.png"])
+    assert code == 0
+    assert "Ask about the picture. Ctrl-D ends." in shown
+    assert "<loc0483><loc0748><loc0673><loc0955> cyan star\n  cyan star: [" in shown
+    assert "minivlm: error: " in shown
+    assert "shorten the prompt" in shown
+    assert "what color is the star?\ncyan\n" in shown
+    assert "scene_1.png |" not in shown
+    assert (tmp_path / "a.png").exists()
+
+
+def test_ctrl_c_ends_a_conversation() -> None:
+    shown, code = converse(b"\x03", arguments=["figures/samples/scene_1.png"])
+    assert code == 130
+    assert "Traceback" not in shown
 
 
 # Streaming
@@ -529,7 +759,7 @@ def test_pictures_that_are_refused(
     def too_early(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was loaded before the pictures were looked at")
 
-    monkeypatch.setattr(cli.options, "load", too_early)
+    monkeypatch.setattr(loading, "load", too_early)
     line = ask.refused(picture, path, "--prompt", "caption en")
     assert re.search(message, line)
     assert str(path) in line
@@ -544,6 +774,7 @@ def test_pictures_that_are_refused(
         (["--prompts-file", "missing.txt"], "missing.txt cannot be read: No such file"),
         (["--prompts-file", "."], "cannot be read: Is a directory"),
         (["--prompts-file", "blank.txt"], "holds no prompt: write one a line"),
+        (["--prompts-file", "comments.txt"], "holds no prompt: write one a line"),
         (["--prompts-file", "latin.txt"], "cannot be read: it is not UTF-8 text"),
         (["--prompt", "a\ud800"], "character 1 of the text is not Unicode"),
         (["--prompt", "caption en", "--max-new-tokens", "0"], "max_new_tokens is 0: ask for at least 1"),
@@ -562,7 +793,6 @@ def test_pictures_that_are_refused(
             "device 'nonsense' cannot be used .*--device cpu",
         ),
         (["--prompt", "caption en", "--device", "meta"], "device 'meta' cannot be used here"),
-        (["--prompt", "caption en", "--draw", "boxes"], "has no ending that names a picture format"),
         (["--prompt", "caption en", "--draw", "boxes.xyz"], "use something like boxes.png"),
         (["--prompt", "caption en", "--draw", "boxes.psd"], "use something like boxes.png"),  # read only
         (["--prompt", "caption en", "--draw", "boxes.xbm"], "use something like boxes.png"),  # no colors
@@ -577,11 +807,34 @@ def test_arguments_that_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("comments.txt").write_text("# caption en\n#\n")
     Path("blank.txt").write_text("\n  \n")
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     before = set(tmp_path.iterdir())
     assert re.search(message, ask.refused(picture, *arguments))
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["photo.png", "./photo.png", "link.png", "prompts.png"])
+def test_a_drawing_replaces_no_input(
+    ask: Ask, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(picture, "photo.png")
+    Path("link.png").symlink_to("photo.png")
+    Path("prompts.png").write_text("caption en")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    line = ask.refused("photo.png", "--prompts-file", "prompts.png", "--draw", name)
+    assert line == f"{Path(name)} is read here, and would be overwritten: choose another name to write to"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Path("link.png").is_symlink()
+
+
+def test_a_drawing_replaces_no_device(ask: Ask, picture: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    line = ask.refused(picture, "--prompt", "caption en", "--draw", tmp_path / "pipe.png")
+    assert "pipe.png is a folder, a device or a pipe" in line
+    assert (tmp_path / "pipe.png").is_fifo()
 
 
 def break_folder(folder: Path, kind: str) -> None:
@@ -685,8 +938,21 @@ def test_evaluations_that_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
+        (["evl"], "; did you mean eval?"),
+        (["asc", "a.png"], "; did you mean ask?"),
+        (["ask", "a.png", "--promt", "x"], "; did you mean --prompt?"),
+        (["ask", "a.png", "--promt=x"], "; did you mean --prompt?"),
+        (["ask", "a.png", "--dtype", "bfloat"], "; did you mean bfloat16?"),
+        (["train", "--muonlr", "1"], "; did you mean --muon-lr?"),
+        (["ask", "a.png", "--model", ""], "argument --model: it is empty"),
+        (["ask", "a.png", "--draw", " "], "argument --draw: it is empty"),
+        (["eval", "--model", ""], "argument --model: it is empty"),
+        (["eval", "--data", ""], "argument --data: it is empty"),
+        (["train", "--out", ""], "argument --out: it is empty"),
+        (["finetune", "--data", "a.jsonl", "--model", ""], "argument --model: it is empty"),
+        (["train-contrastive", "--teacher", ""], "argument --teacher: it is empty"),
+        (["workshop", ""], "argument OUT: it is empty"),
         (["ask"], "required: PICTURE"),
         (["ask", "a.png", "--promt", "x"], "unrecognized arguments: --promt"),
         (["ask", "a.png", "--prompt"], "argument --prompt: expected one argument"),
@@ -756,7 +1022,7 @@ def test_a_mistake_of_ours_is_not_taken_for_one_of_the_user(
     def wrong(*args: Any, **kwargs: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cli.options, "load", wrong)
+    monkeypatch.setattr(loading, "load", wrong)
     with pytest.raises(ValueError, match="a bug"):
         ask(picture, "--prompt", "caption en")
 
@@ -768,9 +1034,86 @@ def test_ctrl_c(ask: Ask, picture: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.options, "load", stop)
+    monkeypatch.setattr(loading, "load", stop)
     out, err = ask(picture, "--prompt", "caption en", code=130)
     assert (out, err) == ("", "minivlm: stopped\n")
+
+
+@pytest.mark.parametrize("module", ["torch", "argparse"])
+def test_ctrl_c_while_modules_are_imported(module: str, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    done = command("ask", picture, "--prompt", "caption en", env={"PYTHONPATH": path})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "minivlm: stopped\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(folder: Path, picture: Path, tmp_path: Path, closed: str) -> None:
+    """Nobody reads the answer, and no file takes the stream's place."""
+    words = [
+        sys.executable, "-m", "minivlm", "ask", picture, "--prompt", "caption en", "--model", folder,
+        "--max-new-tokens", "2", "--draw", tmp_path / "out.png",
+    ]  # fmt: skip
+    line = f"{shlex.join(map(str, words))} {closed}"
+    done = subprocess.run(line, shell=True, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert all(said.startswith(NOTE) for said in done.stderr.splitlines())
+    assert Image.open(tmp_path / "out.png").format == "PNG"
+
+
+ESCAPE = "\x1b]0;title\x07\x9b2J\u202e"
+
+
+def test_nothing_is_printed_that_a_terminal_obeys(
+    ask: Ask, say: Callable[..., list[Tensor]], picture: Path, tmp_path: Path
+) -> None:
+    """Names, prompts, answers, and messages about them."""
+    path = shutil.copy(picture, tmp_path / f"{ESCAPE}.png")
+    say(f"{ESCAPE}\n{RED}{ESCAPE}", RED)
+    drawn = tmp_path / f"{ESCAPE}.jpg"
+    out, _ = ask(path, "--prompt", f"detect {ESCAPE}", "--prompt", "caption en", "--draw", drawn)
+    refused = ask.refused(tmp_path / f"{ESCAPE}.gif", "--prompt", "caption en")
+    shown = "\\x1b]0;title\\x07\\x9b2J\\u202e"
+    for text in (out, refused, *ask.notes):
+        assert all(letter == "\n" or letter.isprintable() for letter in text)
+    assert f"{tmp_path}/{shown}.png | detect {shown}\n{shown}\n<loc0256>" in out
+    assert f"drawn: {tmp_path}/{shown}.jpg" in out
+    assert f"{shown}.gif: no such file" in refused
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ask", "LONG", "--prompt", "x"],
+        ["ask", "PICTURE", "--prompt", "x", "--model", "LONG"],
+        ["ask", "PICTURE", "--prompt", "x", "--draw", "LONG.png"],
+        ["ask", "PICTURE", "--prompt", "x", "--draw", "LONG"],
+        ["ask", "PICTURE", "--prompts-file", "LONG"],
+        ["look", "PICTURE", "--out", "LONG"],
+        ["look", "LONG"],
+        ["eval", "--model", "LONG"],
+        ["train", "--out", "LONG"],
+        ["train-codebook", "--out", "LONG"],
+        ["finetune", "--data", "LONG"],
+        ["workshop", "LONG"],
+        ["progress", "LONG", "--yes"],
+        ["demo", "--out", "LONG"],
+    ],
+    ids=" ".join,
+)
+def test_names_that_are_too_long(
+    arguments: list[str], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    long = "n" * 300
+    typed = [word.replace("LONG", long).replace("PICTURE", str(picture)) for word in arguments]
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(typed) == 2
+    line = one_line(err.getvalue())
+    assert long in line
+    assert "cannot write the answers" not in line
 
 
 def read_first_line_and_leave(*arguments: str | Path) -> tuple[str, str]:
@@ -851,7 +1194,7 @@ def test_evaluation_as_a_table(folder: Path, capsys: pytest.CaptureFixture[str])
 def test_the_whole_table_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        cli.evaluate, "evaluate", lambda model, processor, **options: asked.append(options) or {}
+        evaluation, "evaluate", lambda model, processor, **options: asked.append(options) or {}
     )
     assert main(["eval", "--model", str(folder), "--json"]) == 0
     assert asked == [{"scenes": 2000, "seed": 1, "columns": tuple(COLUMNS)}]
@@ -871,7 +1214,7 @@ def test_demo(
     """In the repository with its samples, elsewhere with samples drawn on the spot."""
     model, processor = minivlm.load(folder)
     monkeypatch.setattr(model, "generate", lambda input_ids, **rest: answers(processor, input_ids))
-    monkeypatch.setattr(cli.demo, "load_answering", lambda: (model, processor))
+    monkeypatch.setattr(loading, "load_answering", lambda: (model, processor))
     monkeypatch.chdir(tmp_path)
     if in_repository:
         Path("figures/samples").mkdir(parents=True)
@@ -902,19 +1245,45 @@ def answers(processor: Processor, input_ids: Tensor) -> Tensor:
     return torch.tensor([[*row, *[tokenizer.pad_id] * (width - len(row))] for row in rows])
 
 
-@pytest.mark.parametrize("content", [None, "[]", "{", '{"a.png": 3}'])
+def test_demo_in_a_folder_of_the_workshop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the pictures that notebooks show, but no prompts. They stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    Path("figures/samples").mkdir(parents=True)
+    Path("figures/samples/scene_1.png").write_bytes(b"of the workshop")
+    assert main(["demo"]) == 0
+    assert "minivlm ask demo/samples/scene_1.png" in capsys.readouterr().out
+    assert main(["demo"]) == 0  # once more, over its own pictures
+    capsys.readouterr()
+    assert main(["demo", "--out", "figures"]) == 2
+    assert "figures/samples holds other files than samples: choose" in one_line(capsys.readouterr().err)
+    assert Path("figures/samples/scene_1.png").read_bytes() == b"of the workshop"
+
+
+def test_demo_replaces_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_samples(Path("figures/samples"))
+    before = {path: path.read_bytes() for path in Path("figures/samples").iterdir()}
+    assert main(["demo", "--out", "figures/samples"]) == 2
+    assert "scene_1.png is read here, and would be overwritten" in one_line(capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in Path("figures/samples").iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"a.png": 3}'])
 def test_damaged_samples(
-    content: str | None,
+    content: str,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli.demo, "load_answering", lambda: minivlm.load(folder))
+    monkeypatch.setattr(loading, "load_answering", lambda: minivlm.load(folder))
     monkeypatch.chdir(tmp_path)
     Path("figures/samples").mkdir(parents=True)
-    if content is not None:
-        Path("figures/samples/prompts.json").write_text(content)
+    Path("figures/samples/prompts.json").write_text(content)
     assert main(["demo"]) == 2
     assert "prompts.json cannot be read" in one_line(capsys.readouterr().err)
 
@@ -935,10 +1304,81 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.EXAMPLES in out
 
 
+def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """For a script it is a mistake, so the code is that of argparse."""
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == cli._parser().format_help()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"minivlm {minivlm.__version__}\n"
+
+
+def test_no_torch_before_a_command_runs() -> None:
+    """--help and mistakes in typing are answered in a moment, not after seconds."""
+    asked = [["--help"], ["--version"], ["paint"], [], *([name, "--help"] for name in COMMANDS), ["ask"]]
+    asked += [shlex.split(line)[1:] for line in cli.EXAMPLES.splitlines()[1:]]
+    code = f"""
+import sys
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from minivlm import cli
+for arguments in {asked}:
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(SystemExit):
+        cli._parse(arguments)
+print(*sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert {"argparse", "minivlm.cli.train"} < set(done.stdout.split())
+    assert {"torch", "numpy", "PIL", "tokenizers", "matplotlib"}.isdisjoint(done.stdout.split())
+
+
+def test_numbers_that_commands_repeat() -> None:
+    """Options are described without importing what they are about."""
+    recipes = (
+        (cli.train.RECIPE, TrainingConfig, ()),
+        (cli.train_contrastive.RECIPE, ContrastiveConfig, cli.train_contrastive.OWN),
+    )
+    for recipe, config, own in recipes:
+        written = {name: default for numbers in recipe.values() for name, (default, _) in numbers.items()}
+        others = {*own, *cli.options.SHARED}
+        assert written == {f.name: f.default for f in fields(config) if f.name not in others}
+    assert tuple(COLUMNS) == cli.evaluate.COLUMNS
+    assert tuple(finetuning.PARTS) == cli.finetune.PARTS
+    assert cli.train_contrastive.OBJECTIVES == OBJECTIVES
+    assert set(cli.train_contrastive.RECIPE["sizes of new towers"]) == set(SIZES_OF_TOWERS)
+    assert signature(codebook.train_masks).parameters["steps"].default == cli.train_codebook.STEPS
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="comes with the extra [completion]")
+    with pytest.raises(SystemExit) as exit:
+        main(["--print-completion", shell])
+    assert exit.value.code == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("train-contrastive", "--temperature", "bfloat16"))
+
+
+def test_completion_without_its_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "bash"]) == 2
+    assert "shtab is not installed" in one_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("line", [line.strip() for line in cli.EXAMPLES.splitlines()[1:]])
 def test_examples_of_the_help_are_understood(line: str) -> None:
-    import shlex
-
     options = cli._parser().parse_args(shlex.split(line)[1:])
     assert callable(options.run)
 
@@ -947,7 +1387,10 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
     ("name", "wanted"),
     [
         ("ask", ["--prompts-file", "--json", "--draw", "--temperature", "segment red circle"]),
-        ("train", ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens"]),
+        (
+            "train",
+            ["--resume", "--muon-lr", "--no-bf16", "(default: 0.02)", "--row-tokens", "steps of each stage:"],
+        ),
         ("finetune", ["--resume", "--no-bf16", "--freeze", "suffix", "(default: runs/tuned)"]),
         ("train-contrastive", ["--resume", "--teacher", "distill", "(default: 0.002)", "runs/OBJECTIVE"]),
         ("train-codebook", ["--steps", "(default: "]),
@@ -969,4 +1412,4 @@ def test_names_of_several_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such.png: no such file" in one_line(capsys.readouterr().err)
     with pytest.raises(SystemExit):
         main(["ask", "a.png", "--a\nb"])
-    one_line(capsys.readouterr().err)
+    one_line(capsys.readouterr().err, "minivlm ask: error: ")

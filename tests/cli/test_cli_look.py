@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -94,8 +96,8 @@ def test_the_shipped_model_looks(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["."], r"\. .*"),
         (["PICTURE", "--prompt", "  "], "--prompt is empty: ask something"),
         (["PICTURE", "--model", "PICTURE"], "wide.png"),
-        (["PICTURE", "--out", "PICTURE"], "cannot write into .*wide.png: .*Choose another folder with --out"),
-        (["PICTURE", "--out", "PICTURE/in"], "cannot write into .*Choose another folder with --out"),
+        (["PICTURE", "--out", "PICTURE"], "cannot write .*wide.png/filters.png: .*wide.png is not a folder"),
+        (["PICTURE", "--out", "PICTURE/in"], "cannot write .*wide.png is not a folder"),
         (["PICTURE", "--prompt", "a " * 600], "shorten the prompt"),
         (["PICTURE", "--max-new-tokens", "0"], "ask for at least 1 new token"),
         (["PICTURE", "--device", "nonsense"], "device 'nonsense' cannot be used"),
@@ -121,12 +123,29 @@ def test_what_is_refused(
 def test_a_folder_that_may_not_be_written(
     picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, *args: object, **options: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "touch", refuse)  # the tests may run as root, who may write anywhere
+    monkeypatch.setattr(os, "access", lambda *rest: False)  # root may write anywhere
     look(picture, "--out", tmp_path / "locked", code=2)
-    assert "Permission denied. Choose another folder with --out" in capsys.readouterr().err
+    assert "may not be written into. Choose another folder" in capsys.readouterr().err
+    assert not (tmp_path / "locked").exists()
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_files_of_others_stay(
+    name: str, folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    look(picture, "--model", folder, "--out", tmp_path, code=2)
+    assert f"{name} exists: choose another folder with --out, or add --overwrite" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_files_are_replaced_where_asked(folder: Path, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "filters.png").write_text("mine")
+    arguments = (picture, "--model", folder, "--max-new-tokens", 1, "--no-occlusion", "--overwrite")
+    look(*arguments, "--out", tmp_path)
+    assert Image.open(tmp_path / "filters.png").width > 60
+    shutil.copy(picture, tmp_path / "heads.png")
+    look(tmp_path / "heads.png", *arguments[1:], "--out", tmp_path, code=2)  # not what it looks at
 
 
 # The page

@@ -12,8 +12,8 @@ import torch
 from small_run import files
 from small_towers import RUN, SIZES, make_pairs, make_towers
 
-from minivlm import cli
 from minivlm.cli import main
+from minivlm.training import contrastive
 from minivlm.training.contrastive_recipe import ContrastiveConfig
 from minivlm.training.loop import Loop, read_log
 
@@ -89,7 +89,7 @@ def test_every_number_has_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((*args, options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.train_contrastive, "train_contrastive", train_contrastive)
+    monkeypatch.setattr(contrastive, "train_contrastive", train_contrastive)
     assert main(["train-contrastive"]) == 130
     defaults = {"loop": Loop(device=CPU), "warn": None}
     assert calls[-1] == (Path("runs/siglip"), ContrastiveConfig(), None, None, defaults)

@@ -177,7 +177,7 @@ def test_the_table_of_a_folder(objective: str, tmp_path: Path, capsys: pytest.Ca
 def test_all_columns_but_text_only_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(
-        minivlm.cli.evaluate,
+        contrastive,
         "evaluate_pairs",
         lambda model, processor, **options: asked.append(options) or {},
     )

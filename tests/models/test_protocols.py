@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minivlm import cli, generate
+from minivlm import generate
 from minivlm.attention import attend
 from minivlm.cli import main
 from minivlm.evaluation import answer_all, evaluate
 from minivlm.evaluation.contrastive import PAIR_COLUMNS, evaluate_pairs
 from minivlm.looking.inspection import inspect_answer, inspect_match
+from minivlm.models import load as loading
 from minivlm.models.zero_shot import class_embeddings, classify
 from minivlm.processing import PairProcessor, Processor
 from minivlm.training import contrastive_recipe, finetuning
@@ -161,8 +162,8 @@ def picture(tmp_path: Path) -> Path:
 
 def put_on(monkeypatch: pytest.MonkeyPatch, kind: str, opened: tuple[nn.Module, Any]) -> None:
     """Let the commands find this model."""
-    monkeypatch.setattr(cli.options, "kind_of", lambda *name: kind)
-    monkeypatch.setattr(cli.options, "load", lambda *name, **options: opened)
+    monkeypatch.setattr(loading, "kind_of", lambda *name: kind)
+    monkeypatch.setattr(loading, "load", lambda *name, **options: opened)
 
 
 # A model that answers

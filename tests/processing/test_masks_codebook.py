@@ -17,7 +17,7 @@ from PIL import Image
 
 from minivlm.data.samples import _check_boxes
 from minivlm.errors import InputError
-from minivlm.looking import BOX_COLORS, draw_boxes, draw_masks
+from minivlm.looking import draw_boxes, draw_masks
 from minivlm.processing.boxes import Box, box_to_tokens, text_to_boxes
 from minivlm.processing.codebook import SHIPPED_MASKS, MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.masks import (
@@ -719,7 +719,7 @@ def test_training_replaces_nothing_and_says_so_first(tmp_path: Path, monkeypatch
 
 
 def test_masks_are_drawn() -> None:
-    picture = Image.new("RGB", (400, 320), "white")
+    picture = Image.new("RGB", (400, 320), (100, 100, 100))
     mask = np.zeros((320, 400), dtype=bool)
     mask[100:200, 50:250] = True
     masks = [Mask(Box(40, 90, 260, 210, "cat"), mask), Mask(Box(300, 10, 390, 60), np.zeros_like(mask))]
@@ -728,22 +728,38 @@ def test_masks_are_drawn() -> None:
     assert drawn.shape == plain.shape == (320, 400, 3)
     outside = ~mask
     assert (drawn[outside] == plain[outside]).all()
-    color = np.array([int(BOX_COLORS[0][start : start + 2], 16) for start in (1, 3, 5)])
-    assert (drawn[100, 60:240] == color).all()  # the outline
-    assert (drawn[199, 60:240] == color).all()
-    assert np.abs(drawn[150, 150] - (0.6 * 255 + 0.4 * color)).max() <= 1.5  # translucent inside
-    assert (np.asarray(picture) == 255).all()
+    assert (drawn[100, 60:240] == 0).all()  # the outline
+    assert (drawn[199, 60:240] == 0).all()
+    assert np.abs(drawn[150, 150] - (0.6 * 100 + 0.4 * 255)).max() <= 1.5  # translucent inside
+    assert (np.asarray(picture) == 100).all()
 
 
 def test_masks_of_small_pictures_are_enlarged() -> None:
     mask = np.zeros((32, 64), dtype=bool)
     mask[8:24, 4:60] = True
-    drawn = np.asarray(draw_masks(Image.new("RGB", (64, 32), "white"), [Mask(Box(4, 8, 60, 24), mask)]))
+    picture = Image.new("RGB", (64, 32), (128, 128, 128))
+    drawn = np.asarray(draw_masks(picture, [Mask(Box(4, 8, 60, 24), mask)]))
     assert drawn.shape == (320, 640, 3)
-    tinted = (drawn != 255).any(-1)
+    tinted = (drawn != 128).any(-1)
     assert tinted[80:240, 40:600].all()
     assert not tinted[:79].any()
     assert not tinted[:, :39].any()
+
+
+@pytest.mark.parametrize("ground", ["black", "white", "red", "#808080"])
+def test_frames_and_names_are_seen_on_any_ground_and_have_no_color(ground: str) -> None:
+    picture = Image.new("RGB", (400, 320), ground)
+    mask = np.zeros((320, 400), dtype=bool)
+    mask[100:200, 50:250] = True
+    masks = [Mask(Box(40, 90, 260, 210, "cyan star"), mask), Mask(Box(300, 10, 390, 60), np.zeros_like(mask))]
+    drawn = np.asarray(draw_masks(picture, masks)).astype(int)
+    plain = np.asarray(picture).astype(int)
+    difference = np.abs(drawn - plain).sum(-1)
+    assert difference[35, 297:304].max() > 200  # the left side of the second frame
+    assert difference[100:106, 150].max() > 200  # the outline of the mask
+    changed = drawn[(difference > 0) & ~mask]
+    assert len(changed) > 1000
+    assert (changed == changed[:, :1]).all()
 
 
 def test_masks_of_another_picture_are_refused() -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,51 @@ def test_make_test_runs_every_part_also_after_a_failure(tmp_path: Path) -> None:
     assert "make test: failed in: lint unit nbval" in done.stderr
     for part in ("ruff check", "docs/book/build.py", "--nbval"):
         assert any(part in line and not line.startswith("OMP") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("needs", "warned"), [("nvidia-cublas==13.1; platform_system == 'Linux'", True), ("sympy", False)]
+)
+def test_make_warns_before_it_fetches_cuda(needs: str, warned: bool, tmp_path: Path) -> None:
+    """With a pip that does nothing, and metadata of a torch of ours."""
+    metadata = tmp_path / "packages" / "torch-2.13.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\nRequires-Dist: {needs}\n")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -m ] && exit 0\nPYTHONPATH={tmp_path}/packages exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    command = ["make", "-C", str(ROOT), f"VENV={tmp_path}", f"{tmp_path}/.ready-torch"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ("5.1 GB in all instead of 1.4" in done.stderr) == (warned and sys.platform == "linux")
+    assert ("TORCH_INDEX=" in done.stderr) == (warned and sys.platform == "linux")
+
+
+def test_make_passes_flags_to_the_lab(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "jupyter-lab"):
+        (tmp_path / "bin" / name).write_text('#!/bin/sh\necho "asked: $@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("torch", "notebooks"):
+        (tmp_path / f".ready-{name}").touch()
+    command = ["make", "-C", str(ROOT), "lab", f"VENV={tmp_path}", "LAB_ARGS=--allow-root --no-browser"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "asked: --allow-root --no-browser --LabApp" in done.stdout
+
+
+@pytest.mark.parametrize("target", ["test", "book"])
+def test_make_says_beforehand_how_long_it_takes(target: str, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho work\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    for name in ("torch", "notebooks", "book", "dev"):
+        (tmp_path / f".ready-{name}").touch()
+    command = ["make", "-C", str(ROOT), target, f"VENV={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said, worked = done.stdout.index(f"make {target}: about "), done.stdout.index("\nwork\n")
+    assert said < worked
 
 
 def test_hooks_call_tools_that_make_test_calls() -> None:

@@ -1,0 +1,75 @@
+"""From a picture to words in one line, and the names that the package opens with."""
+
+from __future__ import annotations
+
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+import minivlm
+from minivlm.errors import InputError
+from minivlm.models.answering import AnswerStream
+from minivlm.models.load import SHIPPED
+
+SCENE = Path("figures/samples/scene_1.png")
+
+
+@pytest.mark.parametrize("picture", [SCENE, str(SCENE), Image.open(SCENE)], ids=["path", "text", "picture"])
+def test_from_a_picture_to_words(picture: Image.Image | str | Path) -> None:
+    model, processor = minivlm.load()
+    ids = model.generate(**processor([SCENE], ["caption en"]))
+    wanted = processor.decode(ids)[0]
+    assert wanted.startswith("a small green circle")
+    assert minivlm.answer(picture, "caption en") == wanted
+    assert minivlm.answer(picture, "caption en", (model, processor), max_new_tokens=3) == "a small green"
+    assert processor.batch_decode(ids, skip_special_tokens=True) == [wanted]
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(InputError, match="no such file"):
+        minivlm.answer("missing.png", "caption en")
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        minivlm.answer(SCENE, " ")
+
+
+def test_the_model_is_as_before_when_nobody_listens_to_the_end() -> None:
+    model, processor = minivlm.load()
+    pieces = iter(AnswerStream(model, processor, SCENE, "caption en"))
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert "logits" not in vars(model)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_batch_decode_as_in_transformers(skip: bool) -> None:
+    theirs = AutoProcessor.from_pretrained(SHIPPED)
+    ours = minivlm.Processor.from_pretrained(SHIPPED)
+    ids = torch.randint(0, ours.tokenizer.vocab_size - 1, (20, 9), generator=torch.Generator().manual_seed(0))
+    ids[:, 6:] = torch.tensor([ours.tokenizer.eos_id, ours.tokenizer.pad_id, ours.tokenizer.image_id])
+    wanted = theirs.batch_decode(ids, skip_special_tokens=skip)
+    assert ours.batch_decode(ids, skip_special_tokens=skip) == wanted
+    assert ours.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=skip) == wanted
+    assert ours.batch_decode(ids) == theirs.batch_decode(ids)
+
+
+def test_help_opens_with_what_a_user_needs() -> None:
+    shown = pydoc.plain(pydoc.render_doc(minivlm))
+    opening = shown[: shown.index("PACKAGE CONTENTS")]
+    assert all(name in opening for name in ("load ", "answer ", "InputError", "minivlm.answer("))
+    assert "_HOMES" not in shown
+    assert "import_module" not in shown
+
+
+def test_names_are_there_when_they_are_asked_for() -> None:
+    """Also folders of the package, without an import of their own; nothing before."""
+    code = "import sys, minivlm; assert 'torch' not in sys.modules; minivlm.processing.load_picture; "
+    code += "[getattr(minivlm, name) for name in minivlm.__all__]; "
+    code += "from minivlm import *; load, answer, PaliGemma; assert not hasattr(minivlm, 'nothing')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert sorted(name for names in minivlm._HOMES.values() for name in names.split()) == minivlm.__all__
