@@ -24,6 +24,7 @@ from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import PICTURES, find_folder, read_config, require_equal
 from minivlm.checkpoints.layouts import SIGLIP_LAYOUTS
 from minivlm.configs import (
+    check_types,
     expect,
     part_of,
     require_system,
@@ -48,6 +49,7 @@ class SiglipConfig:
     text: SiglipTextConfig = field(default_factory=SiglipTextConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.text.output_size != self.vision.hidden_size:
             raise InputError(
                 f"the image tower returns {self.vision.hidden_size} numbers and the text tower "
