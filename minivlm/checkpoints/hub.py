@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minivlm.errors import InputError
 
 PICTURES, TOKENIZER = "preprocessor_config.json", "tokenizer.json"  # files of a folder, for messages
+GENERATION = "generation_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -115,6 +116,17 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
             "again"
         )
     return values
+
+
+def special_ids(*places: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of pad, bos and eos, each from the first of several places that has it. Lists become tuples."""
+    found: dict[str, Any] = {}
+    for values in places:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = values.get(name)
+            if value not in (None, []):
+                found.setdefault(name, tuple(value) if isinstance(value, list) else value)
+    return found
 
 
 def require_equal(folder: Path, what: str, expected: int, found: int, file: str) -> None:

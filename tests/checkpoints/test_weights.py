@@ -18,6 +18,7 @@ from transformers import PaliGemmaForConditionalGeneration
 import minivlm
 from minivlm import PaliGemma
 from minivlm.checkpoints import weights
+from minivlm.checkpoints.hub import GENERATION
 from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_file, to_ours
 from minivlm.checkpoints.weights import INDEX, WEIGHTS
 from minivlm.errors import InputError
@@ -198,7 +199,7 @@ def test_what_we_write_transformers_reads(folder: Path):
     assert not any("lm_head" in name for name in names)  # it is the embedding table
     assert "vision_tower.vision_model.encoder.layers.0.self_attn.out_proj.weight" in names
     assert "language_model.model.layers.1.self_attn.o_proj.weight" in names
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", GENERATION, WEIGHTS]
 
 
 def test_a_model_saved_onto_its_own_folder_stays_whole(folder: Path):
