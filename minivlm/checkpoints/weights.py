@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, gigabytes, require_memory
-from minivlm.checkpoints.hub import GENERATION, few, read_json, special_ids
+from minivlm.checkpoints.hub import GENERATION, few, read_json, refuse_pickles, special_ids
 from minivlm.checkpoints.layouts import Layout, to_file, to_ours
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Looking for NaN reads every byte. Up to this size (bytes) it is cheap; above it, `generate` checks its first
 # logits instead.
 CHECKED_SIZE = 256 * 2**20
@@ -49,13 +48,19 @@ Model = TypeVar("Model", bound=nn.Module)
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, under their names in the file, memory-mapped.
 
-    Raises InputError: no safetensors, a shard that the index names is missing, or a damaged file.
+    Raises InputError: no safetensors, a shard that the index names is missing, a tensor in two shards, or a
+    damaged file.
     """
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118, it is not a dict
+                    if name in tensors:
+                        raise InputError(
+                            f"{folder} has {name} in two files: which one counts is unknown, download the "
+                            "folder again"
+                        )
                     tensors[name] = file.get_tensor(name)
         except MemoryError as error:
             raise InputError(
@@ -77,6 +82,9 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder, INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / INDEX} has no weight_map: download the file again")
+        odd = [name for name, shard in weight_map.items() if not isinstance(shard, str)]
+        if odd:
+            raise InputError(f"{folder / INDEX} names no file for {few(odd)}: download the file again")
         shards = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
@@ -90,12 +98,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 )
             )
         return shards
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-    if pickled:
-        raise InputError(
-            f"{folder} has its weights in {few(pickled)}: a pickle can run code that is hidden in it, so it "
-            "is refused. Download the safetensors version, or convert it on a machine without secrets"
-        )
+    refuse_pickles(folder, (path.name for path in folder.iterdir()))
     raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}: download the weights as well")
 
 

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.checkpoints import weights
-from minivlm.checkpoints.hub import PICTURES, TOKENIZER, find_folder, read_config, require_equal
+from minivlm.checkpoints.hub import (
+    PICTURES,
+    TOKENIZER,
+    check_vocabulary,
+    find_folder,
+    read_config,
+    require_equal,
+)
 from minivlm.checkpoints.layouts import CLIP_LAYOUTS
 from minivlm.configs import (
     check_types,
@@ -28,7 +35,7 @@ from minivlm.configs import (
     require_system,
 )
 from minivlm.losses import clip_loss, l2_normalize, pair_logits
-from minivlm.models.contrastive import ContrastiveOutput, check_vocabulary, check_widths
+from minivlm.models.contrastive import ContrastiveOutput, check_widths
 from minivlm.processing import PairProcessor
 from minivlm.text.clip import CLIPTextConfig, CLIPTextModel
 from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
@@ -165,5 +172,5 @@ def open_folder(
     if config.text.eos_token_id == 2:  # by mistake, see `CLIPTextConfig`
         config = replace(config, text=replace(config.text, eos_token_id=eos_id))
     require_equal(folder, "the id of the end", config.text.eos_token_id, eos_id, TOKENIZER)
-    check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.vocab_size)
+    check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.backend.get_vocab().values())
     return weights.load_model(CLIP, config, folder, CLIP_LAYOUTS, dtype=dtype, device=device), processor

@@ -31,6 +31,7 @@ from minivlm.checkpoints.hub import (
     GENERATION,
     PICTURES,
     TOKENIZER,
+    check_vocabulary,
     find_folder,
     read_config,
     read_json,
@@ -327,6 +328,8 @@ def open_folder(
     image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
     require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
+    ids = processor.tokenizer.backend.get_vocab().values()
+    check_vocabulary(folder, config.text.vocab_size, (i for i in ids if i != image_id))  # it is a placeholder
     config = _with_other_files(folder, config)
     model = weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
     return model, processor

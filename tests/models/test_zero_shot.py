@@ -186,7 +186,7 @@ def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the id of the end is 5 in config"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"vocab_size": 50})
-    with pytest.raises(InputError, match=r"tokenizer.json has \d+ tokens but the model knows only 50"):
+    with pytest.raises(InputError, match=r"tokenizer.json has the id \d+ but the model knows only 50"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"eos_token_id": 2})
     model, processor = minivlm.load(tmp_path)  # as in OpenAI's folders: a known mistake
