@@ -10,9 +10,11 @@ equal it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from minivlm.errors import InputError
 from minivlm.layers import ACTIVATIONS
@@ -31,12 +33,15 @@ def known_numbers(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def known_decoder(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Gemma decoder. Raises InputError: another activation, scaled rotary positions."""
-    # Older files say hidden_act "gelu_fast" or "gelu", but models have always used hidden_activation, or the
-    # tanh form if that is missing.
     if values.get("hidden_activation") is not None:
         expect(values, "text_config", "hidden_activation", "gelu_pytorch_tanh")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    expect(rope, "text_config.rope_parameters", "rope_type", "default")
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"  # the old name wins
+    rope = part_of(values, name)
+    for key in ("type", "rope_type"):  # the old key and the new one
+        expect(rope, f"text_config.{name}", key, "default")
+    for key in ("sliding_attention", "full_attention"):
+        if key in rope:
+            raise InputError(f"text_config.{name} has its own {key}; only one for all layers is supported")
     found = known(cls, values)
     if "rope_theta" in rope:
         found["rope_theta"] = rope["rope_theta"]
@@ -69,6 +74,40 @@ def part_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if part is not None and not isinstance(part, Mapping):
         raise InputError(f"{name} in config.json is {part!r}, expected an object: download the file again")
     return part or {}
+
+
+# Far beyond any published model: what is built from larger numbers would fill the memory before the weights
+# could disagree with them. By default 2^24.
+LARGEST = {"num_hidden_layers": 2**10, "image_size": 2**14}
+
+
+def check_types(config: Any) -> None:
+    """Raise InputError unless every value of a config has the type that its field declares.
+
+    Sizes and counts are at least 1, ids at least 0; for the largest see `LARGEST`.
+    """
+    kinds = get_type_hints(type(config))
+    for field in fields(config):
+        name, kind, value = field.name, kinds[field.name], getattr(config, field.name)
+        if not _is(value, kind):
+            raise InputError(f"{name} is {value!r}, expected {field.type}: check the model's config.json")
+        least, most = 0 if name.endswith("_id") else 1, LARGEST.get(name, 2**24)
+        counts = int in (kind, *get_args(kind)) and isinstance(value, int)
+        if counts and not least <= value <= most:
+            raise InputError(f"{name} is {value}, expected {least} to {most}: check the model's config.json")
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether a value is of an annotated type: a class, a union, or tuple[..., ...]."""
+    if get_origin(kind) is UnionType:
+        return any(_is(value, choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(item, get_args(kind)[0]) for item in value)
+    if kind in (int, float) and isinstance(value, bool):  # which Python takes for a number
+        return False
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 def check_width(hidden_size: int, num_attention_heads: int) -> None:

@@ -11,7 +11,7 @@ as the row alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +47,7 @@ def stream(
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int = 64,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int = 0,
     max_length: int | None = None,
     temperature: float = 0.0,
@@ -61,7 +61,7 @@ def stream(
     Args:
         input_ids, attention_mask: [B, T], padded on either side.
         max_new_tokens: stop after this many tokens, whether or not every row has ended.
-        eos_token_id: ends a row; afterwards the row yields `pad_token_id`.
+        eos_token_id: ends a row, as any of several does; afterwards the row yields `pad_token_id`.
         max_length: the model's context length; prompt and answer must fit in it.
         temperature: 0 takes the most probable token; above 0 samples from softmax(logits / temperature).
         top_k, top_p: restrict sampling to the k best tokens, and to the smallest set with probability p.
@@ -70,26 +70,28 @@ def stream(
         **inputs: passed to the model's prefill (pixel_values, token_type_ids).
 
     Raises:
-        InputError: an argument is out of range, or the first logits are not finite.
+        InputError: an argument is out of range, or logits of a row that goes on are not finite.
+        ValueError: tensors of another shape or type.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    _check(attention_mask, max_new_tokens, max_length, temperature, top_k, top_p)
+    _check(input_ids, attention_mask, max_new_tokens, max_length, temperature, top_k, top_p)
     generators = _generators(len(input_ids), seed) if temperature > 0 else None
 
     hidden, cache = model.prefill(input_ids, attention_mask, **inputs)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    ends = torch.tensor(eos_token_id, device=input_ids.device)  # one or several
     for step in range(max_new_tokens):
         logits = model.logits(hidden).float()  # [B, V]
-        if step == 0 and not torch.isfinite(logits).all():
-            raise InputError(_explain_nonfinite(model))
+        if not torch.isfinite(logits[unfinished]).all():
+            raise InputError(explain_nonfinite(model, inputs))
         if generators is None:
             token_ids = logits.argmax(dim=-1)
         else:
             token_ids = sample(logits / temperature, top_k, top_p, generators)
         token_ids = torch.where(unfinished, token_ids, pad_token_id)
         yield token_ids
-        unfinished = unfinished & (token_ids != eos_token_id)
+        unfinished = unfinished & ~torch.isin(token_ids, ends)
         if not unfinished.any() or step == max_new_tokens - 1:
             return
         hidden = model.decode(token_ids, unfinished, cache)
@@ -126,6 +128,7 @@ def _generators(rows: int, seed: int | None) -> list[torch.Generator]:
 
 
 def _check(
+    input_ids: Tensor,
     attention_mask: Tensor,
     max_new_tokens: int,
     max_length: int | None,
@@ -133,6 +136,10 @@ def _check(
     top_k: int | None,
     top_p: float | None,
 ) -> None:
+    _check_tensors(input_ids, attention_mask)
+    for name, number in {"max_new_tokens": max_new_tokens, "top_k": top_k}.items():
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise ValueError(f"{name} is {number!r}: expected a whole number")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}: ask for at least 1 new token")
     prompt = int(attention_mask.sum(dim=1).max())
@@ -157,11 +164,31 @@ def _check(
         raise InputError(f"top_p is {top_p}: it is a probability, above 0 and at most 1")
 
 
-def _explain_nonfinite(model: Decodable) -> str:
+def _check_tensors(input_ids: Tensor, attention_mask: Tensor) -> None:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}, expected [B, T], with a token at least"
+        )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids is of type {input_ids.dtype}, expected whole numbers, as torch.int64")
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}, expected that of input_ids, "
+            f"{list(input_ids.shape)}"
+        )
+    if not attention_mask.bool().any(dim=1).all():
+        raise ValueError("a row of attention_mask has padding alone: expected a token at least")
+
+
+def explain_nonfinite(model: object, inputs: Mapping[str, object]) -> str:
+    """Why an output is NaN or infinite: the inputs are, the weights are, or numbers overflow between them."""
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and not torch.isfinite(value).all():
+            return f"{name} hold NaN or infinity: the numbers that go into a model have to be finite"
     names = []
     if isinstance(model, torch.nn.Module):
         names = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if names:
         listed = ", ".join(names[:5])
         return f"the weights hold NaN or infinity in {listed}: the checkpoint is damaged, download it again"
-    return "the logits are not finite although all weights are: the numbers overflow, try dtype=torch.float32"
+    return "the output is not finite although all weights are: the numbers overflow, try dtype=torch.float32"

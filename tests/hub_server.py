@@ -52,6 +52,8 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.cuts: dict[str, int] = {}  # how often the connection breaks off in the middle of a file
+        self.flips: set[str] = set()  # files that arrive with a wrong bit
+        self.claims: dict[str, int] = {}  # files that say to be larger than they are
         self.ignores_ranges = False
 
     @property
@@ -113,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "revision":
             return self._send(_json({"id": name, "sha": sha, "siblings": [{"rfilename": f} for f in files]}))
         if kind == "tree":
-            return self._send(_json([_entry(path, data) for path, data in files.items()]))
+            entries = [_entry(path, data, self.server.claims.get(path)) for path, data in files.items()]
+            return self._send(_json(entries))
         if repo.files_refused is not None:
             return self._refuse(*repo.files_refused)
         if file not in files:
@@ -123,7 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": sha, "ETag": f'"{_git_id(files[file])}"'}
         if not _is_large(file):
             return self._send(files[file], headers, counted=True)
-        headers |= {"X-Linked-Etag": f'"{_sha(files[file])}"', "X-Linked-Size": str(len(files[file]))}
+        headers |= {
+            "X-Linked-Etag": f'"{_sha(files[file])}"',
+            "X-Linked-Size": str(self.server.claims.get(file, len(files[file]))),
+        }
         # A different host than the Hub's, as in reality: the library uses only the Hub's headers.
         store = f"http://localhost:{self.server.server_port}/{name}/store/{sha}/{file}"
         headers |= {"Location": store, "Content-Length": "0"}
@@ -135,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
         if asked and not self.server.ignores_ranges:
             status, start = 206, int(asked[1])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if file in self.server.flips:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         data = data[start:]
         self._begin(status, headers | {"Content-Length": str(len(data))})
         if self.command == "HEAD":
@@ -169,10 +177,11 @@ def _is_large(file: str) -> bool:
     return file.endswith((".safetensors", ".bin"))
 
 
-def _entry(path: str, data: bytes) -> dict[str, object]:
-    entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": _git_id(data)}
+def _entry(path: str, data: bytes, claimed: int | None) -> dict[str, object]:
+    size = claimed or len(data)
+    entry: dict[str, object] = {"type": "file", "path": path, "size": size, "oid": _git_id(data)}
     if _is_large(path):
-        entry["lfs"] = {"oid": _sha(data), "size": len(data), "pointerSize": 134}
+        entry["lfs"] = {"oid": _sha(data), "size": size, "pointerSize": 134}
     return entry
 
 

@@ -103,6 +103,14 @@ def test_stream_gives_each_token_as_soon_as_it_is_known():
         next(tokens)
 
 
+def test_any_of_several_ends():
+    def answer(ends: int | list[int] | tuple[int, ...]) -> list[list[int]]:
+        return generate(countdown(), torch.tensor([[6], [3]]), eos_token_id=ends).tolist()
+
+    assert answer([4, 2]) == [[5, 4], [2, 0]]
+    assert answer((2,)) == answer(2) == [[5, 4, 3, 2], [2, 0, 0, 0]]
+
+
 # Sampling
 
 
@@ -259,6 +267,60 @@ def test_overflow_is_told_from_damage():
     model._hidden = lambda token_ids: torch.full((len(token_ids), 8), 1e38)
     with pytest.raises(InputError, match=r"although all weights are: .* try dtype=torch.float32"):
         run(model, [[5]])
+
+
+class OverflowsLater(Weighted):
+    """The embedding of one token is too large."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__(countdown().table)
+        self.token = token
+
+    def _hidden(self, token_ids: Tensor) -> Tensor:
+        return super()._hidden(token_ids) + torch.where(token_ids == self.token, torch.inf, 0)[:, None]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_overflow_at_a_later_token(temperature: float):
+    rows = torch.tensor([[6], [7]])
+    tokens = stream(OverflowsLater(4), rows, eos_token_id=EOS, temperature=temperature, seed=0)
+    assert next(tokens).tolist() == [5, 6]
+    assert next(tokens).tolist() == [4, 5]
+    with pytest.raises(InputError, match="the numbers overflow, try dtype"):
+        next(tokens)
+
+
+def test_a_finished_row_may_overflow():
+    """What it gets as padding is not read by anyone."""
+    assert run(OverflowsLater(PAD), [[3], [6]]) == [[2, 1, 0, 0, 0], [5, 4, 3, 2, 1]]
+
+
+def test_pixels_that_are_not_finite_are_named():
+    model = Weighted(torch.full((8, 8), 1e38))
+    model._hidden = lambda token_ids: torch.full((len(token_ids), 8), math.nan)
+    with pytest.raises(InputError, match=r"^pixel_values hold NaN or infinity"):
+        run(model, [[5]], pixel_values=torch.tensor([1.0, math.nan]))
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "kwargs", "message"),
+    [
+        ([[5.0]], {}, r"input_ids is of type torch.float32, expected whole numbers"),
+        ([5], {}, r"input_ids has shape \[1\], expected \[B, T\]"),
+        ([], {}, r"input_ids has shape \[0\]"),
+        ([[]], {}, r"input_ids has shape \[1, 0\]"),
+        ([[5]], {"attention_mask": torch.ones(2, 1)}, r"attention_mask has shape \[2, 1\]"),
+        ([[5]], {"attention_mask": torch.zeros(1, 1)}, "a row of attention_mask has padding alone"),
+        ([[5]], {"top_k": 1.5}, "top_k is 1.5: expected a whole number"),
+        ([[5]], {"max_new_tokens": 2.0}, "max_new_tokens is 2.0: expected a whole number"),
+        ([[5]], {"max_new_tokens": True}, "max_new_tokens is True: expected a whole number"),
+    ],
+)
+def test_inputs_of_another_shape_or_type(input_ids: list[Any], kwargs: dict[str, Any], message: str):
+    model = countdown()
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor(input_ids), eos_token_id=EOS, **kwargs)
+    assert model.prefills == 0
 
 
 def test_a_stream_refuses_at_its_first_token():

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minivlm.checkpoints.checksums import check_sums
 from minivlm.errors import InputError
 
 PICTURES, TOKENIZER = "preprocessor_config.json", "tokenizer.json"  # files of a folder, for messages
+GENERATION = "generation_config.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LARGEST_JSON = 100 * 2**20  # bytes; the largest index of a published checkpoint has a few MB
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -20,17 +26,27 @@ def find_folder(
     """The folder of a checkpoint: a local one, or a Hub repo id such as "google/paligemma-3b-mix-224".
 
     A repo is downloaded once, into the Hub's own cache, and found there without a network afterwards. An
-    interrupted download leaves no partial file in the cache: the next call downloads what is missing.
+    interrupted download leaves no partial file in the cache: the next call downloads what is missing. Where
+    the cache names files by their SHA-256, as it does for weights except on some Windows machines, each is
+    compared with its name once. A few gigabytes take some seconds.
 
     Args:
         revision: a branch, tag or commit of the repo; without one, its main branch.
         files: patterns of the files to download.
 
     Raises:
-        InputError: there is no such folder, repo or revision, access is denied, the Hub is out of reach, or a
+        InputError: there is no such folder, repo or revision, access is denied, the Hub is out of reach, the
+            cache cannot be written, a file in it is damaged, the repo has its weights in pickles alone, or a
             local folder is given with a revision or was cloned without its large files.
     """
     folder = Path(name)
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, not permitted, a null character
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(name)[:100]!r} cannot be opened ({reason}): check the name") from error
     if folder.is_dir():
         if revision is not None:
             raise InputError(
@@ -66,7 +82,9 @@ def _download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Not enough free disk space", UserWarning)
+            path = snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
     except errors.GatedRepoError as error:
         raise InputError(
             f"{repo_id} asks you to accept its license: do so on https://huggingface.co/{repo_id}, then log "
@@ -88,12 +106,56 @@ def _download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
                 f"the Hub denies you access to {repo_id} ({_first_line(error)}): log in again with "
                 "`hf auth login`, with a token that may read it"
             ) from error
+        reason = _unwritable(error)
+        if reason is not None:
+            raise InputError(
+                f"{repo_id} cannot be written to the cache of the Hub ({reason}): free some space, or choose "
+                "another folder for the cache with the environment variable HF_HUB_CACHE"
+            ) from error
         raise InputError(
             f"there is no folder {repo_id}, and it is not available from the Hub or its cache on this "
             f"machine ({type(error).__name__}: {_first_line(error)}): check the connection, or copy the "
             "folder here"
         ) from error
-    return Path(folder)
+    folder = Path(path)
+    if "*.safetensors" in files:
+        check_sums(folder)
+        if not any(folder.glob("*.safetensors")):
+            refuse_pickles(repo_id, _names_on_the_hub(repo_id, revision))
+    return folder
+
+
+def _unwritable(error: BaseException | None) -> str | None:
+    """What kept the cache from being written, from an error or from those that led to it."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    while error is not None:
+        # A firewall denies, too, but names no file.
+        denied = isinstance(error, PermissionError) and error.filename is not None
+        if isinstance(error, OSError) and (denied or error.errno in codes):
+            return error.strerror
+        if isinstance(error, UserWarning):  # of the Hub's library, about a file larger than what is free
+            return _first_line(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _names_on_the_hub(repo_id: str, revision: str | None) -> list[str]:
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.list_repo_files(repo_id, revision=revision)
+    except Exception:  # out of reach: then nothing is known
+        return []
+
+
+def refuse_pickles(place: Path | str, names: Iterable[str]) -> None:
+    """Raise InputError if some of the names are of files that hold pickled weights."""
+    pickled = sorted(name for name in names if name.endswith(PICKLED))
+    if pickled:
+        raise InputError(
+            f"{place} has its weights in {few(pickled)}: a pickle can run code that is hidden in it, so it "
+            "is refused. Download the safetensors version, or convert it on a machine without secrets"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -103,11 +165,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of a folder. Raises InputError: no such file, or not a JSON object."""
+    path = folder / name
+    if not path.is_file():  # nor a device, which may have no end
+        raise InputError(f"{folder} has no {name}: is it a checkpoint folder?")
     try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {name}: is it a checkpoint folder?") from error
-    except (OSError, ValueError) as error:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / name} cannot be read ({error}): download the file again") from error
     if not isinstance(values, dict):
         raise InputError(
@@ -117,12 +182,33 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return values
 
 
+def special_ids(*places: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of pad, bos and eos, each from the first of several places that has it. Lists become tuples."""
+    found: dict[str, Any] = {}
+    for values in places:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = values.get(name)
+            if value not in (None, []):
+                found.setdefault(name, tuple(value) if isinstance(value, list) else value)
+    return found
+
+
 def require_equal(folder: Path, what: str, expected: int, found: int, file: str) -> None:
     """Raises InputError: a number differs between config.json and another file of a folder."""
     if found != expected:
         raise InputError(
             f"in {folder}, {what} is {expected} in config.json and {found} in {file}: take all files from "
             "the same checkpoint"
+        )
+
+
+def check_vocabulary(folder: Path, vocab_size: int, ids: Iterable[int]) -> None:
+    """Raise InputError if the tokenizer has an id for which the model has no embedding."""
+    largest = max(ids)
+    if largest >= vocab_size:
+        raise InputError(
+            f"in {folder}, tokenizer.json has the id {largest} but the model knows only {vocab_size} tokens: "
+            "take all files from the same checkpoint"
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,20 +24,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, gigabytes, require_memory
-from minivlm.checkpoints.hub import few, read_json
+from minivlm.checkpoints.hub import GENERATION, few, read_json, refuse_pickles, special_ids
 from minivlm.checkpoints.layouts import Layout, to_file, to_ours
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Looking for NaN reads every byte. Up to this size (bytes) it is cheap; above it, `generate` checks its first
 # logits instead.
 CHECKED_SIZE = 256 * 2**20
 
 # A buffer in old files that counts 0, 1, 2, ...; no model here reads it from a file.
 IGNORED_BUFFER = re.compile(r"(^|\.)embeddings\.position_ids$")
+
+# Of tensors that share memory, safetensors stores one: of a tied head and table, that may be the head.
+HEAD, TABLE = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,13 +48,19 @@ Model = TypeVar("Model", bound=nn.Module)
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, under their names in the file, memory-mapped.
 
-    Raises InputError: no safetensors, a shard that the index names is missing, or a damaged file.
+    Raises InputError: no safetensors, a shard that the index names is missing, a tensor in two shards, or a
+    damaged file.
     """
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118, it is not a dict
+                    if name in tensors:
+                        raise InputError(
+                            f"{folder} has {name} in two files: which one counts is unknown, download the "
+                            "folder again"
+                        )
                     tensors[name] = file.get_tensor(name)
         except MemoryError as error:
             raise InputError(
@@ -73,6 +82,9 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder, INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / INDEX} has no weight_map: download the file again")
+        odd = [name for name, shard in weight_map.items() if not isinstance(shard, str)]
+        if odd:
+            raise InputError(f"{folder / INDEX} names no file for {few(odd)}: download the file again")
         shards = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
@@ -86,12 +98,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 )
             )
         return shards
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-    if pickled:
-        raise InputError(
-            f"{folder} has its weights in {few(pickled)}: a pickle can run code that is hidden in it, so it "
-            "is refused. Download the safetensors version, or convert it on a machine without secrets"
-        )
+    refuse_pickles(folder, (path.name for path in folder.iterdir()))
     raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}: download the weights as well")
 
 
@@ -164,6 +171,8 @@ def _fit(
         if IGNORED_BUFFER.search(name):
             continue
         ours = to_ours(name, layout)
+        if ours == HEAD and HEAD not in wanted:
+            ours = TABLE
         if ours is None or ours not in wanted or ours in tensors:
             unexpected.append(name)
             continue
@@ -211,9 +220,10 @@ def _check_finite(folder: Path, before: Mapping[str, Tensor], after: Mapping[str
 def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout: Layout) -> None:
     """Write config.json and model.safetensors with the names of a layout.
 
-    Both are complete before either replaces an old one, so a failure leaves the old folder as it was, and a
-    model may be saved into the folder that its own weights are mapped from. A head that is tied to the
-    embedding table is not written twice.
+    The ids of pad, bos and eos of a model that has them are written to generation_config.json, too. All files
+    are complete before any replaces an old one, so a failure leaves the old folder as it was, and a model may
+    be saved into the folder that its own weights are mapped from. A head that is tied to the embedding table
+    is not written twice.
 
     Raises:
         InputError: the folder cannot be written, for example because the disk is full; the model is
@@ -227,6 +237,13 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout
     if any(tensor.is_mkldnn for tensor in state.values()):
         raise InputError("a packed model cannot be saved: save it before packing, and pack it when loading")
     tensors = {to_file(name, layout): tensor.contiguous() for name, tensor in state.items()}
-    with write_aside(folder / "config.json") as config_path, write_aside(folder / WEIGHTS) as weights_path:
-        config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, weights_path, metadata={"format": "pt"})  # transformers refuses a file without it
+    texts = {"config.json": config}
+    ids = special_ids(config)
+    if ids:  # a file that is there already would win over config.json
+        texts[GENERATION] = ids
+    with ExitStack() as files:
+        paths = {name: files.enter_context(write_aside(folder / name)) for name in (*texts, WEIGHTS)}
+        for name, values in texts.items():
+            paths[name].write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        # transformers refuses a file without this line of metadata
+        save_file(tensors, paths[WEIGHTS], metadata={"format": "pt"})

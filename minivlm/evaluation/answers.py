@@ -20,6 +20,7 @@ from minivlm.evaluation.columns import COLUMNS, Column
 from minivlm.evaluation.scoring import Question, score
 from minivlm.evaluation.tables import Metric, Table
 from minivlm.evaluation.waiting import Bar, evenly_spread
+from minivlm.generate import explain_nonfinite
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor, Tokenizer, box_to_tokens, text_to_boxes, to_device
 from minivlm.world.questions import TASKS, Example, ask
@@ -174,6 +175,8 @@ def box_scores(
 
     A box is four words, each with a probability; their geometric mean is the box's score. The probabilities
     come from reading picture, prompt and answer once more, all in one forward pass.
+
+    Raises InputError: the model returns NaN or infinity.
     """
     boxes = [text_to_boxes(answer, 1, 1) for answer in answers]
     scores: list[list[float]] = [[] for _ in answers]
@@ -187,6 +190,8 @@ def box_scores(
         words = inputs["labels"][:, 1:]  # [B, S - 1], each predicted by the logits before it
         log_probs = model(**inputs).logits[:, :-1].float().log_softmax(dim=-1)  # [B, S - 1, V]
         log_probs = log_probs.gather(-1, words.clamp(min=0)[..., None])[..., 0]  # [B, S - 1], of these words
+        if not torch.isfinite(log_probs[words >= 0]).all():
+            raise InputError(explain_nonfinite(model, inputs))
         for i, ids, of_words in zip(rows, words.tolist(), log_probs, strict=True):
             for place in _places(processor.tokenizer, ids, [box_to_tokens(box, 1, 1) for box in boxes[i]]):
                 scores[i].append(float(of_words[place].mean().exp()))

@@ -31,6 +31,7 @@ from minivlm.evaluation.retrieval import (
 )
 from minivlm.evaluation.tables import Metric, Table
 from minivlm.evaluation.waiting import Bar
+from minivlm.generate import explain_nonfinite
 from minivlm.losses import similarity
 from minivlm.models.protocols import Matches
 from minivlm.models.zero_shot import class_embeddings
@@ -121,7 +122,7 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Pictures (or their paths) and texts -> vectors [n, D] and [m, D] of any length.
 
-    Raises InputError: as the processor.
+    Raises InputError: as the processor; the model returns NaN or infinity.
     """
     starts = [("image", i) for i in range(0, len(pictures), BATCH)]
     starts += [("text", i) for i in range(0, len(texts), BATCH)]
@@ -133,7 +134,10 @@ def encode(
         else:
             input_ids = processor(texts=texts[i : i + BATCH])["input_ids"]
             embeds[kind].append(model.encode_text(input_ids.to(model.device)).float())
-    return torch.cat(embeds["image"]), torch.cat(embeds["text"])
+    images, captions = torch.cat(embeds["image"]), torch.cat(embeds["text"])
+    if not (torch.isfinite(images).all() and torch.isfinite(captions).all()):
+        raise InputError(explain_nonfinite(model, {}))
+    return images, captions
 
 
 def retrieval_scores(similarity: Tensor, right: Tensor | None = None) -> dict[str, Metric]:

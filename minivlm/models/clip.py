@@ -11,7 +11,7 @@ of them?". SigLIP asks a different question, see `siglip.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.checkpoints import weights
-from minivlm.checkpoints.hub import PICTURES, TOKENIZER, find_folder, read_config, require_equal
+from minivlm.checkpoints.hub import (
+    PICTURES,
+    TOKENIZER,
+    check_vocabulary,
+    find_folder,
+    read_config,
+    require_equal,
+)
 from minivlm.checkpoints.layouts import CLIP_LAYOUTS
 from minivlm.configs import (
+    check_types,
     known_numbers,
     part_of,
     require_system,
 )
 from minivlm.losses import clip_loss, l2_normalize, pair_logits
-from minivlm.models.contrastive import ContrastiveOutput, check_vocabulary, check_widths
+from minivlm.models.contrastive import ContrastiveOutput, check_widths
 from minivlm.processing import PairProcessor
 from minivlm.text.clip import CLIPTextConfig, CLIPTextModel
 from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
@@ -41,6 +49,9 @@ class CLIPConfig:
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592  # ln(1 / 0.07)
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
@@ -157,9 +168,9 @@ def open_folder(
     processor = PairProcessor.from_pretrained(folder, "clip", config.text.max_position_embeddings)
     side = processor.image_processor.image_size
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
-    # Old files say 2 by mistake, see `CLIPTextConfig`.
-    if config.text.eos_token_id != 2:
-        eos_id = processor.tokenizer.eos_id
-        require_equal(folder, "the id of the end", config.text.eos_token_id, eos_id, TOKENIZER)
-    check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.vocab_size)
+    eos_id = processor.tokenizer.eos_id
+    if config.text.eos_token_id == 2:  # by mistake, see `CLIPTextConfig`
+        config = replace(config, text=replace(config.text, eos_token_id=eos_id))
+    require_equal(folder, "the id of the end", config.text.eos_token_id, eos_id, TOKENIZER)
+    check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.backend.get_vocab().values())
     return weights.load_model(CLIP, config, folder, CLIP_LAYOUTS, dtype=dtype, device=device), processor

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
-
-from minivlm.errors import InputError
 
 
 @dataclass
@@ -32,13 +29,4 @@ def check_widths(image_embeds: Tensor, text_embeds: Tensor) -> None:
         raise ValueError(
             f"embeddings of pictures {shapes[0]} and texts {shapes[1]} cannot be compared: expected [n, D] "
             "and [m, D] from the two towers of one model"
-        )
-
-
-def check_vocabulary(folder: Path, vocab_size: int, tokens: int) -> None:
-    """Raise InputError if the tokenizer has more `tokens` than the model has embeddings."""
-    if tokens > vocab_size:
-        raise InputError(
-            f"in {folder}, tokenizer.json has {tokens} tokens but the model knows only {vocab_size}: take "
-            "all files from the same checkpoint"
         )

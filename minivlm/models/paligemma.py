@@ -27,11 +27,23 @@ from torch import Tensor, nn
 from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
-from minivlm.checkpoints.hub import PICTURES, TOKENIZER, find_folder, read_config, require_equal
+from minivlm.checkpoints.hub import (
+    GENERATION,
+    PICTURES,
+    TOKENIZER,
+    check_vocabulary,
+    find_folder,
+    read_config,
+    read_json,
+    require_equal,
+    special_ids,
+)
 from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS
+from minivlm.configs import check_types, known
 from minivlm.errors import InputError
 from minivlm.generate import generate, stream
 from minivlm.processing import Processor
+from minivlm.processing.inputs import check_rows
 from minivlm.text.gemma import GemmaConfig, GemmaDecoder
 from minivlm.text.gemma2 import Gemma2Config, Gemma2Decoder
 from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
@@ -58,11 +70,18 @@ class PaliGemmaConfig:
     image_token_id: int = 257152
     pad_token_id: int = 0
     bos_token_id: int = 2
-    eos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 1  # any of several may end an answer
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PaliGemmaConfig:
-        """From a whole config.json. Raises InputError: it describes another system."""
+        """From a whole config.json. Raises InputError: it describes another system.
+
+        As in transformers, the ids of pad, bos and eos may stand at the top or in the text_config, and only
+        the top says whether the head is tied.
+        """
         if values.get("model_type") != "paligemma":
             raise InputError(
                 f"config.json says model_type {values.get('model_type')!r}, but this class is for "
@@ -72,15 +91,14 @@ class PaliGemmaConfig:
             if not isinstance(values.get(part), Mapping):
                 raise InputError(f"config.json has no {part!r}: is it the config.json of a whole PaliGemma?")
         text = dict(values["text_config"])
-        text.setdefault("tie_word_embeddings", values.get("tie_word_embeddings", True))
+        text["tie_word_embeddings"] = values.get("tie_word_embeddings")
         decoder = Gemma2Config if text.get("model_type") == "gemma2" else GemmaConfig
         # The published files call it image_token_index; transformers 5 writes image_token_id.
-        ids = {"image_token_id": values.get("image_token_id", values.get("image_token_index"))}
-        ids |= {name: values.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        image_id = values.get("image_token_id", values.get("image_token_index"))
         return cls(
             vision=SiglipVisionConfig.from_dict(values["vision_config"]),
             text=decoder.from_dict(text),
-            **{name: value for name, value in ids.items() if value is not None},
+            **known(cls, {"image_token_id": image_id, **special_ids(values, text)}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,6 +196,8 @@ class PaliGemma(nn.Module):
             token_type_ids: [B, S], 0 for the prefix (image and prompt), 1 for the suffix (answer); None
                 means that everything is prefix.
             labels: [B, S], -100 where there is no loss.
+
+        Raises ValueError: labels without token_type_ids, or rows that `check_rows` refuses.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -191,6 +211,7 @@ class PaliGemma(nn.Module):
         image_features = None if pixel_values is None else self.encode_image(pixel_values)
         inputs_embeds = self.merge(input_ids, image_features)
 
+        check_rows(input_ids, attention_mask, token_type_ids)
         is_real = attention_mask.bool()
         position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
         prefix_lengths = (is_real & (token_type_ids == 0)).sum(dim=1)
@@ -223,7 +244,10 @@ class PaliGemma(nn.Module):
 
         Returns:
             The hidden state of each row's last token [B, D], and the cache for `decode`.
+
+        Raises ValueError: rows that `check_rows` refuses.
         """
+        check_rows(input_ids, attention_mask, token_type_ids)
         text = self.config.text
         image_features = None if pixel_values is None else self.encode_image(pixel_values)
         inputs_embeds = self.merge(input_ids, image_features)
@@ -277,7 +301,7 @@ class PaliGemma(nn.Module):
         Raises InputError: see `minivlm.checkpoints`.
         """
         folder = find_folder(name)
-        config = _with_head_of_file(folder, PaliGemmaConfig.from_dict(read_config(folder)))
+        config = _with_other_files(folder, PaliGemmaConfig.from_dict(read_config(folder)))
         return weights.load_model(cls, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -304,13 +328,22 @@ def open_folder(
     image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
     require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
-    config = _with_head_of_file(folder, config)
+    ids = processor.tokenizer.backend.get_vocab().values()
+    check_vocabulary(folder, config.text.vocab_size, (i for i in ids if i != image_id))  # it is a placeholder
+    config = _with_other_files(folder, config)
     model = weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
     return model, processor
 
 
-def _with_head_of_file(folder: Path, config: PaliGemmaConfig) -> PaliGemmaConfig:
-    """The config with an untied head if the file has one, whatever config.json says."""
-    if any(name.endswith("lm_head.weight") for name in weights.read_tensors(folder)):
-        return replace(config, text=replace(config.text, tie_word_embeddings=False))
+def _with_other_files(folder: Path, config: PaliGemmaConfig) -> PaliGemmaConfig:
+    """The config with what other files of the folder say, which win over config.json.
+
+    The head is untied if the weights have both a head and an embedding table. An id that is not in
+    generation_config.json is that of config.json; transformers would then answer without an end.
+    """
+    if (folder / GENERATION).is_file():
+        config = replace(config, **special_ids(read_json(folder, GENERATION)))
+    names = weights.read_tensors(folder)
+    if all(any(name.endswith(end) for name in names) for end in ("lm_head.weight", "embed_tokens.weight")):
+        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
     return config

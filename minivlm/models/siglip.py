@@ -21,16 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.checkpoints import weights
-from minivlm.checkpoints.hub import PICTURES, find_folder, read_config, require_equal
+from minivlm.checkpoints.hub import PICTURES, check_vocabulary, find_folder, read_config, require_equal
 from minivlm.checkpoints.layouts import SIGLIP_LAYOUTS
 from minivlm.configs import (
+    check_types,
     expect,
     part_of,
     require_system,
 )
 from minivlm.errors import InputError
 from minivlm.losses import l2_normalize, pair_logits, siglip_loss
-from minivlm.models.contrastive import ContrastiveOutput, check_vocabulary, check_widths
+from minivlm.models.contrastive import ContrastiveOutput, check_widths
 from minivlm.processing import PairProcessor
 from minivlm.text.siglip import SiglipTextConfig, SiglipTextModel
 from minivlm.vision.pooling import AttentionPoolingHead
@@ -48,6 +49,7 @@ class SiglipConfig:
     text: SiglipTextConfig = field(default_factory=SiglipTextConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.text.output_size != self.vision.hidden_size:
             raise InputError(
                 f"the image tower returns {self.vision.hidden_size} numbers and the text tower "
@@ -172,5 +174,5 @@ def open_folder(
     processor = PairProcessor.from_pretrained(folder, "siglip", config.text.max_position_embeddings)
     side = processor.image_processor.image_size
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
-    check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.vocab_size)
+    check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.backend.get_vocab().values())
     return weights.load_model(SigLIP, config, folder, SIGLIP_LAYOUTS, dtype=dtype, device=device), processor

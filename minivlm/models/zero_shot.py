@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import InputError
+from minivlm.generate import explain_nonfinite
 from minivlm.losses import l2_normalize
 from minivlm.models.protocols import Matches
 from minivlm.processing.captions import CaptionTokenizer
@@ -74,6 +75,10 @@ def classify(model: Matches, pixel_values: Tensor, classes: Tensor) -> Tensor:
 
     With CLIP, a row sums to 1: the picture must belong to one of the classes. With SigLIP, each probability
     is independent, and a whole row may be small. Both rank the classes in the order of their cosines.
+
+    Raises InputError: the pictures, the weights or the numbers between them are not finite.
     """
     logits = model.logits(model.encode_image(pixel_values.to(model.device)), classes.to(model.device))
+    if not torch.isfinite(logits).all():
+        raise InputError(explain_nonfinite(model, {"pixel_values": pixel_values, "classes": classes}))
     return model.probabilities(logits)

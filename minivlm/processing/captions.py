@@ -30,7 +30,7 @@ from torch import Tensor
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 from minivlm.processing.cleaning import clean_for_clip, remove_punctuation
-from minivlm.processing.tokens import check_unicode, encode_plain
+from minivlm.processing.tokens import check_unicode, encode_plain, read_backend
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,7 @@ class CaptionTokenizer:
                 f"{folder} has no tokenizer.json: use a complete checkpoint folder, or let transformers "
                 "write one from its other tokenizer files"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(f"{path} is not a tokenizer ({error}): download it again") from error
+        backend = read_backend(path)
         config_path = Path(folder) / "tokenizer_config.json"
         config: Any = {}
         if config_path.is_file():

@@ -26,6 +26,29 @@ def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
+def check_rows(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> None:
+    """Raise ValueError unless each row is a prefix, then a suffix, with padding outside of them.
+
+    A mask for anything else (a second prefix, a hole) would be another computation.
+
+    Args:
+        input_ids, attention_mask, token_type_ids: [B, S]; None means that everything is prefix.
+    """
+    types = torch.zeros_like(attention_mask) if token_type_ids is None else token_type_ids
+    for name, tensor in {"attention_mask": attention_mask, "token_type_ids": types}.items():
+        if tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected that of input_ids, {list(input_ids.shape)}"
+            )
+    real = attention_mask.bool()
+    between = (real.cumsum(dim=1) > 0) & (real.flip(1).cumsum(dim=1).flip(1) > 0)
+    if bool((between & ~real).any()):
+        raise ValueError("attention_mask has a hole: expected padding before or after a row, not inside it")
+    in_suffix = real & (types != 0)
+    if bool(((in_suffix.cumsum(dim=1) > 0) & real & ~in_suffix).any()):
+        raise ValueError("token_type_ids have a prefix (0) after a suffix (1): expected 0 ... 0 1 ... 1")
+
+
 class AnswerProcessor(Protocol):
     """Pictures and prompts in, a batch out; and from the ids of an answer back to its words."""
 

@@ -75,11 +75,7 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{folder} has no tokenizer.json: use a PaliGemma checkpoint folder")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(f"{path} is not a tokenizer ({error}): download it again") from error
-        return cls(backend)
+        return cls(read_backend(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, and the tokenizer_config.json that tells `transformers` how to load it."""
@@ -143,6 +139,16 @@ class Tokenizer:
     def encode_suffix(self, suffix: str) -> list[int]:
         """The second segment (token type 1): the answer and `<eos>`, the targets of training."""
         return [*self.encode(suffix), self.eos_id]
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a file. Raises InputError: it is none."""
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exception; where the library's Rust code panics, not even that
+        raise InputError(f"{path} is not a tokenizer ({error}): download it again") from error
 
 
 def encode_plain(backend: tokenizers.Tokenizer, text: str, specials: Mapping[int, str]) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minivlm import masks
 from minivlm.configs import (
     check_activation,
+    check_types,
     check_width,
     expect,
     known,
@@ -30,7 +31,8 @@ class CLIPTextConfig:
     """CLIP's text tower. The defaults are clip-vit-base-patch32.
 
     OpenAI's files say `eos_token_id` 2 by mistake. With 2, the file does not say which id ends a text, and
-    the end is the position of the highest id (see `CLIPTextModel.ends`).
+    the end is the position of the text's highest id, as in OpenAI's code and in transformers. `minivlm.load`
+    takes the id from the tokenizer instead, since a word that was added to it has a higher id than the end.
     """
 
     hidden_size: int = 512
@@ -46,6 +48,7 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_width(self.hidden_size, self.num_attention_heads)
         check_activation(self.hidden_act)
 
@@ -96,15 +99,14 @@ class CLIPTextModel(nn.Module):
         return tokens[torch.arange(len(ends), device=ends.device), ends]
 
     def ends(self, input_ids: Tensor) -> Tensor:
-        """The position of the first eos in each text: [B, T] -> [B]. Raises ValueError: a text has none."""
+        """The position of the first eos in each text: [B, T] -> [B].
+
+        Raises ValueError: a text has none (unknown with `eos_token_id` 2).
+        """
         eos = self.config.eos_token_id
-        if eos == 2:
-            # OpenAI's files say 2 by mistake. Their eos is the last token of the vocabulary, so it is the
-            # highest id of the batch; a row without that id has no eos.
-            is_end = input_ids == input_ids.max()
-            eos = int(input_ids.max())
-        else:
-            is_end = input_ids == eos
+        if eos == 2:  # OpenAI's files, by mistake; their eos is the highest id
+            return input_ids.argmax(dim=1)
+        is_end = input_ids == eos
         without = (~is_end.any(dim=1)).nonzero().flatten().tolist()
         if without:
             raise ValueError(

@@ -23,11 +23,16 @@ from minivlm.attention import Attention, additive
 from minivlm.cache import KVCache
 from minivlm.configs import (
     check_heads,
+    check_types,
     expect,
     known_decoder,
 )
+from minivlm.errors import InputError
 from minivlm.layers import GatedMLP, RMSNorm
 from minivlm.rope import apply_rotary, rotary_angles
+
+# What Gemma's files call the tanh form of GELU. Elsewhere, "gelu" is the exact form.
+TANH_GELU = ("gelu_pytorch_tanh", "gelu", "gelu_fast", "gelu_new")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class GemmaConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
 
     @classmethod
@@ -54,9 +60,18 @@ class GemmaConfig:
         """From the `text_config` part of a config.json.
 
         `rope_theta` is its own field in older files and part of `rope_parameters` in newer ones.
-        Raises InputError: not Gemma's decoder, a different activation, or scaled rotary positions.
+        Raises InputError: not Gemma's decoder, a different activation, scaled rotary positions, or what only
+        Gemma 2 has (a cap on the logits, a sliding window).
         """
         expect(values, "text_config", "model_type", "gemma")
+        # transformers 5 reads hidden_act, earlier versions read hidden_activation: both must say the same.
+        if values.get("hidden_act") not in (None, *TANH_GELU):
+            raise InputError(
+                f"text_config has hidden_act = {values['hidden_act']!r}; only the tanh form of GELU is "
+                f"supported here ({', '.join(TANH_GELU)})"
+            )
+        for name in ("final_logit_softcapping", "sliding_window"):
+            expect(values, "text_config", name, None)
         return cls(**known_decoder(cls, values))
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ Embeddings, rotary positions, the gated MLP and the (1 + w) norm are the same as
 
 PaliGemma 2 was trained with these caps except in the last stage, fine-tuning on a single task (section 3 of
 https://arxiv.org/abs/2412.03555). Each folder's config.json gives the caps of its weights; null means no cap.
+The original code, in big_vision, leaves the cap of the final logits out of the training loss and of the first
+token of an answer. This file follows transformers, which always applies it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from minivlm.attention import Attention, additive
 from minivlm.cache import KVCache
 from minivlm.configs import (
     check_heads,
+    check_types,
     expect,
     known_decoder,
 )
@@ -60,11 +63,12 @@ class Gemma2Config:
     final_logit_softcapping: float | None = 30.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
-        if self.sliding_window < 1:
-            raise InputError(
-                f"sliding_window is {self.sliding_window}: expected at least 1, as every token sees itself"
-            )
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            cap = getattr(self, name)
+            if cap is not None and cap <= 0:
+                raise InputError(f"{name} is {cap}: expected a number above 0, or null for no cap")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Gemma2Config:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minivlm.configs import (
     check_activation,
+    check_types,
     check_width,
     expect,
     known,
@@ -41,6 +42,7 @@ class SiglipTextConfig:
     projection_size: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_width(self.hidden_size, self.num_attention_heads)
         check_activation(self.hidden_act)
 

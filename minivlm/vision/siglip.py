@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minivlm.configs import (
     check_activation,
     check_grid,
+    check_types,
     check_width,
     expect,
     known,
@@ -42,6 +43,7 @@ class SiglipVisionConfig:
     hidden_act: str = "gelu_pytorch_tanh"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_width(self.hidden_size, self.num_attention_heads)
         check_activation(self.hidden_act)
         check_grid(self.image_size, self.patch_size)

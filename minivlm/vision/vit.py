@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minivlm.configs import (
     check_activation,
     check_grid,
+    check_types,
     check_width,
     expect,
     known,
@@ -49,6 +50,7 @@ class ViTConfig:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_width(self.hidden_size, self.num_attention_heads)
         check_activation(self.hidden_act)
         check_grid(self.image_size, self.patch_size)
@@ -73,8 +75,9 @@ class ViTConfig:
         if values.get("pooler_output_size") is not None:
             width = found.get("hidden_size", cls.hidden_size)
             expect(values, "config.json", "pooler_output_size", width)
-        architectures = values.get("architectures") or []
-        labels = _labels(values) if "ViTForImageClassification" in architectures else ()
+        architectures = values.get("architectures")
+        classifies = isinstance(architectures, list) and "ViTForImageClassification" in architectures
+        labels = _labels(values) if classifies else ()
         return cls(**found | {"labels": labels, "pooler": not labels})
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,8 +154,16 @@ def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The class names in order; made up as in transformers if the file has none."""
     names = values.get("id2label")
     if names is None:
-        return tuple(f"LABEL_{number}" for number in range(values.get("num_labels") or 2))
-    by_number = {int(number): str(label) for number, label in names.items()}
+        count = values.get("num_labels") or 2
+        if not isinstance(count, int) or not 0 < count <= 2**24:
+            raise InputError(
+                f"num_labels is {count!r}, expected a whole number: check the model's config.json"
+            )
+        return tuple(f"LABEL_{number}" for number in range(count))
+    try:
+        by_number = {int(number): str(label) for number, label in names.items()}
+    except (AttributeError, ValueError):
+        by_number = {}
     if not by_number or sorted(by_number) != list(range(len(by_number))):
         raise InputError("id2label in config.json does not number its classes 0, 1, 2...: download it again")
     return tuple(by_number[number] for number in range(len(by_number)))

@@ -1,5 +1,6 @@
 """A repo id leads to a model, or to a refusal that says what to do. The Hub here is our own server."""
 
+import errno
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import minivlm
 from minivlm import PaliGemma, Processor
+from minivlm.checkpoints import checksums
 from minivlm.checkpoints.hub import find_folder
 from minivlm.checkpoints.weights import INDEX, WEIGHTS
 from minivlm.cli import main
@@ -85,8 +87,11 @@ def use(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Use:
     download = huggingface_hub.snapshot_download
 
     def at(port: int) -> None:
-        replacement = functools.partial(download, endpoint=f"http://127.0.0.1:{port}", cache_dir=cache)
+        endpoint = f"http://127.0.0.1:{port}"
+        replacement = functools.partial(download, endpoint=endpoint, cache_dir=cache)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", replacement)
+        names = huggingface_hub.HfApi(endpoint=endpoint).list_repo_files
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", names)
 
     return at
 
@@ -316,7 +321,89 @@ def test_a_damaged_file_of_the_cache_is_named_where_it_lies(hub: HubServer, use:
     assert_equal(logits(*minivlm.load("owner/real")), expected)
 
 
+# Checksums
+
+
+def test_a_flipped_bit_is_noticed_until_the_file_is_whole(
+    hub: HubServer, use: Use, cache: Path, checkpoints: list[Files]
+):
+    """All other checks let it pass: the header is intact, and the weight is a number."""
+    hub.flips.add(SHARD_2)
+    use(hub.server_port)
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"{SHARD_2} is damaged or incomplete .its SHA-256 is not"):
+            minivlm.load("owner/real")
+    blob = (snapshot(cache) / SHARD_2).resolve()
+    assert len(blob.read_bytes()) == len(checkpoints[0][SHARD_2])
+    hub.flips.clear()
+    blob.unlink()  # as the message says
+    assert torch.isfinite(logits(*minivlm.load("owner/real"))).all()
+
+
+def test_a_file_is_compared_once(hub: HubServer, use: Use, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    compared: list[str] = []
+    check = checksums._check
+    monkeypatch.setattr(checksums, "_check", lambda path, sha: (compared.append(path.name), check(path, sha)))
+    use(hub.server_port)
+    minivlm.load("owner/real")
+    assert compared == [SHARD_1, SHARD_2]
+    minivlm.load("owner/real")
+    assert len(compared) == 2
+    blob = (snapshot(cache) / SHARD_1).resolve()
+    blob.write_bytes(blob.read_bytes())
+    minivlm.load("owner/real")
+    assert compared[2:] == [SHARD_1]  # written again, compared again
+
+    note = cache / "models--owner--real" / checksums.NOTE
+    note.unlink()
+    note.mkdir()  # cannot be written
+    minivlm.load("owner/real")
+    assert compared[3:] == [SHARD_1, SHARD_2]
+
+
 # Refusals
+
+
+def test_a_repo_that_has_only_pickles(hub: HubServer, use: Use):
+    files = {name: data for name, data in STUBS.items() if not name.endswith(".safetensors")}
+    hub.repos["owner/pickles"] = Repo({commit(1): files})
+    use(hub.server_port)
+    with pytest.raises(InputError, match=r"owner/pickles has its weights in pytorch_model.bin: a pickle can"):
+        minivlm.load("owner/pickles")
+    assert set(hub.bodies()) == {"config.json"}
+
+
+def test_a_repo_without_weights(hub: HubServer, use: Use):
+    hub.repos["owner/none"] = Repo({commit(1): {"config.json": STUBS["config.json"]}})
+    use(hub.server_port)
+    assert find_folder("owner/none").is_dir()  # what is missing is said by what reads it
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_cache_that_cannot_be_written(hub: HubServer, use: Use, monkeypatch: pytest.MonkeyPatch, code: int):
+    def move(*_: object) -> None:
+        raise OSError(code, os.strerror(code), "blob")
+
+    monkeypatch.setattr("huggingface_hub.file_download._chmod_and_move", move)
+    use(hub.server_port)
+    message = rf"cannot be written to the cache .*{os.strerror(code)}.*: free some space, or choose"
+    with pytest.raises(InputError, match=message):
+        minivlm.load("owner/real")
+
+
+def test_a_file_larger_than_the_disk(hub: HubServer, use: Use):
+    hub.claims[SHARD_1] = 10**15
+    use(hub.server_port)
+    with pytest.raises(InputError, match=r"cannot be written to the cache .*Not enough free disk space"):
+        minivlm.load("owner/real")
+    assert SHARD_1 not in hub.bodies()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+def test_names_that_no_folder_has(name: str, use: Use):
+    use(CLOSED)
+    with pytest.raises(InputError, match=r"cannot be opened \(.*\): check the name"):
+        find_folder(name)
 
 
 def test_unknown_repo(hub: HubServer, use: Use):

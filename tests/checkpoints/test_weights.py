@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from transformers import PaliGemmaForConditionalGeneration
 
 import minivlm
 from minivlm import PaliGemma
-from minivlm.checkpoints import weights
+from minivlm.checkpoints import hub, weights
+from minivlm.checkpoints.hub import GENERATION
 from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, to_file, to_ours
 from minivlm.checkpoints.weights import INDEX, WEIGHTS
 from minivlm.errors import InputError
@@ -198,7 +200,7 @@ def test_what_we_write_transformers_reads(folder: Path):
     assert not any("lm_head" in name for name in names)  # it is the embedding table
     assert "vision_tower.vision_model.encoder.layers.0.self_attn.out_proj.weight" in names
     assert "language_model.model.layers.1.self_attn.o_proj.weight" in names
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", GENERATION, WEIGHTS]
 
 
 def test_a_model_saved_onto_its_own_folder_stays_whole(folder: Path):
@@ -247,6 +249,46 @@ def refuse(folder: Path, message: str) -> None:
 
 NORM = "language_model.model.norm.weight"
 FC1 = "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"
+
+
+def test_one_tensor_in_two_shards(folder: Path):
+    """The index says which counts, but a file that came later would win against it."""
+    tensors = load_file(folder / WEIGHTS)
+    shard(folder, tensors)
+    (folder / WEIGHTS).unlink()
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    other = next(name for name in weight_map.values() if name != weight_map[NORM])
+    part = load_file(folder / other) | {NORM: torch.zeros_like(tensors[NORM])}
+    save_file(part, folder / other, metadata={"format": "pt"})
+    refuse(folder, f"has {re.escape(NORM)} in two files: which one counts is unknown")
+
+
+@pytest.mark.parametrize("entry", [5, None, ["model.safetensors"]])
+def test_an_index_that_names_no_file(folder: Path, entry: object):
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: entry}}))
+    refuse(folder, f"names no file for {re.escape(NORM)}: download the file again")
+
+
+def test_a_config_nested_too_deep(folder: Path):
+    (folder / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    refuse(folder, r"config.json cannot be read \(.*recursion.*\): download the file again")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has neither")
+@pytest.mark.parametrize("source", ["/dev/zero", "pipe"])
+def test_a_config_without_end(folder: Path, source: str):
+    (folder / "config.json").unlink()
+    if source == "pipe":
+        os.mkfifo(folder / "config.json")
+    else:
+        (folder / "config.json").symlink_to(source)
+    refuse(folder, "has no config.json: is it a checkpoint folder")
+
+
+def test_a_config_of_many_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "LARGEST_JSON", 1000)
+    refuse(folder, r"config.json cannot be read \(it has more than 1000 bytes\): download the file again")
 
 
 def test_missing_tensors(folder: Path):

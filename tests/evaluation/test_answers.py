@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from helpers import randomize
 from PIL import Image
 
+from minivlm.errors import InputError
 from minivlm.evaluation import make_questions
 from minivlm.evaluation.answers import LONGEST_ANSWER, answer_all, box_scores
 from minivlm.models.paligemma import PaliGemma, PaliGemmaOutput
@@ -95,6 +97,16 @@ def test_answers_in_a_batch_equal_those_one_by_one(untrained: tuple[PaliGemma, P
 def test_no_questions_no_answers(untrained: tuple[PaliGemma, Processor]) -> None:
     assert answer_all(*untrained, [], [], progress=False) == []
     assert box_scores(*untrained, [], [], []) == []
+
+
+def test_scores_that_are_not_finite_are_no_scores(untrained: tuple[PaliGemma, Processor]) -> None:
+    """NaN has no place in the order from the surest box to the least sure."""
+    broken = copy.deepcopy(untrained[0])
+    with torch.no_grad():
+        broken.language_model.norm.weight.fill_(torch.nan)
+    picture, answer = Image.new("RGB", (16, 16)), "<loc0000><loc0000><loc0512><loc0512> red circle"
+    with pytest.raises(InputError, match=r"the weights hold NaN or infinity in language_model\.norm\.weight"):
+        box_scores(broken, untrained[1], [picture], ["detect red circle"], [answer])
 
 
 def test_the_longest_true_answer_has_room(processor: Processor) -> None:

@@ -110,6 +110,16 @@ def test_encoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.allclose(similarity(images, texts), whole.image_embeds @ whole.text_embeds.T, atol=1e-5)
 
 
+def test_vectors_that_are_not_finite_are_no_evaluation() -> None:
+    """NaN is not greater than anything: as ranks, it would be a bad score instead of an error."""
+    model, processor = build(config())
+    with torch.no_grad():
+        model.text_model.final_layer_norm.weight.fill_(torch.nan)
+    message = r"the weights hold NaN or infinity in text_model\.final_layer_norm\.weight"
+    with pytest.raises(InputError, match=message):
+        encode(model, processor, [Image.new("RGB", (8, 8))], ["a red star"])
+
+
 def test_several_captions_of_a_picture(tmp_path: Path) -> None:
     """Any of them will do, and neither picture nor caption is counted twice."""
     model, processor = build(config())

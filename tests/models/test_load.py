@@ -171,6 +171,22 @@ def test_files_of_two_checkpoints(folder: Path):
         minivlm.load(folder)
 
 
+def test_a_word_without_an_embedding(folder: Path):
+    """The number of words may be right, and an id still be past the table."""
+    words = json.loads((folder / "tokenizer.json").read_text())
+    largest = max(words["model"]["vocab"], key=words["model"]["vocab"].get)
+    words["model"]["vocab"][largest] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(InputError, match=r"tokenizer.json has the id 5000 but the model knows only \d+"):
+        minivlm.load(folder)
+
+
+def test_a_tokenizer_that_makes_its_library_panic(folder: Path):
+    edit(folder / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    with pytest.raises(InputError, match=r"tokenizer.json is not a tokenizer \(.*\): download it again"):
+        minivlm.load(folder)
+
+
 def test_pictures_of_another_size(folder: Path):
     edit(folder / "preprocessor_config.json", size={"height": 56, "width": 56})
     with pytest.raises(

@@ -140,6 +140,24 @@ def test_class_vectors_of_another_model(opened: tuple[Any, PairProcessor, Any]) 
         classify(model, pixels, torch.ones(3, 7))
 
 
+def test_numbers_that_are_not_finite(opened: tuple[Any, PairProcessor, Any]) -> None:
+    model, processor, _ = opened
+    pixels = processor(Image.linear_gradient("L"))["pixel_values"]
+    classes = class_embeddings(model, processor.tokenizer, NAMES)
+    with pytest.raises(InputError, match=r"^pixel_values hold NaN or infinity"):
+        classify(model, pixels * torch.nan, classes)
+    with torch.no_grad():
+        model.logit_scale.fill_(torch.nan)
+    with pytest.raises(InputError, match="the weights hold NaN or infinity in logit_scale"):
+        classify(model, pixels, classes)
+    with torch.no_grad():
+        model.logit_scale.fill_(1000)
+    with pytest.raises(InputError, match="although all weights are: the numbers overflow"):
+        classify(model, pixels, classes)
+    with pytest.raises(InputError, match="classes hold NaN or infinity"):
+        classify(model, pixels, classes * torch.nan)
+
+
 # Folders
 
 
@@ -173,10 +191,28 @@ def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the id of the end is 5 in config"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"vocab_size": 50})
-    with pytest.raises(InputError, match=r"tokenizer.json has \d+ tokens but the model knows only 50"):
+    with pytest.raises(InputError, match=r"tokenizer.json has the id \d+ but the model knows only 50"):
         minivlm.load(tmp_path)
     edit(tmp_path / "config.json", text_config=config["text_config"] | {"eos_token_id": 2})
-    minivlm.load(tmp_path)  # as in OpenAI's folders: a known mistake
+    model, processor = minivlm.load(tmp_path)  # as in OpenAI's folders: a known mistake
+    assert model.config.text.eos_token_id == processor.tokenizer.eos_id
+
+
+def test_a_word_that_was_added_after_the_end(tmp_path: Path) -> None:
+    """With OpenAI's eos_token_id, transformers reads the text's vector at the word, the highest id."""
+    config = make_clip(tmp_path).config
+    word = config.text.vocab_size  # the first id after those that the model has
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    added = tokenizer["added_tokens"][-1] | {"id": word, "content": "zyx", "special": False}
+    edit(tmp_path / "tokenizer.json", added_tokens=[*tokenizer["added_tokens"], added])
+    model = CLIP(replace(config, text=replace(config.text, vocab_size=word + 1)))
+    randomize(model).save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", text_config=model.config.text.to_dict() | {"eos_token_id": 2})
+    loaded, processor = minivlm.load(tmp_path)
+    ids = processor(texts=["a zyx", "a cat on a mat"])["input_ids"]
+    assert (ids == word).any()
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_text(ids), model.encode_text(ids))
 
 
 def test_a_siglip_folder_of_another_picture_size(tmp_path: Path) -> None:
