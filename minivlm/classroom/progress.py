@@ -30,6 +30,7 @@ from pathlib import Path
 
 import minivlm
 from minivlm.checks import STILL_BLANK
+from minivlm.classroom.limits import Limits
 from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
 from minivlm.errors import InputError
 
@@ -37,8 +38,6 @@ INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # envir
 DEEPEST = 20  # folders below that of the class
 LARGEST_FILE = 200 * 2**20  # bytes of what is copied for a notebook
 RUN_ID = "MINIVLM_PROGRESS"  # the environment variable by which leftover processes are recognized
-SECONDS = (4, 24 * 3600)  # bounds of the limit: a cell gets a quarter
-MEMORY = (2, 1024)  # bounds of the limit, in GB: Python with PyTorch needs one of address space
 LONGEST_REPORT = 100_000  # bytes
 SECONDS_TO_END = 20.0  # for what a notebook has started
 SECONDS_TO_START = 300.0  # for the imports of the process, on a slow machine
@@ -62,24 +61,6 @@ class Result:
     passed: list[str]
     exercises: list[str]
     remark: str  # what stopped the run, or what is wrong with the first exercise tried but not solved
-
-
-@dataclass(frozen=True)
-class Limits:
-    """For each notebook. Raises InputError: a number out of bounds."""
-
-    seconds: float = 120  # counted from the first cell
-    memory: int = 4 * 2**30  # bytes of address space
-    whole: bool = False  # also run what is not a definition, exercise or check
-
-    def __post_init__(self) -> None:
-        least, most = SECONDS
-        if not least <= self.seconds <= most:
-            raise InputError(f"{self.seconds} seconds for a notebook: give it from {least} to {most}")
-        least, most = MEMORY
-        if not least * 2**30 <= self.memory <= most * 2**30:
-            gigabytes = self.memory // 2**30
-            raise InputError(f"{gigabytes} GB of memory for a notebook: give it from {least} to {most}")
 
 
 def find_handed_in(folder: Path) -> list[HandedIn]:

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from minivlm.classroom.progress import MEMORY, SECONDS
+from minivlm.classroom.limits import MEMORY, SECONDS, Limits
 from minivlm.cli import options as shared
 from minivlm.cli.program import command
 from minivlm.errors import InputError, extra
@@ -64,7 +64,7 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print a line for each notebook when it is known."""
     from minivlm.classroom import landlock
-    from minivlm.classroom.progress import Limits, find_handed_in, judge_handed_in
+    from minivlm.classroom.progress import find_handed_in, judge_handed_in
 
     if os.name != "posix":
         raise InputError("progress needs Linux or macOS: this system has no limits on processes")
