@@ -185,9 +185,8 @@ def explain_nonfinite(model: object, inputs: Mapping[str, object]) -> str:
     for name, value in inputs.items():
         if isinstance(value, Tensor) and not torch.isfinite(value).all():
             return f"{name} hold NaN or infinity: the numbers that go into a model have to be finite"
-    names = []
-    if isinstance(model, torch.nn.Module):
-        names = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    parameters = getattr(model, "named_parameters", list)
+    names = [name for name, p in parameters() if not torch.isfinite(p).all()]
     if names:
         listed = ", ".join(names[:5])
         return f"the weights hold NaN or infinity in {listed}: the checkpoint is damaged, download it again"

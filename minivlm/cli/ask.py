@@ -143,7 +143,7 @@ def _ask(
     for note in (
         *(notes.of_picture(*picture.size) if first else ()),
         *notes.of_prompt(prompt, loaded[1].tokenizer),
-        *notes.of_answer(stream.confidence),
+        *notes.of_answer(stream.confidence, stream.repeats),
     ):
         shared.tell(note, "note")
     return answer

@@ -29,8 +29,10 @@ def of_prompt(prompt: str, tokenizer: Tokenizer) -> Iterator[str]:
         yield f"the model never saw {', '.join(unknown)} in training: what it answers may mean nothing"
 
 
-def of_answer(confidence: float | None) -> Iterator[str]:
-    """Notes about an answer of this confidence."""
+def of_answer(confidence: float | None, repeats: bool) -> Iterator[str]:
+    """Notes about an answer: how sure the model is of it, and whether it was stopped while repeating."""
+    if repeats:
+        yield "the answer repeats itself and was stopped: the model does not know what it sees"
     if confidence is not None and confidence < LEAST_SURE:
         yield f"the model is not sure: it gives a word of this answer a probability of {confidence:.0%}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,8 @@ from minivlm.models.load import load_answering
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor, Tokenizer, to_device
 from minivlm.processing.inputs import Picture
+
+MOST_REPEATS = 8  # of one token in a row; after them an answer is stopped
 
 Loaded = tuple[Answers, AnswerProcessor]  # what `load` returns
 
@@ -47,6 +48,8 @@ class AnswerStream:
     1, as the model sees it before any temperature. Neighboring coordinates share their probability, and so do
     shape codes, so such a token counts as sure as the model is that one of its kind comes here. That says
     whether there is a thing, not how well its edges are met. None: the model told nothing.
+
+    A model that is lost may write one token again and again. Such an answer is stopped: `repeats` is True.
     """
 
     def __init__(
@@ -55,39 +58,46 @@ class AnswerStream:
         self.model, self.processor, self.choices = model, processor, choices
         self.inputs: dict[str, Any] = to_device(processor([picture], [prompt]), model.device)
         self.confidence: float | None = None
+        self.repeats = False
 
     def __iter__(self) -> Iterator[str]:
         ids: list[int] = []
         shown = ""
-        with _noting_logits(self.model) as noted:
-            for token in self.model.stream(**self.inputs, **self.choices):
-                ids.append(int(token[0]))
-                if noted:
-                    sure = _probability(noted.pop()[0], ids[-1], self.processor.tokenizer)
-                    self.confidence = min(sure, 1.0 if self.confidence is None else self.confidence)
-                text = self.processor.decode(torch.tensor([ids]))[0]
-                # Half of a character that takes several byte tokens decodes to U+FFFD: wait for the rest.
-                if not text.endswith("\ufffd"):
-                    yield text[len(shown) :]
-                    shown = text
+        noting, seg_ids = _Noting(self.model), self.processor.tokenizer.seg_ids
+        # Called on the class: the model's own loop, which asks `noting` for logits.
+        for token in type(self.model).stream(noting, **self.inputs, **self.choices):
+            ids.append(int(token[0]))
+            if noting.last is not None:
+                sure = _probability(noting.last[0], ids[-1], self.processor.tokenizer)
+                self.confidence = min(sure, 1.0 if self.confidence is None else self.confidence)
+            text = self.processor.decode(torch.tensor([ids]))[0]
+            # Half of a character that takes several byte tokens decodes to U+FFFD: wait for the rest.
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+            # A mask may well have one shape code in many of its places.
+            self.repeats = ids[-1] not in seg_ids and ids[-MOST_REPEATS:] == [ids[-1]] * MOST_REPEATS
+            if self.repeats:
+                break
         yield text[len(shown) :]
 
 
-@contextmanager
-def _noting_logits(model: Any) -> Iterator[list[Tensor]]:
-    """Keep what the model scores on the way: [1, V] for each new token, so that nothing is read twice."""
-    noted: list[Tensor] = []
-    logits = model.logits
+class _Noting:
+    """A model that keeps what it scores on the way, so that nothing is read twice.
 
-    def noting(hidden_states: Tensor) -> Tensor:
-        noted[:] = [logits(hidden_states)]
-        return noted[0]
+    It stands beside the model and changes nothing in it: another thread may use the same one.
+    """
 
-    model.logits = noting
-    try:
-        yield noted
-    finally:
-        del model.logits
+    def __init__(self, model: Answers) -> None:
+        self.model = model
+        self.last: Tensor | None = None  # [1, V]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        self.last = self.model.logits(hidden_states)
+        return self.last
 
 
 def _probability(logits: Tensor, token_id: int, tokenizer: Tokenizer) -> float:

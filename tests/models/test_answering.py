@@ -5,6 +5,7 @@ from __future__ import annotations
 import pydoc
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoProcessor
 
 import minivlm
 from minivlm.errors import InputError
-from minivlm.models.answering import AnswerStream
+from minivlm.models.answering import MOST_REPEATS, AnswerStream
 from minivlm.models.load import SHIPPED
 
 SCENE = Path("figures/samples/scene_1.png")
@@ -38,12 +39,47 @@ def test_what_is_refused() -> None:
         minivlm.answer(SCENE, " ")
 
 
-def test_the_model_is_as_before_when_nobody_listens_to_the_end() -> None:
-    model, processor = minivlm.load()
-    pieces = iter(AnswerStream(model, processor, SCENE, "caption en"))
+def test_a_model_serves_two_threads_at_once() -> None:
+    """Nothing is changed in it, also when nobody listens to the end."""
+    loaded = minivlm.load()
+    before = dict(vars(loaded[0]))
+    prompts = ["caption en", "detect green circle", "what color is the circle?"] * 2
+
+    def ask(prompt: str) -> tuple[str, float | None]:
+        stream = AnswerStream(*loaded, SCENE, prompt)
+        return "".join(stream), stream.confidence
+
+    alone = [ask(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, prompts)) == alone
+    assert all(0 < (sure or 0) <= 1 for _, sure in alone)
+    pieces = iter(AnswerStream(*loaded, SCENE, "caption en"))
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    assert "logits" not in vars(model)
+    assert vars(loaded[0]) == before
+
+
+@pytest.mark.parametrize(("token", "stopped"), [("5", True), ("<seg005>", False)])
+def test_an_answer_that_repeats_one_token_is_stopped(
+    token: str, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for shape codes, which masks may repeat."""
+    model, processor = minivlm.load()
+    scores = torch.zeros(1, processor.tokenizer.vocab_size)
+    scores[0, processor.tokenizer.encode(token)] = 9.0
+    monkeypatch.setattr(model, "logits", lambda hidden_states: scores)
+    stream = AnswerStream(model, processor, SCENE, "caption en", max_new_tokens=20)
+    assert "".join(stream) == token * (MOST_REPEATS if stopped else 20)
+    assert stream.repeats is stopped
+    assert len(model.generate(**processor([SCENE], ["caption en"]), max_new_tokens=20)[0]) == 20
+
+
+def test_numbers_that_overflow_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = minivlm.load()
+    with torch.no_grad():
+        loaded[0].language_model.norm.weight[0] = torch.nan
+    with pytest.raises(InputError, match=r"weights hold NaN or infinity in language_model\.norm\.weight"):
+        minivlm.answer(SCENE, "caption en", loaded)
 
 
 @pytest.mark.parametrize("skip", [True, False])
