@@ -25,7 +25,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,  # CLIP as OpenAI trained it
-    "gelu": F.gelu,  # the exact one, with the error function: ViT, and CLIP as retrained by others
+    "gelu": F.gelu,  # exact, with the error function: ViT in transformers, CLIP as retrained by others
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),  # SigLIP
 }
 

@@ -1,9 +1,10 @@
 """The original Vision Transformer (https://arxiv.org/abs/2010.11929), trained for classification.
 
-Differences from CLIP's tower in `clip.py`: the patch projection has a bias, there is no norm before the first
-block, GELU is exact, eps is 1e-12, and the last LayerNorm is applied to every token. Difference from SigLIP's
-tower in `siglip.py`: a class token, which has its own row in the position table. The head on the class token
-(pooler or classifier) is in `minivlm.models.vit`.
+Differences from CLIP's tower in `clip.py`: the patch projection has a bias, there is no norm before the
+first block, GELU is exact and eps is 1e-12, both as in transformers (the authors' own code, vit_jax, has
+the tanh GELU), and the last LayerNorm is applied to every token. Difference from SigLIP's tower in
+`siglip.py`: a class token, which has its own row in the position table. The head on the class token (pooler
+or classifier) is in `minivlm.models.vit`.
 """
 
 from __future__ import annotations
