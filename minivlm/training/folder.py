@@ -20,8 +20,8 @@ else:
 STATE, LOG, PLOT, LOCK = "state.safetensors", "log.csv", "loss.png", ".lock"
 # A run writes files of these names at its end, or they would stay beside its own as if they belonged to them.
 CHECKPOINT = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-    "*.safetensors", "*.safetensors.index.json", LOG, PLOT,
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json", LOG, PLOT,
 )  # fmt: skip
 
 _held: set[Path] = set()  # folders of this process's runs: to the system, all of them are one

@@ -26,7 +26,6 @@ LEAST = {
     "muon_lr": 1e-9,
     "adamw_lr": 1e-9,
     "review_lr_factor": 1e-3,
-    "loc_sigma": 1e-3,
 }
 MOST = {
     "image_size": 4096,

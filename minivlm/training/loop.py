@@ -21,7 +21,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -152,12 +154,36 @@ def in_order(data: Dataset[Any], steps: Iterable[int], workers: int) -> Iterator
     items = iter(loader)
     started = [process for process in active_children() if process not in others]
     try:
-        yield from items
+        yield from _in_time(items, started) if started else items
     finally:
         for process in started:  # one that is stopped could not end, and this process would wait for it
             with suppress(ProcessLookupError):
                 if process.pid is not None and hasattr(signal, "SIGCONT"):  # not on Windows
                     os.kill(process.pid, signal.SIGCONT)
+
+
+def _in_time(items: Iterator[Any], workers: Sequence[BaseProcess]) -> Iterator[Any]:
+    """The same items; the workers are killed if one takes far longer than `PATIENCE`.
+
+    The loader's own limit is not counted while tensors are handed over: a worker that is stopped at that
+    moment would be waited for without end.
+    """
+
+    def kill() -> None:
+        for process in workers:
+            process.kill()
+
+    while True:
+        timer = Timer(1.5 * PATIENCE, kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        finally:
+            timer.cancel()
+        yield item
 
 
 def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:

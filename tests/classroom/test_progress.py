@@ -35,7 +35,7 @@ from minivlm.classroom.progress import (
     judge_handed_in,
 )
 from minivlm.classroom.workshop import student_copy
-from minivlm.cli import main, progress
+from minivlm.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="minivlm progress needs limits on processes")
 
@@ -504,7 +504,7 @@ def test_nothing_is_run_without_yes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hand_in(tmp_path / "ada.ipynb", COUNT)
-    monkeypatch.setattr(progress, "judge_handed_in", lambda *_: pytest.fail("it was run"))
+    monkeypatch.setattr(minivlm.classroom.progress, "judge_handed_in", lambda *_: pytest.fail("it was run"))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(landlock, "version", lambda: 0)
     assert main(["progress", str(tmp_path)]) == 2

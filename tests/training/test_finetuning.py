@@ -429,7 +429,8 @@ def test_a_learning_rate_that_diverges(config: FinetuningConfig, data: Path, tmp
 
 
 def test_the_folder(whole: Path) -> None:
-    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    model = {"config.json", "generation_config.json", "model.safetensors"}
+    model |= {"tokenizer.json", "tokenizer_config.json"}
     run = {"state.safetensors", "log.csv", "loss.png"}
     assert files(whole) == model | run | {"preprocessor_config.json"}
     assert step_of(whole) == 9

@@ -389,7 +389,8 @@ def test_the_loss_of_patches() -> None:
 
 
 def test_the_folder_is_a_checkpoint(whole: Path) -> None:
-    wanted = {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"}
+    wanted = {"config.json", "generation_config.json", "model.safetensors"}
+    wanted |= {"tokenizer.json", "preprocessor_config.json"}
     assert files(whole) == wanted | {"tokenizer_config.json", "state.safetensors", "log.csv", "loss.png"}
     model, processor = minivlm.load(whole)
     state = load_file(whole / "state.safetensors")

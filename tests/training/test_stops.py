@@ -347,11 +347,31 @@ def test_a_worker_that_is_killed_or_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(Run, "advance", hit)
         patch.setattr(loop, "PATIENCE", 3)
-        with pytest.raises(InputError, match=r"stopped delivering .DataLoader .*goes on from step \d, saved"):
+        with pytest.raises(InputError, match=r"stopped delivering .*goes on from step \d, saved"):
             train(tmp_path, CONFIG, loop=replace(EVERY, workers=1))
     wait_until(lambda: not multiprocessing.active_children())
     train(tmp_path, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(tmp_path, whole)
+
+
+def test_a_worker_that_is_stopped_while_it_hands_over_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader waits for it without a limit of its own."""
+    ended = threading.Event()
+
+    def hand_over() -> Iterator[int]:
+        yield 1
+        assert ended.wait(60)  # stands for a read that only the worker's end interrupts
+        raise EOFError
+
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    worker.start()
+    threading.Thread(target=lambda: (worker.join(), ended.set()), daemon=True).start()
+    monkeypatch.setattr(loop, "PATIENCE", 0.2)
+    items = loop._in_time(hand_over(), [worker])
+    assert next(items) == 1
+    with pytest.raises(EOFError):
+        next(items)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_an_error_of_our_own_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
