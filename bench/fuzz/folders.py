@@ -324,6 +324,8 @@ def verdict(ours: list[Tensor] | Exception, theirs: list[Tensor] | Exception) ->
     """One of: equal, refused, both fail, ours alone, DIFFERENT, TRACEBACK."""
     if isinstance(ours, InputError):
         return "refused" if not isinstance(theirs, Exception) else "both refuse"
+    if isinstance(ours, ValueError) and isinstance(theirs, Exception):
+        return "both refuse"  # these inputs
     if isinstance(ours, Exception):
         return "TRACEBACK"
     if isinstance(theirs, Exception):

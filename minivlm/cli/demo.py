@@ -26,7 +26,7 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print a table of answers, and write the pictures with what was pointed at."""
-    from minivlm.cli.pictures import draw_answers, save_picture
+    from minivlm.cli.pictures import draw_answers, is_drawing, save_picture
     from minivlm.models.load import load_answering
     from minivlm.processing import load_picture, to_rgb
     from minivlm.world.demo import PROMPTS_FILE, SAMPLES, read_samples, write_samples
@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
         write_samples(folder)
     samples = read_samples(folder)
     for path in samples:
-        check_output(options.out / path.name, [*samples, folder / PROMPTS_FILE])
+        drawing = options.out / path.name
+        check_output(drawing, [*samples, folder / PROMPTS_FILE], replace=is_drawing(drawing))
     model, processor = load_answering()
     rows = [("picture", "prompt", "answer")]
     for path, prompts in samples.items():

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from minivlm.errors import InputError
 from minivlm.files import check_output, write_aside
 from minivlm.looking import draw_masks, drawn_size
 from minivlm.processing import Mask, text_to_boxes, text_to_masks
+
+SOFTWARE = "minivlm"  # stands in the EXIF note of every drawing
 
 
 def draw_answers(picture: Image.Image, answers: Iterable[str]) -> Image.Image:
@@ -51,7 +53,8 @@ def drawings(
         sizes: width and height of the pictures.
         inputs: files that must not be replaced.
 
-    Raises InputError: several pictures and one file; a name that the drawing cannot be written to.
+    Raises InputError: several pictures and one file; a name that the drawing cannot be written to, or that a
+    file has which is no earlier drawing.
     """
     if draw.is_dir() or not draw.suffix:
         stems = Counter[str]()
@@ -68,8 +71,19 @@ def drawings(
     for name, size in zip(names, sizes, strict=True):
         _check_format(name)
         _check_sides(name, *drawn_size(*size))
-        check_output(name, inputs)
+        check_output(name, inputs, replace=is_drawing(name))
     return names
+
+
+def is_drawing(path: Path) -> bool:
+    """Whether a file is an earlier drawing of ours and no photograph. BMP and GIF keep no such note."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
+    try:
+        with Image.open(path) as picture:
+            return bool(picture.getexif().get(ExifTags.Base.Software) == SOFTWARE)
+    except Exception:  # no picture, or a damaged one
+        return False
 
 
 def _check_format(path: Path) -> None:
@@ -100,9 +114,11 @@ def _check_sides(path: Path, width: int, height: int) -> None:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture in the format that its name's ending says. Raises InputError: it cannot be written."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = SOFTWARE
     with write_aside(path) as temporary:
         try:
-            picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+            picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()], exif=exif)
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the format
                 raise

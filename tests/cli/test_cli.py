@@ -836,6 +836,24 @@ def test_a_drawing_replaces_no_input(
     assert Path("link.png").is_symlink()
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "bmp"])
+def test_a_drawing_replaces_drawings_alone(ask: Ask, picture: Path, tmp_path: Path, ending: str) -> None:
+    """Of ours, which say so themselves; a photograph of the same name stays, also behind a link."""
+    photograph, drawing = tmp_path / f"photo.{ending}", tmp_path / f"drawing.{ending}"
+    Image.open(picture).convert("RGB").save(photograph)
+    (tmp_path / f"link.{ending}").symlink_to(photograph.name)
+    before = photograph.read_bytes()
+    for name in (photograph.name, f"link.{ending}"):
+        line = ask.refused(picture, "--prompt", "caption en", "--draw", tmp_path / name)
+        assert line.endswith("exists, and would be overwritten: choose another name, or remove it first")
+    assert photograph.read_bytes() == before
+    ask(picture, "--prompt", "caption en", "--draw", drawing)
+    if ending == "bmp":  # cannot say what it is
+        ask.refused(picture, "--prompt", "caption en", "--draw", drawing)
+    else:
+        ask(picture, "--prompt", "caption en", "--draw", drawing)
+
+
 def test_a_drawing_replaces_no_device(ask: Ask, picture: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     line = ask.refused(picture, "--prompt", "caption en", "--draw", tmp_path / "pipe.png")
