@@ -47,10 +47,13 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 highlight_language = "text"  # a block that names no language is a drawing or a command
 python_maximum_signature_line_length = 88
-OTHERS = "abc|argparse|collections|contextlib|dataclasses|matplotlib|numpy|np|pathlib|PIL|tokenizers|torch"
+OTHERS = (
+    "abc|argparse|collections|contextlib|dataclasses|matplotlib|numpy|np|pathlib|PIL|tokenizers|torch|tqdm"
+)
 nitpick_ignore_regex = [
-    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Kind|tqdm")
-]  # the last six: only for type checkers
+    # The first six are for type checkers only. Sphinx cuts the last, the type of an attribute, at its comma.
+    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Kind|tqdm|int \| tuple\[int")
+]
 
 html_theme = "furo"
 html_title = f"minivlm {version}"
