@@ -183,7 +183,9 @@ def mutate(values: dict[str, Any], rng: random.Random) -> list[str]:
         name = rng.choice(sorted(KNOWN))
         value = rng.choice(KNOWN[name])
     elif kind < 0.95:
-        name = rng.choice(sorted(name for name in part if not isinstance(part[name], dict)))
+        name = rng.choice(
+            sorted(name for name in part if not isinstance(part[name], dict)) or ["hidden_size"]
+        )
         value = rng.choice(ODD)
     else:  # another place: a part under its old name, or missing, or of another type
         name = rng.choice(["text_config", "vision_config"])
