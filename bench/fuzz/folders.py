@@ -225,6 +225,8 @@ def make_folder(system: str, folder: Path, rng: random.Random, seed: int) -> lis
         try:
             built = build(system, changed)
             values = changed
+            if sum(parameter.numel() for parameter in built.parameters()) > 10**7:
+                built, changes = None, []  # gigabytes, for nothing that a small one would not show
         except Exception:
             built, changes = None, []
     if built is None:
