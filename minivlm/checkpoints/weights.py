@@ -31,8 +31,8 @@ from minivlm.files import write_aside
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Looking for NaN reads every byte. Up to this size (bytes) it is cheap; above it, `generate` checks its first
-# logits instead.
+# Looking for NaN reads every byte. Up to this size (bytes) it is cheap; above it, `generate` still checks
+# the logits of every token.
 CHECKED_SIZE = 256 * 2**20
 
 # A buffer in old files that counts 0, 1, 2, ...; no model here reads it from a file.

@@ -121,7 +121,7 @@ def _around(angles: np.ndarray, radii: np.ndarray) -> np.ndarray:
 def train_masks(out: Path, steps: int = 2500, seed: int = 0, progress: bool | None = None) -> MaskCodebook:
     """Train a codebook from nothing and write it to `out`, an npz file.
 
-    progress: True shows a bar, False none, None only on a terminal.
+    progress: True shows a bar, False none, None a bar on a terminal, lines elsewhere.
     Raises InputError: no steps; a file that is there already, or cannot be written.
     """
     if steps < 1:

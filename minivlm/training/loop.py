@@ -65,7 +65,7 @@ class Loop:
     measure_every: int | None = None  # likewise, and 0 measures nothing
     workers: int = 1  # processes that prepare batches ahead; 0 prepares them in this one
     device: torch.device | str = "cpu"
-    progress: bool | None = None  # True shows a bar, False none; None: only on a terminal
+    progress: bool | None = None  # True: a bar, False: nothing, None: a bar on a terminal, else lines
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that nothing can be carried out with."""
