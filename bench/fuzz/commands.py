@@ -11,21 +11,19 @@ what it held; only a file that an earlier run of the same kind could have writte
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+from children import start
 from PIL import Image
 
-import minivlm.cli
 from minivlm.models.load import SHIPPED
 
 SECONDS = 60.0  # for one command
@@ -164,28 +162,7 @@ def contents(folder: Path) -> dict[str, str]:
 def run(words: list[str], folder: Path) -> tuple[int | str, str]:
     """Exit code and output of a command in a process of its own. A code of None: it did not end in time."""
     said = folder.parent / "said.txt"
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            os.setsid()
-            os.chdir(folder)
-            descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.argv = ["minivlm", *words]
-            code = minivlm.cli.main(words)
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-            os._exit(code)
+    child = start(words, said, folder)
     try:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         signal.signal(signal.SIGALRM, _late)

@@ -22,9 +22,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from children import start
 from safetensors.torch import load_file
 
-import minivlm.cli
 from minivlm import InputError, load
 
 RUN = (
@@ -38,24 +38,9 @@ RUN = (
 )  # fmt: skip
 
 
-def start(out: Path, resume: bool) -> int:
+def train(out: Path, resume: bool) -> int:
     """The run in a child process; its number."""
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            os.dup2(os.open(out.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-            os.dup2(1, 2)
-            code = minivlm.cli.main([*RUN, "--out", str(out), *["--resume"] * resume])
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
+    return start([*RUN, "--out", str(out), *["--resume"] * resume], out.with_suffix(".txt"))
 
 
 def wait(child: int, seconds: float) -> int | None:
@@ -93,11 +78,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         whole, out = Path(name) / "whole", Path(name) / "run"
         began = time.monotonic()
-        code = wait(start(whole, False), 300)
+        code = wait(train(whole, False), 300)
         length = time.monotonic() - began
         assert code == 0, whole.with_suffix(".txt").read_text()
         while counts["kills"] < options.kills:
-            code = wait(start(out, resume=(out / "state.safetensors").exists()), rng.uniform(0, length))
+            code = wait(train(out, resume=(out / "state.safetensors").exists()), rng.uniform(0, length))
             if code is None:
                 counts["kills"] += 1
                 if (out / "model.safetensors").exists():
