@@ -3,25 +3,24 @@
 Writing a token multiplies one row by every matrix of the decoder. That is two operations per weight, so
 reading the weights takes nearly all of the time. On x86 processors with bf16 instructions, PyTorch hands bf16
 products to oneDNN, whose kernels are made for many rows: with one row they reach about half of the memory
-bandwidth, and PyTorch's own kernel reaches most of it (bench/inference.py).
+bandwidth, and PyTorch's own kernels reach most of it (bench/inference.py, bench/one_row.py).
 
-PyTorch chooses between the two with a process-wide switch, not with an argument. Here, oneDNN is off only
-while such a product runs. There is one at a time: those of other threads wait, since one alone uses all of
-the memory's bandwidth. So several threads may generate at once: whatever else another thread multiplies at
-that moment uses PyTorch's kernel as well, whose results are equal up to rounding. Without bf16 kernels in
-oneDNN, nothing is ever switched.
+All dense products of PyTorch ask the same switch whether to use oneDNN, and it belongs to the whole process:
+a library that turned it would change what other threads compute. But the gradient of a sparse product is the
+same product, and never goes to oneDNN. For S @ W with a sparse S, the gradient of the entry of S at (i, j) is
+<gradient of row i of the result, row j of W>. If S has one row and stores all of its entries, these are the
+products of one vector with every row of W, which is what `F.linear` computes for a single row. It reads W in
+the order of the file, without a copy. Without bf16 kernels in oneDNN, `F.linear` is used.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
-from threading import Lock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-_one_product = Lock()
 
 
 @cache
@@ -43,17 +42,29 @@ def is_one_row(x: Tensor) -> bool:
     )
 
 
+@cache
+def row_of_all_entries(length: int) -> tuple[Tensor, Tensor]:
+    """A sparse row that stores every entry, [1, length], and the numbers of its columns, [length]."""
+    columns = torch.arange(length)
+    entry = torch.zeros(1, dtype=torch.bfloat16)  # never read: only the pattern counts
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        row = torch.sparse_csr_tensor(
+            torch.tensor([0, length]), columns, entry.expand(length), (1, length), check_invariants=True
+        )
+    return row, columns
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, at memory speed if x is a single row."""
-    if not is_one_row(x):
+    if not is_one_row(x) or weight.dtype != x.dtype or weight.shape[1] != x.shape[-1]:
         return F.linear(x, weight, bias)
-    with _one_product:
-        before = torch._C._get_mkldnn_enabled()
-        try:  # Python notices Ctrl-C only after a call into C, so the switch is always restored
-            torch._C._set_mkldnn_enabled(False)
-            return F.linear(x, weight, bias)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
+    pattern, columns = row_of_all_entries(weight.shape[0])
+    product, _ = torch.ops.aten._sparse_mm_reduce_impl_backward(
+        pattern, x.reshape(1, -1), weight, "sum", columns, [True, False]
+    )
+    out: Tensor = product.values().view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
 
 
 class OneRowLinear(nn.Linear):

@@ -1,0 +1,86 @@
+"""The products of one token with a Gemma of 2 billion weights, by three kernels (minivlm/speed/one_row.py).
+
+Run: python bench/one_row.py --out bench/results/one_row.txt
+
+All matrices that a token of PaliGemma 3B meets in the decoder: 18 layers and the head, in bf16, 5 GB. The
+kernels take turns matrix by matrix. "oneDNN off" turns PyTorch's switch, which minivlm does not. Where the
+processor has no bf16 instructions, PyTorch never uses oneDNN for bf16, and the first two are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from attention import processor
+from torch import Tensor
+
+from minivlm.speed import one_row
+
+LAYERS, HIDDEN, KEYS, MLP, VOCABULARY = 18, 2048, 256, 16384, 257216
+LAYER = [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN), (HIDDEN, HIDDEN)]
+LAYER += [(MLP, HIDDEN), (MLP, HIDDEN), (HIDDEN, MLP)]
+
+
+def as_it_is(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def without_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags takes a while for products this short
+    try:
+        return F.linear(x, weight)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "F.linear": as_it_is,
+    "F.linear, oneDNN off": without_onednn,
+    "one_row.linear": one_row.linear,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    one_row.is_one_row = lambda x: True  # here also where oneDNN has no bf16, to compare the kernels
+    shapes = LAYERS * LAYER + [(VOCABULARY, HIDDEN)]
+    weights = [torch.empty(shape, dtype=torch.bfloat16).uniform_(-1, 1) for shape in shapes]
+    rows = {size: torch.empty(1, size, dtype=torch.bfloat16).uniform_(-1, 1) for size in (HIDDEN, MLP)}
+    tokens: dict[str, list[float]] = {name: [] for name in KERNELS}
+    with torch.no_grad():
+        for _ in range(options.rounds):
+            spent = dict.fromkeys(KERNELS, 0.0)
+            for number, weight in enumerate(weights):
+                order = list(KERNELS)
+                for name in order[number % 3 :] + order[: number % 3]:
+                    start = time.perf_counter()
+                    KERNELS[name](rows[weight.shape[1]], weight)
+                    spent[name] += time.perf_counter() - start
+            for name in KERNELS:
+                tokens[name].append(spent[name])
+    size = sum(weight.nbytes for weight in weights)
+    lines = [f"{processor()}; {torch.get_num_threads()} threads; PyTorch {torch.__version__}"]
+    lines += [f"{size / 1e9:.2f} GB of bf16 weights, {options.rounds} rounds: median (least to most)", ""]
+    best = tokens["F.linear, oneDNN off"]
+    for name, times in tokens.items():
+        ratio = [mine / other for mine, other in zip(times, best, strict=True)]
+        token = statistics.median(times)
+        spread = f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
+        speed = f"{token * 1e3:6.0f} ms   {size / token / 1e9:5.1f} GB/s"
+        lines.append(f"{name:22} {speed}   {spread} of oneDNN off")
+    print("\n".join(lines))
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
