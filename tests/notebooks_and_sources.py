@@ -32,6 +32,27 @@ class Cell:
         return self.raw.get("outputs", [])
 
     @property
+    def printed(self) -> str:
+        """The text of all outputs."""
+        texts = [
+            output.get("text") or output.get("data", {}).get("text/plain", "") for output in self.outputs
+        ]
+        return "\n".join("".join(text) for text in texts)
+
+    @property
+    def optional(self) -> bool:
+        return "optional" in self.tags
+
+    @property
+    def prose(self) -> str:
+        """What a reader reads of a markdown cell, without hints, code, formulas, and targets of links."""
+        if self.kind != "markdown":
+            return ""
+        text = re.sub(r"<details>.*?</details>|```.*?```|\$\$.*?\$\$", " ", self.source, flags=re.DOTALL)
+        text = re.sub(r"`(<\w+>)`", r" \1 ", text)  # a token such as <loc0142> is a word
+        return re.sub(r"`[^`\n]*`|\$[^$\n]*\$|(?<=\])\([^)]*\)", " ", text)
+
+    @property
     def marked_file(self) -> str | None:
         """The package file that a marked cell shows."""
         first = self.source.splitlines()[0] if self.source.strip() else ""

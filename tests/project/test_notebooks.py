@@ -44,7 +44,8 @@ def test_metadata_is_plain(path: Path) -> None:
     ids = [cell["id"] for cell in notebook["cells"]]
     assert len(set(ids)) == len(ids)
     for cell in notebook["cells"]:
-        assert set(cell["metadata"]) <= {"tags"}, f"cell {cell['id']} has metadata besides tags (timestamps?)"
+        # `repeats` is explained in test_numbers_in_prose.py; whatever else there is may be a timestamp.
+        assert set(cell["metadata"]) <= {"tags", "repeats"}, f"cell {cell['id']} has other metadata"
 
 
 @each_notebook
@@ -136,9 +137,14 @@ def test_sections(path: Path) -> None:
 def test_exercises_are_complete(path: Path) -> None:
     cells = read_cells(path)
     titles = [cell for cell in cells if cell.kind == "markdown" and re.match(r"### Exercise \d", cell.source)]
-    assert 3 <= len(titles) <= 6
+    assert 3 <= len(titles) <= 7
+    kinds = []
     for title in titles:
-        assert re.search(r"Difficulty: [●○]{3} · \d+ minutes", title.source), f"{title.source!r}"
+        line = re.search(r"^Difficulty: [●○]{3} · \d+ minutes(?: · (.+))?$", title.source, re.MULTILINE)
+        assert line, f"{title.source!r}"
+        kinds.append(line[1])
+        hints = re.findall(r"<summary>(.+?)</summary>", title.source)
+        assert hints == ["Hint 1", "Hint 2", "Hint 3"], f"{title.source!r}"
         exercise, check, catch_up = cells[title.number + 1 : title.number + 4]
         assert "exercise" in exercise.tags
         assert exercise.source.count("### BEGIN SOLUTION") == 1
@@ -147,6 +153,7 @@ def test_exercises_are_complete(path: Path) -> None:
         assert re.search(r"\bchecks\.\w+\.\w+\(", check.source)
         assert any("Right: " in "".join(output.get("text", "")) for output in check.outputs)
         assert "catch-up" in catch_up.tags
+    assert set(kinds) - {None} == {"predict, then run", "find the bug", "from a blank cell"}
 
 
 @each_notebook
