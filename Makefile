@@ -24,7 +24,7 @@ NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbva
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit nbval test-browser lab notebooks workshop doctor wheelhouse book wheel clean
+.PHONY: help demo test lint unit nbval test-browser lab lab-solutions notebooks workshop doctor wheelhouse book wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -59,7 +59,12 @@ notebooks: $(DEV) ## run every notebook from a clean kernel and store its output
 	$(BIN)/python notebooks/execute.py
 
 # As root, JupyterLab asks for LAB_ARGS=--allow-root; LAB_ARGS="--no-browser --port 9000" is for a machine elsewhere.
-lab: $(READY) ## open the notebooks in JupyterLab
+# What you write there stays: a notebook of mine/ is written once, and never again.
+lab: $(READY) ## open your own copy of the notebooks, mine/, in JupyterLab: exercises to solve, solutions folded
+	$(BIN)/minivlm workshop mine --keep --solutions
+	$(BIN)/jupyter-lab $(LAB_ARGS) --LabApp.default_url=/lab/tree/mine/notebooks/00_tour.ipynb
+
+lab-solutions: $(READY) ## open the notebooks themselves, solved, in JupyterLab
 	$(BIN)/jupyter-lab $(LAB_ARGS) --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 workshop: $(READY) ## write the notebooks for students into workshop/
@@ -82,7 +87,7 @@ wheel: $(DEV) ## build the package in dist, install it into an empty environment
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python tests/try_wheel.py dist
 
-clean: ## remove the environment, caches, wheelhouse/ and what `make demo` wrote (runs/ and workshop/ stay)
+clean: ## remove the environment, caches, wheelhouse/ and what `make demo` wrote (mine/, runs/ and workshop/ stay)
 	rm -rf $(VENV) demo dist build wheelhouse .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

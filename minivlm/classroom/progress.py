@@ -35,6 +35,7 @@ from minivlm.classroom.notebooks import exercises_of, module_of, read_notebook
 from minivlm.errors import InputError
 
 INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # environment variables
+OWN = "mine"  # the folder of `make lab`
 DEEPEST = 20  # folders below that of the class
 LARGEST_FILE = 200 * 2**20  # bytes of what is copied for a notebook
 RUN_ID = "MINIVLM_PROGRESS"  # the environment variable by which leftover processes are recognized
@@ -83,6 +84,20 @@ def find_handed_in(folder: Path) -> list[HandedIn]:
             f"{folder}/STUDENT.ipynb"
         )
     return found
+
+
+def find_own() -> list[HandedIn]:
+    """The notebooks of one who learns alone: what `make lab` wrote into mine/, here or next to the package.
+
+    Raises InputError: there are none.
+    """
+    for folder in (Path(OWN), Path(minivlm.__file__).parents[1] / OWN):
+        if found := sorted((folder / "notebooks").glob("*.ipynb")):
+            return [HandedIn(path, "you", path.stem) for path in found]
+    raise InputError(
+        f"there is no folder {OWN}/notebooks here: `make lab` in a clone writes your own copy of the course "
+        "there. Or name the folder that students handed in"
+    )
 
 
 def _notebooks_below(folder: Path) -> list[Path]:

@@ -12,7 +12,8 @@ In the copy, one line that raises replaces them, and the outputs of exercise and
 check that says "Right: two lines, and x is only ever added to" gives too much away. Everything else stays,
 including the catch-up cells, which let the rest of a notebook run whatever was written above them. Exercise
 and check cells get the tag `raises-exception`, with which Jupyter goes on after an error: "Run All" reaches
-the end of a notebook that nobody has solved yet.
+the end of a notebook that nobody has solved yet. A copy for one who learns alone has each solution folded
+below its hints.
 """
 
 from __future__ import annotations
@@ -64,13 +65,19 @@ the rest of the notebook run whether or not you have solved it.
 SHOWN_FILE = re.compile(r"\.\./((?:[\w./-]|{[^}]*})+\.(?:png|jpg|svg|json))")
 
 
-def student_copy(notebook: NotebookNode) -> NotebookNode:
+FOLDED = "\n\n<details><summary>Solution</summary>\n\n```python\n{}\n```\n\n</details>"
+
+
+def student_copy(notebook: NotebookNode, solutions: bool = False) -> NotebookNode:
     """A copy of the notebook with blanks for solutions. The original is not changed.
+
+    With `solutions`, each is folded at the end of the text above its exercise.
 
     Raises InputError: a marker without its partner, misspelled, or outside a code cell; an exercise without a
     marked solution, which would be handed out solved.
     """
     student = copy.deepcopy(notebook)
+    text = None  # the last cell of text
     for number, cell in enumerate(student.cells, start=1):
         tags = cell.metadata.get("tags", [])
         exercise = "exercise" in tags or cell.metadata.get("nbgrader", {}).get("solution")
@@ -81,6 +88,10 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
             raise InputError(f"{where} has a solution, but is not a code cell: move it into one")
         if exercise and not solved:
             raise InputError(f"{where} is an exercise without a solution: put it between {BEGIN} and {END}")
+        if solved and solutions and text is not None:
+            lines = [line for line in cell.source.split("\n") if line.strip() not in (BEGIN, END)]
+            text.source += FOLDED.format("\n".join(lines))
+        text = cell if cell.cell_type == "markdown" else text
         cell.source = source
         if solved or "check" in tags:
             cell.outputs, cell.execution_count = [], None
@@ -127,8 +138,10 @@ def find_notebooks() -> Path:
     )
 
 
-def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Path]:
-    """Write student copies of all notebooks in a folder, with the pictures they show; returns their paths.
+def write_workshop(
+    source: Path, out: Path, overwrite: bool = False, keep: bool = False, solutions: bool = False
+) -> list[Path]:
+    """Write student copies of all notebooks in a folder, with the pictures they show; returns what it wrote.
 
     The result works on its own with the installed package:
 
@@ -136,7 +149,8 @@ def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Pat
         out/notebooks/      the student notebooks
         out/figures/        what they show and open as ../figures/...
 
-    Nothing is written if anything is wrong with any notebook.
+    Nothing is written if anything is wrong with any notebook. With `keep`, files that are there already stay
+    as they are, with the answers that they hold. `solutions` is as in `student_copy`.
 
     Raises InputError: no notebooks, one that cannot be read or copied (see `student_copy`), a missing
     picture or one outside the course, or files that already exist in `out`, unless `overwrite`.
@@ -151,7 +165,7 @@ def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Pat
     for path in sorted(source.glob("*.ipynb")):
         notebook = read_notebook(path)
         try:
-            student = student_copy(notebook)
+            student = student_copy(notebook, solutions)
             shown = _shown(student, source.parent)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
@@ -162,6 +176,9 @@ def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Pat
         raise InputError(f"{source} contains no notebooks: name the folder that does with --notebooks")
 
     texts = {out / "README.md": README.format(table="\n".join(table)), **copies}
+    if keep:
+        texts = {path: text for path, text in texts.items() if not path.exists()}
+        pictures = {path: picture for path, picture in pictures.items() if not path.exists()}
     there = [path for path in (*texts, *pictures) if path.exists()]
     if there and not overwrite:
         raise InputError(
@@ -174,7 +191,7 @@ def write_workshop(source: Path, out: Path, overwrite: bool = False) -> list[Pat
     for target, picture in pictures.items():
         with write_aside(target) as temporary:
             shutil.copyfile(picture, temporary)
-    return list(copies)
+    return [path for path in copies if path in texts]
 
 
 def _shown(notebook: NotebookNode, root: Path) -> set[str]:

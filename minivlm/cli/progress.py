@@ -1,4 +1,4 @@
-"""`minivlm progress`: how many exercises the students have solved."""
+"""`minivlm progress`: how many exercises you, or the students, have solved."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from minivlm.cli.program import command
 from minivlm.errors import InputError, extra
 
 if TYPE_CHECKING:
+    from minivlm.classroom.progress import HandedIn
     from minivlm.cli.options import Commands
 
 HELP = """\
+Without FOLDER: your own notebooks in mine/, which `make lab` writes.
+
 FOLDER/STUDENT/00_tour.ipynb, or deeper: several notebooks of each student.
 FOLDER/STUDENT.ipynb: one notebook of each student.
 
@@ -34,12 +37,18 @@ def add_to(commands: Commands) -> None:
     """Describe the command."""
     progress = commands.add_parser(
         "progress",
-        help="count the exercises that students have solved",
-        description="Run the notebooks of students and print a table of the exercises that pass.",
+        help="count the exercises that you or your students have solved",
+        description="Run your notebooks, or those of students, and print a table of the exercises that pass.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    progress.add_argument("folder", type=shared.path, metavar="FOLDER", help="what the students handed in")
+    progress.add_argument(
+        "folder",
+        type=shared.path,
+        metavar="FOLDER",
+        nargs="?",
+        help="what students handed in (default: mine/)",
+    )
     progress.add_argument("--yes", action="store_true", help="yes, run the code that others wrote")
     progress.add_argument(
         "--seconds",
@@ -64,7 +73,7 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print a line for each notebook when it is known."""
     from minivlm.classroom import landlock
-    from minivlm.classroom.progress import find_handed_in, judge_handed_in
+    from minivlm.classroom.progress import find_handed_in, find_own
 
     if os.name != "posix":
         raise InputError("progress needs Linux or macOS: this system has no limits on processes")
@@ -72,6 +81,9 @@ def run(options: argparse.Namespace) -> None:
         import IPython  # noqa: F401
         import nbformat  # noqa: F401
     limits = Limits(options.seconds, options.memory * 2**30, options.whole)
+    if options.folder is None:
+        print_table(find_own(), limits)
+        return
     found = find_handed_in(options.folder)
     risk = "" if landlock.version() else " Nothing on this system keeps it from changing your files."
     risk += "" if landlock.version() >= 6 else " It could end your other programs, too."
@@ -83,6 +95,13 @@ def run(options: argparse.Namespace) -> None:
             f"harmless, but it is no sandbox (see {more}).{risk} If you want that, add --yes"
         )
     print(f"minivlm: running the code of {len(found)} notebooks, as you.{risk}", file=sys.stderr)
+    print_table(found, limits)
+
+
+def print_table(found: list[HandedIn], limits: Limits) -> None:
+    """Judge the notebooks one after the other, and print the line of each."""
+    from minivlm.classroom.progress import judge_handed_in
+
     rows = [(_plain(one.student), _plain(one.notebook)) for one in found]
     students = max(len("student"), *(len(student) for student, _ in rows))
     notebooks = max(len("notebook"), 12, *(len(notebook) for _, notebook in rows))

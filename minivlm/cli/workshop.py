@@ -25,8 +25,13 @@ def add_to(commands: Commands) -> None:
         metavar="FOLDER",
         help="where they are (default: notebooks/ of the clone)",
     )
-    workshop.add_argument(
+    workshop.add_argument("--solutions", action="store_true", help="fold each solution below its hints")
+    present = workshop.add_mutually_exclusive_group()
+    present.add_argument(
         "--overwrite", action="store_true", help="replace files in OUT, with the answers that they hold"
+    )
+    present.add_argument(
+        "--keep", action="store_true", help="leave notebooks that are in OUT, with the answers that they hold"
     )
     workshop.set_defaults(run=run)
 
@@ -35,6 +40,11 @@ def run(options: argparse.Namespace) -> None:
     """Write them, and say what to do with them."""
     from minivlm.classroom.workshop import find_notebooks, write_workshop
 
-    copies = write_workshop(options.notebooks or find_notebooks(), options.out, options.overwrite)
-    print(f"{len(copies)} notebooks, and the pictures that they show: {options.out}")
+    source = options.notebooks or find_notebooks()
+    written = write_workshop(source, options.out, options.overwrite, options.keep, options.solutions)
+    if options.keep:
+        kept = len(list((options.out / "notebooks").glob("*.ipynb"))) - len(written)
+        print(f"{options.out}: {len(written)} notebooks written, {kept} kept as they are")
+        return
+    print(f"{len(written)} notebooks, and the pictures that they show: {options.out}")
     print("They need an installed minivlm and nothing else: hand out the folder as it is.")

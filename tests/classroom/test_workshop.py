@@ -15,6 +15,7 @@ import copy
 import importlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,34 @@ def test_answers_are_not_overwritten(small: Path, tmp_path: Path) -> None:
     assert BLANK in nbformat.read(copied, as_version=4).cells[1].source
 
 
+def test_with_keep_every_file_that_is_there_stays(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (copied,) = write_workshop(small, out)
+    picture = next((out / "figures").rglob("*.png"))
+    for path in (copied, picture, out / "README.md"):
+        path.write_text("mine", encoding="utf-8")
+    shutil.copy(small / "00_first.ipynb", small / "01_second.ipynb")
+    assert write_workshop(small, out, keep=True) == [out / "notebooks/01_second.ipynb"]
+    assert all(path.read_text(encoding="utf-8") == "mine" for path in (copied, picture, out / "README.md"))
+
+
+def test_a_solution_is_folded_below_the_text_of_its_exercise(small: Path) -> None:
+    notebook = nbformat.read(small / "00_first.ipynb", as_version=4)
+    original = [cell.source for cell in notebook.cells]
+    student = student_copy(notebook, solutions=True)
+    where = next(i for i, source in enumerate(original) if BEGIN in source)
+    text, exercise = student.cells[where - 1].source, student.cells[where].source
+    assert BLANK in exercise
+    assert text.startswith(original[where - 1])
+    shown = re.search(r"<summary>Solution</summary>\n\n```python\n(.*?)\n```\n\n</details>$", text, re.DOTALL)
+    assert shown
+    assert shown[1] == "\n".join(
+        line for line in original[where].split("\n") if line.strip() not in (BEGIN, END)
+    )
+    assert [cell.source for cell in notebook.cells] == original
+    assert "Solution" not in student_copy(notebook).cells[where - 1].source
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -453,5 +482,7 @@ def test_the_command(
     assert (tmp_path / "out/notebooks/00_first.ipynb").is_file()
     assert main(["workshop", str(tmp_path / "out")]) == 2
     assert "already exists" in capsys.readouterr().err
+    assert main(["workshop", str(tmp_path / "out"), "--keep", "--solutions"]) == 0
+    assert "0 notebooks written, 1 kept" in capsys.readouterr().out
     assert main(["workshop", str(tmp_path / "other"), "--notebooks", str(tmp_path)]) == 2
     assert "contains no notebooks" in capsys.readouterr().err

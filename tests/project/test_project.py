@@ -124,13 +124,14 @@ def test_make_warns_before_it_fetches_cuda(needs: str, warned: bool, tmp_path: P
 
 def test_make_passes_flags_to_the_lab(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    for name in ("python", "jupyter-lab"):
+    for name in ("python", "jupyter-lab", "minivlm"):
         (tmp_path / "bin" / name).write_text('#!/bin/sh\necho "asked: $@"\n')
         (tmp_path / "bin" / name).chmod(0o755)
     for name in ("torch", "notebooks"):
         (tmp_path / f".ready-{name}").touch()
     command = ["make", "-C", str(ROOT), "lab", f"VENV={tmp_path}", "LAB_ARGS=--allow-root --no-browser"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "asked: workshop mine --keep --solutions" in done.stdout
     assert "asked: --allow-root --no-browser --LabApp" in done.stdout
 
 
