@@ -22,6 +22,10 @@ BROWSER := $(VENV)/.ready-browser
 NBVAL   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
            --nbval-cell-timeout 1500 --nbval-sanitize-with tests/sanitize.cfg
 
+# Long lines of code wrap, so that nothing is cut off on a laptop. Settings that a user makes in JupyterLab go first.
+LAB_SETTINGS := mkdir -p $(VENV)/share/jupyter/lab/settings && \
+                cp notebooks/lab_settings.json $(VENV)/share/jupyter/lab/settings/overrides.json
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint unit nbval test-browser lab lab-solutions notebooks workshop doctor wheelhouse book wheel clean
@@ -62,9 +66,11 @@ notebooks: $(DEV) ## run every notebook from a clean kernel and store its output
 # What you write there stays: a notebook of mine/ is written once, and never again.
 lab: $(READY) ## open your own copy of the notebooks, mine/, in JupyterLab: exercises to solve, solutions folded
 	$(BIN)/minivlm workshop mine --keep --solutions
+	@$(LAB_SETTINGS)
 	$(BIN)/jupyter-lab $(LAB_ARGS) --LabApp.default_url=/lab/tree/mine/notebooks/00_tour.ipynb
 
 lab-solutions: $(READY) ## open the notebooks themselves, solved, in JupyterLab
+	@$(LAB_SETTINGS)
 	$(BIN)/jupyter-lab $(LAB_ARGS) --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 workshop: $(READY) ## write the notebooks for students into workshop/

@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from book import docstrings, links, tables
+from book import docstrings, links, reading, tables
 
 from minivlm import __version__
 
@@ -33,7 +33,7 @@ extensions = [
 nb_execution_mode = "off"
 nb_ipywidgets_js: dict[str, Any] = {}
 nb_merge_streams = True
-myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline"]
 smartquotes = False  # a quotation mark in a docstring may be code
 myst_heading_anchors = 3
 
@@ -100,3 +100,5 @@ def setup(app: Sphinx) -> None:
     app.connect("missing-reference", links.resolve)
     app.connect("doctree-resolved", links.link_marked_cells)
     app.connect("doctree-resolved", tables.name_columns)
+    app.connect("doctree-resolved", reading.fold_optional)
+    app.connect("doctree-resolved", reading.leave_out_of_search)

@@ -91,8 +91,8 @@ def write_page(page: Path, source: Path) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = _with_links("".join(cell["source"]), page, source)
-            elif "exercise" in cell["metadata"].get("tags", []):
-                _fold(cell)
+            else:
+                _prepare_code(cell)
         text = json.dumps(notebook)
     else:
         text = _with_links(text, page, source)
@@ -101,13 +101,24 @@ def write_page(page: Path, source: Path) -> None:
     target.write_text(text, encoding="utf-8")
 
 
-def _fold(cell: dict[str, Any]) -> None:
-    """Hide a solution behind a button: a reader should try first."""
-    cell["metadata"]["tags"].append("hide-input")
-    cell["metadata"]["mystnb"] = {
-        "code_prompt_show": "Show the solution",
-        "code_prompt_hide": "Hide the solution",
-    }
+def _prepare_code(cell: dict[str, Any]) -> None:
+    """Hide a solution, which a reader should try first, and the code of a mere figure behind a button.
+
+    The last line that a cell prints says what its figure shows: it is what a reader who cannot see it gets.
+    """
+    metadata = cell["metadata"]
+    tags = metadata.setdefault("tags", [])
+    hidden = "the solution" if "exercise" in tags else "the code of the figure" if "figure" in tags else ""
+    shown: dict[str, Any] = {}
+    if hidden:
+        tags.append("hide-input")
+        shown |= {"code_prompt_show": f"Show {hidden}", "code_prompt_hide": f"Hide {hidden}"}
+    draws = any("image/png" in output.get("data", {}) for output in cell["outputs"])
+    printed = "".join("".join(output.get("text", "")) for output in cell["outputs"]).strip()
+    if draws and printed:
+        shown["image"] = {"alt": " ".join(printed.splitlines()[-1].split())}
+    if shown:
+        metadata["mystnb"] = shown
 
 
 def _with_links(text: str, page: Path, source: Path) -> str:
@@ -161,7 +172,9 @@ def write_reference(folder: Path) -> None:
         groups.setdefault(package, []).append(name)
         options = ["   :members:", "   :show-inheritance:", "   :ignore-module-all:"]
         title = f"{name}\n{'=' * len(name)}\n"
-        page = "\n".join([title, f".. automodule:: {name}", *options, ""])
+        # Checks speak of wrong and right answers.
+        unfound = [":nosearch:", ""] if name.startswith("minivlm.checks.") else []
+        page = "\n".join([*unfound, title, f".. automodule:: {name}", *options, ""])
         (folder / f"{name}.rst").write_text(page, encoding="utf-8")
     lines = ["# Reference", "", "Every module, as its docstrings describe it, with its source.", ""]
     for package, names in groups.items():

@@ -157,6 +157,39 @@ def test_first_page_shows_answers_of_the_model(book: Path) -> None:
         assert answer in re.sub(r"<[^<>]*span[^<>]*>", "", page)
 
 
+def test_figures_have_the_last_printed_line_as_alt_text(book: Path) -> None:
+    for path in NOTEBOOKS:
+        page = unescape(text_of(book / "notebooks" / f"{path.stem}.html"))
+        alts = re.findall(r'<img alt="([^"]*)"', page)
+        for cell in read_cells(path):
+            if any("image/png" in output.get("data", {}) for output in cell.outputs):
+                printed = "".join("".join(output.get("text", "")) for output in cell.outputs).strip()
+                line = " ".join(printed.splitlines()[-1].split()).replace('"', "&quot;")
+                assert line.replace("&quot;", "") in [alt.replace("&quot;", "") for alt in alts], cell.id
+
+
+def test_optional_sections_are_folded(book: Path) -> None:
+    for path in NOTEBOOKS:
+        cells = read_cells(path)
+        headings = re.findall(r"^#+ .*\(optional\)$", "\n".join(cell.source for cell in cells), re.MULTILINE)
+        page = text_of(book / "notebooks" / f"{path.stem}.html")
+        assert page.count('<details class="optional">') == len(headings)
+
+
+def test_search_finds_no_solutions(book: Path) -> None:
+    """Every catch-up cell says `solutions`; only a chapter that speaks of them elsewhere is found by it."""
+    index = json.loads(re.sub(r"^Search.setIndex\(|\)$", "", (book / "searchindex.js").read_text("utf-8")))
+    pages = index["terms"]["solut"]
+    found = {index["docnames"][page] for page in ([pages] if isinstance(pages, int) else pages)}
+    telling = {"exercise", "check", "catch-up"}
+    for path in NOTEBOOKS:
+        seen = " ".join(cell.source for cell in read_cells(path) if not telling & set(cell.tags))
+        assert (f"notebooks/{path.stem}" in found) == bool(re.search(r"\bsolutions?\b", seen.lower())), (
+            path.name
+        )
+    assert not any(name.startswith("api/minivlm.checks.") for name in index["docnames"])
+
+
 def test_search_knows_the_chapters(book: Path) -> None:
     index = (book / "searchindex.js").read_text(encoding="utf-8")
     for path in NOTEBOOKS:
