@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from minivlm.processing import AnswerProcessor, PairProcessor
 
 FILES = (
-    "filters.png", "positions.png", "heads.png", "attention.png", "importance.png", "words.png", "hover.html",
+    "filters.png", "positions.png", "heads.png", "attention.png", "importance.png", "words.png", "mask.png",
+    "mask.txt", "hover.html",
 )  # fmt: skip
 MOST_MAPS = 23  # words of an answer that get a map of their own
 
@@ -32,7 +33,7 @@ def add_to(commands: Commands) -> None:
     look = commands.add_parser(
         "look",
         help="look inside the model while it answers",
-        description="Draw filters, positions, attention, occlusion and nearest words into a folder.",
+        description="Draw filters, positions, attention and its mask, occlusion, and words into a folder.",
     )
     look.add_argument("picture", metavar="PICTURE", help="a picture file, of any format that Pillow reads")
     look.add_argument("--prompt", default="caption en", help='question, or text (default: "caption en")')
@@ -108,10 +109,23 @@ def _look_at_answer(
         f"nearest word of each image token, cosines {cosines[:, 0].min():.2f} to {cosines[:, 0].max():.2f}",
     )
 
+    _draw_mask(seen.tokens, seen.visible, options.out)
     page = hover_page(seen.pixel_values, whole, words, f"{options.prompt}: {seen.answer}")
     with write_aside(options.out / "hover.html") as temporary:
         temporary.write_text(f'<!doctype html><meta charset="utf-8">\n{page}\n', encoding="utf-8")
     shared.say("  hover.html      the same to explore: open it in a browser")
+
+
+def _draw_mask(tokens: list[str], visible: Tensor, out: Path) -> None:
+    """Who looks at whom in the decoder, as a figure and as text."""
+    from minivlm.looking.visible import as_text, draw_mask, share_rows
+
+    names, mask = share_rows(tokens, visible)
+    hidden = 1 - float(visible.float().mean())
+    _save(draw_mask(names, mask), out / "mask.png", f"which token looks at which; {hidden:.0%} is hidden")
+    with write_aside(out / "mask.txt") as temporary:
+        temporary.write_text(as_text(names, mask) + "\n", encoding="utf-8")
+    shared.say("  mask.txt        the same as text")
 
 
 def _look_at_match(

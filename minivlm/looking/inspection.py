@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minivlm.attention import record_attention
 from minivlm.looking.measures import attention_rollout, log_odds
+from minivlm.looking.visible import visible
 from minivlm.losses import similarity
 from minivlm.models.protocols import Answers, Matches
 from minivlm.processing import AnswerProcessor, PairProcessor, to_device
@@ -32,6 +33,8 @@ class Inspection:
 
     answer: str
     words: list[str]  # A, the answer's tokens one by one
+    tokens: list[str]  # S, those of picture, prompt and answer; a newline is \\n
+    visible: Tensor  # [S, S], boolean, who looks at whom in the decoder
     pixel_values: Tensor  # [C, height, width], as the tower gets them
     tower: Tensor  # [layers, H, N, N], where patches look in the image tower
     attention: Tensor  # [A, layers, H, N], where the writer of each word looks in the decoder; the rest: text
@@ -94,6 +97,8 @@ def inspect_answer(
     return Inspection(
         answer=answer,
         words=words,
+        tokens=[_shown(tokenizer.decode([i], skip_special_tokens=False)) for i in input_ids[0].tolist()],
+        visible=visible(decoder),
         pixel_values=pixel_values[0],
         tower=torch.stack([layer[0] for layer in tower]).float(),
         attention=attention.permute(2, 0, 1, 3).float(),
@@ -101,6 +106,11 @@ def inspect_answer(
         image_tokens=image_tokens[0].float(),
         sureness=sureness,
     )
+
+
+def _shown(token: str) -> str:
+    """A token in one line."""
+    return token.strip(" ").replace("\n", "\\n") or "␣"
 
 
 @dataclass(frozen=True)

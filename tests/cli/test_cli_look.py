@@ -29,6 +29,8 @@ FILES = {
     "heads.png",
     "attention.png",
     "importance.png",
+    "mask.png",
+    "mask.txt",
     "words.png",
     "hover.html",
 }
@@ -266,7 +268,7 @@ def test_two_towers_are_drawn(
     its_processor.save_pretrained(tmp_path / "model")
     look(picture, "--prompt", "a large red circle", "--model", tmp_path / "model", "--out", tmp_path / "look")
     names = {path.name for path in (tmp_path / "look").iterdir()}
-    assert names == FILES - {"words.png", "hover.html"}
+    assert names == FILES - {"words.png", "mask.png", "mask.txt", "hover.html"}
     printed = capsys.readouterr().out
     assert re.search(r"\| a large red circle\ncosine -?0\.\d{3}\n", printed)
 
