@@ -1,4 +1,4 @@
-"""Optional cells ask a checkpoint that the reader names about a photograph, and say so where none is named."""
+"""Optional cells ask a checkpoint that the reader names about a photograph, or say that none is named."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_cells_run_alone_with_a_checkpoint(
 ):
     monkeypatch.setenv(VARIABLE, str(towers if 'published("matches")' in cell.source else SHIPPED))
     mpl.use("agg")
-    exec(compile(cell.source, cell.id, "exec"), {"__name__": "__main__"})
+    exec(compile(cell.source, cell.id, "exec"), {"display": lambda shown: None})
     printed = capsys.readouterr().out
     assert printed.strip()
     assert VARIABLE not in printed

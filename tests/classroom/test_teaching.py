@@ -20,7 +20,7 @@ def minutes_of(path: Path) -> int:
 
 
 MINUTES = {path.stem: minutes_of(path) for path in NOTEBOOKS}
-WORD = re.compile(r"\[(\w+)\]\(\.\./notebooks/")
+WORD = re.compile(r"\]\(\.\./notebooks/(\w+)\.ipynb\)")
 
 
 def section(title: str) -> list[str]:
