@@ -10,8 +10,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -55,6 +56,7 @@ class HubServer(ThreadingHTTPServer):
         self.flips: set[str] = set()  # files that arrive with a wrong bit
         self.claims: dict[str, int] = {}  # files that say to be larger than they are
         self.ignores_ranges = False
+        self.pauses: dict[str, float] = {}  # seconds between two pieces of 80 bytes
 
     @property
     def url(self) -> str:
@@ -152,7 +154,15 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
             self.close_connection = True  # before all of Content-Length was sent
         self.request_seen.sent = len(data)
+        if file in self.server.pauses:
+            return self._trickle(data, self.server.pauses[file])
         self.wfile.write(data)
+
+    def _trickle(self, data: bytes, pause: float) -> None:
+        with suppress(ConnectionError):  # the other side gives up
+            for start in range(0, len(data), 80):
+                self.wfile.write(data[start : start + 80])
+                time.sleep(pause)
 
     def _send(self, data: bytes, headers: dict[str, str] | None = None, counted: bool = False) -> None:
         self._begin(200, {"Content-Length": str(len(data))} | (headers or {}))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.checkpoints.checksums import check_sums
+from minivlm.checkpoints.patience import TooSlow, no_endless_downloads
 from minivlm.errors import InputError
 
 PICTURES, TOKENIZER = "preprocessor_config.json", "tokenizer.json"  # files of a folder, for messages
@@ -84,7 +85,13 @@ def _download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Not enough free disk space", UserWarning)
-            path = snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
+            with no_endless_downloads():
+                path = snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
+    except TooSlow as error:
+        raise InputError(
+            f"the download of {repo_id} hardly moves ({error}): try again later or over another connection; "
+            "what has arrived is kept"
+        ) from error
     except errors.GatedRepoError as error:
         raise InputError(
             f"{repo_id} asks you to accept its license: do so on https://huggingface.co/{repo_id}, then log "

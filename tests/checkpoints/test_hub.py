@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import minivlm
 from minivlm import PaliGemma, Processor
-from minivlm.checkpoints import checksums
+from minivlm.checkpoints import checksums, patience
 from minivlm.checkpoints.hub import find_folder
 from minivlm.checkpoints.weights import INDEX, WEIGHTS
 from minivlm.cli import main
@@ -319,6 +319,45 @@ def test_a_damaged_file_of_the_cache_is_named_where_it_lies(hub: HubServer, use:
         minivlm.load("owner/real")
     blob.unlink()  # as the message says
     assert_equal(logits(*minivlm.load("owner/real")), expected)
+
+
+def test_a_server_that_trickles_is_told(hub: HubServer, use: Use, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patience, "SECONDS", 0.5)
+    hub.pauses[SHARD_1] = 0.2  # 400 bytes a second
+    use(hub.server_port)
+    begin = time.monotonic()
+    with pytest.raises(
+        InputError, match=r"download of owner/real hardly moves \(it sends \d{2,3} bytes a second"
+    ):
+        minivlm.load("owner/real")
+    assert huggingface_hub.get_session().event_hooks["response"] == []
+    hub.pauses.clear()
+    assert torch.isfinite(logits(*minivlm.load("owner/real"))).all()
+
+
+@pytest.mark.parametrize(
+    ("piece", "seconds", "fair"),
+    [(80, 1.0, False), (1000, 1.0, False), (1024, 1.0, True), (70_000, 61.0, True), (60_000, 61.0, False)],
+)
+def test_what_is_too_slow(piece: int, seconds: float, fair: bool):
+    """A clock of its own; writing each piece takes a minute, which does not count."""
+    clock = [0.0]
+
+    def arrivals() -> Iterator[bytes]:
+        for _ in range(200):
+            clock.append(clock[-1] + seconds)
+            yield bytes(piece)
+
+    def received() -> Iterator[bytes]:
+        for arrived in patience.at_a_fair_pace(arrivals(), lambda: clock[-1]):
+            clock.append(clock[-1] + 60)
+            yield arrived
+
+    if fair:
+        assert len(list(received())) == 200
+    else:
+        with pytest.raises(patience.TooSlow, match="bytes a second"):
+            list(received())
 
 
 # Checksums
