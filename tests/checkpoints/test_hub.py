@@ -325,7 +325,6 @@ def test_a_server_that_trickles_is_told(hub: HubServer, use: Use, monkeypatch: p
     monkeypatch.setattr(patience, "SECONDS", 0.5)
     hub.pauses[SHARD_1] = 0.2  # 400 bytes a second
     use(hub.server_port)
-    begin = time.monotonic()
     with pytest.raises(
         InputError, match=r"download of owner/real hardly moves \(it sends \d{2,3} bytes a second"
     ):
