@@ -74,7 +74,7 @@ def result_of(path: Path, limits: Limits = LIMITS) -> Result:
 def test_solved_notebooks_of_the_course_pass(name: str) -> None:
     """Two of them: one whose exercises use what it builds, and one that trains for minutes if run whole."""
     result = result_of(ROOT / "notebooks" / f"{name}.ipynb")
-    assert len(result.exercises) == 4
+    assert len(result.exercises) >= 3
     assert result.passed == result.exercises
     assert result.remark == ""
 
