@@ -303,7 +303,8 @@ def pooling_head(answer: Callable[[Tensor, Tensor, Attention, Layer, Layer], Ten
     """Exercise 4: one learned query looks at all patches."""
     tokens, norm, attention, _, mlp = _block_parts()
     probe = torch.randn(1, 1, 8, generator=_seeded(1))
-    result = call(answer, tokens.clone(), probe, attention, norm, mlp)
+    with _Calls() as calls:
+        result = call(answer, tokens.clone(), probe, attention, norm, mlp)
     looked = _looks(probe, tokens, attention)
 
     def rest(x: Tensor) -> Tensor:
@@ -372,6 +373,10 @@ def pooling_head(answer: Callable[[Tensor, Tensor, Attention, Layer, Layer], Ten
         "the result is [B, 1, D]: there is one query, so take its one token, [:, 0]",
     )
     expect_tensor(result, solutions.pooling_head(tokens, probe, attention, norm, mlp))
+    expect(
+        "scaled_dot_product_attention" not in calls.names,
+        "right, but `attend` or PyTorch's function did the work: write the products and the softmax yourself",
+    )
     shuffled = call(answer, tokens.flip(1), probe, attention, norm, mlp)
     expect_tensor(shuffled, result, "the result for the same tokens in another order")
     right("one query, all patches: the same vector in whatever order the patches come.")

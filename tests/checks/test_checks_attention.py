@@ -261,6 +261,7 @@ POOLS: list[tuple[Answer, str]] = [
     (pooled_by(unprojected), "through q_proj"),
     (pooled_by(lambda x, probe, a: a.o_proj(a.v_proj(x).mean(1, keepdim=True))), "same weight"),
     (lambda tokens, probe, a, norm, mlp: a(tokens), "shape"),
+    (pooled_by(lambda x, probe, a: a.o_proj(looks(probe, x, a))), "did the work"),
 ]
 
 
