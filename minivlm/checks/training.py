@@ -522,7 +522,7 @@ def backward_in_parts(answer: Callable[..., float]) -> None:
         "when the next part began, all that the one before had saved for its backward pass was still in "
         "memory: call backward on each loss at once, not on their sum, and without retain_graph",
     )
-    known = {
+    known: dict[str, Sequence[float]] = {
         "the gradients of the parts are added up as they are, so more parts make a larger step: scale each "
         "loss by its share of the answer tokens": [1, 1, 1],
         "every part counts for a third, so a token of a short answer counts for more than one of a long "
@@ -546,7 +546,7 @@ def backward_in_parts(answer: Callable[..., float]) -> None:
     )
     factors = (found / gradient(expected)).flatten()
     expect(
-        same(factors, factors[:1].expand_as(factors), 1e-3) is False or abs(factors[0].item() - 1) < 1e-3,
+        not same(factors, factors[:1].expand_as(factors), 1e-3) or abs(factors[0].item() - 1) < 1e-3,
         f"the gradient is {factors[0].item():.2f} times the right one: the shares of the parts sum to 1",
     )
     expect_tensor(found, gradient(expected), "the gradient")
