@@ -282,7 +282,7 @@ _FAULTS = {
     "leak": "an answer sees its own future, and so the token that it has to say: only its past may be seen",
     "causal": "picture and prompts are causal: only the answers are, as in packed_mask",
     "picture": "the picture sees the questions: what it takes from one is seen by all the others",
-    "scale": "the features are multiplied by the root of the width: in `embed`, words are, and pictures are not",
+    "scale": "the features are multiplied by the root of the width: in `embed`, words are, pictures not",
 }
 
 
