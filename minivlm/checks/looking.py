@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.checks import call, expect, expect_tensor, right, same
+from minivlm.evaluation import make_questions
 from minivlm.looking import measures
 from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
+from minivlm.processing import Processor
 from minivlm.text.gemma import GemmaConfig
 from minivlm.vision.siglip import SiglipVisionConfig
 
@@ -41,6 +43,14 @@ CUTS = {
         "most",
         "the writer has the color from this word, to which it gives most of its attention in the last layer",
     ),
+}
+
+LAYERS_OF_CUTS = {  # counted from 0
+    "writer - picture": [1],
+    "SHAPE - picture": [0],
+    "color - picture": [1],
+    "color - SHAPE": [0],
+    "writer - color": [2, 3],
 }
 
 
@@ -278,7 +288,42 @@ def _product(steps: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def expected_cuts(answer: Callable[[], dict[str, str]], share_of: Callable[[str], float]) -> None:
+def share_changed(model: PaliGemma, processor: Processor, name: str, count: int = 25) -> float:
+    """The share of answers to "what color is the star?" that one of CUTS changes."""
+    asked = [
+        question
+        for question in make_questions(60, 9, "test", model.config.vision.image_size)
+        if question.example.task == "color" and len(question.example.prefix.split()) == 5
+    ][:count]
+    inputs = processor([q.picture for q in asked], [q.example.prefix for q in asked])
+    image = model.config.vision.num_patches
+    places = {"picture": slice(0, image), "color": image + 2, "SHAPE": image + 5, "writer": image + 7}
+    looks, seen = (places[word] for word in name.split(" - "))
+
+    def blinded(block: nn.Module, arguments: Any) -> Any:
+        x, bias, *others = arguments
+        bias = bias.expand(len(x), -1, -1, -1).clone()
+        bias[:, :, looks, seen] = torch.finfo(bias.dtype).min
+        return x, bias, *others
+
+    with torch.no_grad():
+        before = model(**inputs).logits[:, -1].argmax(dim=-1)
+        hooks = [
+            model.language_model.layers[layer].register_forward_pre_hook(blinded)
+            for layer in LAYERS_OF_CUTS[name]
+        ]
+        after = model(**inputs).logits[:, -1].argmax(dim=-1)
+    for hook in hooks:
+        hook.remove()
+    return float((before != after).float().mean())
+
+
+def expected_cuts(
+    answer: Callable[[], dict[str, str]],
+    model: PaliGemma,
+    processor: Processor,
+    share_of: Callable[..., float] = share_changed,
+) -> None:
     """Exercise 3: `share_of` measures the share of answers that a cut changes."""
     expected = call(answer)
     names = ", ".join(repr(name) for name in CUTS)
@@ -294,7 +339,7 @@ def expected_cuts(answer: Callable[[], dict[str, str]], share_of: Callable[[str]
         "'most'",
     )
     for name, (usual, why) in CUTS.items():
-        share = share_of(name)
+        share = share_of(model, processor, name)
         found = "most" if share > 0.5 else "few"
         expect(
             expected[name] == found,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minivlm import checks
+from minivlm import checks, load
 from minivlm.checks import NotYet
 from minivlm.checks.looking import solutions
 from minivlm.looking import measures
@@ -132,6 +132,11 @@ MEASURED = {
     "writer - color": 0.95,
 }
 TRUE = solutions.expected_cuts()
+NO_MODEL: Any = (None, None)
+
+
+def measured(shares: dict[str, float]) -> Callable[..., float]:
+    return lambda model, processor, name: shares[name]
 
 
 @pytest.mark.parametrize(
@@ -153,14 +158,15 @@ TRUE = solutions.expected_cuts()
 )
 def test_expected_cuts(answer: Callable[[], Any], hint: str) -> None:
     with pytest.raises(NotYet, match=hint):
-        checks.looking.expected_cuts(answer, MEASURED.__getitem__)
+        checks.looking.expected_cuts(answer, *NO_MODEL, measured(MEASURED))
 
 
 def test_a_model_with_another_way_is_believed(capsys: pytest.CaptureFixture[str]) -> None:
     other = MEASURED | {"SHAPE - picture": 0.8}
     with pytest.raises(NotYet, match="another way"):
-        checks.looking.expected_cuts(lambda: TRUE, other.__getitem__)
-    checks.looking.expected_cuts(lambda: TRUE | {"SHAPE - picture": "most"}, other.__getitem__)
+        checks.looking.expected_cuts(lambda: TRUE, *NO_MODEL, measured(other))
+    known = TRUE | {"SHAPE - picture": "most"}
+    checks.looking.expected_cuts(lambda: known, *NO_MODEL, measured(other))
     assert capsys.readouterr().out.startswith("Right: ")
 
 
@@ -295,3 +301,9 @@ def test_find_fault(answer: Callable[..., Any], hint: str) -> None:
 def test_solutions_are_right(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     getattr(checks.looking, name)(getattr(solutions, name))
     assert capsys.readouterr().out.startswith("Right: ")
+
+
+def test_a_cut_is_undone() -> None:
+    model, processor = load()
+    assert checks.looking.share_changed(model, processor, "color - picture", count=4) >= 0.25
+    assert not any(layer._forward_pre_hooks for layer in model.language_model.layers)
