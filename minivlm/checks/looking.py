@@ -1,25 +1,149 @@
-"""Checks for 09_looking_inside: attention distance, entropy, rollout, nearest words."""
+"""Checks for 09_looking_inside: attention distance, rollout, predicted cuts, planted vectors, a lost part."""
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlm.checks import call, expect, expect_tensor, right, same
+from minivlm.evaluation import make_questions
 from minivlm.looking import measures
+from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
+from minivlm.processing import Processor
+from minivlm.text.gemma import GemmaConfig
+from minivlm.vision.siglip import SiglipVisionConfig
+
+PARTS = {"attention": "self_attn", "mlp": "mlp"}
+
+# What the shipped model does when a wire is cut, and why.
+CUTS = {
+    "writer - picture": (
+        "few",
+        "a row of attention has to sum to 1, and most of what the writer sees there is empty ground: much "
+        "attention is no sign of much information",
+    ),
+    "SHAPE - picture": (
+        "few",
+        "it points at things, but at the right one no more often than at any other, and nobody reads from it "
+        "what it saw there",
+    ),
+    "color - picture": (
+        "most",
+        "this is where the color of the right thing comes from, as the pointing game of section 5 says",
+    ),
+    "color - SHAPE": (
+        "most",
+        "without it, `color` does not know which of the things is meant, and looks at a wrong one",
+    ),
+    "writer - color": (
+        "most",
+        "the writer has the color from this word, to which it gives most of its attention in the last layer",
+    ),
+}
+
+LAYERS_OF_CUTS = {  # counted from 0
+    "writer - picture": [1],
+    "SHAPE - picture": [0],
+    "color - picture": [1],
+    "color - SHAPE": [0],
+    "writer - color": [2, 3],
+}
 
 
 class solutions:
-    """The solutions that the notebook continues with: the package's own."""
+    """The solutions that the notebook continues with, the package's own where it has them."""
 
     attention_distance = staticmethod(measures.attention_distance)
-    attention_entropy = staticmethod(measures.attention_entropy)
     attention_rollout = staticmethod(measures.attention_rollout)
-    nearest_words = staticmethod(measures.nearest_words)
+
+    @staticmethod
+    def expected_cuts() -> dict[str, str]:
+        """For each cut, whether "few" answers change (fewer than half) or "most"."""
+        return {name: expected for name, (expected, _) in CUTS.items()}
+
+    @staticmethod
+    def swapped(
+        model: PaliGemma, inputs: dict[str, Tensor], states: Sequence[Tensor], layer: int, where: Tensor
+    ) -> Tensor:
+        """Logits of the last token [B, V], with other vectors after a block where `where` [B, S] is True."""
+
+        def plant(block: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+            return torch.where(where[..., None], states[layer], output)
+
+        hook = model.language_model.layers[layer].register_forward_hook(plant)
+        try:
+            return model(**inputs).logits[:, -1]
+        finally:
+            hook.remove()
+
+    @staticmethod
+    def find_fault(healthy: PaliGemma, patient: PaliGemma, inputs: dict[str, Tensor]) -> tuple[int, str]:
+        """The block, counted from 0, and its part, "attention" or "mlp", at which two models first differ."""
+        outputs = [_outputs_of_parts(model, inputs) for model in (healthy, patient)]
+        for number, (ours, theirs) in enumerate(zip(*outputs, strict=True)):
+            if not torch.equal(ours, theirs):
+                return number // 2, list(PARTS)[number % 2]
+        raise ValueError("the two models compute the same")
+
+
+def patient(model: PaliGemma, layer: int = 1, part: str = "attention", in_weights: bool = False) -> PaliGemma:
+    """A copy of a model in which one part of one block of the decoder adds nothing."""
+    broken = copy.deepcopy(model)
+    lost = getattr(broken.language_model.layers[layer], PARTS[part])
+    if in_weights:
+        last = lost.o_proj if part == "attention" else lost.down_proj
+        last.weight.data.zero_()
+    else:
+        lost.register_forward_hook(lambda module, arguments, output: torch.zeros_like(output))
+    return broken
+
+
+def _outputs_of_parts(model: PaliGemma, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """What the attention and the MLP of each block add, in the order of computation."""
+    kept: list[Tensor] = []
+    hooks = [
+        getattr(block, name).register_forward_hook(lambda module, arguments, output: kept.append(output))
+        for block in model.language_model.layers
+        for name in PARTS.values()
+    ]
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
+
+
+def _small_model() -> tuple[PaliGemma, dict[str, Tensor], dict[str, Tensor]]:
+    """A random model with four blocks, and two inputs of two pictures with the same prompts."""
+    vision = SiglipVisionConfig(16, 32, 1, 2, image_size=16, patch_size=8)
+    text = GemmaConfig(16, 32, 4, 2, 1, 8, vocab_size=30)
+    ids = torch.tensor([[29, 29, 29, 29, 2, 5, 6, 7], [29, 29, 29, 29, 2, 5, 8, 7]])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = PaliGemma(PaliGemmaConfig(vision, text, image_token_id=29)).eval()
+        for name, weight in model.language_model.layers.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.data *= 4 ** int(name.split(".")[0])  # differences grow on their way
+        ours, theirs = ({"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(2))
+    return model, ours, theirs
+
+
+def _states(model: PaliGemma, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The vectors after each block."""
+    kept: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda module, arguments, output: kept.append(output))
+        for block in model.language_model.layers
+    ]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return kept
 
 
 def _maps(*shape: int, seed: int = 0) -> Tensor:
@@ -55,6 +179,30 @@ def attention_distance(answer: Callable[[Tensor], Tensor]) -> None:
         not same(result, (weights * distances.square()).sum(dim=-1).mean(dim=(0, 2))),
         "your distances are squared: take the root of the sum of the squares",
     )
+    shape = tuple(getattr(result, "shape", (3,)))
+    expect(
+        shape not in ((2,), (9,)),
+        f"you get {shape[0]} numbers, and there are three heads: average over the pictures (axis 0) and the "
+        "patches that look (axis 2), and keep the heads (axis 1)",
+    )
+    expect(
+        shape not in ((3, 9), (2, 3)),
+        f"your result has shape {list(shape)}: one more average, so that each head has a single number",
+    )
+    expect(
+        not same(result, distances.mean().expand(3)),
+        "these are the distances of the grid alone: multiply them by the weights",
+    )
+    expect(
+        not same(
+            result, distances.gather(1, weights.argmax(dim=-1).flatten(0, 1).T).T.view(2, 3, 9).mean((0, 2))
+        ),
+        "you took the distance to the patch that is seen most: all patches count, each with its weight",
+    )
+    expect(
+        not same(result, (weights * (distances**2)).sum(dim=-1).mean(dim=(0, 2)).sqrt()),
+        "you averaged the squares and took the root at the end: take the root of each distance first",
+    )
     steps = _city_blocks(3)
     expect(
         not same(result, (weights * steps).sum(dim=-1).mean(dim=(0, 2))),
@@ -69,42 +217,6 @@ def attention_distance(answer: Callable[[Tensor], Tensor]) -> None:
 def _city_blocks(side: int) -> Tensor:
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
     return torch.cdist(places, places, p=1)
-
-
-def attention_entropy(answer: Callable[[Tensor], Tensor]) -> None:
-    """Exercise 2."""
-    weights = _maps(2, 3, 4, 7)
-    reference = measures.attention_entropy(weights)
-    result = call(answer, weights.clone())
-    expect(
-        not same(result, -reference),
-        "your entropy is negative, as is the logarithm of a weight: change the sign",
-    )
-    expect(
-        not same(result, reference / math.log(2)),
-        "this is in bits, from the logarithm to base 2: use the natural logarithm, for nats",
-    )
-    pieces = torch.special.entr(weights)
-    expect(
-        not same(result, pieces.mean(dim=(0, 2, 3))),
-        "you averaged over the places that are seen: sum over them, and average over the rest",
-    )
-    averaged = torch.special.entr(weights.mean(dim=(0, 2))).sum(dim=-1)
-    expect(
-        not same(result, averaged),
-        "you averaged the maps before the logarithm: a head that looks at one place, but at a different "
-        "one in each picture, would then seem to look everywhere. Take the entropy of each row first, then "
-        "the mean",
-    )
-    expect_tensor(result, reference, "the entropy of the heads")
-    one_place = call(answer, torch.eye(4)[None, None])
-    expect(
-        not bool(torch.as_tensor(one_place).isnan().any()),
-        "a weight of 0 gives 0 * log(0), which is not a number: it should count as 0 "
-        "(torch.special.entr does that, or clamp inside the logarithm)",
-    )
-    expect_tensor(one_place, torch.zeros(1), "the entropy of a head that looks at one place", tolerance=1e-4)
-    right("0 for one place, log(S) for all S alike.")
 
 
 def attention_rollout(answer: Callable[[Sequence[Tensor]], Tensor]) -> None:
@@ -133,6 +245,34 @@ def attention_rollout(answer: Callable[[Sequence[Tensor]], Tensor]) -> None:
         not same(result, elementwise[2] * elementwise[1] * elementwise[0]),
         "you multiplied element by element: paths through the layers need the matrix product, @",
     )
+    half = [0.5 * layer + 0.5 * identity for layer in maps]
+    largest = [0.5 * layer.amax(dim=1) + 0.5 * identity for layer in maps]
+    total = [0.5 * layer.sum(dim=1) + 0.5 * identity for layer in maps]
+    for hint, steps in {
+        "you took the largest of the heads, so your rows no longer sum to 1: take their mean": largest,
+        "you summed the heads, so your rows sum to more than 1: take their mean": total,
+        "the first layer is missing: start from the identity, and multiply by every layer": elementwise[1:],
+        "the last layer is missing: multiply by every layer": elementwise[:-1],
+        "only the first layer has its residual path: every layer has one": [elementwise[0], *means[1:]],
+    }.items():
+        expect(not same(result, _product(steps)), hint)
+    expect(
+        not same(result, reference.mT),
+        "rows and columns are exchanged: row i says what token i is made of, and sums to 1",
+    )
+    expect(
+        not same(result, sum(elementwise, torch.zeros(())) / 3),
+        "you averaged the layers: information goes through one layer after the other, so multiply them",
+    )
+    expect(
+        not same(result, _product(half).mean(dim=1)),
+        "you followed each head through the layers by itself: the heads' outputs are added after each layer, "
+        "so take their mean before you multiply",
+    )
+    expect(
+        not same(result, reference.mean(dim=0)),
+        "you averaged over the pictures: each has its own rollout",
+    )
     expect(
         getattr(result, "ndim", 3) != 4,
         "the result still has a head axis: average over the heads of each layer before you multiply",
@@ -141,42 +281,221 @@ def attention_rollout(answer: Callable[[Sequence[Tensor]], Tensor]) -> None:
     right("every row sums to 1, and says which input tokens it is made of.")
 
 
-def nearest_words(answer: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def _product(steps: Sequence[Tensor]) -> Tensor:
+    result = steps[0]
+    for step in steps[1:]:
+        result = step @ result
+    return result
+
+
+def share_changed(model: PaliGemma, processor: Processor, name: str, count: int = 25) -> float:
+    """The share of answers to "what color is the star?" that one of CUTS changes."""
+    asked = [
+        question
+        for question in make_questions(60, 9, "test", model.config.vision.image_size)
+        if question.example.task == "color" and len(question.example.prefix.split()) == 5
+    ][:count]
+    inputs = processor([q.picture for q in asked], [q.example.prefix for q in asked])
+    image = model.config.vision.num_patches
+    places = {"picture": slice(0, image), "color": image + 2, "SHAPE": image + 5, "writer": image + 7}
+    looks, seen = (places[word] for word in name.split(" - "))
+
+    def blinded(block: nn.Module, arguments: Any) -> Any:
+        x, bias, *others = arguments
+        bias = bias.expand(len(x), -1, -1, -1).clone()
+        bias[:, :, looks, seen] = torch.finfo(bias.dtype).min
+        return x, bias, *others
+
+    with torch.no_grad():
+        before = model(**inputs).logits[:, -1].argmax(dim=-1)
+        hooks = [
+            model.language_model.layers[layer].register_forward_pre_hook(blinded)
+            for layer in LAYERS_OF_CUTS[name]
+        ]
+        after = model(**inputs).logits[:, -1].argmax(dim=-1)
+    for hook in hooks:
+        hook.remove()
+    return float((before != after).float().mean())
+
+
+def expected_cuts(
+    answer: Callable[[], dict[str, str]],
+    model: PaliGemma,
+    processor: Processor,
+    share_of: Callable[..., float] = share_changed,
+) -> None:
+    """Exercise 3: `share_of` measures the share of answers that a cut changes."""
+    expected = call(answer)
+    names = ", ".join(repr(name) for name in CUTS)
+    expect(isinstance(expected, dict), f"return a dictionary: one of the five names for each entry, {names}")
+    missing = [name for name in CUTS if name not in expected]
+    expect(not missing, f"a prediction is missing: {missing[:1]}")
+    unknown = [name for name in expected if name not in CUTS]
+    expect(not unknown, f"{unknown[:1]} is none of the five cuts: {names}")
+    vague = [value for value in expected.values() if value not in ("few", "most")]
+    expect(
+        not vague,
+        f"{vague[:1]} cannot be held against a number: say 'few' (fewer than half of the answers change) or "
+        "'most'",
+    )
+    for name, (usual, why) in CUTS.items():
+        share = share_of(model, processor, name)
+        found = "most" if share > 0.5 else "few"
+        expect(
+            expected[name] == found,
+            f"{name}: you expect {expected[name]!r}, but {share:.2f} of the answers change. "
+            + (
+                f"The reason: {why}"
+                if found == usual
+                else "This model found another way than the one we know"
+            ),
+        )
+    right("two of the most striking pictures belong to wires that carry nothing; only a cut could tell.")
+
+
+def swapped(answer: Callable[..., Tensor]) -> None:
     """Exercise 4."""
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(12, 6, generator=generator) * torch.linspace(0.2, 3, 12)[:, None]
-    tokens = torch.randn(5, 6, generator=generator) * torch.linspace(0.5, 4, 5)[:, None]
-    cosines, ids = measures.nearest_words(tokens, table, k=3)
-    result = call(answer, tokens.clone(), table.clone(), k=3)
+    model, inputs, others = _small_model()
+    with torch.no_grad():
+        states, before = _states(model, others), model(**inputs).logits
+        where = torch.zeros(2, 8, dtype=torch.bool)
+        where[0, 1:3] = where[1, 5] = True
+
+        def ours(layer: int, where: Tensor, states: Sequence[Tensor] = states) -> Tensor:
+            return solutions.swapped(model, inputs, states, layer, where)
+
+        reference = ours(1, where)
+        result = call(answer, model, inputs, [state.clone() for state in states], 1, where.clone())
+        after = model(**inputs).logits
+        expect(
+            torch.equal(before, after),
+            "the model still answers differently after your function has returned: keep what "
+            "`register_forward_hook` returns, and call its `remove()` in a `finally`",
+        )
+        expect(
+            not (isinstance(result, Tensor) and result.dtype == torch.int64),
+            "these are ids of words: return the logits, from which the notebook takes the largest itself",
+        )
+        expect(
+            not (isinstance(result, Tensor) and result.shape == before.shape),
+            "these are the logits of all tokens: take the last one's, [:, -1], which writes the answer",
+        )
+        everywhere = torch.ones_like(where)
+        first_row = where & torch.tensor([[True], [False]])
+        both = where.any(dim=0).expand_as(where)
+        mistakes = {
+            "nothing was swapped: a hook has to return the new output (or write into it), and it has to take "
+            "the vectors from `states`": before[:, -1],
+            "everything was swapped, so this is the other picture's own answer: keep the output of the block "
+            "where `where` is False": ours(1, everywhere),
+            "you swapped where `where` is False: torch.where takes its second argument where True": ours(
+                1, ~where
+            ),
+            "only the first row of the batch was swapped: each row has its own `where`": ours(1, first_row),
+            "both rows were swapped at the same places: each row has its own `where`": ours(1, both),
+            "you planted one block too late: blocks are counted from 0, as are the `states`": ours(2, where),
+            "you planted one block too early: blocks are counted from 0, as are the `states`": ours(0, where),
+            "the vectors went into the block, which then changed them: states[layer] is what *leaves* it, so "
+            "a forward hook and not a pre-hook": _planted_before(model, inputs, states, 1, where),
+            "you added the other vector to the one that was there: replace it": ours(
+                1, where, [state + own for state, own in zip(states, _states(model, inputs), strict=True)]
+            ),
+            "the vectors were planted after every block: only after block `layer`, so that the later ones "
+            "can answer to it": _planted_everywhere(model, inputs, states, where),
+        }
+        for hint, wrong in mistakes.items():
+            expect(not same(result, wrong), hint)
+        expect_tensor(result, reference, "the logits")
+        last = call(answer, model, inputs, states, 3, everywhere)
+        expect_tensor(last, model(**others).logits[:, -1], "the logits after the last block")
+    right("one vector from another picture, and everything after it is computed anew.")
+
+
+def _planted_before(
+    model: PaliGemma, inputs: dict[str, Tensor], states: Sequence[Tensor], layer: int, where: Tensor
+) -> Tensor:
+    def plant(block: nn.Module, arguments: Any) -> Any:
+        return torch.where(where[..., None], states[layer], arguments[0]), *arguments[1:]
+
+    hook = model.language_model.layers[layer].register_forward_pre_hook(plant)
+    logits: Tensor = model(**inputs).logits[:, -1]
+    hook.remove()
+    return logits
+
+
+def _planted_everywhere(
+    model: PaliGemma, inputs: dict[str, Tensor], states: Sequence[Tensor], where: Tensor
+) -> Tensor:
+    def planter(state: Tensor) -> Callable[..., Tensor]:
+        return lambda block, arguments, output: torch.where(where[..., None], state, output)
+
+    blocks = model.language_model.layers
+    hooks = [block.register_forward_hook(planter(state)) for block, state in zip(blocks, states, strict=True)]
+    logits: Tensor = model(**inputs).logits[:, -1]
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+def find_fault(answer: Callable[..., tuple[int, str]]) -> None:
+    """Exercise 5, tried on patients whose fault is in a hook or in the weights."""
+    model, inputs, _ = _small_model()
+    faults = [(1, "attention", False), (2, "mlp", True), (1, "mlp", False), (2, "attention", True)]
+    found, largest = [], []
+    with torch.no_grad():
+        own = _outputs_of_parts(model, inputs)
+        for fault in faults:
+            broken = patient(model, *fault)
+            result = call(answer, model, broken, inputs)
+            expect(
+                isinstance(result, tuple | list) and len(result) == 2,
+                'return two things, the number of the block and the name of its part, such as (1, "mlp")',
+            )
+            found.append(tuple(result))
+            there = _outputs_of_parts(broken, inputs)
+            gaps = [float((a - b).norm()) for a, b in zip(own, there, strict=True)]
+            most = max(range(len(gaps)), key=gaps.__getitem__)
+            largest.append((most // 2, list(PARTS)[most % 2]))
+    truth = [(layer, part) for layer, part, _ in faults]
     expect(
-        isinstance(result, tuple) and len(result) == 2,
-        "return two tensors, separated by a comma: the cosines and the ids",
-    )
-    values, words = result
-    expect(isinstance(words, Tensor), f"the ids should be a tensor, but they are a {type(words).__name__}")
-    expect(
-        not same(values, ids) and not (isinstance(values, Tensor) and values.dtype == torch.int64),
-        "ids and cosines are swapped: the cosines come first",
-    )
-    products = (tokens @ table.T).topk(3)
-    expect(
-        not same(words, products.indices),
-        "you compared by the dot product: a long word vector then beats a close one, so divide by the "
-        "lengths",
+        not all(isinstance(first, str) for first, _ in found),
+        "the number of the block comes first, then the part",
     )
     expect(
-        not same(words, (F.normalize(tokens, dim=1) @ F.normalize(table, dim=1).T).topk(3, largest=False)[1]),
-        "these are the words that point the other way: take the largest cosines",
+        all(part in PARTS for _, part in found),
+        f"the part is 'attention' or 'mlp', and you return {found[0][1]!r}",
     )
-    away = torch.cdist(tokens, table).topk(3, largest=False).indices
     expect(
-        not same(words, away),
-        "you compared by distance: image tokens are longer than words, so compare directions, by the cosine",
+        found != [(layer + 1, part) for layer, part in truth],
+        "blocks are counted from 0: yours are one too large",
     )
-    expect_tensor(words, ids, "the ids")
     expect(
-        not same(values, F.normalize(table, dim=1)[ids].mul(tokens[:, None]).sum(dim=-1)),
-        "right words, but your cosines are larger than 1: divide by the token's length as well",
+        found != largest,
+        "this is where the two models differ *most*. A fault is carried on and grows on its way: look for "
+        "the first part whose output differs",
     )
-    expect_tensor(values, cosines, "the cosines")
-    right("directions are compared, lengths do not matter.")
+    expect(
+        set(found) != {(3, "mlp")},
+        "you find the last part of the last block in every patient: it differs because everything after a "
+        "fault does. Look for the first part that differs",
+    )
+    expect(
+        found == truth or len(set(found)) > 1,
+        f"you find {found[0]} in every patient, and the fault is not always there: measure, with hooks on "
+        "`self_attn` and `mlp` of every block",
+    )
+    where = [layer for layer, _ in found]
+    if where == [layer for layer, _ in truth]:
+        expect(
+            [part for _, part in found] == [part for _, part in truth],
+            "the blocks are right, the parts are not: attention comes first in a block, and if its output is "
+            "the same in both models, the fault is in the MLP",
+        )
+    wrong = next((i for i, (a, b) in enumerate(zip(found, truth, strict=True)) if a != b), None)
+    expect(
+        wrong is None,
+        f"in one patient the first part that computes something else is {truth[wrong or 0]}, and you find "
+        f"{found[wrong or 0]}. Some faults are in the weights and some are not: compare what the parts put "
+        "out, from the first block on, and stop at the first difference",
+    )
+    right("the first difference is the fault; all later ones are its consequences.")

@@ -1,4 +1,4 @@
-"""Checks for 08_boxes_and_masks: reading boxes, overlap, average precision, nearest codes, pasting a mask."""
+"""Checks for 08_boxes_and_masks: reading boxes, overlap, average precision, pasting masks, broken readers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,33 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
+from minivlm.checks import NotYet, call, expect, right
+from minivlm.processing import codes_to_text, load_codebook
+from minivlm.processing.masks import mask_iou
+from minivlm.training.codebook import Figure, shape_outline
 
 Edges = Sequence[float]  # x0, y0, x1, y1
+Reader = Callable[[str, int, int], tuple[Edges, np.ndarray]]
+
+FAULTS = ("none", "x before y", "1024", "columns", "threshold")
+
+# What becomes of a drawing when its codes are read in another order, and why.
+ORDERS = {
+    "circle by column": (
+        "same",
+        "rows and columns can be exchanged where a figure is symmetric about its diagonal",
+    ),
+    "square by column": (
+        "same",
+        "rows and columns can be exchanged where a figure is symmetric about its diagonal",
+    ),
+    "triangle by column": ("broken", "a triangle that points up has no symmetry about its diagonal"),
+    "star by column": ("broken", "a star that points up has no symmetry about its diagonal"),
+    "square shuffled": (
+        "same",
+        "a square fills its box, so that every code says much the same, in whatever order: all inside",
+    ),
+}
 
 
 class solutions:
@@ -44,11 +68,6 @@ class solutions:
         return float(np.mean(reached))
 
     @staticmethod
-    def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
-        """Indices [...] of the rows of codes [K, D] that are nearest to vectors [..., D]."""
-        return (vectors[..., None, :] - codes).square().sum(dim=-1).argmin(dim=-1)
-
-    @staticmethod
     def paste_mask(values: np.ndarray, box: Edges, width: int, height: int) -> np.ndarray:
         """Bools [height, width]: the drawing [64, 64] resized to the box's whole pixels, True where > 0."""
         x0, y0, x1, y1 = (int(edge) for edge in box)
@@ -56,6 +75,71 @@ class solutions:
         mask = np.zeros((height, width), dtype=bool)
         mask[y0:y1, x0:x1] = np.asarray(drawn) > 0
         return mask
+
+    @staticmethod
+    def expected_drawings() -> dict[str, str]:
+        """For each order, whether the drawing stays the "same" or is "broken"."""
+        return {name: expected for name, (expected, _) in ORDERS.items()}
+
+    @staticmethod
+    def diagnose(reader: Reader, figure: Callable[[str], tuple[str, np.ndarray]]) -> str:
+        """Which of FAULTS a reader of box and mask has, measured with one triangle in an oblong picture."""
+        words, values = figure("triangle")
+        text = "<loc0000><loc0100><loc0500><loc1023>" + words
+        box, mask = reader(text, 200, 100)
+        true_box = solutions.tokens_to_box(text, 200, 100)
+        true_mask = solutions.paste_mask(values, true_box, 200, 100)
+        if not np.allclose(box, true_box):
+            return "1024" if np.allclose(np.array(box) * 1024 / 1023, true_box) else "x before y"
+        if np.array_equal(mask, true_mask):
+            return "none"
+        return "columns" if (mask & ~true_mask).any() else "threshold"
+
+
+def broken_readers() -> dict[str, Reader]:
+    """Five readers of an answer, text, width and height -> box and mask. What each does wrong is not told."""
+    return dict(
+        zip("ABCDE", map(_reader, ("columns", "1024", "none", "threshold", "x before y")), strict=True)
+    )
+
+
+def _reader(fault: str) -> Reader:
+    def read(text: str, width: int, height: int) -> tuple[Edges, np.ndarray]:
+        numbers = [int(digits) for digits in re.findall(r"<loc(\d{4})>", text)[:4]]
+        y0, x0, y1, x1 = (number / (1024 if fault == "1024" else 1023) for number in numbers)
+        if fault == "x before y":
+            x0, y0, x1, y1 = y0, x0, y1, x1
+        box = (x0 * width, y0 * height, x1 * width, y1 * height)
+        codes = torch.tensor([[int(digits) for digits in re.findall(r"<seg(\d{3})>", text)[:16]]])
+        if fault == "columns":
+            codes = codes.view(1, 4, 4).transpose(1, 2).reshape(1, 16)
+        values = load_codebook().decode(codes)[0].numpy() - (0.5 if fault == "threshold" else 0.0)
+        return box, solutions.paste_mask(values, box, width, height)
+
+    return read
+
+
+def figure(shape: str) -> tuple[str, np.ndarray]:
+    """The sixteen words of a shape that stands upright and fills its box, and what they draw, [64, 64]."""
+    codes = _codes_of(shape)
+    return codes_to_text(codes[0]), load_codebook().decode(codes)[0].numpy()
+
+
+def _figure_mask(shape: str) -> Tensor:
+    return torch.from_numpy(Figure((shape_outline(shape, 0.0),)).draw(128))[None]
+
+
+def _codes_of(shape: str) -> Tensor:
+    return load_codebook().encode(_figure_mask(shape))
+
+
+def _overlap_in_order(name: str) -> float:
+    """Mask IoU of a shape with what its codes draw in another order, for one of ORDERS."""
+    shape, order = name.split(maxsplit=1)
+    shuffled = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(16).view(4, 4).T.flatten() if order == "by column" else shuffled
+    drawn = load_codebook().decode(_codes_of(shape)[:, places])[0].numpy() > 0
+    return mask_iou(_figure_mask(shape)[0].numpy() > 0.5, drawn)
 
 
 def tokens_to_box(answer: Callable[[str, float, float], Any]) -> None:
@@ -189,6 +273,18 @@ def precision_over_recalls(answer: Callable[[Sequence[bool], int], Any]) -> None
         "recall 0 is one of the 101 recalls, and it is always reached: count it",
     )
     expect(
+        abs(of([True], 1) - 100 / 101) > 1e-6,
+        "a recall that is reached exactly counts as reached: at or beyond, >=, and not >",
+    )
+    expect(
+        not is_((34 * 1 / 2 + 33 * 2 / 3 + 34 * 1 / 2) / 101) and not is_((67 * 2 / 3 + 34 * 1 / 2) / 101),
+        "recalls that are never reached got the last precision: they count 0, as nobody points at the rest",
+    )
+    expect(
+        not is_((1 / 2 + 2 / 3) / 3) and not is_((0 + 1 / 2 + 2 / 3 + 1 / 2) / 4),
+        "this is a mean over boxes: take the mean over the 101 recalls 0, 0.01, ..., 1",
+    )
+    expect(
         is_(reference),
         f"for wrong, right, right, wrong with 3 wanted it is {reference:.4f}, not {result:.4f}",
     )
@@ -207,53 +303,6 @@ def precision_over_recalls(answer: Callable[[Sequence[bool], int], Any]) -> None
             f"for hits {given} and {number} wanted it is {value:.4f}; yours is {mine:.4f}",
         )
     right("the mean precision over 101 recalls, as COCO counts it.")
-
-
-def nearest_codes(answer: Callable[[Tensor, Tensor], Any]) -> None:
-    """Exercise 4."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randn(12, 5, generator=generator) * torch.linspace(0.3, 3.0, 12)[:, None]
-    vectors = 2.0 * torch.randn(3, 4, 5, generator=generator)
-    reference = solutions.nearest_codes(vectors, codes)
-    result = call(answer, vectors.clone(), codes.clone())
-    expect(isinstance(result, Tensor), f"expected a tensor of numbers, got a {type(result).__name__}")
-    expect(
-        tuple(result.shape) != (3, 4, 5),
-        "these are vectors: return the indices of the codes, and the decoder will look them up",
-    )
-    expect(
-        tuple(result.shape) != (12,) and tuple(result.shape) != (3, 12),
-        "for each code you looked for the nearest vector: it is the other way around, so take the smallest "
-        "distance over the codes",
-    )
-    expect(
-        tuple(result.shape) == (3, 4),
-        f"the numbers have shape {list(result.shape)}, expected [3, 4]: one for each vector",
-    )
-    far = (vectors[..., None, :] - codes).square().sum(-1).argmax(-1)
-    dot = (vectors @ codes.T).argmax(-1)
-    cosine = (vectors @ torch.nn.functional.normalize(codes, dim=-1).T).argmax(-1)
-    expect(not same(result, far), "these are the codes that are farthest away: argmin, not argmax")
-    expect(
-        not same(result, dot),
-        "the largest dot product is not the smallest distance: long codes win too often. "
-        "|v - e|^2 = |v|^2 - 2 v e + |e|^2, and |e|^2 differs from code to code",
-    )
-    expect(
-        not same(result, cosine),
-        "this is the code in the nearest direction: its length counts as well, so measure the distance",
-    )
-    expect(
-        not same(result, (vectors[..., None, :] - codes).abs().sum(-1).argmin(-1)),
-        "you add up absolute differences: the distance is the root of the sum of their squares",
-    )
-    expect_tensor(result, reference, "the numbers of the codes")
-    one = call(answer, vectors[0, 0], codes)
-    expect(
-        isinstance(one, Tensor) and int(one) == int(reference[0, 0]),
-        "a single vector [D] gives a different code than in a batch: work only on the last axis",
-    )
-    right("each vector has become a number from 0 to 127, that is, a word.")
 
 
 def paste_mask(answer: Callable[[np.ndarray, Edges, int, int], Any]) -> None:
@@ -321,6 +370,17 @@ def paste_mask(answer: Callable[[np.ndarray, Edges, int, int], Any]) -> None:
         not np.array_equal(result, pasted(resized(values) <= 0)),
         "inside and outside are swapped: the thing is where the drawing is above 0",
     )
+    rounded = np.zeros((height, width), dtype=bool)
+    rounded[5:35, 11:61] = np.asarray(Image.fromarray(values).resize((50, 30), Image.Resampling.BILINEAR)) > 0
+    expect(
+        not np.array_equal(result, rounded),
+        "you rounded the edges to the nearest pixel: cut them with int(), so that 10.7 is 10 and 34.8 is 34. "
+        "It is the convention of the published reader, and a mask that is moved by a pixel loses IoU",
+    )
+    expect(
+        not np.array_equal(result, pasted(resized(np.ascontiguousarray(values.T)) > 0)),
+        "the drawing is turned over its diagonal: rows of the array are rows of the picture",
+    )
     outside = pasted(np.ones((29, 50), dtype=bool))
     expect(
         not (result & ~outside).any(),
@@ -330,6 +390,104 @@ def paste_mask(answer: Callable[[np.ndarray, Edges, int, int], Any]) -> None:
     differing = int((result != reference).sum())
     expect(differing == 0, f"{differing} of {reference.size} pixels are wrong")
     right("crop, resize, threshold: sixteen words have become pixels of the picture.")
+
+
+def expected_drawings(
+    answer: Callable[[], dict[str, str]], overlap_of: Callable[[str], float] = _overlap_in_order
+) -> None:
+    """Exercise 5: `overlap_of` measures the mask IoU of a drawing whose codes were read in another order."""
+    expected = call(answer)
+    names = ", ".join(repr(name) for name in ORDERS)
+    expect(isinstance(expected, dict), f"return a dictionary with an entry for each of {names}")
+    missing = [name for name in ORDERS if name not in expected]
+    expect(not missing, f"a prediction is missing: {missing[:1]}")
+    unknown = [name for name in expected if name not in ORDERS]
+    expect(not unknown, f"{unknown[:1]} is none of the five drawings: {names}")
+    vague = [value for value in expected.values() if value not in ("same", "broken")]
+    expect(
+        not vague,
+        f"{vague[:1]} cannot be held against a number: say 'same' (an IoU of 0.9 or more) or 'broken'",
+    )
+    for name, (usual, why) in ORDERS.items():
+        value = overlap_of(name)
+        found = "same" if value >= 0.9 else "broken"
+        expect(
+            expected[name] == found,
+            f"{name}: you expect {expected[name]!r}, but the drawing has an IoU of {value:.2f}. "
+            + (f"The reason: {why}" if found == usual else "This codebook differs from the one we know"),
+        )
+    right("a test on circles and squares finds no fault here. Test with a figure that has no symmetry.")
+
+
+def diagnose(answer: Callable[..., str]) -> None:
+    """Exercise 6."""
+    found = {fault: call(answer, _reader(fault), figure) for fault in FAULTS}
+    expect(
+        all(name in FAULTS for name in found.values()),
+        f"return one of {FAULTS}; yours has {next((n for n in found.values() if n not in FAULTS), None)!r}",
+    )
+    expect(
+        len(set(found.values())) > 1,
+        f"every reader gets the diagnosis {found['none']!r}: compare what it returns with what is right",
+    )
+    hints = {
+        (
+            "x before y",
+            "none",
+        ): "a reader that exchanges x and y passes your test: take a box that is not square "
+        "about the diagonal, in a picture that is wider than high",
+        (
+            "1024",
+            "none",
+        ): "a reader that divides by 1024 passes your test: the error is largest at the far edge, a "
+        "thousandth of the side. Use the word 1023, and compare more closely",
+        (
+            "columns",
+            "none",
+        ): "a reader that takes the codes column by column passes your test: circle and square "
+        "look the same that way. Use a figure without symmetry",
+        (
+            "threshold",
+            "none",
+        ): "a reader with another threshold passes your test: its masks are a little smaller, "
+        "so compare every pixel and not only the overlap",
+        ("columns", "threshold"): "codes by column are taken for a threshold: a higher threshold only takes "
+        "pixels away, an exchange of codes also adds some",
+        (
+            "threshold",
+            "columns",
+        ): "a threshold is taken for an exchange of codes: a higher threshold only takes "
+        "pixels away, an exchange of codes also adds some",
+        (
+            "x before y",
+            "1024",
+        ): "exchanged coordinates are taken for a wrong number of steps: dividing by 1024 "
+        "shrinks all four edges by the same factor 1023 / 1024",
+        (
+            "1024",
+            "x before y",
+        ): "a wrong number of steps is taken for exchanged coordinates: dividing by 1024 "
+        "shrinks all four edges by the same factor 1023 / 1024",
+    }
+    for fault, name in found.items():
+        if name == fault:
+            continue
+        expect(
+            fault != "none",
+            f"a healthy reader gets the diagnosis {name!r}: its box is not rounded (use np.allclose), and "
+            "its mask is that of paste_mask",
+        )
+        expect(
+            fault not in ("x before y", "1024") or name not in ("columns", "threshold"),
+            f"the fault {fault!r} is taken for {name!r}: a wrong box moves the mask as well, so look at the "
+            "box first",
+        )
+        expect(
+            (fault, name) in hints,
+            f"the fault {fault!r} is taken for {name!r}, though the box is right: look at the mask",
+        )
+        raise NotYet(hints[fault, name])
+    right("one triangle in an oblong picture tells all of them apart.")
 
 
 def _numbers(result: Any, count: int, what: str) -> tuple[float, ...]:

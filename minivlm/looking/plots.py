@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-DPI = 100
+DPI = 150
 
 
 def to_image(pixel_values: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def to_image(pixel_values: Tensor) -> Tensor:
 
 def draw_filters(rows: Mapping[str, Tensor], columns: int = 12) -> Figure:
     """Rows of filters [n, C, P, P], the first of each, each scaled to its own largest value; 0 is gray."""
-    figure = Figure(figsize=(8.4, 0.3 + 0.62 * len(rows)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.6, 0.3 + 0.5 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis_row, (name, filters) in zip(axes, rows.items(), strict=True):
         for number, axis in enumerate(axis_row):
@@ -33,7 +33,7 @@ def draw_filters(rows: Mapping[str, Tensor], columns: int = 12) -> Figure:
             if number < len(filters):
                 axis.imshow(to_image(filters[number] / filters[number].abs().max()).numpy())
         axis_row[0].text(
-            -0.2, 0.5, name, transform=axis_row[0].transAxes, ha="right", va="center", fontsize=9
+            -0.2, 0.5, name, transform=axis_row[0].transAxes, ha="right", va="center", fontsize=8
         )
     return figure
 
@@ -43,7 +43,7 @@ def draw_positions(similarities: Mapping[str, Tensor]) -> Figure:
 
     The map at a position shows its similarity to all positions.
     """
-    figure = Figure(figsize=(3.3 * len(similarities) + 0.6, 3.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(2.6 * len(similarities) + 0.8, 2.8), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(similarities), squeeze=False)[0].tolist()
     for axis, (name, similarity) in zip(axes, similarities.items(), strict=True):
         side = math.isqrt(len(similarity))
@@ -66,7 +66,7 @@ def draw_heads(distances: Tensor, entropies: Tensor, even_distance: float, even_
 
     `even_distance` and `even_entropy` are those of a head with uniform attention.
     """
-    figure = Figure(figsize=(8.4, 3.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.6, 2.6), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, 2).tolist()
     for axis, values, limit, label in (
         (axes[0], distances, even_distance, "mean distance in patches"),
@@ -85,29 +85,41 @@ def draw_heads(distances: Tensor, entropies: Tensor, even_distance: float, even_
 
 
 def draw_patch_scores(
-    pixel_values: Tensor, scores: Mapping[str, Tensor], marked: Tensor | None = None, columns: int = 6
+    pixel_values: Tensor,
+    scores: Mapping[str, Tensor],
+    marked: Tensor | None = None,
+    columns: int = 6,
+    label: str | None = None,
 ) -> Figure:
     """The picture, and beside it a map for each kind of score [N], bright where the score is high.
 
-    Each map has its own scale, from 0 to its largest value; without positive scores, it is dark. `marked` [N]
+    Each map has its own scale, from 0 to its largest value; without positive scores, it is dark. With a
+    `label`, which names what is counted, all maps share one scale, and a color bar shows it. `marked` [N]
     says which patches to outline in the maps.
     """
     total = len(scores) + 1
     columns = min(columns, total)
     rows = math.ceil(total / columns)
-    figure = Figure(figsize=(1.55 * columns, 1.8 * rows), dpi=DPI, layout="constrained")
+    width = 1.25 * columns + (0.5 if label else 0)
+    figure = Figure(figsize=(width, 1.5 * rows), dpi=DPI, layout="constrained")
     axes: list[Any] = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axis in axes:
         axis.axis("off")
     axes[0].imshow(to_image(pixel_values).numpy())
-    axes[0].set_title("picture", fontsize=9)
+    axes[0].set_title("picture", fontsize=8)
+    largest = max((float(values.max()) for values in scores.values()), default=0.0)
     for axis, (name, values) in zip(axes[1:], scores.items(), strict=False):
         side = math.isqrt(len(values))
         grid = values.float().cpu().view(side, side).numpy()
-        axis.imshow(grid, cmap="magma", vmin=min(0.0, float(grid.max())), vmax=float(grid.max()))
-        axis.set_title(name, fontsize=9)
+        top = largest if label else float(grid.max())
+        shown = axis.imshow(grid, cmap="magma", vmin=min(0.0, top), vmax=top)
+        axis.set_title(name, fontsize=8)
         for patch in [] if marked is None else marked.nonzero()[:, 0].tolist():
             _outline(axis, patch, side, marked)
+    if label and scores:
+        bar = figure.colorbar(shown, ax=axes, shrink=0.8, pad=0.01)
+        bar.set_label(label, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -130,7 +142,7 @@ def _outline(axis: Any, patch: int, side: int, marked: Tensor | None) -> None:
 def draw_words(pixel_values: Tensor, words: Sequence[str], cosines: Tensor) -> Figure:
     """The nearest word of each image token, written on its patch, with its cosine [N]."""
     side = math.isqrt(len(words))
-    figure = Figure(figsize=(6.4, 6.4), dpi=DPI)
+    figure = Figure(figsize=(5.6, 5.6), dpi=DPI)
     axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axis.imshow(to_image(pixel_values).numpy(), extent=(0, side, side, 0), alpha=0.45)
     size = min(7.5, 60 / side)
@@ -141,7 +153,7 @@ def draw_words(pixel_values: Tensor, words: Sequence[str], cosines: Tensor) -> F
         # A dollar sign would start a formula.
         axis.text(column + 0.5, row + 0.42, shown, ha="center", va="center", fontsize=size, parse_math=False)
         axis.text(
-            column + 0.5, row + 0.75, f"{cosines[number]:.2f}", ha="center", va="center", fontsize=0.75 * size
+            column + 0.5, row + 0.75, f"{cosines[number]:.2f}", ha="center", va="center", fontsize=0.95 * size
         )
     axis.set(xlim=(0, side), ylim=(side, 0))
     axis.axis("off")
@@ -151,7 +163,7 @@ def draw_words(pixel_values: Tensor, words: Sequence[str], cosines: Tensor) -> F
 def draw_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], label: str) -> Figure:
     """Shares from 0 to 1 [rows, columns] as a colored table that also shows the numbers."""
     figure = Figure(
-        figsize=(1.6 + 0.72 * len(columns), 0.9 + 0.42 * len(rows)), dpi=DPI, layout="constrained"
+        figsize=(1.3 + 0.55 * len(columns), 0.8 + 0.36 * len(rows)), dpi=DPI, layout="constrained"
     )
     axis = figure.subplots()
     axis.imshow(values.cpu().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -162,7 +174,7 @@ def draw_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], labe
     ):
         color = "white" if value > 0.6 else "black"
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set_title(label, fontsize=9)
+    axis.set_xticks(range(len(columns)), columns, fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_title(label, fontsize=8)
     return figure

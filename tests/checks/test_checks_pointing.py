@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from notebooks_and_sources import ROOT, read_cells
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 from minivlm import checks
 from minivlm.checks import NotYet
 
 NOTEBOOK = ROOT / "notebooks" / "08_boxes_and_masks.ipynb"
-EXERCISES = ("tokens_to_box", "iou", "precision_over_recalls", "nearest_codes", "paste_mask")
+EXERCISES = (
+    "tokens_to_box",
+    "iou",
+    "precision_over_recalls",
+    "paste_mask",
+    "expected_drawings",
+    "diagnose",
+)
 
 Edges = Sequence[float]
 
@@ -111,14 +115,15 @@ def area_under(hits: Sequence[bool], wanted: int) -> float:
     return float((np.diff(recall, prepend=0) * precision).sum())
 
 
+def beyond_only(hits: Sequence[bool], wanted: int) -> float:
+    recall, precision = curve(hits, wanted)
+    return float(np.mean([precision[recall > r].max(initial=0.0) for r in np.linspace(0, 1, 101)]))
+
+
 def reached_only(hits: Sequence[bool], wanted: int) -> float:
     recall, precision = curve(hits, wanted)
     values = [precision[recall >= least].max() for least in np.linspace(0, 1, 101) if (recall >= least).any()]
     return float(np.mean(values))
-
-
-def distances(vectors: Tensor, codes: Tensor) -> Tensor:
-    return (vectors[..., None, :] - codes).square().sum(-1)
 
 
 def paste_with(
@@ -158,6 +163,54 @@ def exchanged_size(values: np.ndarray, box: Edges, width: int, height: int) -> n
 
 paste = checks.pointing.solutions.paste_mask
 
+
+def turned_over(values: np.ndarray, box: Edges, width: int, height: int) -> np.ndarray:
+    return paste(np.ascontiguousarray(values.T), box, width, height)
+
+
+TRUE = checks.pointing.solutions.expected_drawings()
+MEASURED = {
+    "circle by column": 0.97,
+    "square by column": 1.0,
+    "triangle by column": 0.4,
+    "star by column": 0.6,
+    "square shuffled": 0.98,
+}
+
+
+def mistaken(fault: str, name: str) -> Callable[..., str]:
+    """Right for all readers but one."""
+
+    def diagnose(reader: Any, figure: Any) -> str:
+        found = checks.pointing.solutions.diagnose(reader, figure)
+        return name if found == fault else found
+
+    return diagnose
+
+
+def seen_by(shape: str, places: str, width: int, height: int) -> Callable[..., str]:
+    """The solution with another figure, or another box and picture."""
+
+    def diagnose(reader: Any, figure: Any) -> str:
+        text = places + figure(shape)[0]
+        box, mask = reader(text, width, height)
+        true_box, true_mask = checks.pointing._reader("none")(text, width, height)
+        if not np.allclose(box, true_box):
+            return "1024" if np.allclose(np.array(box) * 1024 / 1023, true_box) else "x before y"
+        if overlap_of_masks(mask, true_mask) > 0.999:
+            return "none"
+        return "columns" if (mask & ~true_mask).any() else "threshold"
+
+    return diagnose
+
+
+def overlap_of_masks(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+by_a_circle = seen_by("square", "<loc0000><loc0100><loc0500><loc1023>", 40, 20)
+in_a_square = seen_by("triangle", "<loc0100><loc0100><loc1023><loc1023>", 100, 100)
+
 WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("tokens_to_box", read_as("x0 y0 x1 y1"), "mirrored about the diagonal"),
     ("tokens_to_box", returned_yx, "return x0, y0, x1, y1"),
@@ -185,16 +238,11 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("precision_over_recalls", area_under, "area under the curve"),
     ("precision_over_recalls", precision_with(first=1), "recall 0 is one"),
     ("precision_over_recalls", lambda hits, wanted: 0.5, "not 0.5"),
+    ("precision_over_recalls", beyond_only, "at or beyond, >="),
+    ("precision_over_recalls", precision_with(best=False, beyond=1.0), "got the last precision"),
+    ("precision_over_recalls", lambda hits, wanted: float(curve(hits, wanted)[1].mean()), "mean over boxes"),
+    ("precision_over_recalls", lambda hits, wanted: curve(hits, wanted), "one number"),
     ("precision_over_recalls", lambda hits, wanted: 67 / 101 * 2 / 3, "yours is"),
-    ("nearest_codes", lambda v, c: c[distances(v, c).argmin(-1)], "these are vectors"),
-    ("nearest_codes", lambda v, c: distances(v, c).argmax(-1), "farthest"),
-    ("nearest_codes", lambda v, c: (v @ c.T).argmax(-1), "long codes win"),
-    ("nearest_codes", lambda v, c: F.cosine_similarity(v[..., None, :], c, dim=-1).argmax(-1), "direction"),
-    ("nearest_codes", lambda v, c: (v[..., None, :] - c).abs().sum(-1).argmin(-1), "absolute differences"),
-    ("nearest_codes", lambda v, c: distances(v, c).flatten(0, 1).argmin(0), "the other way around"),
-    ("nearest_codes", lambda v, c: distances(v, c).argmin(), "shape"),
-    ("nearest_codes", lambda v, c: distances(v, c).argmin(-1) * 0, "off by up to"),
-    ("nearest_codes", lambda v, c: distances(v, c).argmin(-1).tolist(), "got a list"),
     ("paste_mask", exchanged_size, "resize takes \\(width, height\\)"),
     ("paste_mask", lambda v, b, w, h: v, "drawing alone"),
     ("paste_mask", lambda v, b, w, h: paste(v, b, w, h).T, "rows first"),
@@ -208,26 +256,60 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("paste_mask", paste_with(place="yx"), "\\(y, x\\) instead of \\(x, y\\)"),
     ("paste_mask", paste_with(inside=False), "inside and outside"),
     ("paste_mask", lambda v, b, w, h: ~paste(v, b, w, h), "outside the box"),
-    ("paste_mask", paste_with(rounding=round), "of 4500 pixels|outside the box"),
+    ("paste_mask", paste_with(rounding=round), "rounded the edges"),
+    ("paste_mask", turned_over, "over its diagonal"),
+    ("expected_drawings", lambda: TRUE | {"circle by column": "broken"}, "symmetric about its diagonal"),
+    ("expected_drawings", lambda: TRUE | {"square by column": "broken"}, "IoU of 1.00"),
+    ("expected_drawings", lambda: TRUE | {"triangle by column": "same"}, "triangle that points up"),
+    ("expected_drawings", lambda: TRUE | {"star by column": "same"}, "star that points up"),
+    ("expected_drawings", lambda: TRUE | {"square shuffled": "broken"}, "in whatever order"),
+    ("expected_drawings", lambda: dict.fromkeys(TRUE, "broken"), "circle by column: you expect 'broken'"),
+    ("expected_drawings", lambda: dict.fromkeys(TRUE, "same"), "triangle by column: you expect 'same'"),
+    ("expected_drawings", lambda: TRUE | {"square shuffled": True}, "cannot be held against a number"),
+    ("expected_drawings", lambda: TRUE | {"star shuffled": "broken"}, "none of the five drawings"),
+    ("expected_drawings", lambda: {"circle by column": "same"}, "a prediction is missing"),
+    ("expected_drawings", lambda: ["same"] * 5, "return a dictionary"),
+    ("diagnose", lambda reader, figure: "none", "every reader gets the diagnosis 'none'"),
+    ("diagnose", lambda reader, figure: "columns", "every reader gets the diagnosis 'columns'"),
+    ("diagnose", lambda reader, figure: "the codes", "return one of"),
+    ("diagnose", mistaken("x before y", "none"), "wider than high"),
+    ("diagnose", mistaken("1024", "none"), "Use the word 1023"),
+    ("diagnose", mistaken("columns", "none"), "figure without symmetry"),
+    ("diagnose", mistaken("threshold", "none"), "every pixel"),
+    ("diagnose", mistaken("columns", "threshold"), "also adds some"),
+    ("diagnose", mistaken("threshold", "columns"), "only takes pixels away"),
+    ("diagnose", mistaken("x before y", "1024"), "same factor"),
+    ("diagnose", mistaken("1024", "x before y"), "same factor"),
+    ("diagnose", mistaken("1024", "threshold"), "look at the box first"),
+    ("diagnose", mistaken("columns", "1024"), "though the box is right"),
+    ("diagnose", mistaken("none", "columns"), "healthy reader"),
+    ("diagnose", by_a_circle, "figure without symmetry"),
+    ("diagnose", in_a_square, "wider than high"),
 ]
+
+
+def check(name: str, answer: Callable[..., Any]) -> None:
+    given = [MEASURED.__getitem__] if name == "expected_drawings" else []
+    getattr(checks.pointing, name)(answer, *given)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_says_that_an_exercise_is_blank(name: str) -> None:
     with pytest.raises(NotYet, match=r"still blank: replace the line that raises with your own$"):
-        getattr(checks.pointing, name)(blank)
+        check(name, blank)
 
 
 @pytest.mark.parametrize(("name", "answer", "hint"), WRONG)
 def test_names_the_likely_mistake(name: str, answer: Callable[..., Any], hint: str) -> None:
     with pytest.raises(NotYet, match=hint):
-        getattr(checks.pointing, name)(answer)
+        check(name, answer)
 
 
 def test_other_ways_to_be_right() -> None:
-    checks.pointing.nearest_codes(lambda v, c: torch.cdist(v.reshape(-1, 5), c).argmin(-1).view(v.shape[:-1]))
-    checks.pointing.nearest_codes(lambda v, c: (c.square().sum(-1) - 2 * v @ c.T).argmin(-1))
     checks.pointing.precision_over_recalls(precision_with())
+    checks.pointing.diagnose(checks.pointing.solutions.diagnose)
+    checks.pointing.expected_drawings(lambda: TRUE, MEASURED.__getitem__)
+    checks.pointing.expected_drawings(lambda: TRUE)
     checks.pointing.tokens_to_box(lambda *args: list(checks.pointing.solutions.tokens_to_box(*args)))
     checks.pointing.iou(lambda a, b: np.float64(iou_with()(a, b)))
 

@@ -232,6 +232,16 @@ def test_marked_patches_are_outlined_where_they_end() -> None:
     assert ((0.5, -0.5), (0.5, 0.5)) not in lines
 
 
+def test_maps_with_a_label_share_one_scale() -> None:
+    scores = {"a": torch.tensor([0.0, 1.0, 0.0, 0.0]), "b": torch.tensor([0.0, 4.0, 0.0, 0.0])}
+    pixel_values = torch.zeros(3, 4, 4)
+    shared = plots.draw_patch_scores(pixel_values, scores, label="share").axes
+    own = plots.draw_patch_scores(pixel_values, scores).axes
+    assert [axis.images[0].get_clim()[1] for axis in shared[1:3]] == [4, 4]
+    assert shared[3].get_ylabel() == "share"
+    assert [axis.images[0].get_clim()[1] for axis in own[1:]] == [1, 4]
+
+
 def test_figures_hold_what_they_are_given() -> None:
     values = torch.tensor([[0.25, 1.0]])
     figure = plots.draw_table(values, ["row"], ["a", "b"], "title")
