@@ -190,8 +190,8 @@ def three_masks(answer: Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tenso
         "your image_mask is True everywhere but at the placeholders: compare with ==, not with !=",
     )
     for name, reference in zip(names, (image, text, pad), strict=True):
-        expect(mask_shape := given[name].shape == IDS.shape, f"{name} should have the shape of input_ids")
-        wrong = (given[name] != reference).nonzero().tolist() if mask_shape else []
+        expect(given[name].shape == IDS.shape, f"{name} should have the shape of input_ids")
+        wrong = (given[name] != reference).nonzero().tolist()
         if wrong:
             row, place = wrong[0]
             told, number = bool(given[name][row, place]), int(IDS[row, place])
