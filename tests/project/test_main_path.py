@@ -56,6 +56,16 @@ class Names(ast.NodeVisitor):
         else:
             self.given.add(node.id)
 
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
+        inside = Names()
+        for part in node.generators:  # written last, bound first
+            inside.visit(part)
+        for part in [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]:
+            inside.visit(part)
+        self.taken |= inside.taken - self.given
+
+    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp
+
     def visit_Assign(self, node: ast.Assign) -> None:
         self.visit(node.value)  # before its targets: x = x + 1 takes x
         for target in node.targets:
