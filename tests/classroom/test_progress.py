@@ -83,7 +83,8 @@ def test_blank_exercises_do_not_pass(tmp_path: Path) -> None:
     original = read_notebook(ROOT / "notebooks" / "00_tour.ipynb")
     nbformat.write(student_copy(original), tmp_path / "blank.ipynb")
     result = result_of(tmp_path / "blank.ipynb")
-    assert (result.passed, result.exercises) == ([], ["ask", "sequence_length", "to_pixels"])
+    tour = ["ask", "sequence_length", "broken_step", "to_pixels", "predictions"]
+    assert (result.passed, result.exercises) == ([], tour)
     assert result.remark.startswith("ask: the exercise is still blank")
 
 
