@@ -51,6 +51,14 @@ CLASS_TOKEN = """\
 def add_class_token(patches, class_token, positions):
     return torch.cat([class_token.expand(len(patches), -1, -1), patches], dim=1) + positions"""
 FIRST = "import math\nimport torch\nfrom minivlm import checks"
+OTHERS = (
+    "def first_pixel(cut, size, P):\n"
+    "    first = int(cut(torch.arange(3 * size**2).view(1, 3, size, size), P)[0, 0, 0])\n"
+    "    return first // size % size, first % size",
+    "def notices():\n"
+    "    return {name: name[:3] in ('mlp', 'att') and '+' in name for name in checks.patches.SHUFFLE}",
+    "def picture_to_tokens(x, w, b, p):\n    return F.conv2d(x, w, b, stride=w.shape[-1]).flatten(2).mT + p",
+)
 CATCH_UP = "patch_count = checks.patches.solutions.patch_count"
 LIMITS = Limits(seconds=60)
 
@@ -83,7 +91,8 @@ def test_blank_exercises_do_not_pass(tmp_path: Path) -> None:
     original = read_notebook(ROOT / "notebooks" / "00_tour.ipynb")
     nbformat.write(student_copy(original), tmp_path / "blank.ipynb")
     result = result_of(tmp_path / "blank.ipynb")
-    assert (result.passed, result.exercises) == ([], ["ask", "sequence_length", "to_pixels"])
+    tour = ["ask", "sequence_length", "broken_step", "to_pixels", "predictions"]
+    assert (result.passed, result.exercises) == ([], tour)
     assert result.remark.startswith("ask: the exercise is still blank")
 
 
@@ -131,6 +140,7 @@ def test_how_a_cell_is_written_does_not_matter(tmp_path: Path) -> None:
         "try:\n    import torch.nn.functional as F\nexcept ImportError:\n    F = None",
         f"%%capture\n%%time\n{COUNT}\n# harder than checks.patches.solutions.patch_count",
         f"!echo hello\n%matplotlib inline\n%autosave 60\nif True:\n{indented(UNPATCH)}",
+        *OTHERS,
         "%time add_class_token = lambda x, t, p: torch.cat([t.expand(len(x), -1, -1), x], dim=1) + p",
         "def resize_positions(table, new_side):\n    return table",
         "resize_positions = checks.patches.solutions.resize_positions",
@@ -553,10 +563,10 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert head.split() == ["student", "notebook", "passed", "remark"]
     assert ada.split()[:3] == ["ada", "01_patches", "-"]
     assert "is not JSON" in ada
-    assert ben.split()[:5] == ["ben?[31m", "patches", "2", "of", "4"]
+    assert ben.split()[:5] == ["ben?[31m", "patches", "2", "of", "7"]
     assert "add_class_token: your code stops with ValueError: ?[2J" in ben
     assert "\x1b" not in printed.out
-    assert ada.index(" - ") + 1 == head.index("passed") == ben.index("2 of 4")
+    assert ada.index(" - ") + 1 == head.index("passed") == ben.index("2 of 7")
 
 
 def test_without_a_folder_ones_own_notebooks_are_judged(

@@ -58,9 +58,8 @@ class Names(ast.NodeVisitor):
 
     def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
         inside = Names()
-        for part in node.generators:  # written last, bound first
-            inside.visit(part)
-        for part in [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]:
+        values = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+        for part in (*node.generators, *values):  # the generators bind first
             inside.visit(part)
         self.taken |= inside.taken - self.given
 
