@@ -431,7 +431,7 @@ def speak_cached(answer: Callable[..., Any]) -> None:
         torch.manual_seed(6)
         decoder = GemmaDecoder(config)
         for parameter in decoder.parameters():  # so that every word depends on all before it
-            parameter *= 2.0
+            parameter.mul_(2.0)
         embeds = torch.randn(1, 7, 32) * 3
     count, prompt = 6, embeds.shape[1]
     expected = list(solutions.speak_cached(decoder, embeds, count, _Counted(config)))
