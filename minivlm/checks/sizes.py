@@ -1,9 +1,13 @@
-"""Checks for 11_real_checkpoints: a file's header, names, what fits, a floor, int8, soft-capping."""
+"""Checks for 11_real_checkpoints: a file's header, names, an exchange, two ceilings, int8, soft-capping."""
 
 from __future__ import annotations
 
+import builtins
+import itertools
 import json
+import re
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
-from minivlm.models.paligemma import PaliGemmaConfig
-from minivlm.models.sizes import cache_bytes, weight_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 Names = tuple[list[str], list[str], list[str]]
+Tensors = Mapping[str, Tensor]
+Exchange = Callable[[Tensors, str, str], dict[str, Tensor]]
+# Operations per byte; the ceilings cross at 11 on the laptop and at 295 on the H100.
+REASONS = {
+    "laptop: picture of 224 pixels": "256 patches share each weight: 267 operations per byte, against 11",
+    "laptop: prefill of 263 tokens": "263 tokens share each weight: 200 operations per byte, against 11",
+    "laptop: one more token": "each weight is read for one multiplication and one addition: 1 "
+    "operation per byte",
+    "laptop: one more token, int8": "half the bytes make 2 operations per byte, still far below 11",
+    "laptop: one more token of 8 rows": "8 rows share each weight: 8 operations per byte, a little below 11",
+    "laptop: one more token of 64 rows": "64 rows share each weight: about 60 operations per byte, above 11",
+    "H100: one more token of 64 rows": "about 60 operations per byte, and the H100 needs 295 to be busy",
+    "H100: prefill of 263 tokens": "200 operations per byte, and the H100 needs 295: its "
+    "arithmetic is so fast",
+}
 
 
 class solutions:
@@ -42,22 +59,37 @@ class solutions:
         return missing, unexpected, misshapen
 
     @staticmethod
-    def rows_that_fit(config: PaliGemmaConfig, memory: int, tokens: int, dtype: torch.dtype) -> int:
-        """How many rows of `tokens` tokens fit into `memory` bytes next to the weights."""
-        left = memory - weight_bytes(config, dtype)
-        return max(0, left // cache_bytes(config, tokens, 1, dtype))
+    def find_exchange(tensors: Tensors, exchange: Exchange, loss_of: Callable[[Tensors], float]) -> set[str]:
+        """The two kinds of matrices, such as "q_proj", that have exchanged their names."""
+        kinds = sorted({name.split(".")[-2] for name in tensors if name.endswith("_proj.weight")})
+        wanted = {name: tensor.shape for name, tensor in tensors.items()}
+        losses: dict[tuple[str, str], float] = {}
+        for pair in itertools.combinations(kinds, 2):
+            trial = exchange(tensors, *pair)
+            if {name: tensor.shape for name, tensor in trial.items()} == wanted:
+                losses[pair] = loss_of(trial)
+        best = min(losses, key=lambda pair: losses[pair])
+        return set(best)
 
     @staticmethod
-    def shortest_time(operations: float, num_bytes: float, peak: float, bandwidth: float) -> float:
-        """The least seconds a step can take, with `peak` operations/s and `bandwidth` bytes/s."""
-        return max(operations / peak, num_bytes / bandwidth)
+    def predict_ceilings() -> dict[str, str]:
+        """For each step: does it wait for "bytes" or for "operations"?"""
+        return {
+            "laptop: picture of 224 pixels": "operations",
+            "laptop: prefill of 263 tokens": "operations",
+            "laptop: one more token": "bytes",
+            "laptop: one more token, int8": "bytes",
+            "laptop: one more token of 8 rows": "bytes",
+            "laptop: one more token of 64 rows": "operations",
+            "H100: one more token of 64 rows": "bytes",
+            "H100: prefill of 263 tokens": "bytes",
+        }
 
     @staticmethod
     def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight [out, in] -> int8 values [out, in] and one scale for each row [out]."""
-        scale = weight.abs().amax(dim=1) / 127
-        values = (weight / scale.clamp(min=1e-12)[:, None]).round().to(torch.int8)
-        return values, scale
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        return (weight / scale[:, None]).round().to(torch.int8), scale
 
     @staticmethod
     def capped_scores(scores: Tensor, mask: Tensor, cap: float) -> Tensor:
@@ -67,13 +99,15 @@ class solutions:
 
 def read_header(answer: Callable[[Path], tuple[dict[str, Any], int]]) -> None:
     """Exercise 1."""
-    tensors = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.arange(5, dtype=torch.int8)}
+    tensors = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.zeros(2**20, dtype=torch.int8)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
         header, start = solutions.read_header(path)
+        tracemalloc.start()
         try:
             result = call(answer, path)
+            most = tracemalloc.get_traced_memory()[1]
         except NotYet as error:
             if isinstance(error.__cause__, OverflowError | MemoryError):
                 raise NotYet(
@@ -90,6 +124,17 @@ def read_header(answer: Callable[[Path], tuple[dict[str, Any], int]]) -> None:
                     "where the numbers begin"
                 ) from error
             raise
+        finally:
+            tracemalloc.stop()
+        plain = Path(folder) / "plain.safetensors"
+        save_file(tensors, plain)
+        try:
+            without = call(answer, plain)
+        except NotYet as error:
+            raise NotYet(
+                f"{error}. This happens with a file that has no __metadata__, which is optional: remove it "
+                "only if it is there, as pop(name, None) does"
+            ) from error
     expect(
         isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], dict),
         "return two things, separated by a comma: the header, a dict, and the position where the numbers "
@@ -109,6 +154,14 @@ def read_header(answer: Callable[[Path], tuple[dict[str, Any], int]]) -> None:
         "the numbers begin after the 8 bytes of the length *and* the header: add 8",
     )
     expect(place == start, f"the numbers begin at byte {start} of this file, but you say {place}")
+    expect(
+        most < 2**20,
+        f"your code held {most:,} bytes, as much as the whole file: read 8 bytes, then as many as they say",
+    )
+    expect(
+        isinstance(without, tuple) and without[0] == header,
+        "a file without __metadata__ gives another header: only that entry should be removed",
+    )
     right("with 8 bytes and some JSON you know what is in a file without reading a single weight.")
 
 
@@ -152,54 +205,98 @@ def compare_shapes(answer: Callable[[Shapes, Shapes], Names]) -> None:
     right("three questions for every checkpoint: what is missing, what is left over, what has another shape?")
 
 
-def rows_that_fit(answer: Callable[[PaliGemmaConfig, int, int, torch.dtype], int]) -> None:
-    """Exercise 3."""
-    config, dtype = PaliGemmaConfig(), torch.bfloat16
-    weights, row = weight_bytes(config, dtype), cache_bytes(config, 300, 1, dtype)
-    memory = weights + 10 * row + row * 2 // 3
-    result = call(answer, config, memory, 300, dtype)
-    expect(
-        isinstance(result, int) and not isinstance(result, bool),
-        f"expected a whole number, got {type(result).__name__}: // divides and rounds down",
-    )
-    expect(
-        result != memory // row,
-        "you filled all of the memory with rows: the weights need memory as well",
-    )
-    expect(
-        result not in (memory // (weights + row), memory // weights),
-        "you counted the weights once for each row: all rows share them",
-    )
-    expect(result != 11, "you rounded up: the last row has only two thirds of the memory it needs")
-    expect(result == 10, f"10 rows fit in this case; you found {result}")
-    double = memory + weights + 11 * row
-    found = call(answer, config, double, 300, torch.float32)
-    expect(found == 10, "with 4 bytes per number the answer is wrong: pass the dtype to both functions")
-    nothing = call(answer, config, weights // 2, 300, dtype)
-    expect(nothing == 0, f"if not even the weights fit, the answer is 0 rows; you found {nothing}")
-    right("the weights are paid once, the cache by every row.")
+def exchanged(tensors: Tensors) -> dict[str, Tensor]:
+    """The same tensors, where two kinds of matrices have exchanged their names."""
+    swap = {"k_proj": "v_proj", "v_proj": "k_proj"}
+    return {
+        next((name.replace(a, b) for a, b in swap.items() if a in name), name): tensor
+        for name, tensor in tensors.items()
+    }
 
 
-def shortest_time(answer: Callable[[float, float, float, float], float]) -> None:
-    """Exercise 4."""
-    for operations, num_bytes in ((800.0, 20.0), (80.0, 60.0)):
-        result = call(answer, operations, num_bytes, 100.0, 10.0)
-        compute, read = operations / 100, num_bytes / 10
-        for wrong, hint in (
-            (compute + read, "you added the two times: reading and computing happen at the same time"),
-            (min(compute, read), "you took the smaller time: the step ends when the slower part is done"),
-            (
-                max(100 / operations, 10 / num_bytes),
-                "your fractions are upside down: time is work divided by speed",
-            ),
-        ):
-            expect(abs(result - wrong) > 1e-9, hint)
+def find_exchange(answer: Callable[[Tensors, Exchange, Callable[[Tensors], float]], Any]) -> None:
+    """Exercise 3, with a model whose loss counts the tensors that are out of place."""
+    attention = {"q": (4, 6), "k": (2, 6), "v": (2, 6), "o": (6, 4)}
+    shapes = {f"self_attn.{kind}_proj": shape for kind, shape in attention.items()}
+    shapes |= {"mlp.gate_proj": (8, 6), "mlp.up_proj": (8, 6), "mlp.down_proj": (6, 8)}
+    names = {f"layers.{n}.{kind}.weight": shape for n in range(2) for kind, shape in shapes.items()}
+    sound = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(names.items())}
+    sound |= {f"layers.{n}.input_layernorm.weight": torch.ones(6) for n in range(2)}
+    calls: list[bool] = []
+
+    def exchange(tensors: Tensors, one: str, other: str) -> dict[str, Tensor]:
+        swap = {one: other, other: one}
+        return {
+            next((name.replace(a, b) for a, b in swap.items() if a in name), name): tensor
+            for name, tensor in tensors.items()
+        }
+
+    def loss_of(tensors: Tensors) -> float:
+        calls.append(True)
+        for name, tensor in sound.items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise RuntimeError(f"size mismatch for {name}")
+        return 0.3 + sum(not torch.equal(tensors[name], tensor) for name, tensor in sound.items())
+
+    for pair in ({"v_proj", "k_proj"}, {"up_proj", "gate_proj"}):
+        broken = exchange(sound, *sorted(pair))
+        try:
+            found = call(answer, dict(broken), exchange, loss_of)
+        except NotYet as error:
+            expect(
+                not isinstance(error.__cause__, RuntimeError | KeyError)
+                or not re.search(r"size mismatch|_proj", str(error.__cause__)),
+                "you tried an exchange that changes names or shapes, which no model loads: skip those pairs, "
+                "the fault is not among them",
+            )
+            raise
+        expect(not isinstance(found, str), "return both names of the pair, as a set")
         expect(
-            abs(result - max(compute, read)) < 1e-9,
-            f"{operations:.0f} operations at 100/s and {num_bytes:.0f} bytes at 10/s take at least "
-            f"{max(compute, read):.1f} s; you found {result:.4g}",
+            isinstance(found, builtins.set | frozenset | tuple | list) and len(found) == 2,
+            f"your answer is {found!r}: return the two kinds, such as {{'q_proj', 'o_proj'}}",
         )
-    right("a step cannot be faster than the slower of its two halves.")
+        found = {str(name) for name in found}
+        expect(
+            not any("." in name for name in found),
+            "these are names of tensors: return the kinds, the part of the name before .weight",
+        )
+        expect(
+            bool(calls),
+            "you never asked for a loss: shapes and names cannot tell, two pairs of kinds have "
+            "the same shapes",
+        )
+        expect(
+            found == pair,
+            f"you say {sorted(found)}, and with these exchanged back the loss is "
+            f"{_loss(exchange, loss_of, broken, found)}; with {sorted(pair)} it is 0.3. Exchange "
+            "every pair of "
+            "the same shape, ask for the loss each time, and take the lowest",
+        )
+        calls.clear()
+    right("names and shapes are silent, and a known answer is not: the lowest loss points at the fault.")
+
+
+def _loss(exchange: Exchange, loss_of: Callable[[Tensors], float], tensors: Tensors, pair: set[str]) -> str:
+    try:
+        return f"{loss_of(exchange(tensors, *sorted(pair))):.1f}"
+    except RuntimeError:
+        return "not even defined, since no model loads them"
+
+
+def predict_ceilings(answer: Callable[[], Mapping[str, str]]) -> None:
+    """Exercise 4."""
+    result = call(answer)
+    reference = solutions.predict_ceilings()
+    expect(isinstance(result, Mapping), f"expected a dictionary, got a {type(result).__name__}")
+    missing = [name for name in reference if name not in result]
+    expect(not missing, f"there is no prediction for {missing}: keep the names as they are given")
+    given = {name: str(result[name]).strip().lower() for name in reference}
+    unknown = {name: word for name, word in given.items() if word not in ("bytes", "operations")}
+    expect(not unknown, f'a prediction is "bytes" or "operations", and yours are {unknown}')
+    wrong = [name for name in reference if given[name] != reference[name]]
+    reasons = "\n".join(f"- {name} waits for {reference[name]}: {REASONS[name]}." for name in wrong)
+    expect(not wrong, f"{len(reference) - len(wrong)} of {len(reference)} as predicted.\n{reasons}")
+    right("what counts is how many tokens share a weight that was read, and how many the machine needs.")
 
 
 def quantize_rows(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -249,6 +346,11 @@ def quantize_rows(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         bool(torch.isfinite(scales[3])) and bool((back == 0).all()),
         "a row of zeros does not come back as zeros: its scale is 0, and 0 / 0 is not a number. Divide by "
         "at least a tiny number: clamp(min=1e-12)",
+    )
+    expect(
+        bool(scales[3] > 0),
+        "a row of zeros keeps the scale 0: whoever divides by it later gets NaN. Clamp the largest magnitude "
+        "itself, so that the scale you return is above 0",
     )
     right("one byte for each weight, one scale for each row, and the largest weight of every row is 127.")
 

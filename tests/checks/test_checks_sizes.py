@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,13 @@ from torch import Tensor
 
 from minivlm import checks
 from minivlm.checks import NotYet
-from minivlm.models.sizes import cache_bytes, weight_bytes
 
 NOTEBOOK = ROOT / "notebooks" / "11_real_checkpoints.ipynb"
 EXERCISES = (
     "read_header",
     "compare_shapes",
-    "rows_that_fit",
-    "shortest_time",
+    "find_exchange",
+    "predict_ceilings",
     "quantize_rows",
     "capped_scores",
 )
@@ -55,9 +56,35 @@ def names(index: int, change: Callable[..., Any]) -> Callable[..., Any]:
     return compare
 
 
-def rows(count: Callable[[int, int, int], Any]) -> Callable[..., Any]:
-    """Counts rows from memory, weights and bytes of a row."""
-    return lambda c, memory, tokens, d: count(memory, weight_bytes(c, d), cache_bytes(c, tokens, 1, d))
+def tried(
+    choose: Callable[[dict[tuple[str, str], float]], Any], back: bool = True, shapes: bool = True
+) -> Callable[..., Any]:
+    """Tries every exchange, or only says so, and chooses from the losses."""
+
+    def find(tensors: Any, exchange: Any, loss_of: Any) -> Any:
+        kinds = sorted({name.split(".")[-2] for name in tensors if name.endswith("_proj.weight")})
+        losses = {}
+        for pair in itertools.combinations(kinds, 2):
+            trial = exchange(tensors, *pair)
+            if not shapes or {n: t.shape for n, t in trial.items()} == {
+                n: t.shape for n, t in tensors.items()
+            }:
+                losses[pair] = loss_of(trial if back else tensors)
+        return choose(losses)
+
+    return find
+
+
+def least(losses: dict[tuple[str, str], float]) -> tuple[str, str]:
+    return min(losses, key=lambda pair: losses[pair])
+
+
+def no_names(tensors: Any, exchange: Any, loss_of: Any) -> Any:
+    trial = exchange(tensors, "q_proj", "up_proj")
+    return all(trial[name].shape == tensors[name].shape for name in tensors)
+
+
+CEILINGS = S.predict_ceilings()
 
 
 def int8(
@@ -80,6 +107,32 @@ def unguarded(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round().nan_to_num().to(torch.int8), scale
 
 
+def whole_file(path: Path) -> tuple[dict[str, Any], int]:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    values = json.loads(raw[8 : 8 + length])
+    values.pop("__metadata__", None)
+    return values, 8 + length
+
+
+def always_there(path: Path) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        values = json.loads(file.read(length))
+    values.pop("__metadata__")
+    return values, 8 + length
+
+
+def first_left_out(path: Path) -> tuple[dict[str, Any], int]:
+    values, start = header(metadata=True)(path)
+    return dict(list(values.items())[1:]), start
+
+
+def zero_scale(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().amax(dim=1) / 127
+    return (weight / scale.clamp(min=1e-12)[:, None]).round().to(torch.int8), scale
+
+
 def largest(weight: Tensor) -> Tensor:
     return weight.abs().amax(dim=1)
 
@@ -92,6 +145,10 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("read_header", header(add=0), "add 8"),
     ("read_header", header(add=16), "you say"),
     ("read_header", lambda path: S.read_header(path)[0], "return two things"),
+    ("read_header", whole_file, "as much as the whole file"),
+    ("read_header", always_there, "which is optional"),
+    ("read_header", first_left_out, "without __metadata__ gives another header"),
+    ("read_header", lambda path: (list(S.read_header(path)[0]), 8), "a dict"),
     ("compare_shapes", lambda f, w: S.compare_shapes(w, f), "swapped"),
     ("compare_shapes", names(2, lambda lists: []), "compare the shapes too"),
     ("compare_shapes", names(0, lambda lists: [*lists[0], "down"]), "only in misshapen"),
@@ -99,18 +156,33 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("compare_shapes", names(0, lambda lists: lists[0][::-1]), "sort each list"),
     ("compare_shapes", names(1, lambda lists: lists[1][1:]), "expected"),
     ("compare_shapes", lambda f, w: sorted(w.keys() - f.keys()), "three lists"),
-    ("rows_that_fit", rows(lambda m, w, c: m // c), "weights need memory"),
-    ("rows_that_fit", rows(lambda m, w, c: max(0, m // (w + c))), "all rows share them"),
-    ("rows_that_fit", rows(lambda m, w, c: -(-(m - w) // c)), "rounded up"),
-    ("rows_that_fit", rows(lambda m, w, c: (m - w) // c), "0 rows"),
-    ("rows_that_fit", rows(lambda m, w, c: (m - w) / c), "whole number"),
-    ("rows_that_fit", lambda c, m, t, d: S.rows_that_fit(c, m, t, torch.bfloat16), "dtype to both"),
-    ("rows_that_fit", rows(lambda m, w, c: 7), "10 rows fit"),
-    ("shortest_time", lambda o, b, p, w: o / p + b / w, "added"),
-    ("shortest_time", lambda o, b, p, w: min(o / p, b / w), "smaller"),
-    ("shortest_time", lambda o, b, p, w: max(p / o, w / b), "upside down"),
-    ("shortest_time", lambda o, b, p, w: o / p, "smaller"),
-    ("shortest_time", lambda o, b, p, w: 2 * max(o / p, b / w), "at least"),
+    ("find_exchange", lambda t, e, loss: {"gate_proj", "up_proj"}, "never asked"),
+    ("find_exchange", lambda t, e, loss: (loss(t), {"k_proj", "v_proj"})[1], "you say"),
+    ("find_exchange", tried(lambda x: set(max(x, key=lambda pair: x[pair]))), "take the lowest"),
+    ("find_exchange", tried(lambda x: set(next(iter(x)))), "take the lowest"),
+    ("find_exchange", tried(least, back=False), "Exchange every pair"),
+    ("find_exchange", tried(least, shapes=False), "changes names or shapes"),
+    ("find_exchange", no_names, "changes names or shapes"),
+    ("find_exchange", tried(lambda x: "k_proj and v_proj"), "both names"),
+    ("find_exchange", tried(lambda x: least(x)[0]), "both names"),
+    ("find_exchange", tried(lambda x: min(x.values())), "return the two kinds"),
+    ("find_exchange", tried(lambda x: x), "return the two kinds"),
+    ("find_exchange", tried(lambda x: {f"layers.0.mlp.{kind}.weight" for kind in least(x)}), "of tensors"),
+    ("find_exchange", tried(lambda x: {"q_proj", "k_proj"}), "no model loads them"),
+    *(
+        (
+            "predict_ceilings",
+            lambda name=name: (
+                CEILINGS | {name: {"bytes": "operations", "operations": "bytes"}[CEILINGS[name]]}
+            ),
+            f"{re.escape(name)} waits for {CEILINGS[name]}",
+        )
+        for name in CEILINGS
+    ),
+    ("predict_ceilings", lambda: dict.fromkeys(CEILINGS, "bytes"), "5 of 8 as predicted"),
+    ("predict_ceilings", lambda: dict.fromkeys(CEILINGS, "memory"), "a prediction is"),
+    ("predict_ceilings", lambda: list(CEILINGS.values()), "expected a dictionary"),
+    ("predict_ceilings", lambda: {}, "no prediction"),
     ("quantize_rows", int8(lambda w: w.abs().max() / 127), "whole matrix"),
     ("quantize_rows", int8(lambda w: w.abs().amax(dim=0) / 127), "columns"),
     ("quantize_rows", int8(lambda w: largest(w) / 128), "divided by 128"),
@@ -119,6 +191,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("quantize_rows", int8(lambda w: largest(w) / 127, rounded=False), "truncated"),
     ("quantize_rows", int8(lambda w: largest(w) / 127, dtype=torch.int16), "dtype"),
     ("quantize_rows", unguarded, "row of zeros"),
+    ("quantize_rows", zero_scale, "keeps the scale 0"),
     ("quantize_rows", lambda w: int8(lambda w: largest(w) / 127)(w)[0], "two tensors"),
     ("capped_scores", lambda s, m, c: c * torch.tanh(s.masked_fill(~m, -torch.inf) / c), "masked first"),
     ("capped_scores", lambda s, m, c: c * torch.tanh(s / c), "minus infinity"),
@@ -139,6 +212,8 @@ def test_other_ways_to_be_right() -> None:
     lowest = torch.finfo(torch.float32).min
     checks.sizes.capped_scores(lambda s, m, c: (c * torch.tanh(s / c)).masked_fill(~m, lowest))
     checks.sizes.quantize_rows(int8(lambda w: largest(w).clamp(min=1e-9) / 127))
+    checks.sizes.find_exchange(tried(least))
+    checks.sizes.predict_ceilings(lambda: {name: word.upper() for name, word in CEILINGS.items()})
 
 
 def test_every_exercise_is_in_the_notebook() -> None:
