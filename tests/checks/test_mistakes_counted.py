@@ -29,7 +29,7 @@ OF_ALL = re.compile(
     r"your code stops with|your function returns nothing|the exercise is still blank|"
     r".* should be a tensor|.* has shape \[.*\], expected|.* has the right shape, but is off by up to"
 )
-OFF_BY = re.compile(r"has the right shape, but is off by up to")
+OFF_BY = re.compile(r"has the right shape, but is off by up to [\d.e+-]+$")
 
 
 def wrong_answers(module: Any) -> Iterator[tuple[Callable[..., None], dict[str, Any]]]:
