@@ -388,5 +388,14 @@ def capped_scores(answer: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         not same(seen, scores.clamp(-5, 5)[mask]),
         "clamp cuts off hard and has no slope beyond the cap: use cap * tanh(score / cap)",
     )
-    expect_tensor(seen, reference[mask], "the scores that are seen")
+    expect(
+        not same(seen, scores[mask]),
+        "nothing is capped: a score of 90 is still 90. Use cap * tanh(score / cap)",
+    )
+    first = int((seen - reference[mask]).abs().argmax())
+    expect(
+        same(seen, reference[mask]),
+        f"a score of {scores[mask][first]:.1f} with a cap of 5 becomes {seen[first]:.3f}, expected "
+        f"{reference[mask][first]:.3f}: cap * tanh(score / cap)",
+    )
     right("small scores pass as they are, large ones stop at the cap, hidden ones stay hidden.")

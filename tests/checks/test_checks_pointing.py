@@ -230,6 +230,11 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("iou", enclosing, "inside a box of area 100"),
     ("iou", iou_with(guard=False), "division by zero"),
     ("iou", lambda a, b: 0.5, "not 0.5"),
+    (
+        "iou",
+        lambda a, b: (S := checks.pointing.solutions).iou(a[::-1], b[::-1]) or S.iou(a, b) / 2,
+        "0.6, not",
+    ),
     ("iou", lambda a, b: (a, b), "one number"),
     ("precision_over_recalls", precision_with(best=False), "best precision at that recall or beyond"),
     ("precision_over_recalls", precision_with(of="found"), "no recall beyond 2/3"),

@@ -156,6 +156,9 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("compare_shapes", names(0, lambda lists: lists[0][::-1]), "sort each list"),
     ("compare_shapes", names(1, lambda lists: lists[1][1:]), "expected"),
     ("compare_shapes", lambda f, w: sorted(w.keys() - f.keys()), "three lists"),
+    ("compare_shapes", lambda f, w: ([], [], []), "compare the shapes too"),
+    ("compare_shapes", names(1, lambda lists: [*lists[1], *lists[0]]), "expected"),
+    ("compare_shapes", names(2, lambda lists: [*lists[2], *lists[1]]), "both"),
     ("find_exchange", lambda t, e, loss: {"gate_proj", "up_proj"}, "never asked"),
     ("find_exchange", lambda t, e, loss: (loss(t), {"k_proj", "v_proj"})[1], "you say"),
     ("find_exchange", tried(lambda x: set(max(x, key=lambda pair: x[pair]))), "take the lowest"),
@@ -198,7 +201,13 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("capped_scores", lambda s, m, c: torch.tanh(s / c).masked_fill(~m, -torch.inf), "within"),
     ("capped_scores", lambda s, m, c: (c * torch.tanh(s)).masked_fill(~m, -torch.inf), "divide by the cap"),
     ("capped_scores", lambda s, m, c: s.clamp(-c, c).masked_fill(~m, -torch.inf), "clamp cuts"),
-    ("capped_scores", lambda s, m, c: s.masked_fill(~m, -torch.inf), "off by"),
+    ("capped_scores", lambda s, m, c: s.masked_fill(~m, -torch.inf), "nothing is capped"),
+    ("capped_scores", lambda s, m, c: (c * torch.tanh(s / c)).masked_fill(m, -torch.inf), "minus infinity"),
+    ("capped_scores", lambda s, m, c: c * torch.tanh(s / c) * m, "minus infinity"),
+    ("capped_scores", lambda s, m, c: (s / (1 + s.abs() / c)).masked_fill(~m, -torch.inf), "becomes"),
+    ("capped_scores", lambda s, m, c: (c * torch.sigmoid(s / c)).masked_fill(~m, -torch.inf), "becomes"),
+    ("capped_scores", lambda s, m, c: (50 * torch.tanh(s / 50)).masked_fill(~m, -torch.inf), "becomes"),
+    ("capped_scores", lambda s, m, c: (c * torch.tanh(s / c))[m], "shape"),
 ]
 
 
