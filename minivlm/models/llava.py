@@ -13,8 +13,9 @@ caption, and says less about single places.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 
 from minivlm import masks
 from minivlm.cache import KVCache
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.hub import GENERATION, find_folder, read_config, read_json, special_ids
+from minivlm.checkpoints.layouts import LLAVA_LAYOUTS
 from minivlm.configs import check_types, expect, known, part_of, require_system
 from minivlm.errors import InputError
 from minivlm.generate import generate, stream
@@ -86,7 +90,8 @@ class LlavaConfig:
         return cls(
             vision=CLIPVisionConfig.from_dict(part_of(values, "vision_config")),
             text=LlamaConfig.from_dict(text),
-            **known(cls, {**values, "image_token_id": image_id}),
+            # As in transformers, the ids of pad, bos and eos may stand at the top or in the text_config.
+            **known(cls, {**values, "image_token_id": image_id, **special_ids(values, text)}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -271,3 +276,21 @@ class Llava(nn.Module):
             "pad_token_id": self.config.pad_token_id,
             "max_length": self.config.text.max_position_embeddings,
         }
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> Llava:
+        """Load a local folder or a repo of the Hub; dtype None keeps the file's dtype.
+
+        Raises InputError: see `minivlm.checkpoints`.
+        """
+        folder = find_folder(name)
+        config = LlavaConfig.from_dict(read_config(folder))
+        if (folder / GENERATION).is_file():  # it wins over config.json
+            config = replace(config, **special_ids(read_json(folder, GENERATION)))
+        return weights.load_model(cls, config, folder, LLAVA_LAYOUTS, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors in the Hub's layout, which transformers loads too."""
+        weights.save_model(self, self.config.to_dict(), Path(folder), LLAVA_LAYOUTS["hub"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_differs, assert_equal, randomize
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig as ReferenceVisionConfig
 from transformers import LlamaConfig as ReferenceLlamaConfig
@@ -15,6 +17,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from transformers import LlavaConfig as ReferenceConfig
 
 from minivlm import masks
+from minivlm.checkpoints.layouts import LLAVA_LAYOUTS, to_file
 from minivlm.errors import InputError
 from minivlm.layers import GatedMLP, SwiGLU
 from minivlm.models.llava import Llava, LlavaConfig
@@ -164,6 +167,33 @@ def test_the_loss():
     labels[:, :6] = -100
     expected = reference(input_ids=IDS, pixel_values=PIXELS, labels=labels).loss
     assert_equal(ours(IDS, PIXELS, labels=labels).loss, expected)
+
+
+# Folders.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", sorted(LLAVA_LAYOUTS))
+def test_folders_of_every_layout(layout: str, tmp_path: Path):
+    _, reference = pair()
+    reference.save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in reference.state_dict().items() if rename(name)}
+    named = {to_file(str(rename(name)), LLAVA_LAYOUTS[layout]): tensor for name, tensor in state.items()}
+    save_file(named, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_equal(Llava.from_pretrained(tmp_path)(IDS, PIXELS).logits, theirs(reference))
+
+
+@torch.no_grad()
+def test_what_transformers_saves_and_what_we_save(tmp_path: Path):
+    ours, reference = pair()
+    reference.save_pretrained(tmp_path / "theirs")
+    again = Llava.from_pretrained(tmp_path / "theirs")
+    assert_equal(again(IDS, PIXELS).logits, theirs(reference))
+    assert again.config.vision_feature_layer == -2
+    again.save_pretrained(tmp_path / "ours")
+    loaded, seen = LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(seen[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_equal(theirs(loaded.eval()), ours(IDS, PIXELS).logits)
 
 
 # Mistakes that reimplementations have made.
