@@ -79,19 +79,20 @@ def part_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 # Far beyond any published model: what is built from larger numbers would fill the memory before the weights
 # could disagree with them. By default 2^24.
 LARGEST = {"num_hidden_layers": 2**10, "image_size": 2**14}
+LEAST = {"vision_feature_layer": -(2**10)}  # counted from the end
 
 
 def check_types(config: Any) -> None:
     """Raise InputError unless every value of a config has the type that its field declares.
 
-    Sizes and counts are at least 1, ids at least 0; for the largest see `LARGEST`.
+    Sizes and counts are at least 1, ids at least 0; exceptions are in `LEAST` and `LARGEST`.
     """
     kinds = get_type_hints(type(config))
     for field in fields(config):
         name, kind, value = field.name, kinds[field.name], getattr(config, field.name)
         if not _is(value, kind):
             raise InputError(f"{name} is {value!r}, expected {field.type}: check the model's config.json")
-        least, most = 0 if name.endswith("_id") else 1, LARGEST.get(name, 2**24)
+        least, most = LEAST.get(name, 0 if name.endswith("_id") else 1), LARGEST.get(name, 2**24)
         counts = int in (kind, *get_args(kind)) and isinstance(value, int)
         if counts and not least <= value <= most:
             raise InputError(f"{name} is {value}, expected {least} to {most}: check the model's config.json")

@@ -60,6 +60,20 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
+class SwiGLU(nn.Module):
+    """The same with SiLU as the gate (https://arxiv.org/abs/2002.05202), as in Llama and Qwen."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (https://arxiv.org/abs/1910.07467) in Gemma's convention.
 

@@ -58,6 +58,33 @@ PALIGEMMA_LAYOUTS: dict[str, Layout] = {
     ],
 }
 
+
+def _llava(tower: str, projector: str, head: Layout, decoder: str) -> Layout:
+    return [
+        *_siglip(tower, "vision_tower."),
+        (f"{tower}pre_layrnorm.", "vision_tower.pre_layrnorm."),
+        (projector, "multi_modal_projector."),
+        *head,
+        (decoder, "language_model."),
+    ]
+
+
+LLAVA_LAYOUTS: dict[str, Layout] = {
+    # What the published checkpoints use, and what `save_pretrained` writes.
+    "hub": _llava("vision_tower.vision_model.", "multi_modal_projector.", _HEAD_OLD, "language_model.model."),
+    # As for PaliGemma: "fresh" is a model that was never loaded from the Hub, "runtime" a state_dict.
+    "fresh": _llava("vision_tower.", "multi_modal_projector.", _HEAD_OLD, "language_model.model."),
+    "finetune": _llava(
+        "model.vision_tower.vision_model.",
+        "model.multi_modal_projector.",
+        _HEAD_NEW,
+        "model.language_model.",
+    ),
+    "runtime": _llava(
+        "model.vision_tower.", "model.multi_modal_projector.", _HEAD_NEW, "model.language_model."
+    ),
+}
+
 CLIP_LAYOUTS: dict[str, Layout] = {
     "hub": [
         *_siglip("vision_model.", "vision_model."),

@@ -1,0 +1,296 @@
+"""LLaVA (https://arxiv.org/abs/2304.08485), in the form of version 1.5 (https://arxiv.org/abs/2310.03744).
+
+    picture -> CLIP, second-last layer, patches -> two linear layers -> N image tokens ┐
+                                                                                       ├-> Llama -> answer
+    chat    -> embedding table --------------------------------------------------------┘
+
+What differs from PaliGemma: the tower is CLIP's, read one layer before its end and without the class token;
+the adapter is an MLP; the picture stands wherever the chat puts it; and everything is causal, so the picture
+does not see the question. The last layer of CLIP serves its class token, which alone is trained to match a
+caption, and says less about single places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm import masks
+from minivlm.cache import KVCache
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.hub import GENERATION, find_folder, read_config, read_json, special_ids
+from minivlm.checkpoints.layouts import LLAVA_LAYOUTS
+from minivlm.configs import check_types, expect, known, part_of, require_system
+from minivlm.errors import InputError
+from minivlm.generate import generate, stream
+from minivlm.processing.inputs import check_rows
+from minivlm.text.llama import LlamaConfig, LlamaDecoder
+from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """LLaVA 1.5: a CLIP tower, an MLP, a Llama. The defaults are llava-1.5-7b."""
+
+    vision: CLIPVisionConfig = field(
+        default_factory=lambda: CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        )
+    )
+    text: LlamaConfig = field(
+        default_factory=lambda: LlamaConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
+    )
+    vision_feature_layer: int = -2  # of the tower's `hidden_states`: 0 is what the first block reads
+    vision_feature_select_strategy: str = "default"  # without the class token; "full" keeps it
+    image_token_id: int = 32000
+    pad_token_id: int = 32001
+    bos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 2
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        layers = self.vision.num_hidden_layers
+        if not -layers - 1 <= self.vision_feature_layer <= layers:
+            raise InputError(
+                f"vision_feature_layer is {self.vision_feature_layer}, but a tower of {layers} layers has "
+                f"{-layers - 1} to {layers}: check the model's config.json"
+            )
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise InputError(
+                f"vision_feature_select_strategy is {self.vision_feature_select_strategy!r}; only 'default' "
+                "(without the class token) and 'full' are supported here"
+            )
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens of one picture."""
+        return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LlavaConfig:
+        """From a whole config.json. Raises InputError: it describes another system."""
+        require_system(values, "llava")
+        expect(values, "config.json", "projector_hidden_act", "gelu")
+        expect(values, "config.json", "multimodal_projector_bias", True)
+        text = dict(part_of(values, "text_config"))
+        text.setdefault("tie_word_embeddings", values.get("tie_word_embeddings"))
+        image_id = values.get("image_token_id", values.get("image_token_index"))
+        return cls(
+            vision=CLIPVisionConfig.from_dict(part_of(values, "vision_config")),
+            text=LlamaConfig.from_dict(text),
+            # As in transformers, the ids of pad, bos and eos may stand at the top or in the text_config.
+            **known(cls, {**values, "image_token_id": image_id, **special_ids(values, text)}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that this package and transformers both read."""
+        return {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "vision_config": self.vision.to_dict(),
+            "text_config": self.text.to_dict(),
+            "vision_feature_layer": self.vision_feature_layer,
+            "vision_feature_select_strategy": self.vision_feature_select_strategy,
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True,
+            "image_seq_length": self.num_image_tokens,
+            "image_token_index": self.image_token_id,
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "tie_word_embeddings": self.text.tie_word_embeddings,
+        }
+
+
+@dataclass
+class LlavaOutput:
+    """logits [B, S, V], and the loss if labels were given."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class LlavaProjector(nn.Module):
+    """Two linear layers with the exact GELU between them, from the width of the tower to the decoder's."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
+        self.linear_2 = nn.Linear(config.text.hidden_size, config.text.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D_image] -> [..., D]."""
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class Llava(nn.Module):
+    """The whole system."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = CLIPVisionModel(config.vision)
+        self.multi_modal_projector = LlavaProjector(config)
+        self.language_model = LlamaDecoder(config.text)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are and the inputs must be."""
+        return self.multi_modal_projector.linear_1.weight.device
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] -> image features [B, N, D] in the decoder's width."""
+        pixel_values = pixel_values.to(self.multi_modal_projector.linear_1.weight.dtype)
+        number = range(self.config.vision.num_hidden_layers + 1)[self.config.vision_feature_layer]
+        tokens = next(islice(self.vision_tower.hidden_states(pixel_values), number, None))  # [B, 1 + N, D]
+        if self.config.vision_feature_select_strategy == "default":
+            tokens = tokens[:, 1:]
+        return self.multi_modal_projector(tokens)
+
+    def merge(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Embed the tokens and replace the placeholders with the image features.
+
+        Args:
+            input_ids: [B, S], with N times image_token_id for each picture, in order.
+            image_features: [pictures, N, D], or None without pictures. A row may have none or several.
+
+        Returns:
+            [B, S, D].
+        Raises:
+            ValueError: the numbers of placeholders and image features differ.
+        """
+        is_image = input_ids == self.config.image_token_id  # [B, S]
+        features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        placeholders = int(is_image.sum())
+        if placeholders != features:
+            raise ValueError(
+                f"input_ids hold {placeholders} image placeholders and the pictures give {features} image "
+                f"features: each picture needs {self.config.num_image_tokens} placeholders; let the "
+                "processor build both"
+            )
+        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
+        if image_features is None:
+            return inputs_embeds
+        return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> LlavaOutput:
+        """Logits at every position, and the loss if labels are given.
+
+        Args:
+            input_ids: [B, S].
+            pixel_values: [pictures, C, height, width] or None for text only.
+            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
+            labels: [B, S], -100 where there is no loss.
+
+        Raises ValueError: rows that `check_rows` refuses.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        check_rows(input_ids, attention_mask, None)
+        image_features = None if pixel_values is None else self.encode_image(pixel_values)
+        inputs_embeds = self.merge(input_ids, image_features)
+        is_real = attention_mask.bool()
+        position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
+        mask = masks.causal(position_ids, position_ids) & masks.padding(is_real)
+        logits = self.logits(self.language_model(inputs_embeds, position_ids, mask[:, None]))
+        return LlavaOutput(logits, None if labels is None else self.loss(logits, labels))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the next token, over the positions whose label is not -100.
+
+        logits [B, S, V] at position t are compared with labels [B, S] at t + 1.
+        """
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+        )
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., D] -> scores [..., V]."""
+        return self.language_model.logits(hidden_states)
+
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """Read the chat with its pictures.
+
+        Returns:
+            The hidden state of each row's last token [B, D], and the cache for `decode`.
+
+        Raises ValueError: rows that `check_rows` refuses.
+        """
+        check_rows(input_ids, attention_mask, None)
+        text = self.config.text
+        image_features = None if pixel_values is None else self.encode_image(pixel_values)
+        inputs_embeds = self.merge(input_ids, image_features)
+        cache = KVCache(
+            text.num_hidden_layers,
+            len(input_ids),
+            text.num_key_value_heads,
+            text.head_dim,
+            dtype=inputs_embeds.dtype,
+            device=inputs_embeds.device,
+        )
+        position_ids = cache.reserve(attention_mask)
+        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
+        # The last real token of a row is the one with the highest position, whichever side is padded.
+        last = torch.where(attention_mask.bool(), position_ids, -1).argmax(dim=1)  # [B]
+        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
+        return hidden_states[torch.arange(len(last), device=last.device), last], cache
+
+    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
+        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
+        position_ids = cache.reserve(unfinished[:, None])
+        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
+        inputs_embeds = self.language_model.embed(token_ids[:, None])
+        return self.language_model(inputs_embeds, position_ids, mask[:, None], cache)[:, 0]
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, **kwargs: Any) -> Tensor:
+        """New tokens only, [B, n], padded after each row's end. Arguments as in `minivlm.generate.stream`."""
+        return generate(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int = 64, **kwargs: Any) -> Iterator[Tensor]:
+        """The same, token by token: yields [B] as soon as it is known."""
+        return stream(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)
+
+    def _limits(self) -> dict[str, Any]:
+        return {
+            "eos_token_id": self.config.eos_token_id,
+            "pad_token_id": self.config.pad_token_id,
+            "max_length": self.config.text.max_position_embeddings,
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> Llava:
+        """Load a local folder or a repo of the Hub; dtype None keeps the file's dtype.
+
+        Raises InputError: see `minivlm.checkpoints`.
+        """
+        folder = find_folder(name)
+        config = LlavaConfig.from_dict(read_config(folder))
+        if (folder / GENERATION).is_file():  # it wins over config.json
+            config = replace(config, **special_ids(read_json(folder, GENERATION)))
+        return weights.load_model(cls, config, folder, LLAVA_LAYOUTS, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors in the Hub's layout, which transformers loads too."""
+        weights.save_model(self, self.config.to_dict(), Path(folder), LLAVA_LAYOUTS["hub"])
