@@ -59,9 +59,12 @@ TYPED = {
             "return image_tokens + 1 + prompt_tokens + 1  # <bos> before the prompt, a newline after it",
         ],
     ),
-    ("04_processor", "prompt_ids"): (
-        "return [bos_id] + [image_id] * num_image_tokens + list(text_ids) + [newline_id]",
-        ["return [image_id] * num_image_tokens + [bos_id] + list(text_ids) + [newline_id]"],
+    ("04_processor", "box_to_bins"): (
+        "return [round(box[i] / (width, height)[i % 2] * 1023) for i in range(4)]",
+        [
+            "shares = (box[1] / height, box[0] / width, box[3] / height, box[2] / width)",
+            "return [min(max(round(share * 1023), 0), 1023) for share in shares]",
+        ],
     ),
 }
 
