@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minivlm import load
 from minivlm.checks import call, expect, expect_tensor, right, same
 from minivlm.evaluation import make_questions
 from minivlm.looking import measures
@@ -320,11 +321,13 @@ def share_changed(model: PaliGemma, processor: Processor, name: str, count: int 
 
 def expected_cuts(
     answer: Callable[[], dict[str, str]],
-    model: PaliGemma,
-    processor: Processor,
+    model: PaliGemma | None = None,
+    processor: Processor | None = None,
     share_of: Callable[..., float] = share_changed,
 ) -> None:
-    """Exercise 3: `share_of` measures the share of answers that a cut changes."""
+    """Exercise 3: `share_of` measures how many answers a cut changes, by default of the shipped model."""
+    if model is None or processor is None:
+        model, processor = load()
     expected = call(answer)
     names = ", ".join(repr(name) for name in CUTS)
     expect(isinstance(expected, dict), f"return a dictionary: one of the five names for each entry, {names}")

@@ -19,6 +19,7 @@ from notebooks_and_sources import NOTEBOOKS, definitions, read_cells
 
 from minivlm import checks
 from minivlm.checks import NotYet
+from minivlm.classroom.grading import _run_definitions
 
 
 def exercises() -> list[Any]:
@@ -37,12 +38,11 @@ each_exercise = pytest.mark.parametrize(("path", "module", "name"), exercises())
 
 
 def from_the_notebook(path: Path, name: str) -> Callable[..., Any]:
-    """The function that the exercise cell defines, with the notebook's imports and classes around it."""
+    """The function that the exercise cell defines, with what `progress` runs of the notebook around it."""
     cells = [cell for cell in read_cells(path) if cell.kind == "code"]
     scope: dict[str, Any] = {}
     for cell in cells:
-        imports = [n for n in ast.parse(cell.source).body if isinstance(n, ast.Import | ast.ImportFrom)]
-        exec(compile(ast.Module(imports, []), path.name, "exec"), scope)
+        _run_definitions(ast.parse(cell.source).body, scope, seconds=60)
         if cell.marked_file is not None:  # what the cell defines is the package's
             package = importlib.import_module(cell.marked_file.removesuffix(".py").replace("/", "."))
             scope |= {name: getattr(package, name) for name in definitions(ast.parse(cell.source))}
