@@ -33,6 +33,7 @@ TAUGHT = [
 # Public names of these files that wait for a later notebook, and which one that is.
 LATER = {
     "LlamaRMSNorm": "13_four_ways, where the first Llama decoder appears",
+    "SwiGLU": "13_four_ways, with the rest of that decoder",
 }
 # Public names of these files that no notebook shows, and why. Configs are lists of numbers: no reason needed.
 NOT_SHOWN = {
