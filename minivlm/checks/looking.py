@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm import load
 from minivlm.checks import call, expect, expect_tensor, right, same
 from minivlm.evaluation import make_questions
 from minivlm.looking import measures
+from minivlm.models.load import load
 from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
 from minivlm.processing import Processor
 from minivlm.text.gemma import GemmaConfig

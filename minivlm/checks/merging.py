@@ -579,7 +579,7 @@ def patient(model: Any, part: str = "decode") -> Any:
 @cache
 def _shipped() -> tuple[Any, Any, list[tuple[Any, str]]]:
     """The shipped model, its processor, and three pictures with prompts."""
-    from minivlm import load
+    from minivlm.models.load import load
     from minivlm.world.demo import sample_scene
 
     model, processor = load()

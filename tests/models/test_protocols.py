@@ -199,7 +199,7 @@ def test_commands_with_any_model_that_answers(
     assert json.loads(capsys.readouterr().out)["held_out"]["exact caption"].keys() >= {"value", "majority"}
     assert main(["look", str(picture), "--out", str(tmp_path / "look")]) == 0
     assert capsys.readouterr().out.startswith(f"{picture} | caption en\n{answer}\n")
-    assert len(list((tmp_path / "look").iterdir())) == 7
+    assert len(list((tmp_path / "look").iterdir())) == 9
 
 
 def test_the_inside_of_any_model_that_answers(
