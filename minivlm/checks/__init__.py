@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 STILL_BLANK = "the exercise is still blank: replace the line that raises with your own"
 
@@ -33,6 +34,22 @@ class NotYet(AssertionError):
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows instead of a traceback: only the hint, not the code of the check."""
         return [f"Not yet: {self}"]
+
+
+class Functions(TorchFunctionMode):
+    """Remembers the names of all functions of PyTorch that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+    def saw(self, *parts: str) -> bool:
+        """Whether any of these is part of a name."""
+        return any(part in name for name in self.names for part in parts)
 
 
 def right(message: str) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from minivlm.checks import call, expect, expect_tensor, right, same
+from minivlm.checks import Functions, call, expect, expect_tensor, right, same
 from minivlm.losses import l2_normalize, similarity
 from minivlm.text.clip import CLIPTextConfig, CLIPTextModel
 
@@ -75,7 +74,7 @@ class solutions:
 def siglip_of_logits(answer: Callable[..., Any]) -> None:
     """Logits of ordinary size, where mistakes show, then far ones, then the gradient."""
     logits = _noise(5, 5) * 3
-    watch = _Watch()
+    watch = Functions()
     with watch:
         result = call(answer, logits.clone())
     expect(
@@ -347,21 +346,6 @@ def row_log_sum_exp(answer: Callable[..., Any]) -> None:
         "largest so far and the sum so far, and let go of each block",
     )
     right("one block at a time, and the result is that of the whole row.")
-
-
-class _Watch(TorchFunctionMode):
-    """Remembers the names of the functions of torch that are called inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {}))
-
-    def saw(self, *parts: str) -> bool:
-        return any(part in name for name in self.names for part in parts)
 
 
 def _name(result: Any, mistakes: dict[str, Tensor]) -> None:

@@ -326,8 +326,6 @@ def expected_cuts(
     share_of: Callable[..., float] = share_changed,
 ) -> None:
     """Exercise 3: `share_of` measures how many answers a cut changes, by default of the shipped model."""
-    if model is None or processor is None:
-        model, processor = load()
     expected = call(answer)
     names = ", ".join(repr(name) for name in CUTS)
     expect(isinstance(expected, dict), f"return a dictionary: one of the five names for each entry, {names}")
@@ -341,6 +339,8 @@ def expected_cuts(
         f"{vague[:1]} cannot be held against a number: say 'few' (fewer than half of the answers change) or "
         "'most'",
     )
+    if model is None or processor is None:
+        model, processor = load()
     for name, (usual, why) in CUTS.items():
         share = share_of(model, processor, name)
         found = "most" if share > 0.5 else "few"

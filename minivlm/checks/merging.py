@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from minivlm.checks import NotYet, call, expect, right, same
+from minivlm.checks import Functions, NotYet, call, expect, right, same
 from minivlm.checks._capstone import matches, say_the_fault
 from minivlm.models.load import SHIPPED
 
@@ -207,25 +206,13 @@ def three_masks(answer: Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tenso
     right("every position is exactly one of the three, image, text or padding.")
 
 
-class _Functions(TorchFunctionMode):
-    """Remembers the names of all functions of PyTorch that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {}))
-
-
 def merge_with_where(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """Exercise 2."""
     is_image = IDS == IMAGE
     words = torch.arange(3.0 * 8 * 4).view(3, 8, 4)
     features = -torch.arange(1.0, 2 * 3 * 4 + 1).view(2, 3, 4)
     reference = solutions.merge_with_where(is_image, words, features)
-    used = _Functions()
+    used = Functions()
     try:
         with used:
             result = call(answer, is_image.clone(), words.clone(), features.clone())
@@ -629,7 +616,7 @@ def find_fault(answer: Callable[[Any, Any, dict[str, Tensor]], str]) -> None:
 PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "addmm", "linear", "einsum", "scaled_dot_product_attention"}
 
 
-class _Watched(_Functions):
+class _Watched(Functions):
     """Runs a program; counts the numbers that its matrix products give, and notes what it uses of ours."""
 
     def __init__(self, program: Callable[..., Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import VISION
 from helpers import assert_differs, assert_equal, randomize
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,14 +26,6 @@ from minivlm.text.llama import LlamaConfig, LlamaDecoder
 from minivlm.vision.clip import CLIPVisionConfig
 
 IMAGE_ID, VOCABULARY = 100, 120
-VISION: dict[str, Any] = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
