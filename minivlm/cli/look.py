@@ -86,28 +86,41 @@ def _look_at_answer(
     shared.say(f"{options.picture} | {options.prompt}\n{seen.answer}")
     _draw_tower(model.vision_tower, seen.tower, options.out)
 
-    by_word = seen.attention.mean(dim=(1, 2))  # [A, N]
-    maps = {f"{i + 1} {word}": by_word[i] for i, word in enumerate(seen.words[:MOST_MAPS])}
-    _save(
-        plots.draw_patch_scores(seen.pixel_values, maps),
-        options.out / "attention.png",
-        f"where the writer of each word looks; {float(by_word.sum(dim=1).mean()):.0%} of it on patches",
-    )
-
-    whole = {"attention": by_word.mean(dim=0), "rollout": seen.rollout.mean(dim=0)}
+    whole: dict[str, Tensor] = {}
+    if seen.attention is None or seen.rollout is None:
+        shared.say("  (no attention.png: the decoder gets the picture as a whole, without places to look at)")
+    else:
+        by_word = seen.attention.mean(dim=(1, 2))  # [A, N]
+        maps = {f"{i + 1} {word}": by_word[i] for i, word in enumerate(seen.words[:MOST_MAPS])}
+        _save(
+            plots.draw_patch_scores(seen.pixel_values, maps),
+            options.out / "attention.png",
+            f"where the writer of each word looks; {float(by_word.sum(dim=1).mean()):.0%} of it on patches",
+        )
+        whole = {"attention": by_word.mean(dim=0), "rollout": seen.rollout.mean(dim=0)}
     if not options.no_occlusion:
         whole |= _occlusions(seen.sureness, seen.pixel_values, model.vision_tower)
-    _draw_importance(seen.pixel_values, whole, options.out)
+    if whole:
+        _draw_importance(seen.pixel_values, whole, options.out)
 
     table = model.language_model.embed_tokens.weight.detach()
     cosines, ids = (best.cpu() for best in measures.nearest_words(seen.image_tokens, table, k=3))
     decode = processor.tokenizer.decode
     words = [[decode([i], skip_special_tokens=False).strip() for i in row] for row in ids.tolist()]
-    _save(
-        plots.draw_words(seen.pixel_values, [row[0] for row in words], cosines[:, 0]),
-        options.out / "words.png",
-        f"nearest word of each image token, cosines {cosines[:, 0].min():.2f} to {cosines[:, 0].max():.2f}",
-    )
+    span = f"cosines {cosines[:, 0].min():.2f} to {cosines[:, 0].max():.2f}"
+    patches = seen.tower.shape[-1]
+    if len(words) == patches:
+        _save(
+            plots.draw_words(seen.pixel_values, [row[0] for row in words], cosines[:, 0]),
+            options.out / "words.png",
+            f"nearest word of each image token, {span}",
+        )
+    else:  # image tokens that are no patches have no place in a figure
+        nearest = ", ".join(row[0] for row in words)
+        shared.say(
+            f"  (no words.png: {len(words)} image tokens of no place, nearest words {nearest}; {span})"
+        )
+        words = [[]] * patches
 
     _draw_mask(seen.tokens, seen.visible, options.out)
     page = hover_page(seen.pixel_values, whole, words, f"{options.prompt}: {seen.answer}")

@@ -21,7 +21,7 @@ from minivlm.attention import record_attention
 from minivlm.looking.measures import attention_rollout, log_odds
 from minivlm.looking.visible import visible
 from minivlm.losses import similarity
-from minivlm.models.protocols import Answers, Matches
+from minivlm.models.protocols import Answers, Matches, SortsMaps
 from minivlm.processing import AnswerProcessor, PairProcessor, to_device
 
 MOST_LOGITS = 2**28  # at a time, of all positions of several pictures: 1 GiB in fp32
@@ -37,9 +37,13 @@ class Inspection:
     visible: Tensor  # [S, S], boolean, who looks at whom in the decoder
     pixel_values: Tensor  # [C, height, width], as the tower gets them
     tower: Tensor  # [layers, H, N, N], where patches look in the image tower
-    attention: Tensor  # [A, layers, H, N], where the writer of each word looks in the decoder; the rest: text
-    rollout: Tensor  # [A, N], the same through all layers of decoder and tower, down to the patches
-    image_tokens: Tensor  # [N, D], what the decoder gets in place of patches
+    attention: (
+        Tensor | None
+    )  # [A, layers, H, N], where the writer of each word looks in the decoder; the rest: text
+    rollout: Tensor | None  # [A, N], the same through all layers of decoder and tower, down to the patches
+    image_tokens: (
+        Tensor  # [n, D], what the decoder gets of the picture; n = N where each patch keeps its place
+    )
     sureness: Callable[[Tensor], Tensor]  # pictures [B, C, height, width] -> [B], log-odds of the answer
 
 
@@ -77,16 +81,14 @@ def inspect_answer(
         )
         return output.logits[:, writers]
 
-    with record_attention() as tower:
+    with record_attention() as encoding:
         image_tokens = model.encode_image(pixel_values)
     with record_attention() as maps:
         vocabulary = logits_of_words(pixel_values).shape[-1]
-    decoder = maps[len(tower) :]  # before them come those of the tower, once more
-
     is_image = (input_ids == tokenizer.image_id)[0]
     is_image[prompt_ids.shape[1] :] = False
-    attention = torch.stack([layer[0, :, writers][..., is_image] for layer in decoder])  # [layers, H, A, N]
-    rollout = attention_rollout(decoder)[0, writers][:, is_image] @ attention_rollout(tower)[0]
+    # Before the decoder's maps come those of the picture, once more.
+    tower, decoder, attention, rollout = _sorted(model, encoding, maps[len(encoding) :], is_image)
     at_once = max(1, MOST_LOGITS // (input_ids.shape[1] * vocabulary))  # pictures
 
     def sureness(pixel_values: Tensor) -> Tensor:
@@ -101,11 +103,34 @@ def inspect_answer(
         visible=visible(decoder),
         pixel_values=pixel_values[0],
         tower=torch.stack([layer[0] for layer in tower]).float(),
-        attention=attention.permute(2, 0, 1, 3).float(),
-        rollout=rollout,
+        attention=None if attention is None else attention[:, :, writers].permute(2, 0, 1, 3).float(),
+        rollout=None if rollout is None else rollout[writers],
         image_tokens=image_tokens[0].float(),
         sureness=sureness,
     )
+
+
+def _sorted(
+    model: Answers, encoding: list[Tensor], reading: list[Tensor], is_image: Tensor
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """Attention maps by where they come from.
+
+    Args:
+        encoding, reading: maps [1, H, T, S] of the picture's way to the decoder, and of the decoder.
+        is_image: [S], which tokens of the row are placeholders.
+
+    Returns:
+        Those of the tower, those of the decoder among its own tokens, where each token looks in the picture
+        [layers, H, S, N], and the same down to the patches through all layers [S, N].
+    """
+    if isinstance(model, SortsMaps):
+        tower, decoder, attention = model.sort_maps(encoding, reading)
+        if attention is None:
+            return tower, decoder, None, None
+        return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]
+    attention = torch.stack([layer[0][..., is_image] for layer in reading])
+    rollout = attention_rollout(reading)[0][:, is_image] @ attention_rollout(encoding)[0]
+    return encoding, reading, attention, rollout
 
 
 def _shown(token: str) -> str:

@@ -12,6 +12,7 @@ from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memor
 from minivlm.checkpoints.hub import find_folder, read_config
 from minivlm.errors import InputError
 from minivlm.models import clip, paligemma, siglip, vit
+from minivlm.models.miniatures.clipcap import ClipCap
 from minivlm.models.protocols import Answers, Matches
 from minivlm.processing import AnswerProcessor, PairProcessor
 from minivlm.speed import speed_up
@@ -35,6 +36,7 @@ SYSTEMS = {  # model_type in config.json -> what opens its folder
     "clip": System(clip.open_folder, "matches"),
     "siglip": System(siglip.open_folder, "matches"),
     "vit": System(vit.open_folder, "classifies"),
+    "clipcap": System(ClipCap.open_folder, "answers"),
 }
 
 

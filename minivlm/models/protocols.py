@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,25 @@ class Answers(Decodable, Protocol):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""
+
+
+@runtime_checkable
+class SortsMaps(Protocol):
+    """A model whose decoder does not look at patches in its own row. Without this method it does."""
+
+    def sort_maps(
+        self, encoding: list[Tensor], reading: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Attention maps [B, H, T, S] by where they come from.
+
+        Args:
+            encoding: recorded during `encode_image`.
+            reading: recorded while the decoder read.
+
+        Returns:
+            Those of the tower; those of the decoder among the S tokens of its row; and where each token of
+            the first row looks in the picture, [layers, H, S, N], or None where no place is left in it.
+        """
 
 
 class Matches(Protocol):

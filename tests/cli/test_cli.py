@@ -548,8 +548,9 @@ def test_a_large_vocabulary_knows_words_in_pieces(
 
 # A conversation
 
-# A signal that comes between the prompt and the wait for a key is only noted by Python, which then waits on. It takes
-# a test that answers at once to meet that moment: where nothing happens, it presses again, as people do.
+# A signal that comes between the prompt and the wait for a key is only noted by Python, which then waits on.
+# It takes a test that answers at once to meet that moment: where nothing happens, it presses again, as people
+# do.
 CTRL_C = b"\x03"
 
 

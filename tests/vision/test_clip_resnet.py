@@ -14,20 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_differs, assert_equal
+from helpers import assert_differs, assert_equal, noise
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
 from minivlm.vision.clip_resnet import AttentionPool, Bottleneck, CLIPResNet, CLIPResNetConfig
 
 CONFIG = CLIPResNetConfig(layers=(2, 1, 2, 1), width=16, image_size=64, projection_dim=16)
-
-
-def noise(*shape: int, start: float = 0.0) -> Tensor:
-    """Numbers from -1 to 1 without a pattern, which every version of PyTorch makes alike."""
-    count = torch.Size(shape).numel()
-    values = torch.sin(torch.arange(count, dtype=torch.float64) * 12.9898 + start) * 43758.5453
-    return ((values % 1) * 2 - 1).float().view(shape)
 
 
 PIXELS = noise(2, 3, 64, 64, start=0.5)

@@ -1,0 +1,236 @@
+"""What all miniatures have beside their formula: a folder, generation, and the loop from rows to answers.
+
+A miniature is a way to let a language model see, at a size that trains in minutes. All stand between the same
+two parts, SigLIP's image tower and a decoder. What differs is in two methods: `encode_image` says what a
+picture becomes, and `read` says how the decoder gets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, cast
+
+import torch
+from torch import Tensor
+
+from minivlm import masks
+from minivlm.cache import KVCache
+from minivlm.checkpoints import weights
+from minivlm.checkpoints.hub import (
+    GENERATION,
+    PICTURES,
+    TOKENIZER,
+    check_vocabulary,
+    find_folder,
+    read_config,
+    read_json,
+    require_equal,
+    special_ids,
+)
+from minivlm.checkpoints.layouts import Layout
+from minivlm.configs import known, part_of, require_system
+from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
+from minivlm.processing.inputs import check_rows
+from minivlm.processing.paligemma import Processor
+from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
+from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
+
+LAYOUTS: dict[str, Layout] = {"as it is": [("", "")]}  # the names of our modules
+
+
+class MiniatureConfig(Protocol):
+    """What the config of each miniature has beside its own: two parts, and the ids that are no words."""
+
+    @property
+    def vision(self) -> SiglipVisionConfig: ...
+    @property
+    def text(self) -> GPT2Config: ...
+    @property
+    def num_image_tokens(self) -> int: ...  # placeholders of one picture in a row of input_ids
+    @property
+    def image_token_id(self) -> int: ...
+    @property
+    def pad_token_id(self) -> int: ...
+    @property
+    def eos_token_id(self) -> int | tuple[int, ...]: ...
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def read_values(cls: type, values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The fields of a miniature's config in a config.json. Raises InputError: it describes another system."""
+    require_system(values, model_type)
+    parts = {
+        "vision": SiglipVisionConfig.from_dict(part_of(values, "vision_config")),
+        "text": GPT2Config.from_dict(part_of(values, "text_config")),
+    }
+    return known(cls, {**values, **special_ids(values), **parts})
+
+
+def write_values(config: MiniatureConfig, model_type: str) -> dict[str, Any]:
+    """The config.json of a miniature's config."""
+    own = {field.name: getattr(config, field.name) for field in fields(cast(Any, config))}
+    vision, text = own.pop("vision").to_dict(), own.pop("text").to_dict()
+    return {"model_type": model_type, "vision_config": vision, "text_config": text, **own}
+
+
+class Miniature(Writes):
+    """The two parts, and what all ways have in common."""
+
+    config_class: ClassVar[type[MiniatureConfig]]
+    config: MiniatureConfig
+
+    def __init__(self, config: MiniatureConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = SiglipVisionModel(config.vision)
+        self.language_model = GPT2Decoder(config.text)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are and the inputs must be."""
+        return self.language_model.embed_tokens.weight.device
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] -> what the decoder gets of a picture, [B, n, D]."""
+        raise NotImplementedError
+
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Tokens [B, T] and pictures [M, n, D] -> hidden states [B, T, D].
+
+        With a cache, the tokens go on after those that it holds; pictures come with the first call only.
+        """
+        raise NotImplementedError
+
+    def merge(self, input_ids: Tensor, image: Tensor | None) -> Tensor:
+        """Embed tokens [B, T] and put pictures [M, n, D] into the places of their placeholders: [B, T, D].
+
+        Raises ValueError: the numbers of placeholders and image features differ.
+        """
+        is_image = input_ids == self.config.image_token_id
+        features = 0 if image is None else image.shape[0] * image.shape[1]
+        if int(is_image.sum()) != features:
+            raise ValueError(
+                f"input_ids hold {int(is_image.sum())} image placeholders and the pictures give {features} "
+                f"image features: each picture needs {self.config.num_image_tokens} placeholders; let the "
+                "processor build both"
+            )
+        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
+        return inputs_embeds if image is None else inputs_embeds.masked_scatter(is_image[..., None], image)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., D] -> scores [..., V]."""
+        return self.language_model.logits(hidden_states)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> WritingOutput:
+        """Logits at every position, and the loss if labels are given.
+
+        Args:
+            input_ids: [B, S].
+            pixel_values: [pictures, C, height, width] or None for text only.
+            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
+            token_type_ids: [B, S], only checked: a decoder that reads from left to right needs none.
+            labels: [B, S], -100 where there is no loss.
+
+        Raises ValueError: rows that `check_rows` refuses.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        check_rows(input_ids, attention_mask, token_type_ids)
+        image = None if pixel_values is None else self.encode_image(pixel_values)
+        return self.output(self.read(input_ids, attention_mask, image), labels)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[Tensor, KVCache]:
+        """Read picture and prompt.
+
+        Returns:
+            The hidden state of each row's last token [B, D], and the cache for `decode`.
+
+        Raises ValueError: rows that `check_rows` refuses.
+        """
+        check_rows(input_ids, attention_mask, token_type_ids)
+        image = None if pixel_values is None else self.encode_image(pixel_values)
+        cache = self.new_cache(len(input_ids))
+        return last_hidden_states(self.read(input_ids, attention_mask, image, cache), attention_mask), cache
+
+    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
+        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
+        return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
+
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache of the decoder's shape."""
+        text, table = self.config.text, self.language_model.embed_tokens.weight
+        heads = text.num_attention_heads
+        return KVCache(
+            text.num_hidden_layers, rows, heads, text.head_dim, dtype=table.dtype, device=table.device
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Load a folder; dtype None keeps the file's dtype. Raises InputError: see `minivlm.checkpoints`."""
+        folder = find_folder(name)
+        return cls._load(folder, read_config(folder), dtype, device)
+
+    @classmethod
+    def _load(
+        cls,
+        folder: Path,
+        values: Mapping[str, Any],
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ) -> Self:
+        config = cls.config_class.from_dict(values)
+        if (folder / GENERATION).is_file():  # it wins over config.json
+            config = replace(cast(Any, config), **special_ids(read_json(folder, GENERATION)))
+        return weights.load_model(cls, config, folder, LAYOUTS, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, with the names of the modules here."""
+        weights.save_model(self, self.config.to_dict(), Path(folder), LAYOUTS["as it is"])
+
+    @classmethod
+    def open_folder(
+        cls, folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
+    ) -> tuple[Self, Processor]:
+        """Load the model and processor of a folder whose config.json holds `values`.
+
+        Raises InputError: the files do not match each other; otherwise as in `from_pretrained`.
+        """
+        config = cls.config_class.from_dict(values)
+        processor = Processor.from_pretrained(folder, image_seq_length=config.num_image_tokens)
+        image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
+        require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)
+        require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
+        check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.backend.get_vocab().values())
+        return cls._load(folder, values, dtype, device), processor
+
+
+def place(attention_mask: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    """Positions [B, T] of tokens, and the causal mask [B, 1, T, S] over them and those that a cache holds."""
+    if cache is None:
+        key_is_real = attention_mask.bool()
+        position_ids = key_positions = (key_is_real.cumsum(dim=1) - 1).clamp(min=0)
+    else:
+        position_ids = cache.reserve(attention_mask)
+        key_positions, key_is_real = cache.key_positions, cache.key_is_real
+    return position_ids, (masks.causal(position_ids, key_positions) & masks.padding(key_is_real))[:, None]

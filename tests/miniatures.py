@@ -1,0 +1,38 @@
+"""What the tests of the miniatures share: the same tiny parts, and one of each system."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minivlm.models.miniatures.base import Miniature
+from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.text.gpt2 import GPT2Config
+from minivlm.vision.siglip import SiglipVisionConfig
+
+TINY_VISION = SiglipVisionConfig(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=28,
+    patch_size=14,
+)
+TINY_TEXT = GPT2Config(
+    hidden_size=32,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=120,
+    max_position_embeddings=64,
+)
+SYSTEMS: dict[str, tuple[type[Miniature], type[Any], dict[str, Any]]] = {  # name -> classes, settings
+    "clipcap": (ClipCap, ClipCapConfig, {"prefix_length": 5, "clip_length": 3, "num_mapping_layers": 2}),
+    "clipcap, mlp": (ClipCap, ClipCapConfig, {"prefix_length": 3, "mapping_type": "mlp"}),
+}
+
+
+def tiny(name: str, **settings: Any) -> Miniature:
+    """An untrained model with tiny parts; the id of <image> is the last of the vocabulary."""
+    model, config, own = SYSTEMS[name]
+    own = {"vision": TINY_VISION, "text": TINY_TEXT, "image_token_id": 119} | own | settings
+    return model(config(**own))

@@ -1,0 +1,166 @@
+"""What holds for every miniature: three views of one forward, folders, and the commands that take it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_equal, randomize
+from miniatures import SYSTEMS, tiny
+from torch import Tensor
+
+from minivlm.cli import main
+from minivlm.errors import InputError
+from minivlm.models.load import load
+from minivlm.models.miniatures.base import Miniature
+from minivlm.training.recipe import TrainingConfig, build
+
+WORDS, ANSWERS = [3, 6, 4], [5, 2, 4]
+MIXED = pytest.mark.parametrize(
+    "pictures", [(True, False, True), (False, False, False)], ids=["mixed", "text"]
+)
+
+
+@pytest.fixture(params=SYSTEMS)
+def model(request: pytest.FixtureRequest) -> Miniature:
+    return randomize(tiny(request.param))
+
+
+def rows(model: Miniature, pictures: tuple[bool, ...]) -> tuple[list[Tensor], list[int], Tensor | None]:
+    """Three rows of placeholders and words, how many tokens come before the answer, and the pictures."""
+    generator = torch.Generator().manual_seed(0)
+    image = [model.config.image_token_id] * model.config.num_image_tokens
+    ids = [
+        torch.cat(
+            [
+                torch.tensor(image if picture else [], dtype=torch.long),
+                torch.randint(3, 119, (words,), generator=generator),
+            ]
+        )
+        for words, picture in zip(map(sum, zip(WORDS, ANSWERS, strict=True)), pictures, strict=True)
+    ]
+    starts = [len(row) - answer for row, answer in zip(ids, ANSWERS, strict=True)]
+    pixels = torch.randn(sum(pictures), 3, 28, 28, generator=generator) if any(pictures) else None
+    return ids, starts, pixels
+
+
+def padded(rows: list[Tensor], side: str) -> dict[str, Tensor]:
+    longest = max(map(len, rows))
+    batch = {
+        name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("input_ids", "attention_mask")
+    }
+    for number, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if side == "left" else slice(len(row))
+        batch["input_ids"][number, place] = row
+        batch["attention_mask"][number, place] = 1
+    return batch
+
+
+def of_row(pixels: Tensor | None, pictures: tuple[bool, ...], row: int) -> Tensor | None:
+    return pixels[sum(pictures[:row])][None] if pixels is not None and pictures[row] else None
+
+
+@torch.no_grad()
+@MIXED
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_full_cached_and_padded_are_one(model: Miniature, side: str, pictures: tuple[bool, ...]) -> None:
+    ids, starts, pixels = rows(model, pictures)
+    alone = [model(row[None], of_row(pixels, pictures, i)).logits[0] for i, row in enumerate(ids)]
+    whole = padded(ids, side)
+    logits = model(**whole, pixel_values=pixels).logits
+    for i in range(3):
+        assert_equal(logits[i, whole["attention_mask"][i].bool()], alone[i])
+
+    prompts = padded([row[:start] for row, start in zip(ids, starts, strict=True)], side)
+    hidden, cache = model.prefill(**prompts, pixel_values=pixels)
+    for step in range(max(ANSWERS) + 1):
+        unfinished = torch.tensor([step < count for count in ANSWERS])
+        for i in range(3):
+            if step <= ANSWERS[i]:
+                assert_equal(model.logits(hidden)[i], alone[i][starts[i] - 1 + step])
+        if unfinished.any():
+            tokens = [int(ids[i][starts[i] + step]) if unfinished[i] else 0 for i in range(3)]
+            hidden = model.decode(torch.tensor(tokens), unfinished, cache)
+
+
+@torch.no_grad()
+def test_the_picture_changes_the_scores(model: Miniature) -> None:
+    ids, _, pixels = rows(model, (True, False, True))
+    assert pixels is not None
+    first, second = (model(ids[0][None], picture).logits[0, -1] for picture in (pixels[:1], pixels[1:]))
+    assert float((first - second).abs().max()) > 1e-3
+
+
+def test_every_weight_learns(model: Miniature) -> None:
+    ids, starts, pixels = rows(model, (True, False, True))
+    labels = ids[0].clone()
+    labels[: starts[0]] = -100
+    model(ids[0][None], None if pixels is None else pixels[:1], labels=labels[None]).loss.backward()
+    still = [
+        name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()
+    ]
+    assert not still
+
+
+def test_wrong_numbers_of_placeholders_are_refused(model: Miniature) -> None:
+    ids, _, pixels = rows(model, (True, False, True))
+    with pytest.raises(ValueError, match="placeholders"):
+        model(ids[0][None], pixels)
+
+
+def in_the_world(name: str, folder: Path) -> None:
+    """A folder with an untrained model that knows the words of the drawn world."""
+    processor = build(TrainingConfig(image_size=16, patch_size=8))[1]
+    size = processor.tokenizer.vocab_size
+    parts = tiny(name).config
+    model = tiny(
+        name,
+        vision=replace(parts.vision, image_size=16, patch_size=8),
+        text=replace(parts.text, vocab_size=size, max_position_embeddings=256),
+        image_token_id=processor.tokenizer.image_id,
+        eos_token_id=processor.tokenizer.eos_id,
+        pad_token_id=processor.tokenizer.pad_id,
+        bos_token_id=processor.tokenizer.bos_id,
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_folder_comes_back(name: str, tmp_path: Path) -> None:
+    in_the_world(name, tmp_path)
+    first, processor = load(tmp_path)
+    assert processor.image_seq_length == first.config.num_image_tokens
+    first.save_pretrained(tmp_path / "again")
+    processor.save_pretrained(tmp_path / "again")
+    second, _ = load(tmp_path / "again")
+    assert second.config == first.config
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_folder_of_another_system_is_refused(name: str, tmp_path: Path) -> None:
+    in_the_world(name, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(InputError, match=r"config.json says model_type 'llava'"):
+        type(tiny(name).config).from_dict(values | {"model_type": "llava"})
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_commands_take_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    in_the_world(name, tmp_path / "model")
+    model = ["--model", str(tmp_path / "model")]
+    picture = "figures/samples/scene_1.png"
+    assert main(["ask", picture, "--prompt", "caption en", *model, "--max-new-tokens", "4"]) == 0
+    assert main(["eval", "--scenes", "2", "--columns", "held_out", *model]) == 0
+    assert main(["look", picture, "--prompt", "caption en", *model, "--out", str(tmp_path / "look")]) == 0
+    lines = tmp_path / "lines.jsonl"
+    sample = {"image": str(Path(picture).resolve()), "prefix": "caption en", "suffix": "a star"}
+    lines.write_text(json.dumps(sample) + "\n")
+    tuned = ["finetune", "--data", str(lines), *model, "--steps", "2", "--out", str(tmp_path / "tuned")]
+    assert main(tuned) == 0
+    assert load(tmp_path / "tuned")[0].config == load(tmp_path / "model")[0].config
