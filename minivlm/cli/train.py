@@ -54,29 +54,62 @@ RECIPE: shared.Recipe = {
     },
 }
 
+SYSTEMS = {  # the names of `WAYS` in minivlm/training/systems.py
+    "clipcap": "one vector of the picture -> a prefix; the language model is frozen",
+    "clipcap-mlp": "the same by an MLP; the language model learns, too",
+}
+SYSTEM_RECIPE: shared.Recipe = {  # the fields of `SystemConfig`
+    "with --system": {
+        "text_steps": (500, "steps of the language model alone"),
+        "steps": (600, "steps with pictures"),
+        "text_rows": (96, "rows of a step without pictures"),
+        "rows": (48, "rows of a step with pictures"),
+        "lr": (0.003, "peak rate"),
+    }
+}
+
 
 def add_to(commands: Commands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "train",
         help="train a tiny model from nothing on drawn scenes",
-        description="Train a tiny model from nothing on drawn scenes; the defaults made the shipped one.",
+        description="Train a tiny model from nothing on drawn scenes; the defaults made the shipped one. "
+        "With --system, train another way to let a language model see, between the shipped tower and a "
+        "language model that first learns the world's sentences.",
         epilog=HELP,
     )
+    ways = "; ".join(f"{name}: {about}" for name, about in SYSTEMS.items())
+    parser.add_argument("--system", choices=SYSTEMS, help=ways)
     shared.add_run(parser, out="runs/tiny", measure_every=500, measured="100 held-out scenes")
+    shared.add_recipe(parser, SYSTEM_RECIPE)
     shared.add_recipe(parser, RECIPE)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say what to do with the model."""
-    from minivlm.training.recipe import TrainingConfig
-    from minivlm.training.scratch import train
-
-    names = [*shared.SHARED, *(name for numbers in RECIPE.values() for name in numbers)]
-    config = TrainingConfig(**shared.given(options, names))
+    own = _names(RECIPE)
+    others = _names(SYSTEM_RECIPE)
+    if options.system is None:
+        shared.refuse(options, others, "is of a system: add --system NAME, or leave it out")
+    else:
+        shared.refuse(options, [*own, "bf16"], "is not of a system: leave it out, or --system")
     loop = shared.prepare_loop(options)
     started = time.monotonic()
-    train(options.out, config, loop=loop)
+    if options.system is None:
+        from minivlm.training.recipe import TrainingConfig
+        from minivlm.training.scratch import train
+
+        train(options.out, TrainingConfig(**shared.given(options, [*shared.SHARED, *own])), loop=loop)
+    else:
+        from minivlm.training.systems import SystemConfig, train_system
+
+        config = SystemConfig(**shared.given(options, ["system", "seed", "warmup_steps", *others]))
+        train_system(options.out, config, loop=loop)
     measure = command("eval", "--model", options.out)
     shared.print_end(started, options.out, f"Measure it:\n  {measure}")
+
+
+def _names(recipe: shared.Recipe) -> list[str]:
+    return [name for numbers in recipe.values() for name in numbers]

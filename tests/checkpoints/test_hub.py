@@ -224,7 +224,7 @@ def test_another_system_is_refused_before_its_weights_are_downloaded(hub: HubSer
     use(hub.server_port)
     with pytest.raises(
         InputError,
-        match="owner/llava holds a model of type 'llava', and only paligemma, clip, siglip, vit can",
+        match=r"owner/llava holds a model of type 'llava', and only paligemma, .*vit.* can",
     ):
         minivlm.load("owner/llava")
     assert set(hub.bodies()) == {"config.json"}

@@ -922,8 +922,8 @@ def break_folder(folder: Path, kind: str) -> None:
     [
         ("missing config", "has no config.json: is it a checkpoint folder"),
         ("config is no JSON", r"config.json cannot be read .*: download the file again"),
-        ("other system", "type 'llava', and only paligemma can write answers: choose another"),
-        ("no answers", "type 'clip', and only paligemma can write answers: choose another"),
+        ("other system", "type 'llava', and only paligemma, .*can write answers: choose another"),
+        ("no answers", "type 'clip', and only paligemma, .*can write answers: choose another"),
         ("pickled only", "pytorch_model.bin: a pickle can run code .* Download the safetensors version"),
         ("no weights", "has neither model.safetensors nor .*: download the weights"),
         ("truncated", "model.safetensors is damaged or incomplete .*: download it again"),

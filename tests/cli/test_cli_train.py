@@ -243,7 +243,8 @@ OF_THE_DRAWN_WORLD = ("--pictures", "--muon-lr", "--packed-steps", "--text-layer
 @pytest.mark.parametrize(
     ("command", "foreign"),
     [
-        ("train", (*OF_DATA[1:], *OF_FINETUNING, "--teacher", "--max-length")),  # --data has moved
+        # --data has moved; --steps and --lr are of its --system
+        ("train", (*OF_DATA[1:4], "--batch-size", *OF_FINETUNING, "--teacher", "--max-length")),
         ("finetune", (*OF_THE_DRAWN_WORLD, "--objective", "--teacher")),
         ("train-contrastive", (*OF_FINETUNING, *OF_THE_DRAWN_WORLD[:3])),
         ("train-codebook", (*OF_DATA[:4], *OF_FINETUNING, *OF_THE_DRAWN_WORLD, "--resume")),

@@ -82,7 +82,7 @@ def test_the_models_config_says_how_many_image_tokens(folder: Path):
 def test_another_system(folder: Path, model_type: str | None):
     edit(folder / "config.json", model_type=model_type)
     with pytest.raises(
-        InputError, match=rf"model of type {model_type!r}, and only paligemma, clip, siglip, vit can"
+        InputError, match=rf"model of type {model_type!r}, and only paligemma, .*vit.* can"
     ):
         minivlm.load(folder)
 
@@ -90,7 +90,7 @@ def test_another_system(folder: Path, model_type: str | None):
 def test_another_system_for_answers(folder: Path):
     edit(folder / "config.json", model_type="llava")
     with pytest.raises(
-        InputError, match=r"model of type 'llava', and only paligemma can write answers: choose"
+        InputError, match=r"model of type 'llava', and only paligemma, .*can write answers: choose"
     ):
         load_answering(folder)
 
@@ -103,7 +103,7 @@ def test_the_kind_of_a_folder(folder: Path):
         edit(folder / "config.json", model_type=name)
         assert kind_of(folder) == kind
     edit(folder / "config.json", model_type="llava")
-    with pytest.raises(InputError, match="type 'llava', and only paligemma, clip, siglip, vit can be loaded"):
+    with pytest.raises(InputError, match=r"type 'llava', and only paligemma, .*vit.* can be loaded"):
         kind_of(folder)
 
 

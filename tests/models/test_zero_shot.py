@@ -225,7 +225,7 @@ def test_a_siglip_folder_of_another_picture_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "command", "message"),
     [
-        ("clip", ["ask", "a.png", "--prompt", "caption en"], "type 'clip', and only paligemma can write"),
+        ("clip", ["ask", "a.png", "--prompt", "caption en"], "type 'clip', and only paligemma, "),
         ("vit", ["eval"], "holds a model that reads no text: choose a folder of paligemma, clip, siglip"),
     ],
 )
