@@ -81,9 +81,7 @@ def test_the_models_config_says_how_many_image_tokens(folder: Path):
 @pytest.mark.parametrize("model_type", ["llava", None])
 def test_another_system(folder: Path, model_type: str | None):
     edit(folder / "config.json", model_type=model_type)
-    with pytest.raises(
-        InputError, match=rf"model of type {model_type!r}, and only paligemma, .*vit.* can"
-    ):
+    with pytest.raises(InputError, match=rf"model of type {model_type!r}, and only paligemma, .*vit.* can"):
         minivlm.load(folder)
 
 
