@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,15 @@ class Tower(Protocol):
     @property
     def embeddings(self) -> PatchEmbeddings:
         """The first layer."""
+
+
+@runtime_checkable
+class ConvolutionalTower(Protocol):
+    """An image tower without patches, which attends only at its end, to a square grid of places."""
+
+    @property
+    def place_size(self) -> int:
+        """Pixels of the picture for each place, height = width."""
 
 
 class ContextLength(Protocol):
@@ -97,14 +106,14 @@ class Answers(Decodable, Protocol):
 class Matches(Protocol):
     """A model that says how well a picture and a text fit. Its processor is a `PairProcessor`."""
 
-    has_class_token: bool  # ahead of the patches; without one, a pooling head reads the tower's last layer
+    has_class_token: bool  # ahead of the patches or places; without one, a pooling head reads the last layer
 
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where inputs have to be."""
 
     @property
-    def vision_model(self) -> Tower:
+    def vision_model(self) -> Tower | ConvolutionalTower:
         """The image tower."""
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
