@@ -44,7 +44,9 @@ def open_folder(
     pictures = CLIPImageProcessor.from_open_clip(part_of(values, "preprocess_cfg"), config.vision.image_size)
     tokenizer = CaptionTokenizer.from_pretrained(folder, CLIP_CAPTIONS, config.text.max_position_embeddings)
     check_vocabulary(folder, config.text.vocab_size, tokenizer.backend.get_vocab().values())
-    config = replace(config, text=replace(config.text, eos_token_id=tokenizer.eos_id))
+    (start,), end, pad = tokenizer.before, tokenizer.eos_id, tokenizer.pad_id
+    text = replace(config.text, bos_token_id=start, eos_token_id=end, pad_token_id=pad)
+    config = replace(config, text=text)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "file": OPEN_CLIP[1]}
     model: CLIP | ResNetCLIP
     if isinstance(config, CLIPConfig):

@@ -82,7 +82,8 @@ def test_the_models_config_says_how_many_image_tokens(folder: Path):
 def test_another_system(folder: Path, model_type: str | None):
     edit(folder / "config.json", model_type=model_type)
     with pytest.raises(
-        InputError, match=rf"model of type {model_type!r}, and only paligemma, clip, siglip, vit can"
+        InputError,
+        match=rf"model of type {model_type!r}, and only paligemma, clip, open_clip, siglip, vit can",
     ):
         minivlm.load(folder)
 
@@ -103,12 +104,16 @@ def test_the_kind_of_a_folder(folder: Path):
         edit(folder / "config.json", model_type=name)
         assert kind_of(folder) == kind
     edit(folder / "config.json", model_type="llava")
-    with pytest.raises(InputError, match="type 'llava', and only paligemma, clip, siglip, vit can be loaded"):
+    with pytest.raises(
+        InputError, match="type 'llava', and only paligemma, clip, open_clip, siglip, vit can be loaded"
+    ):
         kind_of(folder)
 
 
 def test_a_model_that_answers_where_one_that_matches_is_wanted(folder: Path):
-    message = "type 'paligemma', and only clip, siglip can match pictures with texts: choose another"
+    message = (
+        "type 'paligemma', and only clip, open_clip, siglip can match pictures with texts: choose another"
+    )
     with pytest.raises(InputError, match=message):
         load_matching(folder)
 

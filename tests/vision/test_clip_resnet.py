@@ -15,19 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_differs, assert_equal
+from made_up import made_up, noise
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
 from minivlm.vision.clip_resnet import AttentionPool, Bottleneck, CLIPResNet, CLIPResNetConfig
 
 CONFIG = CLIPResNetConfig(layers=(2, 1, 2, 1), width=16, image_size=64, projection_dim=16)
-
-
-def noise(*shape: int, start: float = 0.0) -> Tensor:
-    """Numbers from -1 to 1 without a pattern, which every version of PyTorch makes alike."""
-    count = torch.Size(shape).numel()
-    values = torch.sin(torch.arange(count, dtype=torch.float64) * 12.9898 + start) * 43758.5453
-    return ((values % 1) * 2 - 1).float().view(shape)
 
 
 PIXELS = noise(2, 3, 64, 64, start=0.5)
@@ -38,14 +32,6 @@ def theirs(name: str) -> str:
     name = re.sub(r"^stages\.(\d)", lambda found: f"layer{int(found[1]) + 1}", name)
     name = name.replace("pool.position_embedding", "attnpool.positional_embedding")
     return name.replace("pool.attention.o_proj", "attnpool.c_proj").replace("pool.attention.", "attnpool.")
-
-
-def made_up(name: str, shape: torch.Size) -> Tensor:
-    """The tensor of this name in OpenAI's words: weights by fan-in, and statistics that do something."""
-    values = noise(*shape, start=float(sum(map(ord, name))))
-    if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
-        return 1 + 0.3 * values
-    return values * (2 / shape[1:].numel()) ** 0.5 if len(shape) > 1 else 0.2 * values
 
 
 def tower() -> CLIPResNet:
