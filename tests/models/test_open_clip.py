@@ -1,8 +1,8 @@
-"""Folders of open_clip: a ViT from there is the same CLIP as one of transformers; what is not CLIP's is refused.
+"""Folders of open_clip: a ViT from there is a CLIP as from transformers; what is not CLIP's is refused.
 
 `EXPECTED` was printed by clip/model.py of https://github.com/openai/CLIP (d05afc4), class
-CLIP(24, 28, 2, 128, 14, 10, 99, 32, 4, 2), and `EXPECTED_GELU` by open_clip (89fb801), class CLIP of the config
-`GELU`, with the tensors, pictures and texts of open_clip_folders.py.
+CLIP(24, 28, 2, 128, 14, 10, 99, 32, 4, 2), and `EXPECTED_GELU` by open_clip (89fb801), class CLIP of the
+config `GELU`, with the tensors, pictures and texts of open_clip_folders.py.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_weights_stay_parts_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_config_of_transformers_comes_first(tmp_path: Path) -> None:
-    """As in laion's repos, which have both. timm's config.json, without a model_type, says nothing of CLIP."""
+    """As in laion's repos, which have both. timm's config.json, of its tower alone, has no model_type."""
     write_folder(tmp_path, VIT)
     timm = {"architecture": "vit_base_patch32_clip_224", "num_classes": 24, "pretrained_cfg": {}}
     (tmp_path / "config.json").write_text(json.dumps(timm))
@@ -135,7 +135,7 @@ def test_pickles_beside_it_or_instead(tmp_path: Path) -> None:
     ):
         minivlm.load(tmp_path)
     (tmp_path / "open_clip_pytorch_model.bin").unlink()
-    with pytest.raises(InputError, match="has no open_clip_model.safetensors: download the weights as well"):
+    with pytest.raises(InputError, match=r"has no open_clip_model.safetensors: download the weights as well"):
         minivlm.load(tmp_path)
 
 
@@ -177,7 +177,6 @@ def test_openais_archives(tmp_path: Path, archive: str, repo: str) -> None:
         ("vision_cfg", {"pool_type": "avg"}, "vision_cfg has pool_type = 'avg'"),
         ("vision_cfg", {"no_ln_pre": True}, "vision_cfg has no_ln_pre = True"),
         ("vision_cfg", {"width": 1.5}, "vision_cfg has width = 1.5, expected a number"),
-        ("vision_cfg", {"head_width": 50}, "divisible"),
         ("text_cfg", {"hf_model_name": "roberta-base"}, "text_cfg has hf_model_name = 'roberta-base'"),
         ("text_cfg", {"no_causal_mask": True}, "text_cfg has no_causal_mask = True"),
         ("text_cfg", {"vocab_size": 98}, "tokenizer.json has the id 98 but the model knows only 98 tokens"),
@@ -188,9 +187,7 @@ def test_openais_archives(tmp_path: Path, archive: str, repo: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_clip_is_refused(
-    tmp_path: Path, part: str, changes: dict[str, Any], message: str
-) -> None:
+def test_what_is_refused(tmp_path: Path, part: str, changes: dict[str, Any], message: str) -> None:
     write_folder(tmp_path, VIT)
     values = json.loads((tmp_path / CONFIG).read_text())
     (values if part in values else values["model_cfg"])[part] |= changes
