@@ -31,6 +31,41 @@ def known_numbers(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
+def known_alone(
+    part: str, values: Mapping[str, Any], defaults: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of a part of open_clip's config with nothing else in it, and defaults for what it lacks.
+
+    There, an option that is not named is off, so a name that is not known here changes what is computed.
+
+    Args:
+        fixed: names that may be there with one value.
+
+    Raises InputError: another name, unless it is off (null, false, 0); a number that is none.
+    """
+    found = dict(defaults)
+    for name, value in values.items():
+        if value and name not in defaults and (name not in fixed or value != fixed[name]):
+            raise InputError(f"{part} has {name} = {value!r}, which is not supported here")
+        if name in defaults and value is not None:
+            if isinstance(defaults[name], int | float) and not _is(value, type(defaults[name])):
+                raise InputError(f"{part} has {name} = {value!r}, expected a number: download the file again")
+            found[name] = value
+    return found
+
+
+def open_clip_parts(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The `model_cfg` of open_clip: embed_dim, vision_cfg and text_cfg, and the activation of all blocks.
+
+    Raises InputError: a part is missing, or there are others, for other systems than CLIP.
+    """
+    parts = {"embed_dim": 0, "vision_cfg": {}, "text_cfg": {}, "quick_gelu": False}
+    found = known_alone("model_cfg", values, parts, {})
+    for name in ("vision_cfg", "text_cfg"):
+        part_of(found, name)
+    return found, "quick_gelu" if found["quick_gelu"] else "gelu"
+
+
 def known_decoder(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Gemma decoder. Raises InputError: another activation, scaled rotary positions."""
     if values.get("hidden_activation") is not None:

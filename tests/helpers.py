@@ -5,11 +5,12 @@ seventh digit. Here every tensor, norms and biases too, is normal with std 0.2 (
 """
 
 import itertools
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from made_up import made_up as made_up
+from made_up import noise as noise
 from torch import Tensor, nn
 from transformers import (
     PaliGemmaConfig as ReferenceConfig,
@@ -127,22 +128,3 @@ def make_batch(
 
 def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values for name, values in batch.items() if name != "labels"}
-
-
-def noise(*shape: int, start: float = 0.0) -> Tensor:
-    """Numbers from -1 to 1 without a pattern, which every version of PyTorch makes alike."""
-    count = torch.Size(shape).numel()
-    values = torch.sin(torch.arange(count, dtype=torch.float64) * 12.9898 + start) * 43758.5453
-    return ((values % 1) * 2 - 1).float().view(shape)
-
-
-def made_up(name: str, shape: torch.Size, norms: str = "") -> Tensor:
-    """A tensor for stored numbers, known by its name in the original: in size by fan-in, norms around 1.
-
-    Args:
-        norms: a regular expression for the names of weights of norms.
-    """
-    values = noise(*shape, start=float(sum(map(ord, name))))
-    if norms and re.search(norms, name):
-        return 1 + 0.3 * values
-    return values * (2 / shape[1:].numel()) ** 0.5 if len(shape) > 1 else 0.2 * values

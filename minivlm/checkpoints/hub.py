@@ -16,7 +16,20 @@ from minivlm.errors import InputError
 
 PICTURES, TOKENIZER = "preprocessor_config.json", "tokenizer.json"  # files of a folder, for messages
 GENERATION = "generation_config.json"
+OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# The archives that OpenAI published, and repos of the Hub with the same weights in safetensors.
+ARCHIVES = {
+    "RN50.pt": "timm/resnet50_clip.openai",
+    "RN101.pt": "timm/resnet101_clip.openai",
+    "RN50x4.pt": "timm/resnet50x4_clip.openai",
+    "RN50x16.pt": "timm/resnet50x16_clip.openai",
+    "RN50x64.pt": "timm/resnet50x64_clip.openai",
+    "ViT-B-32.pt": "openai/clip-vit-base-patch32",
+    "ViT-B-16.pt": "openai/clip-vit-base-patch16",
+    "ViT-L-14.pt": "openai/clip-vit-large-patch14",
+    "ViT-L-14-336px.pt": "openai/clip-vit-large-patch14-336",
+}
 LARGEST_JSON = 100 * 2**20  # bytes; the largest index of a published checkpoint has a few MB
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -57,6 +70,7 @@ def find_folder(
         _check_pointers(folder)
         return folder
     if folder.exists():
+        refuse_pickles(folder.parent, [folder.name])
         raise InputError(f"{folder} is a file: give the folder that contains config.json")
     if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise InputError(f"{name} is neither a folder nor a repo id (owner/name) on the Hub: check the name")
@@ -125,7 +139,7 @@ def _download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
             "folder here"
         ) from error
     folder = Path(path)
-    if "*.safetensors" in files:
+    if any(pattern.endswith(".safetensors") for pattern in files):
         check_sums(folder)
         if not any(folder.glob("*.safetensors")):
             refuse_pickles(repo_id, _names_on_the_hub(repo_id, revision))
@@ -158,6 +172,12 @@ def _names_on_the_hub(repo_id: str, revision: str | None) -> list[str]:
 def refuse_pickles(place: Path | str, names: Iterable[str]) -> None:
     """Raise InputError if some of the names are of files that hold pickled weights."""
     pickled = sorted(name for name in names if name.endswith(PICKLED))
+    for name in pickled:
+        if name in ARCHIVES:
+            raise InputError(
+                f"{place} has {name}, an archive of TorchScript: it holds code and pickles, which would run "
+                f"here, so it is refused. The same weights are in {ARCHIVES[name]} on the Hub, as safetensors"
+            )
     if pickled:
         raise InputError(
             f"{place} has its weights in {few(pickled)}: a pickle can run code that is hidden in it, so it "
@@ -168,6 +188,21 @@ def refuse_pickles(place: Path | str, names: Iterable[str]) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The contents of config.json. Raises InputError when it is missing or not a JSON object."""
     return read_json(folder, "config.json")
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a folder says of its model: config.json, or else open_clip's config, as of type "open_clip".
+
+    A folder may have both. What counts is config.json, unless it is timm's, which has no `model_type`.
+
+    Raises InputError: it has neither; as `read_config`.
+    """
+    has_config = (folder / "config.json").is_file()
+    if (folder / OPEN_CLIP[0]).is_file() and not (has_config and "model_type" in read_config(folder)):
+        return read_json(folder, OPEN_CLIP[0]) | {"model_type": "open_clip"}
+    if not has_config:
+        refuse_pickles(folder, (path.name for path in folder.iterdir()))
+    return read_config(folder)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

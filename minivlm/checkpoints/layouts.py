@@ -1,16 +1,25 @@
 """How checkpoint files name their tensors, as tables.
 
 The same PaliGemma exists under four sets of names, depending on which version of transformers wrote it, the
-same ViT under four, CLIP and SigLIP under one. A layout is a list of rows: how a name begins in the file, and
-how it begins in our modules. `*` stands for a layer number. The first row that matches is used, in both
-directions, so more specific rows come first.
+same ViT under four, CLIP under two, SigLIP under one. A layout is a list of rows: how a name begins in the
+file, and how it begins in our modules. The first row that matches is used, in both directions, so more
+specific rows come first. Signs in a row:
+
+    *           a layer number
+    {q,k,v}     on our side: the file has these tensors in one, each below the one before it
+    ^T          on our side, after a whole name: the file has the transpose
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 Layout = list[tuple[str, str]]
+TRANSPOSED = "^T"
 
 
 def _siglip(file: str, ours: str) -> Layout:
@@ -85,6 +94,29 @@ LLAVA_LAYOUTS: dict[str, Layout] = {
     ),
 }
 
+
+def _resblocks(file: str, ours: str) -> Layout:
+    """The blocks of CLIP's transformers in OpenAI's words, which open_clip kept."""
+    block = f"{file}transformer.resblocks.*."
+    return [
+        (f"{block}attn.in_proj_", f"{ours}layers.*.self_attn.{{q,k,v}}_proj."),
+        (f"{block}attn.out_proj.", f"{ours}layers.*.self_attn.o_proj."),
+        (f"{block}ln_1.", f"{ours}layers.*.layer_norm1."),
+        (f"{block}ln_2.", f"{ours}layers.*.layer_norm2."),
+        (f"{block}mlp.c_fc.", f"{ours}layers.*.mlp.fc1."),
+        (f"{block}mlp.c_proj.", f"{ours}layers.*.mlp.fc2."),
+    ]
+
+
+_OPEN_CLIP_TEXT: Layout = [
+    *_resblocks("", "text_model."),
+    ("token_embedding.", "text_model.embeddings.token_embedding."),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("ln_final.", "text_model.final_layer_norm."),
+    ("text_projection", "text_projection.weight^T"),
+    ("logit_scale", "logit_scale"),
+]
+
 CLIP_LAYOUTS: dict[str, Layout] = {
     "hub": [
         *_siglip("vision_model.", "vision_model."),
@@ -94,6 +126,29 @@ CLIP_LAYOUTS: dict[str, Layout] = {
         ("visual_projection.", "visual_projection."),
         ("text_projection.", "text_projection."),
         ("logit_scale", "logit_scale"),
+    ],
+    # Of OpenAI's own program, and of open_clip.
+    "open_clip": [
+        *_resblocks("visual.", "vision_model."),
+        ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+        ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+        ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
+        ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+        ("visual.ln_post.", "vision_model.post_layernorm."),
+        ("visual.proj", "visual_projection.weight^T"),
+        *_OPEN_CLIP_TEXT,
+    ],
+}
+
+CLIP_RESNET_LAYOUTS: dict[str, Layout] = {
+    "open_clip": [
+        # Stages count from 1 there and from 0 here.
+        *((f"visual.layer{stage + 1}.", f"vision_model.stages.{stage}.") for stage in range(4)),
+        ("visual.attnpool.positional_embedding", "vision_model.pool.position_embedding"),
+        ("visual.attnpool.c_proj.", "vision_model.pool.attention.o_proj."),
+        ("visual.attnpool.", "vision_model.pool.attention."),
+        ("visual.", "vision_model."),  # the stem
+        *_OPEN_CLIP_TEXT,
     ],
 }
 
@@ -145,10 +200,12 @@ VIT_LAYOUTS: dict[str, Layout] = {
 
 
 def to_ours(name: str, layout: Layout) -> str | None:
-    """Our name for a tensor in a file, or None if no row of the layout matches.
+    """Our name for a tensor in a file, or None if no row of the layout matches; signs are for `split`.
 
     >>> to_ours("language_model.model.norm.weight", PALIGEMMA_LAYOUTS["hub"])
     'language_model.norm.weight'
+    >>> to_ours("transformer.resblocks.3.attn.in_proj_bias", CLIP_LAYOUTS["open_clip"])
+    'text_model.layers.3.self_attn.{q,k,v}_proj.bias'
     """
     return _rename(name, layout)
 
@@ -163,7 +220,50 @@ def to_file(name: str, layout: Layout) -> str:
 
 def _rename(name: str, rows: Layout) -> str | None:
     for old, new in rows:
-        match = re.match(re.escape(old).replace(r"\*", r"(\d+)"), name)
+        match = re.match(_pattern(old), name)
         if match:
             return new.replace("*", match[1] if match.groups() else "*") + name[match.end() :]
     return None
+
+
+def _pattern(row: str) -> str:
+    """What a name has to begin with."""
+    whole = row.removesuffix(TRANSPOSED)
+    pattern = re.escape(whole).replace(r"\*", r"(\d+)")
+    for choice in re.findall(r"\{.+?\}", whole):
+        pattern = pattern.replace(re.escape(choice), f"(?:{choice[1:-1].replace(',', '|')})")
+    return pattern
+
+
+def names_in(ours: str) -> list[str]:
+    """What `to_ours` returned as the names of single tensors: "a.{q,k}.b" is a.q.b and a.k.b."""
+    before, brace, rest = ours.removesuffix(TRANSPOSED).partition("{")
+    if not brace:
+        return [before]
+    choices, _, after = rest.partition("}")
+    return [before + choice + after for choice in choices.split(",")]
+
+
+def split(tensor: Tensor, ours: str) -> list[Tensor]:
+    """A tensor of a file -> those of `names_in(ours)`. They share its memory unless they are transposed."""
+    plain = tensor.mT.contiguous() if ours.endswith(TRANSPOSED) else tensor
+    parts = len(names_in(ours))
+    return [plain] if parts == 1 else list(plain.tensor_split(parts))
+
+
+def join(tensors: Sequence[Tensor], ours: str) -> Tensor:
+    """The other way around."""
+    joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    return joined.mT if ours.endswith(TRANSPOSED) else joined
+
+
+def as_in_file(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """A state_dict with the names and shapes of a file. Raises KeyError: as `to_file`."""
+    tensors: dict[str, Tensor] = {}
+    for name in state:
+        file = to_file(name, layout)
+        if file not in tensors:
+            ours = to_ours(file, layout)
+            assert ours is not None
+            tensors[file] = join([state[part] for part in names_in(ours)], ours)
+    return tensors

@@ -25,11 +25,11 @@ from torch.overrides import TorchFunctionMode
 
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, gigabytes, require_memory
 from minivlm.checkpoints.hub import GENERATION, few, read_json, refuse_pickles, special_ids
-from minivlm.checkpoints.layouts import Layout, to_file, to_ours
+from minivlm.checkpoints.layouts import Layout, as_in_file, join, names_in, split, to_file, to_ours
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Looking for NaN reads every byte. Up to this size (bytes) it is cheap; above it, `generate` still checks
 # the logits of every token.
@@ -45,23 +45,26 @@ Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, file: str = WEIGHTS) -> dict[str, Tensor]:
     """All tensors of a folder, under their names in the file, memory-mapped.
+
+    Args:
+        file: the one that holds them. model.safetensors may also be in shards, with an index.
 
     Raises InputError: no safetensors, a shard that the index names is missing, a tensor in two shards, or a
     damaged file.
     """
     tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in _weight_files(folder, file):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, it is not a dict
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118, it is not a dict
                     if name in tensors:
                         raise InputError(
                             f"{folder} has {name} in two files: which one counts is unknown, download the "
                             "folder again"
                         )
-                    tensors[name] = file.get_tensor(name)
+                    tensors[name] = opened.get_tensor(name)
         except MemoryError as error:
             raise InputError(
                 f"{path} does not fit into the address space of this process: raise the limit (`ulimit -v`)"
@@ -75,10 +78,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
+def _weight_files(folder: Path, file: str) -> list[Path]:
+    if (folder / file).is_file():
+        return [folder / file]
+    if file == WEIGHTS and (folder / INDEX).is_file():
         weight_map = read_json(folder, INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / INDEX} has no weight_map: download the file again")
@@ -99,7 +102,8 @@ def _weight_files(folder: Path) -> list[Path]:
             )
         return shards
     refuse_pickles(folder, (path.name for path in folder.iterdir()))
-    raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}: download the weights as well")
+    wanted = f"neither {WEIGHTS} nor {INDEX}" if file == WEIGHTS else f"no {file}"
+    raise InputError(f"{folder} has {wanted}: download the weights as well")
 
 
 def load_model(
@@ -110,6 +114,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    file: str = WEIGHTS,
 ) -> Model:
     """Build `cls(config)` with the weights of a folder, in evaluation mode and ready to be trained.
 
@@ -117,12 +122,13 @@ def load_model(
         layouts: the names that the file may use; the layout that matches best is taken.
         dtype: None keeps the file's. A conversion copies, one tensor at a time.
         device: where the weights go; on "cpu" and in the file's dtype they stay in the mapped file.
+        file: as in `read_tensors`.
 
     Raises:
         InputError: the tensors do not fit the config, or contain NaN or infinity (folders up to 256 MB); the
             device cannot compute in the dtype, or has too little memory free for the copies.
     """
-    found = read_tensors(folder)
+    found = read_tensors(folder, file)
     layout_name, layout = max(
         layouts.items(), key=lambda item: sum(to_ours(name, item[1]) is not None for name in found)
     )
@@ -136,7 +142,10 @@ def load_model(
             "checkpoint: download it again"
         )
     _check_device(folder, found, dtype, device)
-    converted = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    converted = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
     if sum(tensor.nbytes for tensor in found.values()) <= CHECKED_SIZE:
         _check_finite(folder, tensors, converted)
     model.load_state_dict(converted, assign=True)
@@ -173,15 +182,19 @@ def _fit(
         ours = to_ours(name, layout)
         if ours == HEAD and HEAD not in wanted:
             ours = TABLE
-        if ours is None or ours not in wanted or ours in tensors:
+        places = names_in(ours) if ours is not None else []
+        if ours is None or any(place not in wanted or place in tensors for place in places):
             unexpected.append(name)
             continue
-        tensors[ours] = tensor
-        if tensor.shape != wanted[ours].shape:
-            misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(wanted[ours].shape)}")
-        elif not tensor.is_floating_point():
+        expected = join([wanted[place] for place in places], ours)
+        fits = tensor.shape == expected.shape
+        parts = split(tensor, ours) if fits else [tensor] * len(places)
+        tensors |= zip(places, parts, strict=True)
+        if not fits:
+            misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(expected.shape)}")
+        elif expected.is_floating_point() and not tensor.is_floating_point():
             misshapen.append(f"{name} is {tensor.dtype}, expected floating point (no quantized files)")
-    missing = [to_file(name, layout) for name in wanted if name not in tensors]
+    missing = list(dict.fromkeys(to_file(name, layout) for name in wanted if name not in tensors))
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape or type": misshapen}
     return tensors, [f"{len(names)} {kind}: {few(names)}" for kind, names in kinds.items() if names]
 
@@ -190,6 +203,7 @@ def _check_device(
     folder: Path, found: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
     """Refuse what would fail only after gigabytes are read."""
+    found = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
     for kind in {dtype} if dtype is not None else {tensor.dtype for tensor in found.values()}:
         check_dtype(kind, device)
     needed = bytes_needed(found.values(), dtype, device)
@@ -217,8 +231,14 @@ def _check_finite(folder: Path, before: Mapping[str, Tensor], after: Mapping[str
         )
 
 
-def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout: Layout) -> None:
-    """Write config.json and model.safetensors with the names of a layout.
+def save_model(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    folder: Path,
+    layout: Layout,
+    names: tuple[str, str] = (CONFIG, WEIGHTS),
+) -> None:
+    """Write config.json and model.safetensors, or two files of other `names`, as in a layout.
 
     The ids of pad, bos and eos of a model that has them are written to generation_config.json, too. All files
     are complete before any replaces an old one, so a failure leaves the old folder as it was, and a model may
@@ -236,14 +256,14 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: Path, layout
         )
     if any(tensor.is_mkldnn for tensor in state.values()):
         raise InputError("a packed model cannot be saved: save it before packing, and pack it when loading")
-    tensors = {to_file(name, layout): tensor.contiguous() for name, tensor in state.items()}
-    texts = {"config.json": config}
+    tensors = {name: tensor.contiguous() for name, tensor in as_in_file(state, layout).items()}
+    texts = {names[0]: config}
     ids = special_ids(config)
     if ids:  # a file that is there already would win over config.json
         texts[GENERATION] = ids
     with ExitStack() as files:
-        paths = {name: files.enter_context(write_aside(folder / name)) for name in (*texts, WEIGHTS)}
+        paths = {name: files.enter_context(write_aside(folder / name)) for name in (*texts, names[1])}
         for name, values in texts.items():
             paths[name].write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         # transformers refuses a file without this line of metadata
-        save_file(tensors, paths[WEIGHTS], metadata={"format": "pt"})
+        save_file(tensors, paths[names[1]], metadata={"format": "pt"})

@@ -99,7 +99,8 @@ def _look_at_answer(
         )
         whole = {"attention": by_word.mean(dim=0), "rollout": seen.rollout.mean(dim=0)}
     if not options.no_occlusion:
-        whole |= _occlusions(seen.sureness, seen.pixel_values, model.vision_tower)
+        patch_size = model.vision_tower.embeddings.patch_embedding.kernel_size[0]
+        whole |= _occlusions(seen.sureness, seen.pixel_values, patch_size)
     if whole:
         _draw_importance(seen.pixel_values, whole, options.out)
 
@@ -147,10 +148,19 @@ def _look_at_match(
     """A model that matches: how well the prompt fits the picture, and by which patches."""
     from minivlm.looking import plots
     from minivlm.looking.inspection import inspect_match
+    from minivlm.models.protocols import ConvolutionalTower
 
     seen = inspect_match(model, processor, picture, options.prompt)
     shared.say(f"{options.picture} | {options.prompt}\ncosine {seen.cosine:.3f}")
-    _draw_tower(model.vision_model, seen.tower, options.out)
+    whole = {"attention": seen.pooling.mean(dim=0)}
+    tower = model.vision_model
+    if isinstance(tower, ConvolutionalTower):
+        shared.say("  no filters, positions and heads of patches: this tower is convolutional")
+        patch_size = tower.place_size
+    else:
+        _draw_tower(tower, seen.tower, options.out)
+        whole["rollout"] = seen.rollout
+        patch_size = tower.embeddings.patch_embedding.kernel_size[0]
     _save(
         plots.draw_patch_scores(
             seen.pixel_values, {f"head {i + 1}": scores for i, scores in enumerate(seen.pooling)}
@@ -158,9 +168,8 @@ def _look_at_match(
         options.out / "attention.png",
         "from which patches the picture's vector is made, by head",
     )
-    whole = {"attention": seen.pooling.mean(dim=0), "rollout": seen.rollout}
     if not options.no_occlusion:
-        whole |= _occlusions(seen.match, seen.pixel_values, model.vision_model)
+        whole |= _occlusions(seen.match, seen.pixel_values, patch_size)
     _draw_importance(seen.pixel_values, whole, options.out)
 
 
@@ -194,11 +203,12 @@ def _draw_tower(tower: Tower, maps: Tensor, out: Path) -> None:
     )
 
 
-def _occlusions(score: Callable[[Tensor], Tensor], pixel_values: Tensor, tower: Tower) -> dict[str, Tensor]:
+def _occlusions(
+    score: Callable[[Tensor], Tensor], pixel_values: Tensor, patch_size: int
+) -> dict[str, Tensor]:
     """How much the score of a picture falls where one patch, or three by three, are hidden: [N] each."""
     from minivlm.looking.measures import occlusion
 
-    patch_size = tower.embeddings.patch_embedding.kernel_size[0]
     return {
         "occlusion": occlusion(score, pixel_values, patch_size),
         "occlusion, 3 x 3": occlusion(score, pixel_values, patch_size, reach=1),

@@ -21,7 +21,7 @@ from minivlm.attention import record_attention
 from minivlm.looking.measures import attention_rollout, log_odds
 from minivlm.looking.visible import visible
 from minivlm.losses import similarity
-from minivlm.models.protocols import Answers, Matches, SortsMaps
+from minivlm.models.protocols import Answers, ConvolutionalTower, Matches, SortsMaps
 from minivlm.processing import AnswerProcessor, PairProcessor, to_device
 
 MOST_LOGITS = 2**28  # at a time, of all positions of several pictures: 1 GiB in fp32
@@ -140,7 +140,10 @@ def _shown(token: str) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """How well a text fits a picture of N patches, by two towers. fp32, on the model's device."""
+    """How well a text fits a picture of N patches, by two towers. fp32, on the model's device.
+
+    The N places of a convolutional tower do not look at each other: it has no layers here.
+    """
 
     cosine: float
     pixel_values: Tensor  # [C, height, width], as the tower gets them
@@ -160,7 +163,11 @@ def inspect_match(model: Matches, processor: PairProcessor, picture: Image.Image
     pixel_values, text_embeds = inputs["pixel_values"], model.encode_text(inputs["input_ids"])
     with record_attention() as maps:
         image_embeds = model.encode_image(pixel_values)
-    if model.has_class_token:  # the first token, which reads the patches in every layer
+    if isinstance(model.vision_model, ConvolutionalTower):  # the mean of its places looks at them, at the end
+        tower = maps[0][:0, :, 1:, 1:]
+        pooling = maps[0][0, :, 0, 1:]
+        rollout = pooling.mean(dim=0)
+    elif model.has_class_token:  # the first token, which reads the patches in every layer
         tower = torch.stack([layer[0, :, 1:, 1:] for layer in maps])
         pooling = maps[-1][0, :, 0, 1:]
         rollout = attention_rollout(maps)[0, 0, 1:]

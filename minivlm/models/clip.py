@@ -31,6 +31,7 @@ from minivlm.checkpoints.layouts import CLIP_LAYOUTS
 from minivlm.configs import (
     check_types,
     known_numbers,
+    open_clip_parts,
     part_of,
     require_system,
 )
@@ -65,6 +66,19 @@ class CLIPConfig:
             vision=CLIPVisionConfig.from_dict(part_of(values, "vision_config")),
             text=CLIPTextConfig.from_dict(part_of(values, "text_config")),
             **known_numbers(values, "projection_dim", "logit_scale_init_value"),
+        )
+
+    @classmethod
+    def from_open_clip(cls, values: Mapping[str, Any]) -> CLIPConfig:
+        """From the `model_cfg` part of an open_clip_config.json.
+
+        Raises InputError: it describes another system.
+        """
+        parts, hidden_act = open_clip_parts(values)
+        return cls(
+            vision=CLIPVisionConfig.from_open_clip(parts["vision_cfg"], hidden_act),
+            text=CLIPTextConfig.from_open_clip(parts["text_cfg"], hidden_act),
+            projection_dim=parts["embed_dim"],
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import torch
 
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
-from minivlm.checkpoints.hub import find_folder, read_config
+from minivlm.checkpoints.hub import OPEN_CLIP, describe, find_folder
 from minivlm.errors import InputError
-from minivlm.models import clip, paligemma, siglip, vit
+from minivlm.models import clip, open_clip, paligemma, siglip, vit
 from minivlm.models.miniatures.clipcap import ClipCap
 from minivlm.models.protocols import Answers, Matches
 from minivlm.processing import AnswerProcessor, PairProcessor
@@ -21,6 +21,8 @@ from minivlm.speed.packing import check_packing, matrices, pack_matrices
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that ships with the package
 
+DESCRIPTIONS = ("config.json", OPEN_CLIP[0])
+
 Kind = Literal["answers", "matches", "classifies"]
 
 
@@ -29,11 +31,13 @@ class System(NamedTuple):
 
     open_folder: Callable[[Path, Mapping[str, Any], torch.dtype | None, torch.device | str], tuple[Any, Any]]
     kind: Kind
+    weights: str = "*.safetensors"  # which files are downloaded, besides *.json
 
 
-SYSTEMS = {  # model_type in config.json -> what opens its folder
+SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "paligemma": System(paligemma.open_folder, "answers"),
     "clip": System(clip.open_folder, "matches"),
+    "open_clip": System(open_clip.open_folder, "matches", OPEN_CLIP[1]),
     "siglip": System(siglip.open_folder, "matches"),
     "vit": System(vit.open_folder, "classifies"),
     "clipcap": System(ClipCap.open_folder, "answers"),
@@ -65,7 +69,8 @@ def load(
 
     Returns:
         The types depend on the folder's config.json: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
-        `PairProcessor`, `ViT` and `ViTImageProcessor`.
+        `PairProcessor`, `ViT` and `ViTImageProcessor`. A folder of open_clip, which has a config of its own,
+        gives a `CLIP` or a `ResNetCLIP` and a `PairProcessor`.
 
     Raises:
         InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files
@@ -74,9 +79,9 @@ def load(
     """
     # Reject bad options before gigabytes are downloaded.
     _check_options(dtype, device, quantize, pack)
-    values = read_config(find_folder(name, revision, files=["config.json"]))
+    values = describe(find_folder(name, revision, files=DESCRIPTIONS))
     system = _system(name, values.get("model_type"), kind, quantize)
-    folder = find_folder(name, revision)
+    folder = find_folder(name, revision, files=["*.json", system.weights])
     if quantize is None:
         model, processor = system.open_folder(folder, values, dtype, device)
     else:
@@ -121,11 +126,11 @@ def load_matching(name: str | Path, **options: Unpack[LoadOptions]) -> tuple[Mat
 
 
 def kind_of(name: str | Path = SHIPPED, revision: str | None = None) -> Kind:
-    """What kind of model a folder or repo id holds. Nothing but its config.json is looked at.
+    """What kind of model a folder or repo id holds. Nothing but its config is looked at.
 
     Raises InputError: the folder cannot be found or read, or holds another system than those of `SYSTEMS`.
     """
-    values = read_config(find_folder(name, revision, files=["config.json"]))
+    values = describe(find_folder(name, revision, files=DESCRIPTIONS))
     return _system(name, values.get("model_type"), None, None).kind
 
 

@@ -31,6 +31,15 @@ class Tower(Protocol):
         """The first layer."""
 
 
+@runtime_checkable
+class ConvolutionalTower(Protocol):
+    """An image tower without patches, which attends only at its end, to a square grid of places."""
+
+    @property
+    def place_size(self) -> int:
+        """Pixels of the picture for each place, height = width."""
+
+
 class ContextLength(Protocol):
     """A config that says how much a decoder reads."""
 
@@ -116,14 +125,14 @@ class SortsMaps(Protocol):
 class Matches(Protocol):
     """A model that says how well a picture and a text fit. Its processor is a `PairProcessor`."""
 
-    has_class_token: bool  # ahead of the patches; without one, a pooling head reads the tower's last layer
+    has_class_token: bool  # ahead of the patches or places; without one, a pooling head reads the last layer
 
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where inputs have to be."""
 
     @property
-    def vision_model(self) -> Tower:
+    def vision_model(self) -> Tower | ConvolutionalTower:
         """The image tower."""
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:

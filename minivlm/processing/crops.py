@@ -70,6 +70,30 @@ class CLIPImageProcessor(ImageProcessor):
         return image.crop((left, top, left + self.image_size, top + self.image_size))
 
     @classmethod
+    def from_open_clip(cls, values: Mapping[str, Any], image_size: int) -> CLIPImageProcessor:
+        """From the `preprocess_cfg` part of an open_clip_config.json, for towers of that `image_size`.
+
+        Raises InputError: pictures are to be prepared in another way than CLIP's.
+        """
+        processor = cls(image_size=image_size)
+        for name, expected in {**processor.to_open_clip(), "mode": "RGB", "size": image_size}.items():
+            value = values.get(name) or expected
+            if value != expected:
+                raise InputError(
+                    f"preprocess_cfg has {name} = {value!r}; only {expected!r} is supported here"
+                )
+        return processor
+
+    def to_open_clip(self) -> dict[str, Any]:
+        """The `preprocess_cfg` part of an open_clip_config.json."""
+        return {
+            "mean": list(self.image_mean),
+            "std": list(self.image_std),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        }
+
+    @classmethod
     def _read_size(cls, values: Mapping[str, Any]) -> int:
         short, crop = values.get("size", 224), values.get("crop_size", 224)
         if isinstance(short, Mapping):

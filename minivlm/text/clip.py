@@ -21,9 +21,16 @@ from minivlm.configs import (
     check_width,
     expect,
     known,
+    known_alone,
 )
 from minivlm.layers import EncoderBlock
 from minivlm.text.embeddings import TextEmbeddings
+
+# What open_clip takes for sizes that a config does not name. The tokenizer is that of the folder.
+OPEN_CLIP_SIZES = {
+    "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
+    "hf_tokenizer_name": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,36 @@ class CLIPTextConfig:
     def to_dict(self) -> dict[str, Any]:
         """The `text_config` part of a config.json."""
         return {"model_type": "clip_text_model", **asdict(self)}
+
+    @classmethod
+    def from_open_clip(cls, values: Mapping[str, Any], hidden_act: str) -> CLIPTextConfig:
+        """From the `text_cfg` part of an open_clip_config.json, which does not say which id ends a text.
+
+        Raises InputError: the part asks for something else than CLIP's tower.
+        """
+        fixed = {"pool_type": "argmax", "proj_type": "linear"}
+        found = known_alone("text_cfg", values, OPEN_CLIP_SIZES, fixed)
+        return cls(
+            hidden_size=found["width"],
+            intermediate_size=int(found["width"] * found["mlp_ratio"]),
+            num_hidden_layers=found["layers"],
+            num_attention_heads=found["heads"],
+            vocab_size=found["vocab_size"],
+            max_position_embeddings=found["context_length"],
+            hidden_act=hidden_act,
+            eos_token_id=2,
+        )
+
+    def to_open_clip(self) -> dict[str, Any]:
+        """The `text_cfg` part of an open_clip_config.json, which has the activation elsewhere."""
+        return {
+            "context_length": self.max_position_embeddings,
+            "vocab_size": self.vocab_size,
+            "width": self.hidden_size,
+            "heads": self.num_attention_heads,
+            "layers": self.num_hidden_layers,
+            "mlp_ratio": self.intermediate_size / self.hidden_size,
+        }
 
 
 class CLIPTextModel(nn.Module):

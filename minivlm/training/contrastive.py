@@ -23,11 +23,10 @@ from minivlm.errors import InputError
 from minivlm.evaluation.columns import COLUMNS
 from minivlm.evaluation.contrastive import distinct_scenes, encode, evaluate_own_pairs, retrieval_scores
 from minivlm.losses import clip_loss, distillation_loss, siglip_loss, similarity
-from minivlm.models.clip import CLIP
 from minivlm.models.load import load
 from minivlm.models.siglip import SigLIP
 from minivlm.processing import CaptionTokenizer, PairProcessor
-from minivlm.training.contrastive_recipe import ContrastiveConfig, build
+from minivlm.training.contrastive_recipe import ContrastiveConfig, Towers, build
 from minivlm.training.digest import digest_of_lines, digest_of_weights
 from minivlm.training.limits import require_room
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
@@ -71,18 +70,19 @@ class ContrastiveRun(Trainable):
     def __init__(
         self,
         config: ContrastiveConfig,
-        model: CLIP | SigLIP,
+        model: Towers,
         processor: PairProcessor,
         pairs: Sequence[Pair] | None = None,
         validation: Sequence[Pair] | None = None,
-        teacher: tuple[CLIP | SigLIP, PairProcessor] | None = None,
+        teacher: tuple[Towers, PairProcessor] | None = None,
         workers: int = 1,
     ) -> None:
         self.config, self.processor, self.workers = config, processor, workers
         self.pairs, self.validation = pairs, validation
         self.told = {"data": _told(pairs), "validation": _told(validation)}
         self.measures = pairs is None or validation is not None
-        self.model = self.masters = model
+        # In evaluation mode, batch norms keep the statistics of their file. Nothing else depends on the mode.
+        self.model = self.masters = model.eval()
         self.teacher = None if teacher is None else teacher[0]
         if self.teacher is not None:
             self.told["teacher's weights"] = digest_of_weights(self.teacher)
@@ -152,7 +152,7 @@ class ContrastiveRun(Trainable):
 
     def _loss(self, batch: list[Inputs]) -> Tensor:
         towers, scale = self.working, self.model.logit_scale
-        assert isinstance(towers, CLIP | SigLIP)
+        assert isinstance(towers, Towers)
         images, texts = (x.float() for x in self._embed(towers, batch[0]))  # [n, D] each
         if self.teacher is not None:
             with torch.no_grad():
@@ -162,7 +162,7 @@ class ContrastiveRun(Trainable):
             return siglip_loss(images, texts, scale, self.model.logit_bias)
         return clip_loss(images, texts, scale)
 
-    def _embed(self, towers: CLIP | SigLIP, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def _embed(self, towers: Towers, inputs: Inputs) -> tuple[Tensor, Tensor]:
         images = towers.encode_image(inputs["pixel_values"].to(towers.device))
         return images, towers.encode_text(inputs["input_ids"].to(towers.device))
 
@@ -244,9 +244,9 @@ def _resolved(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
 
 
-def _load_teacher(name: str, device: torch.device | str) -> tuple[CLIP | SigLIP, PairProcessor]:
+def _load_teacher(name: str, device: torch.device | str) -> tuple[Towers, PairProcessor]:
     model, processor = load(name, device=device)
-    if not isinstance(model, CLIP | SigLIP):
+    if not isinstance(model, Towers):
         raise InputError(
             f"{name} holds a {type(model).__name__}, and a teacher has two towers: choose the folder "
             "of a CLIP or SigLIP model"

@@ -25,6 +25,7 @@ from tokenizers import normalizers, processors
 
 from minivlm.errors import InputError
 from minivlm.models.clip import CLIP, CLIPConfig
+from minivlm.models.clip_resnet import ResNetCLIP
 from minivlm.models.load import SHIPPED, load
 from minivlm.models.paligemma import PaliGemma
 from minivlm.models.siglip import SigLIP, SiglipConfig
@@ -47,6 +48,7 @@ from minivlm.vision.clip import CLIPVisionConfig
 from minivlm.vision.siglip import SiglipVisionConfig
 from minivlm.world.scenes import COLORS, SHAPES, SIZES
 
+Towers = CLIP | ResNetCLIP | SigLIP
 Objective = Literal["clip", "siglip", "lit", "distill"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 SIZES_OF_TOWERS = (
@@ -115,9 +117,7 @@ class ContrastiveConfig:
         return tower + 12 * self.text_layers * self.text_width**2 + self.max_length * self.text_width
 
 
-def build(
-    config: ContrastiveConfig, texts: Iterable[str] | None = None
-) -> tuple[CLIP | SigLIP, PairProcessor]:
+def build(config: ContrastiveConfig, texts: Iterable[str] | None = None) -> tuple[Towers, PairProcessor]:
     """The towers before their first step, the same for the same seed; locked parts need no gradient.
 
     Args:
@@ -136,11 +136,11 @@ def build(
             else _new_siglip(config, texts)
         )
     model, processor = load(config.model)
-    wanted = SigLIP if config.objective == "siglip" else CLIP
+    wanted, kind = (SigLIP, "SigLIP") if config.objective == "siglip" else (CLIP | ResNetCLIP, "CLIP")
     if not isinstance(model, wanted):
         raise InputError(
-            f"{config.model} holds a {type(model).__name__}, and {config.objective} trains a "
-            f"{wanted.__name__}: choose another folder or another objective"
+            f"{config.model} holds a {type(model).__name__}, and {config.objective} trains a {kind}: "
+            "choose another folder or another objective"
         )
     return model, processor
 

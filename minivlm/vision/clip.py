@@ -23,9 +23,16 @@ from minivlm.configs import (
     check_width,
     expect,
     known,
+    known_alone,
 )
 from minivlm.layers import EncoderBlock
 from minivlm.vision.pixels import check_pixels
+
+# What open_clip takes for sizes that a config does not name. Patches are dropped only in training.
+OPEN_CLIP_SIZES = {
+    "image_size": 224, "patch_size": 16, "width": 768, "head_width": 64, "layers": 12, "mlp_ratio": 4.0,
+    "patch_dropout": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,24 @@ class CLIPVisionConfig:
     def to_dict(self) -> dict[str, Any]:
         """The `vision_config` part of a config.json."""
         return {"model_type": "clip_vision_model", **asdict(self)}
+
+    @classmethod
+    def from_open_clip(cls, values: Mapping[str, Any], hidden_act: str) -> CLIPVisionConfig:
+        """From the `vision_cfg` part of an open_clip_config.json.
+
+        Raises InputError: the part asks for something else than CLIP's tower.
+        """
+        fixed = {"pool_type": "tok", "pos_embed_type": "learnable"}
+        found = known_alone("vision_cfg", values, OPEN_CLIP_SIZES, fixed)
+        return cls(
+            hidden_size=found["width"],
+            intermediate_size=int(found["width"] * found["mlp_ratio"]),
+            num_hidden_layers=found["layers"],
+            num_attention_heads=found["width"] // max(1, found["head_width"]),
+            image_size=found["image_size"],
+            patch_size=found["patch_size"],
+            hidden_act=hidden_act,
+        )
 
 
 class CLIPVisionEmbeddings(nn.Module):

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.attention import Attention
-from minivlm.configs import check_types
+from minivlm.configs import check_types, known_alone
 from minivlm.errors import InputError
 from minivlm.vision.pixels import check_pixels
 
@@ -32,7 +33,7 @@ SHRINKS = 32  # height and width: twice in the stem, twice more in each of three
 
 @dataclass(frozen=True)
 class CLIPResNetConfig:
-    """CLIP's convolutional towers. The defaults are RN50; OpenAI's files have no config, see `from_state`."""
+    """CLIP's convolutional towers. The defaults are RN50. OpenAI's files have no config, see `from_state`."""
 
     layers: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage
     width: int = 64  # channels after the stem
@@ -63,6 +64,25 @@ class CLIPResNetConfig:
     def num_patches(self) -> int:
         """Places that are left for the pooling to look at."""
         return (self.image_size // SHRINKS) ** 2
+
+    @classmethod
+    def from_open_clip(cls, values: Mapping[str, Any], projection_dim: int) -> CLIPResNetConfig:
+        """From the `vision_cfg` part of an open_clip_config.json.
+
+        Raises InputError: the part asks for something else than CLIP's tower.
+        """
+        sizes = {"layers": None, "width": 64, "image_size": 224}
+        found = known_alone("vision_cfg", values, sizes, {"head_width": 64, "mlp_ratio": 4.0})
+        return cls(tuple(found["layers"]), found["width"], found["image_size"], projection_dim)
+
+    def to_open_clip(self) -> dict[str, Any]:
+        """The `vision_cfg` part of an open_clip_config.json."""
+        return {
+            "image_size": self.image_size,
+            "layers": list(self.layers),
+            "width": self.width,
+            "patch_size": None,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], prefix: str = "visual.") -> CLIPResNetConfig:
@@ -155,6 +175,11 @@ class CLIPResNet(nn.Module):
             stages.append(nn.Sequential(first, *(Bottleneck(before, wide, 1) for _ in range(blocks - 1))))
         self.stages = nn.ModuleList(stages)
         self.pool = AttentionPool(config)
+
+    @property
+    def place_size(self) -> int:
+        """Pixels of the picture for each place that is left for the pooling, height = width."""
+        return SHRINKS
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width], normalized as CLIP's -> [B, projection_dim], not normalized.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import TINY, assert_differs, assert_equal, randomize
 from hub_server import Files, HubServer, Repo, commit, serve
+from open_clip_folders import RESNET, write_folder
 from safetensors.torch import load_file, save_file
 
 import minivlm
@@ -24,6 +25,8 @@ from minivlm.checkpoints.hub import find_folder
 from minivlm.checkpoints.weights import INDEX, WEIGHTS
 from minivlm.cli import main
 from minivlm.errors import InputError
+from minivlm.models.clip_resnet import ResNetCLIP
+from minivlm.models.load import kind_of
 from minivlm.processing import ImageProcessor, Tokenizer, build_tokenizer
 
 STUBS = {
@@ -228,6 +231,23 @@ def test_another_system_is_refused_before_its_weights_are_downloaded(hub: HubSer
     ):
         minivlm.load("owner/llava")
     assert set(hub.bodies()) == {"config.json"}
+
+
+def test_of_a_folder_of_open_clip_its_own_files_are_downloaded(hub: HubServer, use: Use, tmp_path: Path):
+    """timm's repos also hold the image tower for timm, once more."""
+    files = {path.name: path.read_bytes() for path in write_folder(tmp_path / "clip", RESNET).iterdir()}
+    timm = {"config.json": b'{"architecture": "resnet50_clip"}', "model.safetensors": b"tower"}
+    hub.repos["owner/clip"] = Repo({commit(1): files | timm | {"open_clip_pytorch_model.bin": b"pickle"}})
+    use(hub.server_port)
+    assert kind_of("owner/clip") == "matches"
+    assert set(hub.bodies()) == {"config.json", "open_clip_config.json"}
+    model, _ = minivlm.load("owner/clip")
+    assert isinstance(model, ResNetCLIP)
+    assert set(hub.bodies()) == {*files, "config.json"}
+    weights = files.pop("open_clip_model.safetensors")
+    hub.repos["owner/pickle"] = Repo({commit(1): files | timm | {"open_clip_pytorch_model.bin": weights}})
+    with pytest.raises(InputError, match=r"has its weights in open_clip_pytorch_model\.bin: a pickle"):
+        minivlm.load("owner/pickle")
 
 
 def test_a_dtype_is_refused_before_anything_is_downloaded(hub: HubServer, use: Use):

@@ -106,7 +106,9 @@ def test_the_kind_of_a_folder(folder: Path):
 
 
 def test_a_model_that_answers_where_one_that_matches_is_wanted(folder: Path):
-    message = "type 'paligemma', and only clip, siglip can match pictures with texts: choose another"
+    message = (
+        "type 'paligemma', and only clip, open_clip, siglip can match pictures with texts: choose another"
+    )
     with pytest.raises(InputError, match=message):
         load_matching(folder)
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_differs, assert_equal, noise
+from helpers import assert_differs, assert_equal
+from made_up import made_up, noise
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
@@ -31,14 +32,6 @@ def theirs(name: str) -> str:
     name = re.sub(r"^stages\.(\d)", lambda found: f"layer{int(found[1]) + 1}", name)
     name = name.replace("pool.position_embedding", "attnpool.positional_embedding")
     return name.replace("pool.attention.o_proj", "attnpool.c_proj").replace("pool.attention.", "attnpool.")
-
-
-def made_up(name: str, shape: torch.Size) -> Tensor:
-    """The tensor of this name in OpenAI's words: weights by fan-in, and statistics that do something."""
-    values = noise(*shape, start=float(sum(map(ord, name))))
-    if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
-        return 1 + 0.3 * values
-    return values * (2 / shape[1:].numel()) ** 0.5 if len(shape) > 1 else 0.2 * values
 
 
 def tower() -> CLIPResNet:
