@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minivlm.cache import KVCache
 from minivlm.errors import InputError
+from minivlm.generate import explain_nonfinite
 from minivlm.losses import l2_normalize
 from minivlm.models.miniatures.base import place
 from minivlm.models.protocols import Matches
@@ -78,7 +79,7 @@ def magic_scores(
         candidates: [k, D], their hidden states.
         context: [S, D], the hidden states of all tokens before them.
         matches: [k], how well the text fits the picture with each of them; sums to 1.
-        alpha: from 0 to 1, how much repeating is punished, in place of counting what is likely.
+        alpha: from 0 to 1, how much repeating costs; what is likely counts 1 - alpha.
         beta: how much the picture counts.
 
     Returns:
@@ -111,7 +112,8 @@ def magic_generate(
     Returns:
         The text, without the prompt and without its end.
 
-    Raises InputError: a number out of range, a prompt without a word, or one that does not fit.
+    Raises InputError: a number out of range, a prompt without a word or too long a one, or scores that are
+    not finite.
     """
     _check(language_model.config, prompt, k, alpha, beta, max_new_tokens)
     device = language_model.embed_tokens.weight.device
@@ -126,6 +128,8 @@ def magic_generate(
         texts = [tokenizer.decode([*written, number][-LONGEST_TEXT:]) for number in ids.tolist()]
         matches = match(texts).float().softmax(dim=0).to(device)
         scores = magic_scores(probabilities, candidates.float(), context.float(), matches, alpha, beta)
+        if not torch.isfinite(scores).all():
+            raise InputError(explain_nonfinite(language_model, {"the scores of the picture": matches}))
         best = int(scores.argmax())
         written.append(int(ids[best]))
         if written[-1] == tokenizer.eos_id:

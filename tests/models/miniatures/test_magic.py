@@ -273,3 +273,8 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str, gpt2: GPT2De
     choices = {"prompt": "2 5 17 3", "max_new_tokens": 12} | change
     with pytest.raises(InputError, match=message):
         magic_generate(gpt2, Numbers(), made_up_match, **choices)
+
+
+def test_scores_that_are_no_numbers_are_refused(gpt2: GPT2Decoder) -> None:
+    with pytest.raises(InputError, match="the scores of the picture hold NaN or infinity"):
+        text(gpt2, match=lambda texts: torch.full((len(texts),), math.nan))

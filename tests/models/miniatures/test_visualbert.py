@@ -397,3 +397,21 @@ def test_a_folder_without_heads_is_refused(reference: VisualBertForPreTraining, 
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["VisualBertModel"]
     with pytest.raises(InputError, match=r"missing: .*visual_bert.embeddings"):
         VisualBERT.from_pretrained(tmp_path)
+
+
+def test_what_it_learns_it_writes() -> None:
+    """Six pictures with a name of three words each, learned by heart."""
+    torch.manual_seed(0)
+    model = tiny("visualbert", eos_token_id=1)
+    pixels = noise(6, 3, 28, 28)
+    prompt = torch.tensor([model.config.image_token_id] * 4 + [2, 17, 30]).expand(6, -1)
+    answers = torch.randint(10, 110, (6, 4))
+    answers[:, -1] = 1
+    ids = torch.cat([prompt, answers], dim=1)
+    types = (torch.arange(11) >= 7).long().expand(6, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(ids, pixels, token_type_ids=types, labels=ids.masked_fill(types == 0, -100)).loss.backward()
+        optimizer.step()
+    assert torch.equal(model.generate(prompt, pixel_values=pixels, max_new_tokens=6), answers)
