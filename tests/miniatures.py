@@ -6,6 +6,8 @@ from typing import Any
 
 from minivlm.models.miniatures.base import Miniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.models.miniatures.visualbert import VisualBERT, VisualBERTConfig
+from minivlm.text.bert import BertConfig
 from minivlm.text.gpt2 import GPT2Config
 from minivlm.vision.siglip import SiglipVisionConfig
 
@@ -25,13 +27,27 @@ TINY_TEXT = GPT2Config(
     vocab_size=120,
     max_position_embeddings=64,
 )
-SYSTEMS: dict[str, tuple[type[Miniature], type[Any], dict[str, Any]]] = {  # name -> classes, settings
+TINY_BERT = BertConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=120,
+    max_position_embeddings=64,
+)
+Small = Miniature | VisualBERT
+SYSTEMS: dict[str, tuple[type[Small], type[Any], dict[str, Any]]] = {  # name -> classes, settings
     "clipcap": (ClipCap, ClipCapConfig, {"prefix_length": 5, "clip_length": 3, "num_mapping_layers": 2}),
     "clipcap, mlp": (ClipCap, ClipCapConfig, {"prefix_length": 3, "mapping_type": "mlp"}),
+    "visualbert": (
+        VisualBERT,
+        VisualBERTConfig,
+        {"text": TINY_BERT, "visual_embedding_dim": 24, "mask_token_id": 3},
+    ),
 }
 
 
-def tiny(name: str, **settings: Any) -> Miniature:
+def tiny(name: str, **settings: Any) -> Small:
     """An untrained model with tiny parts; the id of <image> is the last of the vocabulary."""
     model, config, own = SYSTEMS[name]
     own = {"vision": TINY_VISION, "text": TINY_TEXT, "image_token_id": 119} | own | settings

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.cache import KVCache
 from minivlm.generate import generate, stream
 from minivlm.models.protocols import ContextLength
 
@@ -42,11 +41,11 @@ class Writes(nn.Module):
 
     config: WritingConfig
 
-    def prefill(self, *args: Any, **kwargs: Any) -> tuple[Tensor, KVCache]:
+    def prefill(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """As `minivlm.generate.Decodable`."""
         raise NotImplementedError
 
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
+    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: Any) -> Tensor:
         """As `minivlm.generate.Decodable`."""
         raise NotImplementedError
 
@@ -85,6 +84,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def last_hidden_states(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
     """Of each row's last real token, whichever side is padded: [B, S, D], [B, S] -> [B, D]."""
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = torch.where(attention_mask.bool(), places, -1).argmax(dim=1)  # [B]
+    last = last_places(attention_mask)
     return hidden_states[torch.arange(len(last), device=last.device), last]
+
+
+def last_places(attention_mask: Tensor) -> Tensor:
+    """Where each row's last real token is, whichever side is padded: [B, S] -> [B]."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return torch.where(attention_mask.bool(), places, -1).argmax(dim=1)
