@@ -172,3 +172,19 @@ def test_commands_take_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     tuned = ["finetune", "--data", str(lines), *model, "--steps", "2", "--out", str(tmp_path / "tuned")]
     assert main(tuned) == 0
     assert load(tmp_path / "tuned")[0].config == load(tmp_path / "model")[0].config
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_int8_is_refused(name: str, tmp_path: Path) -> None:
+    in_the_world(name, tmp_path)
+    with pytest.raises(InputError, match="has biases, and int8 is for decoders without"):
+        load(tmp_path, quantize="int8")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_picture_in_fp32_is_read_in_bf16(name: str, tmp_path: Path) -> None:
+    in_the_world(name, tmp_path)
+    model, processor = load(tmp_path, dtype=torch.bfloat16)
+    inputs = processor(["figures/samples/scene_1.png"], ["caption en"])
+    assert inputs["pixel_values"].dtype == torch.float32
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
