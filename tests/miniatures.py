@@ -6,6 +6,7 @@ from typing import Any
 
 from minivlm.models.miniatures.base import Miniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.models.miniatures.flamingo import Flamingo, FlamingoConfig
 from minivlm.text.gpt2 import GPT2Config
 from minivlm.vision.siglip import SiglipVisionConfig
 
@@ -25,9 +26,22 @@ TINY_TEXT = GPT2Config(
     vocab_size=120,
     max_position_embeddings=64,
 )
+TINY_FLAMINGO = {
+    "num_latents": 3,
+    "resampler_depth": 2,
+    "resampler_heads": 2,
+    "cross_attn_heads": 4,
+    "head_dim": 8,
+}
 SYSTEMS: dict[str, tuple[type[Miniature], type[Any], dict[str, Any]]] = {  # name -> classes, settings
     "clipcap": (ClipCap, ClipCapConfig, {"prefix_length": 5, "clip_length": 3, "num_mapping_layers": 2}),
     "clipcap, mlp": (ClipCap, ClipCapConfig, {"prefix_length": 3, "mapping_type": "mlp"}),
+    "flamingo": (Flamingo, FlamingoConfig, TINY_FLAMINGO),
+    "flamingo, every other layer and times": (
+        Flamingo,
+        FlamingoConfig,
+        TINY_FLAMINGO | {"cross_attn_every_n_layers": 2, "max_num_media": 3, "max_num_frames": 1},
+    ),
 }
 
 
