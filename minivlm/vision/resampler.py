@@ -45,16 +45,14 @@ class CrossAttention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))  # [B, H, T, Dh] -> [B, T, D_query]
 
 
-class FeedForward(nn.Sequential):
+def feed_forward(hidden_size: int) -> nn.Sequential:
     """A norm, then an MLP that is four times as wide inside and has no biases."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(
-            nn.LayerNorm(hidden_size),
-            nn.Linear(hidden_size, 4 * hidden_size, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * hidden_size, hidden_size, bias=False),
-        )
+    return nn.Sequential(
+        nn.LayerNorm(hidden_size),
+        nn.Linear(hidden_size, 4 * hidden_size, bias=False),
+        nn.GELU(),
+        nn.Linear(4 * hidden_size, hidden_size, bias=False),
+    )
 
 
 class PerceiverAttention(CrossAttention):
@@ -77,7 +75,7 @@ class ResamplerBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.attn = PerceiverAttention(hidden_size, num_heads, head_dim)
-        self.ff = FeedForward(hidden_size)
+        self.ff = feed_forward(hidden_size)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         """The picture [B, S, D], latents [B, n, D] -> [B, n, D]."""

@@ -37,7 +37,7 @@ from minivlm.configs import check_types
 from minivlm.errors import InputError
 from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
 from minivlm.text.gpt2 import GPT2Config
-from minivlm.vision.resampler import CrossAttention, FeedForward, PerceiverResampler
+from minivlm.vision.resampler import CrossAttention, PerceiverResampler, feed_forward
 from minivlm.vision.siglip import SiglipVisionConfig
 
 
@@ -109,7 +109,7 @@ class GatedCrossAttentionBlock(nn.Module):
         super().__init__()
         self.attn = MaskedCrossAttention(hidden_size, media_size, num_heads, head_dim)
         self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.ff = FeedForward(hidden_size)
+        self.ff = feed_forward(hidden_size)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, media: Tensor, mask: Tensor) -> Tensor:
