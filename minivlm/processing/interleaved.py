@@ -89,7 +89,7 @@ def interleaved_labels(
     is_image, is_end = input_ids == image_token_id, input_ids == end_token_id
     places = torch.arange(input_ids.shape[1], device=input_ids.device) + 1
     last_image = (is_image * places).cummax(dim=1).values  # up to here; 0 for none
-    last_end = (is_end * places).cummax(dim=1).values.roll(1, dims=1)  # before here
-    last_end[:, 0] = 0
+    # Before here. What comes around to the first place does not matter: nothing is learned there.
+    last_end = (is_end * places).cummax(dim=1).values.roll(1, dims=1)
     learned = (last_image > last_end) & ~is_image & attention_mask.bool()
     return input_ids.masked_fill(~learned, IGNORE)

@@ -186,7 +186,7 @@ class Flamingo(Miniature):
         if media is not None:
             latents = torch.arange(media.shape[1], device=media.device)[None]  # [1, S]
             may_look = masks.block_diagonal(picture_of_word, latents // self.config.num_latents + 1)
-            has_picture = (picture_of_word[:, -1] > 0)[:, None, None]  # [B, 1, 1]
+            has_picture = (picture_of_word[:, -1] > 0)[:, None, None]  # [B, 1, 1]; other rows skip the blocks
 
         position_ids, mask = place(attention_mask, cache)
         x = decoder.embed(input_ids) + decoder.embed_positions(position_ids)
