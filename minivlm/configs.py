@@ -114,7 +114,10 @@ def part_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 # Far beyond any published model: what is built from larger numbers would fill the memory before the weights
 # could disagree with them. By default 2^24.
 LARGEST = {"num_hidden_layers": 2**10, "image_size": 2**14}
-LEAST = {"vision_feature_layer": -(2**10)}  # counted from the end
+LEAST = {
+    "vision_feature_layer": -(2**10),  # counted from the end
+    **dict.fromkeys(("max_num_media", "max_num_frames"), 0),  # none
+}
 
 
 def check_types(config: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from minivlm.models.miniatures.base import Miniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.models.miniatures.flamingo import Flamingo, FlamingoConfig
 from minivlm.models.miniatures.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.text.bert import BertConfig
 from minivlm.text.gpt2 import GPT2Config
@@ -35,10 +36,23 @@ TINY_BERT = BertConfig(
     vocab_size=120,
     max_position_embeddings=64,
 )
+TINY_FLAMINGO = {
+    "num_latents": 3,
+    "resampler_depth": 2,
+    "resampler_heads": 2,
+    "cross_attn_heads": 4,
+    "head_dim": 8,
+}
 Small = Miniature | VisualBERT
 SYSTEMS: dict[str, tuple[type[Small], type[Any], dict[str, Any]]] = {  # name -> classes, settings
     "clipcap": (ClipCap, ClipCapConfig, {"prefix_length": 5, "clip_length": 3, "num_mapping_layers": 2}),
     "clipcap, mlp": (ClipCap, ClipCapConfig, {"prefix_length": 3, "mapping_type": "mlp"}),
+    "flamingo": (Flamingo, FlamingoConfig, TINY_FLAMINGO),
+    "flamingo, every other layer and times": (
+        Flamingo,
+        FlamingoConfig,
+        TINY_FLAMINGO | {"cross_attn_every_n_layers": 2, "max_num_media": 3, "max_num_frames": 1},
+    ),
     "visualbert": (
         VisualBERT,
         VisualBERTConfig,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minivlm.cli.options import Commands
+    from minivlm.looking.inspection import Inspection
     from minivlm.models.protocols import Answers, Matches, Tower
     from minivlm.processing import AnswerProcessor, PairProcessor
 
@@ -78,7 +79,7 @@ def _look_at_answer(
     model: Answers, processor: AnswerProcessor, picture: Image.Image, options: argparse.Namespace
 ) -> None:
     """A model that answers: its answer, and where the words come from."""
-    from minivlm.looking import measures, plots
+    from minivlm.looking import plots
     from minivlm.looking.hover import hover_page
     from minivlm.looking.inspection import inspect_answer
 
@@ -104,30 +105,39 @@ def _look_at_answer(
     if whole:
         _draw_importance(seen.pixel_values, whole, options.out)
 
-    table = model.language_model.embed_tokens.weight.detach()
-    cosines, ids = (best.cpu() for best in measures.nearest_words(seen.image_tokens, table, k=3))
-    decode = processor.tokenizer.decode
-    words = [[decode([i], skip_special_tokens=False).strip() for i in row] for row in ids.tolist()]
-    span = f"cosines {cosines[:, 0].min():.2f} to {cosines[:, 0].max():.2f}"
-    patches = seen.tower.shape[-1]
-    if len(words) == patches:
-        _save(
-            plots.draw_words(seen.pixel_values, [row[0] for row in words], cosines[:, 0]),
-            options.out / "words.png",
-            f"nearest word of each image token, {span}",
-        )
-    else:  # image tokens that are no patches have no place in a figure
-        nearest = ", ".join(row[0] for row in words)
-        shared.say(
-            f"  (no words.png: {len(words)} image tokens of no place, nearest words {nearest}; {span})"
-        )
-        words = [[]] * patches
-
+    words = _draw_words(model, processor, seen, options.out)
     _draw_mask(seen.tokens, seen.visible, options.out)
     page = hover_page(seen.pixel_values, whole, words, f"{options.prompt}: {seen.answer}")
     with write_aside(options.out / "hover.html") as temporary:
         temporary.write_text(f'<!doctype html><meta charset="utf-8">\n{page}\n', encoding="utf-8")
     shared.say("  hover.html      the same to explore: open it in a browser")
+
+
+def _draw_words(model: Answers, processor: AnswerProcessor, seen: Inspection, out: Path) -> list[list[str]]:
+    """The nearest words of each patch, as far as image tokens are patches among words; and their figure."""
+    from minivlm.looking import measures, plots
+
+    no_words: list[list[str]] = [[]] * seen.tower.shape[-1]
+    if seen.image_tokens is None:
+        shared.say("  (no words.png: the picture is not among the words that the decoder reads)")
+        return no_words
+    table = model.language_model.embed_tokens.weight.detach()
+    cosines, ids = (best.cpu() for best in measures.nearest_words(seen.image_tokens, table, k=3))
+    decode = processor.tokenizer.decode
+    words = [[decode([i], skip_special_tokens=False).strip() for i in row] for row in ids.tolist()]
+    span = f"cosines {cosines[:, 0].min():.2f} to {cosines[:, 0].max():.2f}"
+    if len(words) != len(no_words):  # image tokens that are no patches have no place in a figure
+        nearest = ", ".join(row[0] for row in words)
+        shared.say(
+            f"  (no words.png: {len(words)} image tokens of no place, nearest words {nearest}; {span})"
+        )
+        return no_words
+    _save(
+        plots.draw_words(seen.pixel_values, [row[0] for row in words], cosines[:, 0]),
+        out / "words.png",
+        f"nearest word of each image token, {span}",
+    )
+    return words
 
 
 def _draw_mask(tokens: list[str], visible: Tensor, out: Path) -> None:

@@ -41,9 +41,8 @@ class Inspection:
         Tensor | None
     )  # [A, layers, H, N], where the writer of each word looks in the decoder; the rest: text
     rollout: Tensor | None  # [A, N], the same through all layers of decoder and tower, down to the patches
-    image_tokens: (
-        Tensor  # [n, D], what the decoder gets of the picture; n = N where each patch keeps its place
-    )
+    # [n, D], what the decoder reads in place of words, if it does; n = N where each patch keeps its place
+    image_tokens: Tensor | None
     sureness: Callable[[Tensor], Tensor]  # pictures [B, C, height, width] -> [B], log-odds of the answer
 
 
@@ -89,6 +88,8 @@ def inspect_answer(
     is_image[prompt_ids.shape[1] :] = False
     # Before the decoder's maps come those of the picture, once more.
     tower, decoder, attention, rollout = _sorted(model, encoding, maps[len(encoding) :], is_image)
+    width = model.language_model.embed_tokens.weight.shape[1]
+    in_row = image_tokens.shape[1:] == (int(is_image.sum()), width)
     at_once = max(1, MOST_LOGITS // (input_ids.shape[1] * vocabulary))  # pictures
 
     def sureness(pixel_values: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def inspect_answer(
         tower=torch.stack([layer[0] for layer in tower]).float(),
         attention=None if attention is None else attention[:, :, writers].permute(2, 0, 1, 3).float(),
         rollout=None if rollout is None else rollout[writers],
-        image_tokens=image_tokens[0].float(),
+        image_tokens=image_tokens[0].float() if in_row else None,
         sureness=sureness,
     )
 

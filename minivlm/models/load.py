@@ -13,6 +13,7 @@ from minivlm.checkpoints.hub import OPEN_CLIP, describe, find_folder
 from minivlm.errors import InputError
 from minivlm.models import clip, open_clip, paligemma, siglip, vit
 from minivlm.models.miniatures.clipcap import ClipCap
+from minivlm.models.miniatures.flamingo import Flamingo
 from minivlm.models.miniatures.visualbert import VisualBERT
 from minivlm.models.protocols import Answers, Matches
 from minivlm.processing import AnswerProcessor, PairProcessor
@@ -43,6 +44,7 @@ SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "vit": System(vit.open_folder, "classifies"),
     "clipcap": System(ClipCap.open_folder, "answers"),
     "visual_bert": System(VisualBERT.open_folder, "answers"),
+    "flamingo": System(Flamingo.open_folder, "answers"),
 }
 
 

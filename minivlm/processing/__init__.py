@@ -9,6 +9,7 @@ from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_c
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
 from minivlm.processing.inputs import AnswerProcessor, to_device
+from minivlm.processing.interleaved import interleave, interleaved_labels
 from minivlm.processing.masks import (
     Mask,
     codes_to_text,
@@ -43,6 +44,8 @@ __all__ = [
     "build_tokenizer",
     "codes_to_text",
     "crop_mask",
+    "interleave",
+    "interleaved_labels",
     "load_codebook",
     "load_picture",
     "mask_iou",

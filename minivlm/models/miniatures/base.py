@@ -81,6 +81,7 @@ class Miniature(Writes):
     """The two parts, and what all ways have in common."""
 
     config_class: ClassVar[type[MiniatureConfig]]
+    cache_class: ClassVar[type[KVCache]] = KVCache
     config: MiniatureConfig
 
     def __init__(self, config: MiniatureConfig) -> None:
@@ -98,6 +99,10 @@ class Miniature(Writes):
         """pixel_values [B, C, height, width] -> what the decoder gets of a picture, [B, n, D]."""
         raise NotImplementedError
 
+    def encode_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor | None:
+        """The pictures of a batch, or None without any; where they stand in the text may matter."""
+        return None if pixel_values is None else self.encode_image(pixel_values)
+
     def read(
         self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
@@ -113,15 +118,19 @@ class Miniature(Writes):
         Raises ValueError: the numbers of placeholders and image features differ.
         """
         is_image = input_ids == self.config.image_token_id
-        features = 0 if image is None else image.shape[0] * image.shape[1]
-        if int(is_image.sum()) != features:
-            raise ValueError(
-                f"input_ids hold {int(is_image.sum())} image placeholders and the pictures give {features} "
-                f"image features: each picture needs {self.config.num_image_tokens} placeholders; let the "
-                "processor build both"
-            )
+        self.check_placeholders(is_image, image)
         inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
         return inputs_embeds if image is None else inputs_embeds.masked_scatter(is_image[..., None], image)
+
+    def check_placeholders(self, is_image: Tensor, image: Tensor | None) -> None:
+        """Raise ValueError unless is_image [B, T] has a place for each of M pictures [M, ...]."""
+        pictures, found = 0 if image is None else len(image), int(is_image.sum())
+        each = self.config.num_image_tokens
+        if found != pictures * each:
+            raise ValueError(
+                f"input_ids hold {found} image placeholders and there are {pictures} pictures: each needs "
+                f"{each} of them, in the order of the rows; let the processor build both"
+            )
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., D] -> scores [..., V]."""
@@ -149,7 +158,7 @@ class Miniature(Writes):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         check_rows(input_ids, attention_mask, token_type_ids)
-        image = None if pixel_values is None else self.encode_image(pixel_values)
+        image = self.encode_images(input_ids, pixel_values)
         return self.output(self.read(input_ids, attention_mask, image), labels)
 
     def prefill(
@@ -167,7 +176,7 @@ class Miniature(Writes):
         Raises ValueError: rows that `check_rows` refuses.
         """
         check_rows(input_ids, attention_mask, token_type_ids)
-        image = None if pixel_values is None else self.encode_image(pixel_values)
+        image = self.encode_images(input_ids, pixel_values)
         cache = self.new_cache(len(input_ids))
         return last_hidden_states(self.read(input_ids, attention_mask, image, cache), attention_mask), cache
 
@@ -179,7 +188,7 @@ class Miniature(Writes):
         """An empty cache of the decoder's shape."""
         text, table = self.config.text, self.language_model.embed_tokens.weight
         heads = text.num_attention_heads
-        return KVCache(
+        return self.cache_class(
             text.num_hidden_layers, rows, heads, text.head_dim, dtype=table.dtype, device=table.device
         )
 
