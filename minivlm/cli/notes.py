@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from minivlm.processing import Tokenizer
+from minivlm.processing import BaseTokenizer
 
 SMALL_VOCABULARY = 10_000  # tokens; a larger one has pieces for any word
 WIDEST = 2.0  # longer side by shorter side
@@ -22,7 +22,7 @@ def of_picture(width: int, height: int) -> Iterator[str]:
         )
 
 
-def of_prompt(prompt: str, tokenizer: Tokenizer) -> Iterator[str]:
+def of_prompt(prompt: str, tokenizer: BaseTokenizer) -> Iterator[str]:
     """Notes about the words of a prompt."""
     unknown = unknown_words(prompt, tokenizer)
     if unknown:
@@ -37,7 +37,7 @@ def of_answer(confidence: float | None, repeats: bool) -> Iterator[str]:
         yield f"the model is not sure: it gives a word of this answer a probability of {confidence:.0%}"
 
 
-def unknown_words(prompt: str, tokenizer: Tokenizer) -> list[str]:
+def unknown_words(prompt: str, tokenizer: BaseTokenizer) -> list[str]:
     """Words that the vocabulary spells in bytes, and those that a small one spells in pieces."""
     tokens = tokenizer.backend.id_to_token
     unknown = []

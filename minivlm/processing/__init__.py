@@ -19,12 +19,13 @@ from minivlm.processing.masks import (
 )
 from minivlm.processing.pairs import PairProcessor
 from minivlm.processing.paligemma import Processor
-from minivlm.processing.tokens import Tokenizer, add_image_tokens_to_prompt, build_tokenizer
+from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 
 __all__ = [
     "CLIP_CAPTIONS",
     "SIGLIP_CAPTIONS",
     "AnswerProcessor",
+    "BaseTokenizer",
     "Box",
     "CLIPImageProcessor",
     "CaptionForm",

@@ -25,8 +25,7 @@ from minivlm.errors import InputError
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
-from minivlm.processing.inputs import Inputs, to_device
-from minivlm.processing.paligemma import IGNORE
+from minivlm.processing.inputs import IGNORE, Inputs, to_device
 from minivlm.training.digest import digest_of_lines
 from minivlm.training.limits import check_numbers, check_warmup, require_room
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
