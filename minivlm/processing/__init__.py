@@ -9,6 +9,8 @@ from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_c
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
 from minivlm.processing.inputs import AnswerProcessor, to_device
+from minivlm.processing.llama_tokens import LlamaTokenizer
+from minivlm.processing.llava import LlavaImageProcessor, LlavaProcessor
 from minivlm.processing.masks import (
     Mask,
     codes_to_text,
@@ -31,6 +33,9 @@ __all__ = [
     "CaptionForm",
     "CaptionTokenizer",
     "ImageProcessor",
+    "LlamaTokenizer",
+    "LlavaImageProcessor",
+    "LlavaProcessor",
     "Mask",
     "MaskCodebook",
     "MaskCodebookConfig",

@@ -66,8 +66,13 @@ class CLIPImageProcessor(ImageProcessor):
         upright = image.height > image.width
         size = (self.image_size, resized) if upright else (resized, self.image_size)
         image = image.resize(size, Image.Resampling(self.resample))
-        left, top = (round((side - self.image_size) / 2) for side in image.size)  # as torchvision, see above
+        left, top = (self.margin(side - self.image_size) for side in image.size)
         return image.crop((left, top, left + self.image_size, top + self.image_size))
+
+    @staticmethod
+    def margin(spare: int) -> int:
+        """Half of the pixels that are left over, as torchvision rounds it, see above."""
+        return round(spare / 2)
 
     @classmethod
     def _read_size(cls, values: Mapping[str, Any]) -> int:

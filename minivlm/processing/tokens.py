@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -176,6 +176,22 @@ def backend_of(folder: str | Path, system: str) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise InputError(f"{folder} has no tokenizer.json: use a {system} checkpoint folder")
     return read_backend(path)
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file beside tokenizer.json; empty without the file.
+
+    Raises InputError: it is not JSON, or not an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} contains no settings: download it again")
+    return values
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
