@@ -10,6 +10,7 @@ Of a model that matches: one text, and how well it fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Inspection:
     tokens: list[str]  # S, those of picture, prompt and answer; a newline is \\n
     visible: Tensor  # [S, S], boolean, who looks at whom in the decoder
     pixel_values: Tensor  # [C, height, width], as the tower gets them
-    tower: Tensor  # [layers, H, N, N], where patches look in the image tower
+    tower: Tensor  # [layers, H, N, N], where patches look; rows sum to less than 1 beside a class token
     attention: Tensor  # [A, layers, H, N], where the writer of each word looks in the decoder; the rest: text
     rollout: Tensor  # [A, N], the same through all layers of decoder and tower, down to the patches
     image_tokens: Tensor  # [N, D], what the decoder gets in place of patches
@@ -86,7 +87,11 @@ def inspect_answer(
     is_image = (input_ids == tokenizer.image_id)[0]
     is_image[prompt_ids.shape[1] :] = False
     attention = torch.stack([layer[0, :, writers][..., is_image] for layer in decoder])  # [layers, H, A, N]
-    rollout = attention_rollout(decoder)[0, writers][:, is_image] @ attention_rollout(tower)[0]
+    # A class token comes before the patches. It may end in the tower, or be an image token as well.
+    patch = model.vision_tower.embeddings.patch_embedding.kernel_size
+    patches = math.prod(side // step for side, step in zip(pixel_values.shape[2:], patch, strict=True))  # N
+    through_tower = attention_rollout(tower)[0, -image_tokens.shape[1] :, -patches:]
+    rollout = attention_rollout(decoder)[0, writers][:, is_image] @ through_tower
     at_once = max(1, MOST_LOGITS // (input_ids.shape[1] * vocabulary))  # pictures
 
     def sureness(pixel_values: Tensor) -> Tensor:
@@ -100,10 +105,10 @@ def inspect_answer(
         tokens=[_shown(tokenizer.decode([i], skip_special_tokens=False)) for i in input_ids[0].tolist()],
         visible=visible(decoder),
         pixel_values=pixel_values[0],
-        tower=torch.stack([layer[0] for layer in tower]).float(),
-        attention=attention.permute(2, 0, 1, 3).float(),
+        tower=torch.stack([layer[0, :, -patches:, -patches:] for layer in tower]).float(),
+        attention=attention[..., -patches:].permute(2, 0, 1, 3).float(),
         rollout=rollout,
-        image_tokens=image_tokens[0].float(),
+        image_tokens=image_tokens[0, -patches:].float(),
         sureness=sureness,
     )
 

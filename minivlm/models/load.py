@@ -11,7 +11,7 @@ import torch
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
 from minivlm.checkpoints.hub import find_folder, read_config
 from minivlm.errors import InputError
-from minivlm.models import clip, paligemma, siglip, vit
+from minivlm.models import clip, llava, paligemma, siglip, vit
 from minivlm.models.protocols import Answers, Matches
 from minivlm.processing import AnswerProcessor, PairProcessor
 from minivlm.speed import speed_up
@@ -32,6 +32,7 @@ class System(NamedTuple):
 
 SYSTEMS = {  # model_type in config.json -> what opens its folder
     "paligemma": System(paligemma.open_folder, "answers"),
+    "llava": System(llava.open_folder, "answers"),
     "clip": System(clip.open_folder, "matches"),
     "siglip": System(siglip.open_folder, "matches"),
     "vit": System(vit.open_folder, "classifies"),
@@ -62,8 +63,8 @@ def load(
         kind: accept only models that answer, match or classify.
 
     Returns:
-        The types depend on the folder's config.json: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
-        `PairProcessor`, `ViT` and `ViTImageProcessor`.
+        The types depend on the folder's config.json: `PaliGemma` and `Processor`, `Llava` and
+        `LlavaProcessor`, `CLIP` or `SigLIP` and `PairProcessor`, `ViT` and `ViTImageProcessor`.
 
     Raises:
         InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files

@@ -16,7 +16,7 @@ config tells `build_decoder` which one to build.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,11 @@ from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
-    GENERATION,
     PICTURES,
     TOKENIZER,
     check_vocabulary,
     find_folder,
     read_config,
-    read_json,
     require_equal,
     special_ids,
 )
@@ -301,7 +299,7 @@ class PaliGemma(nn.Module):
         Raises InputError: see `minivlm.checkpoints`.
         """
         folder = find_folder(name)
-        config = _with_other_files(folder, PaliGemmaConfig.from_dict(read_config(folder)))
+        config = weights.with_other_files(folder, PaliGemmaConfig.from_dict(read_config(folder)))
         return weights.load_model(cls, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -330,20 +328,6 @@ def open_folder(
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
     ids = processor.tokenizer.backend.get_vocab().values()
     check_vocabulary(folder, config.text.vocab_size, (i for i in ids if i != image_id))  # it is a placeholder
-    config = _with_other_files(folder, config)
+    config = weights.with_other_files(folder, config)
     model = weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
     return model, processor
-
-
-def _with_other_files(folder: Path, config: PaliGemmaConfig) -> PaliGemmaConfig:
-    """The config with what other files of the folder say, which win over config.json.
-
-    The head is untied if the weights have both a head and an embedding table. An id that is not in
-    generation_config.json is that of config.json; transformers would then answer without an end.
-    """
-    if (folder / GENERATION).is_file():
-        config = replace(config, **special_ids(read_json(folder, GENERATION)))
-    names = weights.read_tensors(folder)
-    if all(any(name.endswith(end) for name in names) for end in ("lm_head.weight", "embed_tokens.weight")):
-        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-    return config

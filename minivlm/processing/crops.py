@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from minivlm.errors import InputError
-from minivlm.processing.images import BILINEAR, ImageProcessor, to_rgb
+from minivlm.processing.images import BILINEAR, Fitted, ImageProcessor, to_rgb
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class CLIPImageProcessor(ImageProcessor):
 
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def fitted(self) -> Fitted:
+        """How a long picture becomes a square."""
+        return "cropped"
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Any picture -> its center as RGB of image_size x image_size.

@@ -23,7 +23,7 @@ from minivlm.errors import InputError
 from minivlm.files import write_aside
 from minivlm.processing.chat import SYSTEM, Turn, chat_template, encode_caption, encode_chat, system_of
 from minivlm.processing.crops import CLIPImageProcessor
-from minivlm.processing.images import to_rgb
+from minivlm.processing.images import Fitted, to_rgb
 from minivlm.processing.inputs import Inputs, Picture, Row
 from minivlm.processing.llama_tokens import LlamaTokenizer
 from minivlm.processing.rows import Pictures, RowProcessor, as_list, open_rows
@@ -40,6 +40,11 @@ class LlavaImageProcessor(CLIPImageProcessor):
 
     image_size: int = 336
     do_pad: bool = False
+
+    @property
+    def fitted(self) -> Fitted:
+        """How a long picture becomes a square."""
+        return "padded" if self.do_pad else "cropped"
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Any picture -> RGB of image_size x image_size: padded to a square, or its middle.
@@ -121,11 +126,17 @@ class LlavaProcessor(RowProcessor):
         self.image_seq_length = patches + (vision_feature_select_strategy == "full")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, patch_size: int | None = None) -> LlavaProcessor:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str = "default",
+    ) -> LlavaProcessor:
         """Load tokenizer.json, preprocessor_config.json, processor_config.json and the chat template.
 
         Args:
-            patch_size: where processor_config.json lacks it, as in old folders.
+            patch_size, vision_feature_select_strategy: where processor_config.json lacks them, as in old
+                folders.
 
         The first sentence of a chat is that of the folder's template; without a template, Vicuna's.
 
@@ -141,7 +152,7 @@ class LlavaProcessor(RowProcessor):
             LlamaTokenizer.from_pretrained(folder),
             LlavaImageProcessor.from_pretrained(folder),
             patch_size,
-            values.get("vision_feature_select_strategy") or "default",
+            values.get("vision_feature_select_strategy") or vision_feature_select_strategy,
             SYSTEM if template is None else system_of(template),
         )
 
