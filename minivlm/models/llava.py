@@ -95,7 +95,9 @@ class LlavaConfig:
         expect(values, "config.json", "projector_hidden_act", "gelu")
         expect(values, "config.json", "multimodal_projector_bias", True)
         text = dict(part_of(values, "text_config"))
-        text.setdefault("tie_word_embeddings", values.get("tie_word_embeddings"))
+        # In transformers, the head is tied if either of two places says so.
+        tied = "tie_word_embeddings"
+        text[tied] = text.get(tied) or values.get(tied) or False
         image_id = values.get("image_token_id", values.get("image_token_index"))
         return cls(
             vision=CLIPVisionConfig.from_dict(part_of(values, "vision_config")),
