@@ -37,6 +37,7 @@ from minivlm.checkpoints.hub import (
     special_ids,
 )
 from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS
+from minivlm.checkpoints.weights import with_other_files as _with_other_files
 from minivlm.configs import check_types, known
 from minivlm.errors import InputError
 from minivlm.generate import generate, stream
@@ -299,7 +300,7 @@ class PaliGemma(nn.Module):
         Raises InputError: see `minivlm.checkpoints`.
         """
         folder = find_folder(name)
-        config = weights.with_other_files(folder, PaliGemmaConfig.from_dict(read_config(folder)))
+        config = _with_other_files(folder, PaliGemmaConfig.from_dict(read_config(folder)))
         return weights.load_model(cls, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -328,6 +329,6 @@ def open_folder(
     require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
     ids = processor.tokenizer.backend.get_vocab().values()
     check_vocabulary(folder, config.text.vocab_size, (i for i in ids if i != image_id))  # it is a placeholder
-    config = weights.with_other_files(folder, config)
+    config = _with_other_files(folder, config)
     model = weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
     return model, processor
