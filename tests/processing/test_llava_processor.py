@@ -29,7 +29,7 @@ from minivlm.processing.chat import SYSTEM, chat_template, encode_chat
 from minivlm.processing.tokens import LOC_TOKENS
 
 SIDE, PATCH, N = 28, 14, 4
-SIZES = [(28, 28), (56, 56), (40, 30), (30, 41), (7, 90), (301, 97), (1, 1)]
+SIZES = [(28, 28), (56, 56), (59, 28), (40, 30), (30, 41), (7, 90), (301, 97), (1, 1)]
 PROMPTS = ["what is it?", "what color is the circle?", "<image> é </s>?"]
 ANSWERS = ["a red star", "it is green", "3"]
 
