@@ -4,8 +4,8 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, CLIP, SigLIP, ViT    what `load` returns, and what it returns beside them:
-    Processor, PairProcessor        pictures and words in, tensors out, and back
+    PaliGemma, Llava, CLIP, SigLIP, ViT         what `load` returns, and what it returns beside them:
+    Processor, LlavaProcessor, PairProcessor    pictures and words in, tensors out, and back
 
 >>> import minivlm
 >>> minivlm.answer("photo.jpg", "caption en")
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from minivlm.errors import InputError
     from minivlm.models.answering import answer
     from minivlm.models.clip import CLIP, CLIPConfig
+    from minivlm.models.llava import Llava, LlavaConfig
     from minivlm.models.load import load
     from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
-    from minivlm.processing import PairProcessor, Processor
+    from minivlm.processing import LlavaProcessor, PairProcessor, Processor
     from minivlm.text.gemma import GemmaConfig
     from minivlm.text.gemma2 import Gemma2Config
     from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
@@ -42,6 +43,9 @@ __all__ = [
     "Gemma2Config",
     "GemmaConfig",
     "InputError",
+    "Llava",
+    "LlavaConfig",
+    "LlavaProcessor",
     "PairProcessor",
     "PaliGemma",
     "PaliGemmaConfig",
@@ -60,11 +64,12 @@ _HOMES = {
     "errors": "InputError",
     "models.answering": "answer",
     "models.clip": "CLIP CLIPConfig",
+    "models.llava": "Llava LlavaConfig",
     "models.load": "load",
     "models.paligemma": "PaliGemma PaliGemmaConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "PairProcessor Processor",
+    "processing": "LlavaProcessor PairProcessor Processor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",
     "vision.siglip": "SiglipVisionConfig SiglipVisionModel",

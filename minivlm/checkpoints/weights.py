@@ -14,8 +14,9 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,18 @@ IGNORED_BUFFER = re.compile(r"(^|\.)embeddings\.position_ids$")
 HEAD, TABLE = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
 
 Config = TypeVar("Config")
+AnswerConfig = TypeVar("AnswerConfig", bound="HasText")
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class HasText(Protocol):
+    """A config with a decoder's part."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def text(self) -> Any:
+        """The decoder's part."""
 
 
 def read_tensors(folder: Path, file: str = WEIGHTS) -> dict[str, Tensor]:
@@ -154,6 +166,21 @@ def load_model(
         if reset_buffers is not None:  # buffers that are in no file are still on the meta device
             reset_buffers()
     return model.eval()
+
+
+def with_other_files(folder: Path, config: AnswerConfig) -> AnswerConfig:
+    """A config of a model that answers, with what other files of its folder say: they win over config.json.
+
+    The head is untied if the weights have both a head and an embedding table. An id that is not in
+    generation_config.json is that of config.json; transformers would then answer without an end.
+    """
+    changes: dict[str, Any] = {}
+    if (folder / GENERATION).is_file():
+        changes = special_ids(read_json(folder, GENERATION))
+    names = read_tensors(folder)
+    if all(any(name.endswith(end) for name in names) for end in ("lm_head.weight", "embed_tokens.weight")):
+        changes["text"] = replace(config.text, tie_word_embeddings=False)
+    return replace(config, **changes)
 
 
 class _Uninitialized(TorchFunctionMode):

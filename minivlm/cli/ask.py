@@ -141,7 +141,7 @@ def _ask(
         for box in found["boxes"]:
             shared.say(f"  {box['name']}: {box['box']}")
     for note in (
-        *(notes.of_picture(*picture.size) if first else ()),
+        *(notes.of_picture(*picture.size, loaded[1].image_processor) if first else ()),
         *notes.of_prompt(prompt, loaded[1].tokenizer),
         *notes.of_answer(stream.confidence, stream.repeats),
     ):

@@ -5,24 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from minivlm.processing import Tokenizer
+from minivlm.processing import BaseTokenizer, ImageProcessor
 
 SMALL_VOCABULARY = 10_000  # tokens; a larger one has pieces for any word
 WIDEST = 2.0  # longer side by shorter side
 LEAST_SURE = 0.5  # below, the model would have said something else nearly as gladly
 
 
-def of_picture(width: int, height: int) -> Iterator[str]:
+SEEN = {
+    "squeezed": "sees it squeezed into a square: boxes may be off, a part near a square is understood better",
+    "cropped": "sees only the square in its middle: crop it to the part that matters",
+    "padded": "sees it small, between two bars: a part near a square is understood better",
+}
+
+
+def of_picture(width: int, height: int, image_processor: ImageProcessor) -> Iterator[str]:
     """Notes about a picture of this size."""
     ratio = max(width, height) / min(width, height)
     if ratio > WIDEST:
-        yield (
-            f"the picture is {width} x {height}, and the model sees it squeezed into a square: "
-            "boxes may be off, a part near a square is understood better"
-        )
+        yield f"the picture is {width} x {height}, and the model {SEEN[image_processor.fitted]}"
 
 
-def of_prompt(prompt: str, tokenizer: Tokenizer) -> Iterator[str]:
+def of_prompt(prompt: str, tokenizer: BaseTokenizer) -> Iterator[str]:
     """Notes about the words of a prompt."""
     unknown = unknown_words(prompt, tokenizer)
     if unknown:
@@ -37,7 +41,7 @@ def of_answer(confidence: float | None, repeats: bool) -> Iterator[str]:
         yield f"the model is not sure: it gives a word of this answer a probability of {confidence:.0%}"
 
 
-def unknown_words(prompt: str, tokenizer: Tokenizer) -> list[str]:
+def unknown_words(prompt: str, tokenizer: BaseTokenizer) -> list[str]:
     """Words that the vocabulary spells in bytes, and those that a small one spells in pieces."""
     tokens = tokenizer.backend.id_to_token
     unknown = []

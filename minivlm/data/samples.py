@@ -93,13 +93,11 @@ def _read_line(
     picture is missing or damaged.
     """
     image, prefix, suffix = read_texts(line, KEYS, {"suffix": empty_answer})
-    tokenizer = processor.tokenizer
     for key, text in (("prefix", prefix), ("suffix", suffix)):
-        check_marks(text, key, tokenizer.specials.values())
+        check_marks(text, key, processor.tokenizer.specials.values())
         _check_words(text)
     _check_boxes(suffix)
-    length = len(tokenizer.encode_prefix(prefix, processor.image_seq_length))
-    length += len(tokenizer.encode_suffix(suffix))
+    length = len(processor.encode_row(prefix, suffix).ids)
     if length > max_length:
         raise InputError(
             f"picture, prefix and suffix have {length} tokens, over the limit of {max_length}: shorten them"

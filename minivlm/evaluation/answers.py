@@ -22,7 +22,7 @@ from minivlm.evaluation.tables import Metric, Table
 from minivlm.evaluation.waiting import Bar, evenly_spread
 from minivlm.generate import explain_nonfinite
 from minivlm.models.protocols import Answers
-from minivlm.processing import AnswerProcessor, Tokenizer, box_to_tokens, text_to_boxes, to_device
+from minivlm.processing import AnswerProcessor, BaseTokenizer, box_to_tokens, text_to_boxes, to_device
 from minivlm.world.questions import TASKS, Example, ask
 from minivlm.world.renderers import find_browser
 from minivlm.world.scenes import Scene, Split, make_scene
@@ -198,7 +198,7 @@ def box_scores(
     return scores
 
 
-def _places(tokenizer: Tokenizer, ids: Sequence[int], texts: Sequence[str]) -> Iterator[slice]:
+def _places(tokenizer: BaseTokenizer, ids: Sequence[int], texts: Sequence[str]) -> Iterator[slice]:
     """Where in the ids each of these texts stands, from left to right."""
     start = 0
     for text in texts:

@@ -10,6 +10,7 @@ Of a model that matches: one text, and how well it fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,10 +37,10 @@ class Inspection:
     tokens: list[str]  # S, those of picture, prompt and answer; a newline is \\n
     visible: Tensor  # [S, S], boolean, who looks at whom in the decoder
     pixel_values: Tensor  # [C, height, width], as the tower gets them
-    tower: Tensor  # [layers, H, N, N], where patches look in the image tower
+    tower: Tensor  # [layers, H, N, N], where patches look; rows sum to less than 1 beside a class token
     attention: (
         Tensor | None
-    )  # [A, layers, H, N], where the writer of each word looks in the decoder; the rest: text
+    )  # [A, layers, H, N], where each word's writer looks in the decoder; the rest: text
     rollout: Tensor | None  # [A, N], the same through all layers of decoder and tower, down to the patches
     # [n, D], what the decoder reads in place of words, if it does; n = N where each patch keeps its place
     image_tokens: Tensor | None
@@ -86,8 +87,10 @@ def inspect_answer(
         vocabulary = logits_of_words(pixel_values).shape[-1]
     is_image = (input_ids == tokenizer.image_id)[0]
     is_image[prompt_ids.shape[1] :] = False
+    patch = model.vision_tower.embeddings.patch_embedding.kernel_size
+    patches = math.prod(side // step for side, step in zip(pixel_values.shape[2:], patch, strict=True))  # N
     # Before the decoder's maps come those of the picture, once more.
-    tower, decoder, attention, rollout = _sorted(model, encoding, maps[len(encoding) :], is_image)
+    tower, decoder, attention, rollout = _sorted(model, encoding, maps[len(encoding) :], is_image, patches)
     width = model.language_model.embed_tokens.weight.shape[1]
     in_row = image_tokens.shape[1:] == (int(is_image.sum()), width)
     at_once = max(1, MOST_LOGITS // (input_ids.shape[1] * vocabulary))  # pictures
@@ -103,22 +106,23 @@ def inspect_answer(
         tokens=[_shown(tokenizer.decode([i], skip_special_tokens=False)) for i in input_ids[0].tolist()],
         visible=visible(decoder),
         pixel_values=pixel_values[0],
-        tower=torch.stack([layer[0] for layer in tower]).float(),
+        tower=torch.stack([layer[0, :, -patches:, -patches:] for layer in tower]).float(),
         attention=None if attention is None else attention[:, :, writers].permute(2, 0, 1, 3).float(),
         rollout=None if rollout is None else rollout[writers],
-        image_tokens=image_tokens[0].float() if in_row else None,
+        image_tokens=image_tokens[0, -patches:].float() if in_row else None,
         sureness=sureness,
     )
 
 
 def _sorted(
-    model: Answers, encoding: list[Tensor], reading: list[Tensor], is_image: Tensor
+    model: Answers, encoding: list[Tensor], reading: list[Tensor], is_image: Tensor, patches: int
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Attention maps by where they come from.
 
     Args:
         encoding, reading: maps [1, H, T, S] of the picture's way to the decoder, and of the decoder.
         is_image: [S], which tokens of the row are placeholders.
+        patches: N. A class token comes before them; it may end in the tower, or be an image token as well.
 
     Returns:
         Those of the tower, those of the decoder among its own tokens, where each token looks in the picture
@@ -130,8 +134,9 @@ def _sorted(
             return tower, decoder, None, None
         return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]
     attention = torch.stack([layer[0][..., is_image] for layer in reading])
-    rollout = attention_rollout(reading)[0][:, is_image] @ attention_rollout(encoding)[0]
-    return encoding, reading, attention, rollout
+    through_tower = attention_rollout(encoding)[0, -attention.shape[-1] :, -patches:]
+    rollout = attention_rollout(reading)[0][:, is_image] @ through_tower
+    return encoding, reading, attention[..., -patches:], rollout
 
 
 def _shown(token: str) -> str:

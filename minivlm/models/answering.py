@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minivlm.models.load import load_answering
 from minivlm.models.protocols import Answers
-from minivlm.processing import AnswerProcessor, Tokenizer, to_device
+from minivlm.processing import AnswerProcessor, BaseTokenizer, to_device
 from minivlm.processing.inputs import Picture
 
 MOST_REPEATS = 8  # of one token in a row; after them an answer is stopped
@@ -100,7 +100,7 @@ class _Noting:
         return self.last
 
 
-def _probability(logits: Tensor, token_id: int, tokenizer: Tokenizer) -> float:
+def _probability(logits: Tensor, token_id: int, tokenizer: BaseTokenizer) -> float:
     """Of a token, or of all of its kind, after scores [V]."""
     kinds = (tokenizer.loc_ids, tokenizer.seg_ids)
     alike = next((kind for kind in kinds if token_id in kind), [token_id])

@@ -13,7 +13,7 @@ caption, and says less about single places.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,22 @@ from torch import Tensor, nn
 from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
-from minivlm.checkpoints.hub import GENERATION, find_folder, read_config, read_json, special_ids
+from minivlm.checkpoints.hub import (
+    PICTURES,
+    TOKENIZER,
+    check_vocabulary,
+    find_folder,
+    read_config,
+    require_equal,
+    special_ids,
+)
 from minivlm.checkpoints.layouts import LLAVA_LAYOUTS
 from minivlm.configs import check_types, expect, known, part_of, require_system
 from minivlm.errors import InputError
 from minivlm.generate import generate, stream
+from minivlm.processing import LlavaProcessor
 from minivlm.processing.inputs import check_rows
+from minivlm.processing.llava import SETTINGS
 from minivlm.text.llama import LlamaConfig, LlamaDecoder
 from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
 
@@ -85,7 +95,9 @@ class LlavaConfig:
         expect(values, "config.json", "projector_hidden_act", "gelu")
         expect(values, "config.json", "multimodal_projector_bias", True)
         text = dict(part_of(values, "text_config"))
-        text.setdefault("tie_word_embeddings", values.get("tie_word_embeddings"))
+        # In transformers, the head is tied if either of two places says so.
+        tied = "tie_word_embeddings"
+        text[tied] = text.get(tied) or values.get(tied) or False
         image_id = values.get("image_token_id", values.get("image_token_index"))
         return cls(
             vision=CLIPVisionConfig.from_dict(part_of(values, "vision_config")),
@@ -190,6 +202,7 @@ class Llava(nn.Module):
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> LlavaOutput:
         """Logits at every position, and the loss if labels are given.
@@ -198,6 +211,8 @@ class Llava(nn.Module):
             input_ids: [B, S].
             pixel_values: [pictures, C, height, width] or None for text only.
             attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
+            token_type_ids: taken, as by every model that answers, and not used: prompt and answer are read
+                alike, from left to right.
             labels: [B, S], -100 where there is no loss.
 
         Raises ValueError: rows that `check_rows` refuses.
@@ -286,11 +301,34 @@ class Llava(nn.Module):
         Raises InputError: see `minivlm.checkpoints`.
         """
         folder = find_folder(name)
-        config = LlavaConfig.from_dict(read_config(folder))
-        if (folder / GENERATION).is_file():  # it wins over config.json
-            config = replace(config, **special_ids(read_json(folder, GENERATION)))
+        config = weights.with_other_files(folder, LlavaConfig.from_dict(read_config(folder)))
         return weights.load_model(cls, config, folder, LLAVA_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors in the Hub's layout, which transformers loads too."""
         weights.save_model(self, self.config.to_dict(), Path(folder), LLAVA_LAYOUTS["hub"])
+
+
+def open_folder(
+    folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
+) -> tuple[Llava, LlavaProcessor]:
+    """Load the model and processor of a folder whose config.json holds `values`.
+
+    The processor comes first: errors in its small files show up before the large ones are read.
+
+    Raises InputError: the files do not match each other; otherwise as in `Llava.from_pretrained`.
+    """
+    config = LlavaConfig.from_dict(values)
+    processor = LlavaProcessor.from_pretrained(
+        folder, config.vision.patch_size, config.vision_feature_select_strategy
+    )
+    image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
+    require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)
+    require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
+    tokens = processor.image_seq_length
+    require_equal(folder, "the number of image tokens", config.num_image_tokens, tokens, SETTINGS)
+    ids = processor.tokenizer.backend.get_vocab().values()
+    check_vocabulary(folder, config.text.vocab_size, (i for i in ids if i != image_id))  # it is a placeholder
+    config = weights.with_other_files(folder, config)
+    model = weights.load_model(Llava, config, folder, LLAVA_LAYOUTS, dtype=dtype, device=device)
+    return model, processor

@@ -11,7 +11,7 @@ import torch
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
 from minivlm.checkpoints.hub import OPEN_CLIP, describe, find_folder
 from minivlm.errors import InputError
-from minivlm.models import clip, open_clip, paligemma, siglip, vit
+from minivlm.models import clip, llava, open_clip, paligemma, siglip, vit
 from minivlm.models.miniatures.clipcap import ClipCap
 from minivlm.models.miniatures.flamingo import Flamingo
 from minivlm.models.miniatures.visualbert import VisualBERT
@@ -38,6 +38,7 @@ class System(NamedTuple):
 
 SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "paligemma": System(paligemma.open_folder, "answers"),
+    "llava": System(llava.open_folder, "answers"),
     "clip": System(clip.open_folder, "matches"),
     "open_clip": System(open_clip.open_folder, "matches", OPEN_CLIP[1]),
     "siglip": System(siglip.open_folder, "matches"),
@@ -72,9 +73,9 @@ def load(
         kind: accept only models that answer, match or classify.
 
     Returns:
-        The types depend on the folder's config.json: `PaliGemma` and `Processor`, `CLIP` or `SigLIP` and
-        `PairProcessor`, `ViT` and `ViTImageProcessor`. A folder of open_clip, which has a config of its own,
-        gives a `CLIP` or a `ResNetCLIP` and a `PairProcessor`.
+        The types depend on the folder's config.json: `PaliGemma` and `Processor`, `Llava` and
+        `LlavaProcessor`, `CLIP` or `SigLIP` and `PairProcessor`, `ViT` and `ViTImageProcessor`. A folder of
+        open_clip, which has a config of its own, gives a `CLIP` or a `ResNetCLIP` and a `PairProcessor`.
 
     Raises:
         InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files

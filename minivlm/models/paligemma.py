@@ -16,7 +16,7 @@ config tells `build_decoder` which one to build.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,16 @@ from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
-    GENERATION,
     PICTURES,
     TOKENIZER,
     check_vocabulary,
     find_folder,
     read_config,
-    read_json,
     require_equal,
     special_ids,
 )
 from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS
+from minivlm.checkpoints.weights import with_other_files as _with_other_files
 from minivlm.configs import check_types, known
 from minivlm.errors import InputError
 from minivlm.generate import generate, stream
@@ -333,17 +332,3 @@ def open_folder(
     config = _with_other_files(folder, config)
     model = weights.load_model(PaliGemma, config, folder, PALIGEMMA_LAYOUTS, dtype=dtype, device=device)
     return model, processor
-
-
-def _with_other_files(folder: Path, config: PaliGemmaConfig) -> PaliGemmaConfig:
-    """The config with what other files of the folder say, which win over config.json.
-
-    The head is untied if the weights have both a head and an embedding table. An id that is not in
-    generation_config.json is that of config.json; transformers would then answer without an end.
-    """
-    if (folder / GENERATION).is_file():
-        config = replace(config, **special_ids(read_json(folder, GENERATION)))
-    names = weights.read_tensors(folder)
-    if all(any(name.endswith(end) for name in names) for end in ("lm_head.weight", "embed_tokens.weight")):
-        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-    return config

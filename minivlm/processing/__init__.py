@@ -10,6 +10,8 @@ from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
 from minivlm.processing.inputs import AnswerProcessor, to_device
 from minivlm.processing.interleaved import interleave, interleaved_labels
+from minivlm.processing.llama_tokens import LlamaTokenizer
+from minivlm.processing.llava import LlavaImageProcessor, LlavaProcessor
 from minivlm.processing.masks import (
     Mask,
     codes_to_text,
@@ -20,17 +22,21 @@ from minivlm.processing.masks import (
 )
 from minivlm.processing.pairs import PairProcessor
 from minivlm.processing.paligemma import Processor
-from minivlm.processing.tokens import Tokenizer, add_image_tokens_to_prompt, build_tokenizer
+from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 
 __all__ = [
     "CLIP_CAPTIONS",
     "SIGLIP_CAPTIONS",
     "AnswerProcessor",
+    "BaseTokenizer",
     "Box",
     "CLIPImageProcessor",
     "CaptionForm",
     "CaptionTokenizer",
     "ImageProcessor",
+    "LlamaTokenizer",
+    "LlavaImageProcessor",
+    "LlavaProcessor",
     "Mask",
     "MaskCodebook",
     "MaskCodebookConfig",

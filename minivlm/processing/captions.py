@@ -30,7 +30,7 @@ from torch import Tensor
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 from minivlm.processing.cleaning import clean_for_clip, remove_punctuation
-from minivlm.processing.tokens import check_unicode, encode_plain, read_backend
+from minivlm.processing.tokens import check_unicode, encode_plain, read_backend, settings_in
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,7 @@ class CaptionTokenizer:
             )
         backend = read_backend(path)
         config_path = Path(folder) / "tokenizer_config.json"
-        config: Any = {}
-        if config_path.is_file():
-            try:
-                config = json.loads(config_path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"{config_path} cannot be read as JSON ({error}): download it again"
-                ) from error
-            if not isinstance(config, Mapping):
-                raise InputError(f"{config_path} contains no settings: download it again")
+        config = settings_in(config_path)
         kind = str(config.get("tokenizer_class") or form.tokenizer_class).removesuffix("Fast")
         if kind == "SiglipTokenizer":  # of SigLIP 1; others leave the text to the file
             if config.get("do_lower_case") is False:

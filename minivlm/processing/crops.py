@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from minivlm.errors import InputError
-from minivlm.processing.images import BILINEAR, ImageProcessor, to_rgb
+from minivlm.processing.images import BILINEAR, Fitted, ImageProcessor, to_rgb
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class CLIPImageProcessor(ImageProcessor):
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
+    @property
+    def fitted(self) -> Fitted:
+        """How a long picture becomes a square."""
+        return "cropped"
+
     def fit(self, image: Image.Image) -> Image.Image:
         """Any picture -> its center as RGB of image_size x image_size.
 
@@ -66,8 +71,13 @@ class CLIPImageProcessor(ImageProcessor):
         upright = image.height > image.width
         size = (self.image_size, resized) if upright else (resized, self.image_size)
         image = image.resize(size, Image.Resampling(self.resample))
-        left, top = (round((side - self.image_size) / 2) for side in image.size)  # as torchvision, see above
+        left, top = (self.margin(side - self.image_size) for side in image.size)
         return image.crop((left, top, left + self.image_size, top + self.image_size))
+
+    @staticmethod
+    def margin(spare: int) -> int:
+        """Half of the pixels that are left over, as torchvision rounds it, see above."""
+        return round(spare / 2)
 
     @classmethod
     def from_open_clip(cls, values: Mapping[str, Any], image_size: int) -> CLIPImageProcessor:

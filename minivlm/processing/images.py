@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import Any, BinaryIO, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from minivlm.files import write_aside
 
 # 2 and 3 in preprocessor_config.json
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+
+Fitted = Literal["squeezed", "cropped", "padded"]
 
 MAX_SIDE = 2**17  # pixels; the widest JPEG has half as many
 
@@ -241,6 +243,11 @@ class ImageProcessor:
                 )
         if 0 in self.image_std:
             raise InputError("image_std contains 0, which pixels cannot be divided by: use 0.5 for SigLIP")
+
+    @property
+    def fitted(self) -> Fitted:
+        """How a long picture becomes a square."""
+        return "squeezed"
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any sizes and modes -> pixel_values [B, C, H, W], fp32.

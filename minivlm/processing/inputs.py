@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from minivlm.processing.images import ImageProcessor
-from minivlm.processing.tokens import Tokenizer
+from minivlm.processing.tokens import BaseTokenizer
 
 Picture = Image.Image | str | Path
 Inputs = dict[str, Tensor]
+
+IGNORE = -100  # the label that torch's cross-entropy ignores
 
 
 def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
@@ -49,12 +51,22 @@ def check_rows(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
         raise ValueError("token_type_ids have a prefix (0) after a suffix (1): expected 0 ... 0 1 ... 1")
 
 
+class Row(NamedTuple):
+    """The tokens of one row, and which of them the model is to write, its end included."""
+
+    ids: list[int]
+    written: list[bool]
+
+
 class AnswerProcessor(Protocol):
     """Pictures and prompts in, a batch out; and from the ids of an answer back to its words."""
 
-    tokenizer: Tokenizer
     image_processor: ImageProcessor
     image_seq_length: int  # image tokens of one picture
+
+    @property
+    def tokenizer(self) -> BaseTokenizer:
+        """Words to ids and back."""
 
     def __call__(
         self,
@@ -65,6 +77,9 @@ class AnswerProcessor(Protocol):
         max_length: int | None = None,
     ) -> Inputs:
         """One row for each prompt; with suffixes (the answers) there are labels, too."""
+
+    def encode_row(self, prompt: str, answer: str | None = None, pictures: int = 1) -> Row:
+        """The ids of one row, with as many image tokens as the pictures take."""
 
     def decode(self, ids: Tensor) -> list[str]:
         """Generated ids [B, n] -> B answers."""

@@ -4,6 +4,7 @@ Gemma splits text by byte-pair encoding (https://arxiv.org/abs/1508.07909). It w
 characters outside its vocabulary as their UTF-8 bytes, so no text is unknown. PaliGemma adds 1024 words for
 coordinates (`<loc0000>`), 128 for shapes (`<seg000>`) and the placeholder `<image>`, and fixes the form of a
 prompt. The `tokenizers` library does the splitting; the code here decides which text may become which ids.
+`BaseTokenizer` is what other systems share, such as LLaVA in llama_tokens.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -29,53 +32,56 @@ SEG_TOKENS = [f"<seg{i:03}>" for i in range(128)]  # a code of the shape inside 
 _PIECE = r"▁?[\p{L}\p{M}]+|▁?[^▁\n\p{L}\p{M}]|▁|\n"
 
 
-class Tokenizer:
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What a vocabulary calls the tokens that control the model. The defaults are Gemma's names."""
+
+    pad: str = PAD
+    bos: str = BOS
+    eos: str = EOS
+    unk: str = UNK
+
+
+class BaseTokenizer:
     """Text -> ids and back, keeping what a user types apart from what only the program may insert.
 
-    `<pad>`, `<bos>`, `<eos>` and `<image>` control the model: padding, start, stop, "a picture goes here".
-    Typed by a user, they are plain text and become several ordinary tokens. `<loc>` and `<seg>` are words of
-    the vocabulary that prompts may use ("segment the thing at <loc0256>..."), so they become their own ids
-    wherever they occur.
+    Padding, start, stop and `<image>` ("a picture goes here") control the model. Typed by a user, they are
+    plain text and become several ordinary tokens. `<loc>` and `<seg>` are words of a vocabulary that prompts
+    may use ("segment the thing at <loc0256>..."), so they become their own ids wherever they occur.
 
-    This object takes over the given `tokenizers.Tokenizer`: it adds missing `<image>`, `<loc>` and `<seg>`
-    tokens in the order of PaliGemma's processor in `transformers` (image first), and turns off padding,
-    truncation and the automatic `<bos>`.
+    This object takes over the given `tokenizers.Tokenizer`: it adds a missing `<image>`, then missing
+    `words`, and turns off padding, truncation and the automatic start token.
 
-    Raises InputError: no `<pad>`, `<bos>` or `<eos>` in the vocabulary.
+    Raises InputError: a token of `names` is not in the vocabulary.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        missing = [token for token in (PAD, BOS, EOS) if backend.token_to_id(token) is None]
+    origin: ClassVar[str]  # whose tokenizer.json this is, for messages
+    processor_class: ClassVar[str]  # the processor's class in transformers
+
+    def __init__(self, backend: tokenizers.Tokenizer, names: SpecialTokens, words: Sequence[str]) -> None:
+        controls = [names.pad, names.bos, names.eos]
+        missing = [token for token in controls if backend.token_to_id(token) is None]
         if missing:
-            names = " and no ".join(missing)
-            raise InputError(f"the tokenizer has no {names}: use the tokenizer.json of Gemma or PaliGemma")
-        backend = _as_words(backend, {*LOC_TOKENS, *SEG_TOKENS})
-        backend.add_special_tokens([PAD, BOS, EOS, AddedToken(IMAGE, special=True, normalized=False)])
+            listed = " and no ".join(missing)
+            raise InputError(f"the tokenizer has no {listed}: use the tokenizer.json of {self.origin}")
+        backend = _as_words(backend, set(words))
+        backend.add_special_tokens([*controls, AddedToken(IMAGE, special=True, normalized=False)])
         # Even if the vocabulary has them: only added tokens are matched before the text is split.
-        backend.add_tokens([*LOC_TOKENS, *SEG_TOKENS])
+        backend.add_tokens(list(words))
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # "encode them as text"
         self.backend = backend
+        self.names = names
 
         added = backend.get_added_tokens_decoder()
         ids = {token.content: index for index, token in added.items()}
-        self.pad_id, self.bos_id, self.eos_id, self.image_id = ids[PAD], ids[BOS], ids[EOS], ids[IMAGE]
-        self.loc_ids = [ids[token] for token in LOC_TOKENS]  # 1024, in the order of the bins
-        self.seg_ids = [ids[token] for token in SEG_TOKENS]  # 128, in the order of the codes
+        self.pad_id, self.bos_id, self.eos_id = (ids[token] for token in controls)
+        self.image_id = ids[IMAGE]
+        self.loc_ids = [ids[token] for token in LOC_TOKENS if token in ids]  # in the order of the bins
+        self.seg_ids = [ids[token] for token in SEG_TOKENS if token in ids]  # in the order of the codes
         self.specials = {index: token.content for index, token in added.items() if token.special}
         self.special_ids = frozenset(self.specials)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
-        """Load the tokenizer.json of a checkpoint folder.
-
-        Raises InputError: no such file, not a tokenizer, or tokens are missing (see the class).
-        """
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise InputError(f"{folder} has no tokenizer.json: use a PaliGemma checkpoint folder")
-        return cls(read_backend(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, and the tokenizer_config.json that tells `transformers` how to load it."""
@@ -83,13 +89,13 @@ class Tokenizer:
         with write_aside(folder / "tokenizer.json") as temporary:
             self.backend.save(str(temporary))
         config = {
-            # Not "GemmaTokenizer": transformers 5 would build its own and add a `<mask>` past the end.
+            # Not the system's own class: transformers 5 would build its own and leave out parts of the file.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "PaliGemmaProcessor",
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": PAD,
-            "unk_token": UNK,
+            "processor_class": self.processor_class,
+            "bos_token": self.names.bos,
+            "eos_token": self.names.eos,
+            "pad_token": self.names.pad,
+            "unk_token": self.names.unk,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
         }
@@ -128,6 +134,29 @@ class Tokenizer:
         rows = ids.tolist() if isinstance(ids, Tensor) else ids
         return [self.decode(row, skip_special_tokens) for row in rows]
 
+
+class Tokenizer(BaseTokenizer):
+    """PaliGemma's: `<pad>`, `<bos>`, `<eos>` and `<image>` control the model, and every vocabulary has words
+    for coordinates and shapes. Missing `<image>`, `<loc>` and `<seg>` tokens are added in the order of
+    PaliGemma's processor in `transformers` (image first).
+
+    Raises InputError: no `<pad>`, `<bos>` or `<eos>` in the vocabulary.
+    """
+
+    origin = "Gemma or PaliGemma"
+    processor_class = "PaliGemmaProcessor"
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        super().__init__(backend, SpecialTokens(), [*LOC_TOKENS, *SEG_TOKENS])
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load the tokenizer.json of a checkpoint folder.
+
+        Raises InputError: no such file, not a tokenizer, or tokens are missing (see the class).
+        """
+        return cls(backend_of(folder, "PaliGemma"))
+
     def encode_prefix(self, prefix: str, image_seq_len: int) -> list[int]:
         """The first segment (token type 0): image tokens, `<bos>`, the prompt and a newline.
 
@@ -139,6 +168,30 @@ class Tokenizer:
     def encode_suffix(self, suffix: str) -> list[int]:
         """The second segment (token type 1): the answer and `<eos>`, the targets of training."""
         return [*self.encode(suffix), self.eos_id]
+
+
+def backend_of(folder: str | Path, system: str) -> tokenizers.Tokenizer:
+    """What is in a folder's tokenizer.json. Raises InputError: no such file, or not a tokenizer."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no tokenizer.json: use a {system} checkpoint folder")
+    return read_backend(path)
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file beside tokenizer.json; empty without the file.
+
+    Raises InputError: it is not JSON, or not an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} contains no settings: download it again")
+    return values
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from minivlm.layers import MLP, GatedMLP
+from minivlm.layers import MLP, GatedMLP, SwiGLU
 from minivlm.speed.last_token import skip_unread
 from minivlm.speed.one_row import OneRowLinear, TiedHead
-from minivlm.speed.pieces import GatedMLPInPieces, MLPInPieces
+from minivlm.speed.pieces import GatedMLPInPieces, MLPInPieces, SwiGLUInPieces
 from minivlm.speed.replacing import replace_modules
 
 __all__ = ["speed_up"]
@@ -22,7 +22,15 @@ def speed_up(model: nn.Module) -> nn.Module:
 
     Use the returned model instead of the original. It can be trained and saved in the same way.
     """
-    replace_modules(model, {MLP: MLPInPieces, GatedMLP: GatedMLPInPieces, nn.Linear: OneRowLinear})
+    replace_modules(
+        model,
+        {
+            MLP: MLPInPieces,
+            GatedMLP: GatedMLPInPieces,
+            SwiGLU: SwiGLUInPieces,
+            nn.Linear: OneRowLinear,
+        },
+    )
     for module in list(model.modules()):
         table = getattr(module, "embed_tokens", None)
         if type(table) is nn.Embedding and getattr(module, "lm_head", table) is None:

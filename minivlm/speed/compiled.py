@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from minivlm.errors import InputError
-from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm
+from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm, SwiGLU
 from minivlm.speed.int8 import Int8Linear
 from minivlm.speed.packing import PackedLinear
-from minivlm.speed.pieces import GatedMLPInPieces, MLPInPieces
+from minivlm.speed.pieces import InPieces
 
 COMPILERS = ("c++", "g++", "clang++", "cl")  # PyTorch looks for one of these
-PARTS = (RMSNorm, LlamaRMSNorm, MLP, GatedMLP, Int8Linear)
+PARTS = (RMSNorm, LlamaRMSNorm, MLP, GatedMLP, SwiGLU, Int8Linear)
 
 
 def compile_parts(model: nn.Module) -> None:
@@ -35,7 +35,7 @@ def compile_parts(model: nn.Module) -> None:
     if on_cpu and not any(which(name) for name in COMPILERS):
         raise InputError("torch.compile needs a C++ compiler and found none: install one, or do not compile")
     for module in model.modules():
-        if isinstance(module, MLPInPieces | GatedMLPInPieces):
+        if isinstance(module, InPieces):
             # One piece, not the loop over pieces: their number varies from prompt to prompt.
             module.at_once = torch.compile(module.at_once, dynamic=True)  # type: ignore[method-assign]
         elif isinstance(module, PARTS):

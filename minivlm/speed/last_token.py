@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm.speed.pieces import GatedMLPInPieces
+from minivlm.speed.pieces import GatedMLPInPieces, InPieces, SwiGLUInPieces
 from minivlm.speed.replacing import replaced
 
 _last_tokens: ContextVar[Tensor | None] = ContextVar("last_tokens", default=None)
 
 
-class LastTokenMLP(GatedMLPInPieces):
+class LastToken(InPieces):
     """The MLP of the last block. While a prompt is read, it returns zeros for all but the last tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,6 +33,20 @@ class LastTokenMLP(GatedMLPInPieces):
         rows, out = torch.arange(len(x), device=x.device), torch.zeros_like(x)
         out[rows, last] = super().forward(x[rows, last])
         return out
+
+
+class LastTokenMLP(LastToken, GatedMLPInPieces):
+    """Gemma's, on the last tokens alone."""
+
+
+class LastTokenSwiGLU(LastToken, SwiGLUInPieces):
+    """Llama's, on the last tokens alone."""
+
+
+LAST: dict[type[nn.Module], type[nn.Module]] = {
+    GatedMLPInPieces: LastTokenMLP,
+    SwiGLUInPieces: LastTokenSwiGLU,
+}
 
 
 def last_token_indices(attention_mask: Tensor) -> Tensor:
@@ -46,9 +60,9 @@ def skip_unread(model: nn.Module) -> nn.Module:
     if not hasattr(model, "prefill") or decoder is None:
         return model
     block: Any = decoder.layers[-1]
-    if type(block.mlp) is not GatedMLPInPieces:
+    if type(block.mlp) not in LAST:
         return model
-    block.mlp = replaced(block.mlp, LastTokenMLP)
+    block.mlp = replaced(block.mlp, LAST[type(block.mlp)])
     return replaced(model, _skipping_class(type(model)))
 
 

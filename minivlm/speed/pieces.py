@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minivlm.layers import MLP, GatedMLP
+from minivlm.layers import MLP, GatedMLP, SwiGLU
 
 TOKENS_PER_PIECE = 256  # approximately
 
@@ -31,25 +31,26 @@ def in_pieces(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([layer(piece) for piece in tokens.tensor_split(pieces)]).view_as(x)
 
 
-class MLPInPieces(MLP):
+class InPieces(nn.Module):
+    """Comes before an MLP among the bases of a class, and runs that MLP in pieces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return in_pieces(self.at_once, x)
+
+    def at_once(self, x: Tensor) -> Tensor:
+        """The MLP itself: x [..., D] -> [..., D]."""
+        out: Tensor = super().forward(x)
+        return out
+
+
+class MLPInPieces(InPieces, MLP):
     """The MLP of an encoder, in pieces."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        return in_pieces(self.at_once, x)
 
-    def at_once(self, x: Tensor) -> Tensor:
-        """The MLP itself: x [..., D] -> [..., D]."""
-        return super().forward(x)
+class GatedMLPInPieces(InPieces, GatedMLP):
+    """The MLP of Gemma, in pieces."""
 
 
-class GatedMLPInPieces(GatedMLP):
-    """The MLP of a decoder, in pieces."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        return in_pieces(self.at_once, x)
-
-    def at_once(self, x: Tensor) -> Tensor:
-        """The MLP itself: x [..., D] -> [..., D]."""
-        return super().forward(x)
+class SwiGLUInPieces(InPieces, SwiGLU):
+    """The MLP of Llama, in pieces."""

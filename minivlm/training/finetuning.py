@@ -1,9 +1,9 @@
-"""Fine-tuning PaliGemma on your own pictures.
+"""Fine-tuning a model that answers on your own pictures.
 
-Each example is a row, under the mask that PaliGemma was trained with: picture and prompt see each other, the
-answer is read from left to right, and only the answer has a loss. Nothing is specific to the small model: any
-PaliGemma that `minivlm.load` opens can be trained, if memory holds it four times in fp32 (weights, gradients
-and AdamW's two moments) and once more in bf16.
+Each example is a row, under the mask that the model was trained with: in PaliGemma, picture and prompt see
+each other, and the answer is read from left to right; in LLaVA, everything is. Only the answer has a loss.
+Nothing is specific to the small model: any of the kind that `minivlm.load` opens can be trained, if memory
+holds it four times in fp32 (weights, gradients and AdamW's two moments) and once more in bf16.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from minivlm.errors import InputError
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
-from minivlm.processing.inputs import Inputs, to_device
-from minivlm.processing.paligemma import IGNORE
+from minivlm.processing.inputs import IGNORE, Inputs, to_device
 from minivlm.training.digest import digest_of_lines
 from minivlm.training.limits import check_numbers, check_warmup, require_room
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end

@@ -21,7 +21,8 @@ STATE, LOG, PLOT, LOCK = "state.safetensors", "log.csv", "loss.png", ".lock"
 # A run writes files of these names at its end, or they would stay beside its own as if they belonged to them.
 CHECKPOINT = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json", LOG, PLOT,
+    "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
+    "*.safetensors", "*.safetensors.index.json", LOG, PLOT,
 )  # fmt: skip
 
 _held: set[Path] = set()  # folders of this process's runs: to the system, all of them are one

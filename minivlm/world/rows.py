@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minivlm.processing import Tokenizer
-from minivlm.processing.paligemma import IGNORE
+from minivlm.processing.inputs import IGNORE
 from minivlm.world.questions import QUESTION_TASKS, Example
 
 PADDING = -1  # block number of padding; 0 is the image, questions count from 1

@@ -78,7 +78,7 @@ def test_the_models_config_says_how_many_image_tokens(folder: Path):
     assert minivlm.load(folder)[1].image_seq_length == 4
 
 
-@pytest.mark.parametrize("model_type", ["llava", None])
+@pytest.mark.parametrize("model_type", ["llava_next", None])
 def test_another_system(folder: Path, model_type: str | None):
     edit(folder / "config.json", model_type=model_type)
     with pytest.raises(InputError, match=rf"model of type {model_type!r}, and only paligemma, .*vit.* can"):
@@ -86,9 +86,9 @@ def test_another_system(folder: Path, model_type: str | None):
 
 
 def test_another_system_for_answers(folder: Path):
-    edit(folder / "config.json", model_type="llava")
+    edit(folder / "config.json", model_type="llava_next")
     with pytest.raises(
-        InputError, match=r"model of type 'llava', and only paligemma, .*can write answers: choose"
+        InputError, match=r"model of type 'llava_next', and only paligemma, .*can write answers: choose"
     ):
         load_answering(folder)
 
@@ -100,8 +100,8 @@ def test_the_kind_of_a_folder(folder: Path):
     for name, kind in (("clip", "matches"), ("siglip", "matches"), ("vit", "classifies")):
         edit(folder / "config.json", model_type=name)
         assert kind_of(folder) == kind
-    edit(folder / "config.json", model_type="llava")
-    with pytest.raises(InputError, match=r"type 'llava', and only paligemma, .*vit.* can be loaded"):
+    edit(folder / "config.json", model_type="llava_next")
+    with pytest.raises(InputError, match=r"type 'llava_next', and only paligemma, .*vit.* can be loaded"):
         kind_of(folder)
 
 

@@ -7,9 +7,9 @@ import torch
 from helpers import tiny_paligemma
 from torch import Tensor
 
-from minivlm.layers import MLP, GatedMLP
+from minivlm.layers import MLP, GatedMLP, SwiGLU
 from minivlm.speed import pieces
-from minivlm.speed.pieces import GatedMLPInPieces, MLPInPieces, in_pieces
+from minivlm.speed.pieces import GatedMLPInPieces, MLPInPieces, SwiGLUInPieces, in_pieces
 from minivlm.speed.replacing import replace_modules, replaced
 
 
@@ -28,7 +28,9 @@ def test_pieces_agree_with_the_whole(length: int):
     assert sizes == [2 * length]  # with gradients, everything is kept anyway
 
 
-@pytest.mark.parametrize(("plain", "cut"), [(MLP, MLPInPieces), (GatedMLP, GatedMLPInPieces)])
+@pytest.mark.parametrize(
+    ("plain", "cut"), [(MLP, MLPInPieces), (GatedMLP, GatedMLPInPieces), (SwiGLU, SwiGLUInPieces)]
+)
 def test_a_replaced_mlp_works_in_pieces(
     plain: type[MLP], cut: type[MLPInPieces], monkeypatch: pytest.MonkeyPatch
 ):
