@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.errors import InputError
 from minivlm.processing.images import load_picture
-from minivlm.processing.inputs import AnswerProcessor, Inputs, Picture
-from minivlm.processing.paligemma import IGNORE
+from minivlm.processing.inputs import IGNORE, AnswerProcessor, Inputs, Picture, Row
+from minivlm.processing.rows import pad_rows
 
 Turn = tuple[Picture | None, str, str | None]  # picture, prompt, answer; None: no picture, to be answered
 
@@ -42,28 +41,21 @@ def interleave(
     """
     if not rows or not all(rows):
         raise InputError("a row has no turns: give at least a question, as (picture, 'caption en', None)")
-    tokenizer, ids, pictures = processor.tokenizer, [], []
+    written, pictures = [], []
     for number, turns in enumerate(rows):
-        row: list[int] = []
+        row = Row([], [])
         for place, (picture, prompt, answer) in enumerate(turns):
             if answer is None and place + 1 < len(turns):
                 raise InputError(
                     f"turn {place + 1} of row {number + 1} has no answer, and another turn follows: "
                     "give every example its answer, and leave out only the last"
                 )
-            row += tokenizer.encode_prefix(prompt, 0 if picture is None else processor.image_seq_length)
-            row += [] if answer is None else tokenizer.encode_suffix(answer)
+            turn = processor.encode_row(prompt, answer, int(picture is not None))
+            row = Row(row.ids + turn.ids, row.written + turn.written)
             if picture is not None:
                 pictures.append(picture)
-        ids.append(torch.tensor(row))
-
-    def pad(tensors: list[Tensor], value: int) -> Tensor:
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=padding_side)
-
-    batch = {
-        "input_ids": pad(ids, tokenizer.pad_id),
-        "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
-    }
+        written.append(row)
+    batch, _ = pad_rows(written, processor.tokenizer.pad_id, padding_side)
     if pictures:
         opened = [load_picture(p) if isinstance(p, str | Path) else p for p in pictures]
         batch["pixel_values"] = processor.image_processor(opened)

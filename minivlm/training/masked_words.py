@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from minivlm.errors import InputError
-from minivlm.processing.paligemma import IGNORE
+from minivlm.processing.inputs import IGNORE
 
 
 def mask_words(

@@ -27,8 +27,7 @@ from torch import Tensor
 from minivlm import masks
 from minivlm.models.protocols import ContextLength
 from minivlm.models.writing import Writes, WritingOutput, last_places, next_token_loss
-from minivlm.processing.inputs import check_rows
-from minivlm.processing.paligemma import IGNORE
+from minivlm.processing.inputs import IGNORE, check_rows
 
 TEXT_A, TEXT_B = 0, 1  # types of words, for BERT the first text and the second: here prompt and answer
 

@@ -43,7 +43,8 @@ from minivlm.checkpoints.layouts import VISUALBERT_LAYOUTS
 from minivlm.configs import check_types, expect, known, part_of, require_system
 from minivlm.errors import InputError
 from minivlm.models.miniatures.mask_filling import FillsMasks, Rows
-from minivlm.processing.paligemma import IGNORE, Processor
+from minivlm.processing.inputs import IGNORE
+from minivlm.processing.paligemma import Processor
 from minivlm.text.bert import BertConfig, BertEncoder
 from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 
