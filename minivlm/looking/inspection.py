@@ -38,9 +38,7 @@ class Inspection:
     visible: Tensor  # [S, S], boolean, who looks at whom in the decoder
     pixel_values: Tensor  # [C, height, width], as the tower gets them
     tower: Tensor  # [layers, H, N, N], where patches look; rows sum to less than 1 beside a class token
-    attention: (
-        Tensor | None
-    )  # [A, layers, H, N], where each word's writer looks in the decoder; the rest: text
+    attention: Tensor | None  # [A, layers, H, N], where the writer of each word looks in the decoder
     rollout: Tensor | None  # [A, N], the same through all layers of decoder and tower, down to the patches
     # [n, D], what the decoder reads in place of words, if it does; n = N where each patch keeps its place
     image_tokens: Tensor | None
