@@ -6,6 +6,7 @@ from typing import Any
 
 from minivlm.models.miniatures.base import Miniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.models.miniatures.visualgpt import VisualGPT, VisualGPTConfig
 from minivlm.text.gpt2 import GPT2Config
 from minivlm.vision.siglip import SiglipVisionConfig
 
@@ -28,6 +29,7 @@ TINY_TEXT = GPT2Config(
 SYSTEMS: dict[str, tuple[type[Miniature], type[Any], dict[str, Any]]] = {  # name -> classes, settings
     "clipcap": (ClipCap, ClipCapConfig, {"prefix_length": 5, "clip_length": 3, "num_mapping_layers": 2}),
     "clipcap, mlp": (ClipCap, ClipCapConfig, {"prefix_length": 3, "mapping_type": "mlp"}),
+    "visualgpt": (VisualGPT, VisualGPTConfig, {"encoder_intermediate_size": 40}),
 }
 
 

@@ -25,6 +25,7 @@ FILES = (
     "filters.png", "positions.png", "heads.png", "attention.png", "importance.png", "words.png", "mask.png",
     "mask.txt", "hover.html",
 )  # fmt: skip
+MOST_NEAREST = 16  # words listed for image tokens without a place
 MOST_MAPS = 23  # words of an answer that get a map of their own
 
 
@@ -116,7 +117,7 @@ def _look_at_answer(
             f"nearest word of each image token, {span}",
         )
     else:  # image tokens that are no patches have no place in a figure
-        nearest = ", ".join(row[0] for row in words)
+        nearest = ", ".join(row[0] for row in words[:MOST_NEAREST]) + ", ..." * (len(words) > MOST_NEAREST)
         shared.say(
             f"  (no words.png: {len(words)} image tokens of no place, nearest words {nearest}; {span})"
         )

@@ -81,6 +81,7 @@ class Miniature(Writes):
     """The two parts, and what all ways have in common."""
 
     config_class: ClassVar[type[MiniatureConfig]]
+    cache_class: ClassVar[type[KVCache]] = KVCache  # of a system that keeps more of a row, its own
     config: MiniatureConfig
 
     def __init__(self, config: MiniatureConfig) -> None:
@@ -179,7 +180,7 @@ class Miniature(Writes):
         """An empty cache of the decoder's shape."""
         text, table = self.config.text, self.language_model.embed_tokens.weight
         heads = text.num_attention_heads
-        return KVCache(
+        return self.cache_class(
             text.num_hidden_layers, rows, heads, text.head_dim, dtype=table.dtype, device=table.device
         )
 
