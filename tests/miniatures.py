@@ -6,8 +6,10 @@ from typing import Any
 
 from minivlm.models.miniatures.base import Miniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.models.miniatures.simvlm import SimVLM, SimVLMConfig
 from minivlm.models.miniatures.visualgpt import VisualGPT, VisualGPTConfig
 from minivlm.text.gpt2 import GPT2Config
+from minivlm.vision.conv_stem import ConvStemConfig
 from minivlm.vision.siglip import SiglipVisionConfig
 
 TINY_VISION = SiglipVisionConfig(
@@ -18,6 +20,7 @@ TINY_VISION = SiglipVisionConfig(
     image_size=28,
     patch_size=14,
 )
+TINY_STEM = ConvStemConfig(layers=(1, 1, 1), width=4, image_size=28, patch_size=8)
 TINY_TEXT = GPT2Config(
     hidden_size=32,
     intermediate_size=128,
@@ -29,6 +32,7 @@ TINY_TEXT = GPT2Config(
 SYSTEMS: dict[str, tuple[type[Miniature], type[Any], dict[str, Any]]] = {  # name -> classes, settings
     "clipcap": (ClipCap, ClipCapConfig, {"prefix_length": 5, "clip_length": 3, "num_mapping_layers": 2}),
     "clipcap, mlp": (ClipCap, ClipCapConfig, {"prefix_length": 3, "mapping_type": "mlp"}),
+    "simvlm": (SimVLM, SimVLMConfig, {"vision": TINY_STEM}),
     "visualgpt": (VisualGPT, VisualGPTConfig, {"encoder_intermediate_size": 40}),
 }
 

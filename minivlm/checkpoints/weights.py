@@ -179,7 +179,7 @@ def _fit(
         tensors[ours] = tensor
         if tensor.shape != wanted[ours].shape:
             misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(wanted[ours].shape)}")
-        elif not tensor.is_floating_point():
+        elif wanted[ours].is_floating_point() and not tensor.is_floating_point():
             misshapen.append(f"{name} is {tensor.dtype}, expected floating point (no quantized files)")
     missing = [to_file(name, layout) for name in wanted if name not in tensors]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape or type": misshapen}
@@ -190,6 +190,7 @@ def _check_device(
     folder: Path, found: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
     """Refuse what would fail only after gigabytes are read."""
+    found = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
     for kind in {dtype} if dtype is not None else {tensor.dtype for tensor in found.values()}:
         check_dtype(kind, device)
     needed = bytes_needed(found.values(), dtype, device)

@@ -109,7 +109,7 @@ def _look_at_answer(
     decode = processor.tokenizer.decode
     words = [[decode([i], skip_special_tokens=False).strip() for i in row] for row in ids.tolist()]
     span = f"cosines {cosines[:, 0].min():.2f} to {cosines[:, 0].max():.2f}"
-    patches = seen.tower.shape[-1]
+    patches = (seen.pixel_values.shape[-1] // model.vision_tower.config.patch_size) ** 2
     if len(words) == patches:
         _save(
             plots.draw_words(seen.pixel_values, [row[0] for row in words], cosines[:, 0]),
@@ -165,8 +165,8 @@ def _look_at_match(
     _draw_importance(seen.pixel_values, whole, options.out)
 
 
-def _draw_tower(tower: Tower, maps: Tensor, out: Path) -> None:
-    """Filters, positions and heads of an image tower, with its attention maps [layers, H, N, N]."""
+def _draw_tower(tower: Tower, maps: Tensor | None, out: Path) -> None:
+    """Filters, positions and heads of an image tower, with its attention maps [layers, H, N, N] or None."""
     import torch
 
     from minivlm.looking import measures, plots
@@ -178,13 +178,17 @@ def _draw_tower(tower: Tower, maps: Tensor, out: Path) -> None:
         out / "filters.png",
         f"12 components explain {float(shares[:12].sum()):.0%} of the filters' variance",
     )
-    count = maps.shape[-1]
-    positions = tower.embeddings.position_embedding.weight[-count:].detach()  # without a class token's
+    table = tower.embeddings.position_embedding.weight.detach()
+    positions = table[len(table) - math.isqrt(len(table)) ** 2 :]  # without a class token's
     _save(
         plots.draw_positions({"positions": measures.position_similarity(positions)}),
         out / "positions.png",
         "similarity of each position with all others",
     )
+    if maps is None:
+        shared.say("  (no heads.png: nothing in the tower attends, it is made of convolutions)")
+        return
+    count = maps.shape[-1]
     distances = torch.stack([measures.attention_distance(layer[None]) for layer in maps])
     entropies = torch.stack([measures.attention_entropy(layer[None]) for layer in maps])
     evenly = float(measures.patch_distances(count).mean())
@@ -199,7 +203,7 @@ def _occlusions(score: Callable[[Tensor], Tensor], pixel_values: Tensor, tower: 
     """How much the score of a picture falls where one patch, or three by three, are hidden: [N] each."""
     from minivlm.looking.measures import occlusion
 
-    patch_size = tower.embeddings.patch_embedding.kernel_size[0]
+    patch_size = tower.config.patch_size
     return {
         "occlusion": occlusion(score, pixel_values, patch_size),
         "occlusion, 3 x 3": occlusion(score, pixel_values, patch_size, reach=1),

@@ -36,7 +36,7 @@ class Inspection:
     tokens: list[str]  # S, those of picture, prompt and answer; a newline is \\n
     visible: Tensor  # [S, S], boolean, who looks at whom in the decoder
     pixel_values: Tensor  # [C, height, width], as the tower gets them
-    tower: Tensor  # [layers, H, N, N], where patches look in the image tower
+    tower: Tensor | None  # [layers, H, N, N], where patches look in the image tower, if there is attention
     attention: (
         Tensor | None
     )  # [A, layers, H, N], where the writer of each word looks in the decoder; the rest: text
@@ -102,7 +102,7 @@ def inspect_answer(
         tokens=[_shown(tokenizer.decode([i], skip_special_tokens=False)) for i in input_ids[0].tolist()],
         visible=visible(decoder),
         pixel_values=pixel_values[0],
-        tower=torch.stack([layer[0] for layer in tower]).float(),
+        tower=torch.stack([layer[0] for layer in tower]).float() if tower else None,
         attention=None if attention is None else attention[:, :, writers].permute(2, 0, 1, 3).float(),
         rollout=None if rollout is None else rollout[writers],
         image_tokens=image_tokens[0].float(),
@@ -129,7 +129,9 @@ def _sorted(
             return tower, decoder, None, None
         return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]
     attention = torch.stack([layer[0][..., is_image] for layer in reading])
-    rollout = attention_rollout(reading)[0][:, is_image] @ attention_rollout(encoding)[0]
+    rollout = attention_rollout(reading)[0][:, is_image]
+    if encoding:  # a stem of convolutions has none
+        rollout = rollout @ attention_rollout(encoding)[0]
     return encoding, reading, attention, rollout
 
 

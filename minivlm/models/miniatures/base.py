@@ -40,11 +40,19 @@ from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 LAYOUTS: dict[str, Layout] = {"as it is": [("", "")]}  # the names of our modules
 
 
+class TowerConfig(Protocol):
+    """What the config of an image tower has beside its own."""
+
+    @property
+    def image_size(self) -> int: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 class MiniatureConfig(Protocol):
     """What the config of each miniature has beside its own: two parts, and the ids that are no words."""
 
     @property
-    def vision(self) -> SiglipVisionConfig: ...
+    def vision(self) -> TowerConfig: ...
     @property
     def text(self) -> GPT2Config: ...
     @property
@@ -60,11 +68,13 @@ class MiniatureConfig(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-def read_values(cls: type, values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+def read_values(
+    cls: type, values: Mapping[str, Any], model_type: str, vision: type[Any] = SiglipVisionConfig
+) -> dict[str, Any]:
     """The fields of a miniature's config in a config.json. Raises InputError: it describes another system."""
     require_system(values, model_type)
     parts = {
-        "vision": SiglipVisionConfig.from_dict(part_of(values, "vision_config")),
+        "vision": vision.from_dict(part_of(values, "vision_config")),
         "text": GPT2Config.from_dict(part_of(values, "text_config")),
     }
     return known(cls, {**values, **special_ids(values), **parts})
@@ -81,13 +91,14 @@ class Miniature(Writes):
     """The two parts, and what all ways have in common."""
 
     config_class: ClassVar[type[MiniatureConfig]]
+    tower_class: ClassVar[type[Any]] = SiglipVisionModel
     cache_class: ClassVar[type[KVCache]] = KVCache  # of a system that keeps more of a row, its own
     config: MiniatureConfig
 
     def __init__(self, config: MiniatureConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_tower = SiglipVisionModel(config.vision)
+        self.vision_tower = self.tower_class(config.vision)
         self.language_model = GPT2Decoder(config.text)
 
     @property
@@ -226,12 +237,21 @@ class Miniature(Writes):
         return cls._load(folder, values, dtype, device), processor
 
 
-def place(attention_mask: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-    """Positions [B, T] of tokens, and the causal mask [B, 1, T, S] over them and those that a cache holds."""
+def place(
+    attention_mask: Tensor, cache: KVCache | None, prefix_lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Positions [B, T] of tokens, and the mask [B, 1, T, S] over them and those that a cache holds.
+
+    The mask is causal; with `prefix_lengths` [B], so many tokens of each row are visible to all.
+    """
     if cache is None:
         key_is_real = attention_mask.bool()
         position_ids = key_positions = (key_is_real.cumsum(dim=1) - 1).clamp(min=0)
     else:
         position_ids = cache.reserve(attention_mask)
         key_positions, key_is_real = cache.key_positions, cache.key_is_real
-    return position_ids, (masks.causal(position_ids, key_positions) & masks.padding(key_is_real))[:, None]
+    if prefix_lengths is None:
+        mask = masks.causal(position_ids, key_positions)
+    else:
+        mask = masks.prefix_lm(position_ids, key_positions, prefix_lengths)
+    return position_ids, (mask & masks.padding(key_is_real))[:, None]

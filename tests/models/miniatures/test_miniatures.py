@@ -68,9 +68,14 @@ def of_row(pixels: Tensor | None, pictures: tuple[bool, ...], row: int) -> Tenso
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_full_cached_and_padded_are_one(model: Miniature, side: str, pictures: tuple[bool, ...]) -> None:
     ids, starts, pixels = rows(model, pictures)
-    alone = [model(row[None], of_row(pixels, pictures, i)).logits[0] for i, row in enumerate(ids)]
+    types = [(torch.arange(len(row)) >= start).long() for row, start in zip(ids, starts, strict=True)]
+    alone = [
+        model(ids[i][None], of_row(pixels, pictures, i), token_type_ids=types[i][None]).logits[0]
+        for i in range(3)
+    ]
     whole = padded(ids, side)
-    logits = model(**whole, pixel_values=pixels).logits
+    token_type_ids = padded(types, side)["input_ids"]
+    logits = model(**whole, pixel_values=pixels, token_type_ids=token_type_ids).logits
     for i in range(3):
         assert_equal(logits[i, whole["attention_mask"][i].bool()], alone[i])
 
@@ -95,9 +100,8 @@ def test_the_picture_changes_the_scores(model: Miniature) -> None:
 
 
 def test_every_weight_learns(model: Miniature) -> None:
-    ids, starts, pixels = rows(model, (True, False, True))
-    labels = ids[0].clone()
-    labels[: starts[0]] = -100
+    ids, _, pixels = rows(model, (True, False, True))
+    labels = ids[0].masked_fill(ids[0] == model.config.image_token_id, -100)
     model(ids[0][None], None if pixels is None else pixels[:1], labels=labels[None]).loss.backward()
     still = [
         name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()
