@@ -6,6 +6,7 @@ from typing import Any
 
 from minivlm.models.miniatures.base import Miniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.models.miniatures.cm3 import CM3, CM3Config
 from minivlm.models.miniatures.simvlm import SimVLM, SimVLMConfig
 from minivlm.models.miniatures.visualgpt import VisualGPT, VisualGPTConfig
 from minivlm.text.gpt2 import GPT2Config
@@ -32,6 +33,7 @@ TINY_TEXT = GPT2Config(
 SYSTEMS: dict[str, tuple[type[Miniature], type[Any], dict[str, Any]]] = {  # name -> classes, settings
     "clipcap": (ClipCap, ClipCapConfig, {"prefix_length": 5, "clip_length": 3, "num_mapping_layers": 2}),
     "clipcap, mlp": (ClipCap, ClipCapConfig, {"prefix_length": 3, "mapping_type": "mlp"}),
+    "cm3": (CM3, CM3Config, {"mask_token_ids": (110, 111, 112), "end_of_mask_token_id": 113}),
     "simvlm": (SimVLM, SimVLMConfig, {"vision": TINY_STEM}),
     "visualgpt": (VisualGPT, VisualGPTConfig, {"encoder_intermediate_size": 40}),
 }

@@ -13,6 +13,7 @@ from minivlm.checkpoints.hub import find_folder, read_config
 from minivlm.errors import InputError
 from minivlm.models import clip, paligemma, siglip, vit
 from minivlm.models.miniatures.clipcap import ClipCap
+from minivlm.models.miniatures.cm3 import CM3
 from minivlm.models.miniatures.simvlm import SimVLM
 from minivlm.models.miniatures.visualgpt import VisualGPT
 from minivlm.models.protocols import Answers, Matches
@@ -39,6 +40,7 @@ SYSTEMS = {  # model_type in config.json -> what opens its folder
     "siglip": System(siglip.open_folder, "matches"),
     "vit": System(vit.open_folder, "classifies"),
     "clipcap": System(ClipCap.open_folder, "answers"),
+    "cm3": System(CM3.open_folder, "answers"),
     "simvlm": System(SimVLM.open_folder, "answers"),
     "visualgpt": System(VisualGPT.open_folder, "answers"),
 }

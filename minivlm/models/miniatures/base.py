@@ -185,6 +185,9 @@ class Miniature(Writes):
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
         """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
+        token_ids = token_ids.masked_fill(
+            token_ids == self.config.image_token_id, 0
+        )  # no picture comes with it
         return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
 
     def new_cache(self, rows: int) -> KVCache:
