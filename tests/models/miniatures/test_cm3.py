@@ -1,8 +1,8 @@
 """CM3 moves the same spans as the authors' program, loses no token, and fills blanks.
 
 `EXPECTED` was printed by metaseq/data/cm3_dataset.py of https://github.com/facebookresearch/metaseq
-(f7ffa5f): spans of `get_spans_to_mask` and the row of `sentinel_masking` and `sentinel_targets`, for the document 0, 1,
-..., length - 1, the sentinels MASKS and END, and the uniform numbers `draws`.
+(f7ffa5f): spans of `get_spans_to_mask` and the row of `sentinel_masking` and `sentinel_targets`, for the
+document 0, 1, ..., length - 1, the sentinels MASKS and END, and the uniform numbers `draws`.
 """
 
 from __future__ import annotations
