@@ -49,13 +49,13 @@ TINY = PaliGemmaConfig(
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter normal with std 0.2 around 0, LayerNorm weights around 1; in evaluation mode."""
+    """Every parameter normal with std 0.2 around 0, weights of norms around 1; in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
                 module.weight += 1
     return model.eval()
 

@@ -6,10 +6,14 @@ from typing import Any
 
 from minivlm.models.miniatures.base import Miniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.models.miniatures.cm3 import CM3, CM3Config
 from minivlm.models.miniatures.flamingo import Flamingo, FlamingoConfig
+from minivlm.models.miniatures.simvlm import SimVLM, SimVLMConfig
 from minivlm.models.miniatures.visualbert import VisualBERT, VisualBERTConfig
+from minivlm.models.miniatures.visualgpt import VisualGPT, VisualGPTConfig
 from minivlm.text.bert import BertConfig
 from minivlm.text.gpt2 import GPT2Config
+from minivlm.vision.conv_stem import ConvStemConfig
 from minivlm.vision.siglip import SiglipVisionConfig
 
 TINY_VISION = SiglipVisionConfig(
@@ -20,6 +24,7 @@ TINY_VISION = SiglipVisionConfig(
     image_size=28,
     patch_size=14,
 )
+TINY_STEM = ConvStemConfig(layers=(1, 1, 1), width=4, image_size=28, patch_size=8)
 TINY_TEXT = GPT2Config(
     hidden_size=32,
     intermediate_size=128,
@@ -58,6 +63,9 @@ SYSTEMS: dict[str, tuple[type[Small], type[Any], dict[str, Any]]] = {  # name ->
         VisualBERTConfig,
         {"text": TINY_BERT, "visual_embedding_dim": 24, "mask_token_id": 3},
     ),
+    "cm3": (CM3, CM3Config, {"mask_token_ids": (110, 111, 112), "end_of_mask_token_id": 113}),
+    "simvlm": (SimVLM, SimVLMConfig, {"vision": TINY_STEM}),
+    "visualgpt": (VisualGPT, VisualGPTConfig, {"encoder_intermediate_size": 40}),
 }
 
 

@@ -26,6 +26,7 @@ FILES = (
     "filters.png", "positions.png", "heads.png", "attention.png", "importance.png", "words.png", "mask.png",
     "mask.txt", "hover.html",
 )  # fmt: skip
+MOST_NEAREST = 16  # words listed for image tokens without a place
 MOST_MAPS = 23  # words of an answer that get a map of their own
 
 
@@ -100,7 +101,7 @@ def _look_at_answer(
         )
         whole = {"attention": by_word.mean(dim=0), "rollout": seen.rollout.mean(dim=0)}
     if not options.no_occlusion:
-        patch_size = model.vision_tower.embeddings.patch_embedding.kernel_size[0]
+        patch_size = model.vision_tower.config.patch_size
         whole |= _occlusions(seen.sureness, seen.pixel_values, patch_size)
     if whole:
         _draw_importance(seen.pixel_values, whole, options.out)
@@ -117,7 +118,8 @@ def _draw_words(model: Answers, processor: AnswerProcessor, seen: Inspection, ou
     """The nearest words of each patch, as far as image tokens are patches among words; and their figure."""
     from minivlm.looking import measures, plots
 
-    no_words: list[list[str]] = [[]] * seen.tower.shape[-1]
+    patches = (seen.pixel_values.shape[-1] // model.vision_tower.config.patch_size) ** 2
+    no_words: list[list[str]] = [[]] * patches
     if seen.image_tokens is None:
         shared.say("  (no words.png: the picture is not among the words that the decoder reads)")
         return no_words
@@ -127,7 +129,7 @@ def _draw_words(model: Answers, processor: AnswerProcessor, seen: Inspection, ou
     words = [[decode([i], skip_special_tokens=False).strip() for i in row] for row in ids.tolist()]
     span = f"cosines {cosines[:, 0].min():.2f} to {cosines[:, 0].max():.2f}"
     if len(words) != len(no_words):  # image tokens that are no patches have no place in a figure
-        nearest = ", ".join(row[0] for row in words)
+        nearest = ", ".join(row[0] for row in words[:MOST_NEAREST]) + ", ..." * (len(words) > MOST_NEAREST)
         shared.say(
             f"  (no words.png: {len(words)} image tokens of no place, nearest words {nearest}; {span})"
         )
@@ -170,7 +172,7 @@ def _look_at_match(
     else:
         _draw_tower(tower, seen.tower, options.out)
         whole["rollout"] = seen.rollout
-        patch_size = tower.embeddings.patch_embedding.kernel_size[0]
+        patch_size = tower.config.patch_size
     _save(
         plots.draw_patch_scores(
             seen.pixel_values, {f"head {i + 1}": scores for i, scores in enumerate(seen.pooling)}
@@ -183,8 +185,8 @@ def _look_at_match(
     _draw_importance(seen.pixel_values, whole, options.out)
 
 
-def _draw_tower(tower: Tower, maps: Tensor, out: Path) -> None:
-    """Filters, positions and heads of an image tower, with its attention maps [layers, H, N, N]."""
+def _draw_tower(tower: Tower, maps: Tensor | None, out: Path) -> None:
+    """Filters, positions and heads of an image tower, with its attention maps [layers, H, N, N] or None."""
     import torch
 
     from minivlm.looking import measures, plots
@@ -196,13 +198,17 @@ def _draw_tower(tower: Tower, maps: Tensor, out: Path) -> None:
         out / "filters.png",
         f"12 components explain {float(shares[:12].sum()):.0%} of the filters' variance",
     )
-    count = maps.shape[-1]
-    positions = tower.embeddings.position_embedding.weight[-count:].detach()  # without a class token's
+    table = tower.embeddings.position_embedding.weight.detach()
+    positions = table[len(table) - math.isqrt(len(table)) ** 2 :]  # without a class token's
     _save(
         plots.draw_positions({"positions": measures.position_similarity(positions)}),
         out / "positions.png",
         "similarity of each position with all others",
     )
+    if maps is None:
+        shared.say("  (no heads.png: nothing in the tower attends, it is made of convolutions)")
+        return
+    count = maps.shape[-1]
     distances = torch.stack([measures.attention_distance(layer[None]) for layer in maps])
     entropies = torch.stack([measures.attention_entropy(layer[None]) for layer in maps])
     evenly = float(measures.patch_distances(count).mean())

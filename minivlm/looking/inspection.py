@@ -37,7 +37,7 @@ class Inspection:
     tokens: list[str]  # S, those of picture, prompt and answer; a newline is \\n
     visible: Tensor  # [S, S], boolean, who looks at whom in the decoder
     pixel_values: Tensor  # [C, height, width], as the tower gets them
-    tower: Tensor  # [layers, H, N, N], where patches look; rows sum to less than 1 beside a class token
+    tower: Tensor | None  # [layers, H, N, N], where patches look; rows sum to less beside a class token
     attention: Tensor | None  # [A, layers, H, N], where the writer of each word looks in the decoder
     rollout: Tensor | None  # [A, N], the same through all layers of decoder and tower, down to the patches
     # [n, D], what the decoder reads in place of words, if it does; n = N where each patch keeps its place
@@ -85,8 +85,7 @@ def inspect_answer(
         vocabulary = logits_of_words(pixel_values).shape[-1]
     is_image = (input_ids == tokenizer.image_id)[0]
     is_image[prompt_ids.shape[1] :] = False
-    patch = model.vision_tower.embeddings.patch_embedding.kernel_size
-    patches = math.prod(side // step for side, step in zip(pixel_values.shape[2:], patch, strict=True))  # N
+    patches = math.prod(side // model.vision_tower.config.patch_size for side in pixel_values.shape[2:])  # N
     # Before the decoder's maps come those of the picture, once more.
     tower, decoder, attention, rollout = _sorted(model, encoding, maps[len(encoding) :], is_image, patches)
     width = model.language_model.embed_tokens.weight.shape[1]
@@ -104,7 +103,7 @@ def inspect_answer(
         tokens=[_shown(tokenizer.decode([i], skip_special_tokens=False)) for i in input_ids[0].tolist()],
         visible=visible(decoder),
         pixel_values=pixel_values[0],
-        tower=torch.stack([layer[0, :, -patches:, -patches:] for layer in tower]).float(),
+        tower=torch.stack([layer[0, :, -patches:, -patches:] for layer in tower]).float() if tower else None,
         attention=None if attention is None else attention[:, :, writers].permute(2, 0, 1, 3).float(),
         rollout=None if rollout is None else rollout[writers],
         image_tokens=image_tokens[0, -patches:].float() if in_row else None,
@@ -132,8 +131,9 @@ def _sorted(
             return tower, decoder, None, None
         return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]
     attention = torch.stack([layer[0][..., is_image] for layer in reading])
-    through_tower = attention_rollout(encoding)[0, -attention.shape[-1] :, -patches:]
-    rollout = attention_rollout(reading)[0][:, is_image] @ through_tower
+    rollout = attention_rollout(reading)[0][:, is_image]
+    if encoding:  # a stem of convolutions has none
+        rollout = rollout @ attention_rollout(encoding)[0, -attention.shape[-1] :, -patches:]
     return encoding, reading, attention[..., -patches:], rollout
 
 

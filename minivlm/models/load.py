@@ -13,8 +13,11 @@ from minivlm.checkpoints.hub import OPEN_CLIP, describe, find_folder
 from minivlm.errors import InputError
 from minivlm.models import clip, llava, open_clip, paligemma, siglip, vit
 from minivlm.models.miniatures.clipcap import ClipCap
+from minivlm.models.miniatures.cm3 import CM3
 from minivlm.models.miniatures.flamingo import Flamingo
+from minivlm.models.miniatures.simvlm import SimVLM
 from minivlm.models.miniatures.visualbert import VisualBERT
+from minivlm.models.miniatures.visualgpt import VisualGPT
 from minivlm.models.protocols import Answers, Matches
 from minivlm.processing import AnswerProcessor, PairProcessor
 from minivlm.speed import speed_up
@@ -46,6 +49,9 @@ SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "clipcap": System(ClipCap.open_folder, "answers"),
     "visual_bert": System(VisualBERT.open_folder, "answers"),
     "flamingo": System(Flamingo.open_folder, "answers"),
+    "cm3": System(CM3.open_folder, "answers"),
+    "simvlm": System(SimVLM.open_folder, "answers"),
+    "visualgpt": System(VisualGPT.open_folder, "answers"),
 }
 
 

@@ -19,12 +19,24 @@ from minivlm.generate import Decodable
 class PatchEmbeddings(Protocol):
     """Where a picture becomes one vector per patch, with a learned vector per position."""
 
-    patch_embedding: nn.Conv2d
+    patch_embedding: nn.Conv2d  # the first layer: of a stem, the first of several convolutions
     position_embedding: nn.Embedding  # a class token's row comes before those of the patches
+
+
+class PatchSize(Protocol):
+    """A config that says how a picture is cut."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels from one patch to the next."""
 
 
 class Tower(Protocol):
     """An image tower over a square grid of patches."""
+
+    @property
+    def config(self) -> PatchSize:
+        """The tower's own part of the config."""
 
     @property
     def embeddings(self) -> PatchEmbeddings:

@@ -35,6 +35,7 @@ class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embeddings = nn.Module()
+        self.config = SimpleNamespace(patch_size=PATCH)
         self.embeddings.patch_embedding = nn.Conv2d(3, WIDTH, PATCH, PATCH)
         self.embeddings.position_embedding = nn.Embedding(PATCHES, WIDTH)
 

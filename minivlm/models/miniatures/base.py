@@ -40,11 +40,19 @@ from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 LAYOUTS: dict[str, Layout] = {"as it is": [("", "")]}  # the names of our modules
 
 
+class TowerConfig(Protocol):
+    """What the config of an image tower has beside its own."""
+
+    @property
+    def image_size(self) -> int: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 class MiniatureConfig(Protocol):
     """What the config of each miniature has beside its own: two parts, and the ids that are no words."""
 
     @property
-    def vision(self) -> SiglipVisionConfig: ...
+    def vision(self) -> TowerConfig: ...
     @property
     def text(self) -> GPT2Config: ...
     @property
@@ -60,11 +68,13 @@ class MiniatureConfig(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-def read_values(cls: type, values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+def read_values(
+    cls: type, values: Mapping[str, Any], model_type: str, vision: type[Any] = SiglipVisionConfig
+) -> dict[str, Any]:
     """The fields of a miniature's config in a config.json. Raises InputError: it describes another system."""
     require_system(values, model_type)
     parts = {
-        "vision": SiglipVisionConfig.from_dict(part_of(values, "vision_config")),
+        "vision": vision.from_dict(part_of(values, "vision_config")),
         "text": GPT2Config.from_dict(part_of(values, "text_config")),
     }
     return known(cls, {**values, **special_ids(values), **parts})
@@ -81,19 +91,24 @@ class Miniature(Writes):
     """The two parts, and what all ways have in common."""
 
     config_class: ClassVar[type[MiniatureConfig]]
-    cache_class: ClassVar[type[KVCache]] = KVCache
+    tower_class: ClassVar[type[Any]] = SiglipVisionModel
+    cache_class: ClassVar[type[KVCache]] = KVCache  # of a system that keeps more of a row, its own
     config: MiniatureConfig
 
     def __init__(self, config: MiniatureConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_tower = SiglipVisionModel(config.vision)
+        self.vision_tower = self.tower_class(config.vision)
         self.language_model = GPT2Decoder(config.text)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are and the inputs must be."""
         return self.language_model.embed_tokens.weight.device
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] in any dtype -> the tower's tokens [B, N, D_image] in its own."""
+        return self.vision_tower(pixel_values.to(self.language_model.embed_tokens.weight.dtype))
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] -> what the decoder gets of a picture, [B, n, D]."""
@@ -182,6 +197,9 @@ class Miniature(Writes):
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
         """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
+        token_ids = token_ids.masked_fill(
+            token_ids == self.config.image_token_id, 0
+        )  # no picture comes with it
         return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
 
     def new_cache(self, rows: int) -> KVCache:
@@ -234,12 +252,21 @@ class Miniature(Writes):
         return cls._load(folder, values, dtype, device), processor
 
 
-def place(attention_mask: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-    """Positions [B, T] of tokens, and the causal mask [B, 1, T, S] over them and those that a cache holds."""
+def place(
+    attention_mask: Tensor, cache: KVCache | None, prefix_lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Positions [B, T] of tokens, and the mask [B, 1, T, S] over them and those that a cache holds.
+
+    The mask is causal; with `prefix_lengths` [B], so many tokens of each row are visible to all.
+    """
     if cache is None:
         key_is_real = attention_mask.bool()
         position_ids = key_positions = (key_is_real.cumsum(dim=1) - 1).clamp(min=0)
     else:
         position_ids = cache.reserve(attention_mask)
         key_positions, key_is_real = cache.key_positions, cache.key_is_real
-    return position_ids, (masks.causal(position_ids, key_positions) & masks.padding(key_is_real))[:, None]
+    if prefix_lengths is None:
+        mask = masks.causal(position_ids, key_positions)
+    else:
+        mask = masks.prefix_lm(position_ids, key_positions, prefix_lengths)
+    return position_ids, (mask & masks.padding(key_is_real))[:, None]

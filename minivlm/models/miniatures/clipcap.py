@@ -137,7 +137,7 @@ class ClipCap(Miniature):
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] -> the prefix [B, k, D]."""
-        return self.clip_project(self.vision_tower(pixel_values).mean(dim=1))
+        return self.clip_project(self.patches(pixel_values).mean(dim=1))
 
     def sort_maps(
         self, encoding: list[Tensor], reading: list[Tensor]

@@ -166,7 +166,7 @@ class Flamingo(Miniature):
             media_times: [M], the place of each picture in its row, from 0; None: each is the first.
         """
         frames = 1 if pixel_values.dim() == 4 else pixel_values.shape[1]
-        patches = self.vision_tower(pixel_values if pixel_values.dim() == 4 else pixel_values.flatten(0, 1))
+        patches = self.patches(pixel_values if pixel_values.dim() == 4 else pixel_values.flatten(0, 1))
         return self.perceiver(patches.unflatten(0, (-1, frames)), media_times)
 
     def encode_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor | None:
