@@ -107,7 +107,7 @@ class Miniature(Writes):
         return self.language_model.embed_tokens.weight.device
 
     def patches(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, height, width] in any dtype -> the tower's tokens [B, N, D_image] in its own."""
+        """pixel_values [B, C, height, width] of any dtype -> the tower's tokens [B, N, D_image]."""
         return self.vision_tower(pixel_values.to(self.language_model.embed_tokens.weight.dtype))
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:

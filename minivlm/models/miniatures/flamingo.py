@@ -198,6 +198,10 @@ class Flamingo(Miniature):
             x = layer(x, bias, partial(cache.write, number) if cache is not None else None)
         return decoder.ln_f(x)
 
+    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
+        """As in the base class; an `<image>` that the model writes is a word of its table."""
+        return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
+
     def pictures(
         self, input_ids: Tensor, image: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor | None, Tensor]:
