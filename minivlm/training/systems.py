@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, Dataset
 
 from minivlm.errors import InputError
@@ -27,13 +29,19 @@ from minivlm.evaluation import evaluate
 from minivlm.models.load import load
 from minivlm.models.miniatures.base import Miniature, place
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
+from minivlm.models.miniatures.cm3 import CM3, CM3Config, causally_masked
+from minivlm.models.miniatures.flamingo import Flamingo, FlamingoConfig
+from minivlm.models.miniatures.simvlm import SimVLM, SimVLMConfig
+from minivlm.models.miniatures.visualgpt import VisualGPT, VisualGPTConfig
 from minivlm.models.paligemma import PaliGemma
-from minivlm.processing import Processor
-from minivlm.processing.inputs import Inputs, to_device
+from minivlm.processing import Processor, Tokenizer
+from minivlm.processing.inputs import IGNORE, Inputs, to_device
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
 from minivlm.training.limits import check_numbers, check_warmup
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
 from minivlm.training.schedule import warm_up_then_fall
+from minivlm.vision.conv_stem import ConvStemConfig
+from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 from minivlm.world.augmentations import varied
 from minivlm.world.questions import Example, examples
 from minivlm.world.scenes import make_scene
@@ -46,24 +54,87 @@ TEXT_ROWS = 500  # on which the language model is measured
 TEXT_STREAM, PICTURE_STREAM, MEASURE_STREAM = 0, 1, 2  # of random numbers: [seed, stream, step]
 
 
+def answer_loss(model: Miniature, inputs: Inputs, generator: torch.Generator) -> Tensor:
+    """Mean cross-entropy of the answers' words: what most ways learn from."""
+    loss = model(**inputs).loss
+    assert loss is not None
+    return loss
+
+
+def moved_spans_loss(model: CM3, inputs: Inputs, generator: torch.Generator) -> Tensor:
+    """Mean cross-entropy of every word of documents, some of whose spans are written last."""
+    rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+    moved = [causally_masked(ids[is_real], model.config, generator) for ids, is_real in rows]
+    pad = partial(pad_sequence, batch_first=True)
+    output = model(
+        input_ids=pad([ids for ids, _ in moved], padding_value=model.config.pad_token_id),
+        pixel_values=inputs["pixel_values"],
+        attention_mask=pad([torch.ones_like(ids) for ids, _ in moved]),
+        labels=pad([labels for _, labels in moved], padding_value=IGNORE),
+    )
+    assert output.loss is not None
+    return output.loss
+
+
 @dataclass(frozen=True)
 class Way:
     """A system, and which of its parts learn from pictures."""
 
-    build: Callable[..., Miniature]  # from a tower's config, a decoder's, and the ids
+    build: Callable[..., Miniature]  # from a tower's config, a decoder's, the ids, and the tokenizer
     learns: tuple[str, ...]  # how the names of the weights begin that are trained
     about: str
+    loss: Callable[[Any, Inputs, torch.Generator], Tensor] = answer_loss
 
 
-def _clipcap(**parts: Any) -> Miniature:
+def _clipcap(tokenizer: Tokenizer, **parts: Any) -> Miniature:
     return ClipCap(ClipCapConfig(num_mapping_layers=2, **parts))
 
 
-def _clipcap_mlp(**parts: Any) -> Miniature:
+def _clipcap_mlp(tokenizer: Tokenizer, **parts: Any) -> Miniature:
     return ClipCap(ClipCapConfig(mapping_type="mlp", **parts))
 
 
+def _visualgpt(tokenizer: Tokenizer, **parts: Any) -> Miniature:
+    return VisualGPT(VisualGPTConfig(encoder_intermediate_size=2 * WIDTH, **parts))
+
+
+def _flamingo(tokenizer: Tokenizer, **parts: Any) -> Miniature:
+    return Flamingo(
+        FlamingoConfig(
+            num_latents=16,
+            resampler_depth=2,
+            resampler_heads=HEADS,
+            cross_attn_heads=HEADS,
+            head_dim=WIDTH // HEADS,
+            **parts,
+        )
+    )
+
+
+def _cm3(tokenizer: Tokenizer, **parts: Any) -> Miniature:
+    """Words for outlines serve as sentinels: no row here has any."""
+    *sentinels, end = tokenizer.seg_ids[:5]
+    return CM3(CM3Config(mask_token_ids=tuple(sentinels), end_of_mask_token_id=end, **parts))
+
+
+def _simvlm(tokenizer: Tokenizer, vision: SiglipVisionConfig, **parts: Any) -> Miniature:
+    size, patch = vision.image_size, vision.patch_size
+    stem = ConvStemConfig(layers=(1, 1, 1), width=WIDTH // 16, image_size=size, patch_size=patch)
+    return SimVLM(SimVLMConfig(vision=stem, **parts))
+
+
 WAYS = {
+    "simvlm": Way(
+        _simvlm,
+        ("vision_tower.", "projection.", "relative_attention.", "language_model."),
+        "a stem of convolutions of its own, patches before the words; all learns",
+    ),
+    "cm3": Way(
+        _cm3,
+        ("projection.", "language_model."),
+        "patches before the words, spans written last; the language model learns, too",
+        moved_spans_loss,
+    ),
     "clipcap": Way(
         _clipcap, ("clip_project.",), "one vector of the picture -> a prefix; the language model is frozen"
     ),
@@ -71,6 +142,16 @@ WAYS = {
         _clipcap_mlp,
         ("clip_project.", "language_model."),
         "the same by an MLP; the language model learns, too",
+    ),
+    "visualgpt": Way(
+        _visualgpt,
+        ("encoder.", "language_model."),
+        "every block asks the patches, gates share out; the language model learns, too",
+    ),
+    "flamingo": Way(
+        _flamingo,
+        ("perceiver.", "gated_cross_attn_layers."),
+        "gated blocks ask 16 latents, between frozen ones of the language model",
     ),
 }
 
@@ -166,13 +247,17 @@ def build(config: SystemConfig) -> tuple[Miniature, Processor]:
     model = WAYS[config.system].build(
         vision=shipped.config.vision,
         text=text,
+        tokenizer=tokenizer,
         image_token_id=tokenizer.image_id,
         pad_token_id=tokenizer.pad_id,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-    model.language_model.load_state_dict(decoder.state_dict())
-    model.vision_tower.load_state_dict(shipped.vision_tower.state_dict())
+    # A block may have more than GPT-2's: what it asks the picture with is not in the language model.
+    unknown = model.language_model.load_state_dict(decoder.state_dict(), strict=False).unexpected_keys
+    assert not unknown
+    if isinstance(model.vision_tower, SiglipVisionModel):  # and not a stem that learns with the rest
+        model.vision_tower.load_state_dict(shipped.vision_tower.state_dict())
     pictures = replace(processor.image_processor, image_seq_length=model.config.num_image_tokens)
     return model, Processor(tokenizer, pictures)
 
@@ -245,9 +330,8 @@ class SystemRun(Trainable):
             name, loss = "text", language_model_loss(self.model.language_model, batch, shift)
             factor = warm_up_then_fall(self.step, config.text_steps, config.warmup_steps)
         else:
-            output = self.model(**batch)
-            assert output.loss is not None
-            name, loss = "answer", output.loss
+            generator = torch.Generator().manual_seed(config.seed * 2**32 + self.step)
+            name, loss = "answer", WAYS[config.system].loss(self.model, batch, generator)
             factor = warm_up_then_fall(self.step - config.text_steps, config.steps, config.warmup_steps)
         self.check_finite(f"the {name} loss", loss.item())
         loss.backward()
@@ -263,12 +347,14 @@ class SystemRun(Trainable):
 
     def measure(self) -> dict[str, float]:
         """How well the language model knows the text without a picture, and answers to held-out scenes."""
+        self.model.eval()  # a stem's norms take the statistics of a batch while they learn
         found = {"text loss": self.text_loss()}
         if self.step > self.config.text_steps:
             table = evaluate(
                 self.model, self.processor, scenes=MEASURED_SCENES, columns=("held_out",), progress=False
             )
             found |= {name: metric.value for name, metric in table["held_out"].items()}
+        self.model.train()
         return found
 
     @torch.no_grad()

@@ -223,13 +223,13 @@ def test_unknown_revision(hub: HubServer, use: Use, revision: str):
 
 
 def test_another_system_is_refused_before_its_weights_are_downloaded(hub: HubServer, use: Use):
-    hub.repos["owner/llava"] = Repo({commit(1): STUBS | {"config.json": b'{"model_type": "llava"}'}})
+    hub.repos["owner/next"] = Repo({commit(1): STUBS | {"config.json": b'{"model_type": "llava_next"}'}})
     use(hub.server_port)
     with pytest.raises(
         InputError,
-        match=r"owner/llava holds a model of type 'llava', and only paligemma, .*vit.* can",
+        match=r"owner/next holds a model of type 'llava_next', and only paligemma, .*vit.* can",
     ):
-        minivlm.load("owner/llava")
+        minivlm.load("owner/next")
     assert set(hub.bodies()) == {"config.json"}
 
 

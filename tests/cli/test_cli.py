@@ -879,7 +879,7 @@ def break_folder(folder: Path, kind: str) -> None:
     if kind == "config is no JSON":
         (folder / "config.json").write_text('{"model_type": "pali')
     if kind == "other system":
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "llava_next"}))
     if kind == "no answers":
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "clip"}))
     if kind == "pickled only":
@@ -922,7 +922,7 @@ def break_folder(folder: Path, kind: str) -> None:
     [
         ("missing config", "has no config.json: is it a checkpoint folder"),
         ("config is no JSON", r"config.json cannot be read .*: download the file again"),
-        ("other system", "type 'llava', and only paligemma, .*can write answers: choose another"),
+        ("other system", "type 'llava_next', and only paligemma, .*can write answers: choose another"),
         ("no answers", "type 'clip', and only paligemma, .*can write answers: choose another"),
         ("pickled only", "pytorch_model.bin: a pickle can run code .* Download the safetensors version"),
         ("no weights", "has neither model.safetensors nor .*: download the weights"),

@@ -226,7 +226,7 @@ def test_a_siglip_folder_of_another_picture_size(tmp_path: Path) -> None:
     ("make", "command", "message"),
     [
         ("clip", ["ask", "a.png", "--prompt", "caption en"], "type 'clip', and only paligemma, "),
-        ("vit", ["eval"], "holds a model that reads no text: choose a folder of paligemma, clip, "),
+        ("vit", ["eval"], "holds a model that reads no text: choose a folder of paligemma, llava, "),
     ],
 )
 def test_the_command_line_refuses_models_that_write_nothing(
