@@ -51,8 +51,8 @@ OTHERS = (
     "abc|argparse|collections|contextlib|dataclasses|matplotlib|numpy|np|pathlib|PIL|tokenizers|torch|tqdm"
 )
 nitpick_ignore_regex = [
-    # The first six are for type checkers only. Sphinx cuts the last, the type of an attribute, at its comma.
-    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Kind|tqdm|int \| tuple\[int")
+    # All but the last are for type checkers only. Sphinx cuts it, the type of an attribute, at its comma.
+    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Kind|Grid|tqdm|(int \| )?tuple\[int")
 ]
 
 html_theme = "furo"
