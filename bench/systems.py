@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +31,7 @@ from minivlm.evaluation import evaluate
 from minivlm.models.load import load
 from minivlm.training.loop import Loop, read_log
 from minivlm.training.systems import WAYS, SystemConfig, SystemRun, train_system
+from minivlm.world.scenes import make_scene
 
 SCENES = 500
 ROWS = (
@@ -85,7 +87,8 @@ def costs(config: SystemConfig) -> dict[str, int]:
     batch = next(iter(trained.batches()))
     with FlopCounterMode(display=False) as step:
         trained.advance(batch)
-    inputs = trained.processor([trained_picture()], ["what color is the star?"])
+    picture = make_scene(np.random.default_rng(0), "train").draw(64)
+    inputs = trained.processor([picture], ["what color is the star?"])
     with FlopCounterMode(display=False) as answer, torch.inference_mode():
         trained.model.generate(**inputs, max_new_tokens=ANSWER)
     return {
@@ -94,15 +97,6 @@ def costs(config: SystemConfig) -> dict[str, int]:
         "step": step.get_total_flops(),
         "answer": answer.get_total_flops(),
     }
-
-
-def trained_picture() -> Any:
-    """Some picture of the world."""
-    import numpy as np
-
-    from minivlm.world.scenes import make_scene
-
-    return make_scene(np.random.default_rng(0), "train").draw(64)
 
 
 def as_text(results: Sequence[Result]) -> str:

@@ -122,6 +122,11 @@ def sample(
     return torch.cat(rows).to(logits.device)
 
 
+def last_token_indices(attention_mask: Tensor) -> Tensor:
+    """The index of each row's last token, whichever side is padded: [B, T] -> [B]."""
+    return torch.where(attention_mask.bool(), attention_mask.cumsum(dim=1), 0).argmax(dim=1)
+
+
 def _generators(rows: int, seed: int | None) -> list[torch.Generator]:
     first = int(torch.randint(2**62, ())) if seed is None else seed
     return [torch.Generator().manual_seed(first + row) for row in range(rows)]

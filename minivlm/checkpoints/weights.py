@@ -174,13 +174,16 @@ def with_other_files(folder: Path, config: AnswerConfig) -> AnswerConfig:
     The head is untied if the weights have both a head and an embedding table. An id that is not in
     generation_config.json is that of config.json; transformers would then answer without an end.
     """
-    changes: dict[str, Any] = {}
-    if (folder / GENERATION).is_file():
-        changes = special_ids(read_json(folder, GENERATION))
     names = read_tensors(folder)
     if all(any(name.endswith(end) for name in names) for end in ("lm_head.weight", "embed_tokens.weight")):
-        changes["text"] = replace(config.text, tie_word_embeddings=False)
-    return replace(config, **changes)
+        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+    return with_generation_ids(folder, config)
+
+
+def with_generation_ids(folder: Path, config: AnswerConfig) -> AnswerConfig:
+    """A config with the ids of pad, bos and eos that generation_config.json has, where there is one."""
+    has_file = (folder / GENERATION).is_file()
+    return replace(config, **special_ids(read_json(folder, GENERATION))) if has_file else config
 
 
 class _Uninitialized(TorchFunctionMode):

@@ -94,19 +94,12 @@ class CLIPConfig:
         }
 
 
-class CLIP(nn.Module):
-    """The whole system. `minivlm.load` returns one with its processor."""
+class CLIPBase(nn.Module):
+    """What CLIP is with any image tower: the text tower, the cosine, and the softmax over texts."""
 
-    has_class_token = True  # the first token of the image tower, and what the picture's vector is made from
-
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.vision_model = CLIPVisionModel(config.vision)
-        self.text_model = CLIPTextModel(config.text)
-        self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+    text_model: CLIPTextModel
+    text_projection: nn.Linear
+    logit_scale: nn.Parameter
 
     @property
     def device(self) -> torch.device:
@@ -115,8 +108,7 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] -> [B, projection_dim], not normalized."""
-        tokens = self.vision_model(pixel_values.to(self.logit_scale.dtype))
-        return self.visual_projection(self.vision_model.pool(tokens))
+        raise NotImplementedError
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T], each row with an eos before its padding -> [B, projection_dim], not normalized.
@@ -153,6 +145,26 @@ class CLIP(nn.Module):
         return ContrastiveOutput(
             logits, logits.T, l2_normalize(image_embeds), l2_normalize(text_embeds), loss
         )
+
+
+class CLIP(CLIPBase):
+    """The whole system. `minivlm.load` returns one with its processor."""
+
+    has_class_token = True  # the first token of the image tower, and what the picture's vector is made from
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = CLIPVisionModel(config.vision)
+        self.text_model = CLIPTextModel(config.text)
+        self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, C, height, width] -> [B, projection_dim], not normalized."""
+        tokens = self.vision_model(pixel_values.to(self.logit_scale.dtype))
+        return self.visual_projection(self.vision_model.pool(tokens))
 
     @classmethod
     def from_pretrained(

@@ -26,8 +26,7 @@ from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import OPEN_CLIP, find_folder, read_json
 from minivlm.checkpoints.layouts import CLIP_RESNET_LAYOUTS
 from minivlm.configs import check_types, open_clip_parts, part_of
-from minivlm.losses import clip_loss, l2_normalize, pair_logits
-from minivlm.models.contrastive import ContrastiveOutput, check_widths
+from minivlm.models.clip import CLIPBase
 from minivlm.processing import CLIPImageProcessor
 from minivlm.text.clip import CLIPTextConfig, CLIPTextModel
 from minivlm.vision.clip_resnet import CLIPResNet, CLIPResNetConfig
@@ -69,7 +68,7 @@ class ResNetCLIPConfig:
         }
 
 
-class ResNetCLIP(nn.Module):
+class ResNetCLIP(CLIPBase):
     """The whole system. `minivlm.load` returns one with its processor."""
 
     has_class_token = True  # the mean of all places takes its part in the pooling
@@ -82,41 +81,9 @@ class ResNetCLIP(nn.Module):
         self.text_projection = nn.Linear(config.text.hidden_size, config.vision.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are and the inputs must be."""
-        return self.logit_scale.device
-
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] -> [B, projection_dim], not normalized."""
         return self.vision_model(pixel_values.to(self.logit_scale.dtype))
-
-    def encode_text(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T], each row with an eos before its padding -> [B, projection_dim], not normalized.
-
-        Raises ValueError: a row without an eos, or with more tokens than the tower reads.
-        """
-        return self.text_projection(self.text_model.pool(self.text_model(input_ids), input_ids))
-
-    def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """exp(logit_scale) * cosine. [n, D], [m, D] -> [n, m]. Raises ValueError: different widths."""
-        check_widths(image_embeds, text_embeds)
-        return pair_logits(image_embeds, text_embeds, self.logit_scale)
-
-    def probabilities(self, logits_per_image: Tensor) -> Tensor:
-        """How likely each text is the one that fits, among these: [n, m] -> [n, m]; rows sum to 1."""
-        return logits_per_image.softmax(dim=-1)
-
-    def forward(
-        self, input_ids: Tensor, pixel_values: Tensor, return_loss: bool = False
-    ) -> ContrastiveOutput:
-        """Every picture against every text. Arguments and errors are those of `CLIP.forward`."""
-        image_embeds, text_embeds = self.encode_image(pixel_values), self.encode_text(input_ids)
-        logits = self.logits(image_embeds, text_embeds)
-        loss = clip_loss(image_embeds, text_embeds, self.logit_scale) if return_loss else None
-        return ContrastiveOutput(
-            logits, logits.T, l2_normalize(image_embeds), l2_normalize(text_embeds), loss
-        )
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ caption, and says less about single places.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,7 @@ from minivlm.checkpoints.hub import (
 from minivlm.checkpoints.layouts import LLAVA_LAYOUTS
 from minivlm.configs import check_types, expect, known, part_of, require_system
 from minivlm.errors import InputError
-from minivlm.generate import generate, stream
+from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
 from minivlm.processing import LlavaProcessor
 from minivlm.processing.inputs import check_rows
 from minivlm.processing.llava import SETTINGS
@@ -126,14 +126,6 @@ class LlavaConfig:
         }
 
 
-@dataclass
-class LlavaOutput:
-    """logits [B, S, V], and the loss if labels were given."""
-
-    logits: Tensor
-    loss: Tensor | None = None
-
-
 class LlavaProjector(nn.Module):
     """Two linear layers with the exact GELU between them, from the width of the tower to the decoder's."""
 
@@ -147,8 +139,10 @@ class LlavaProjector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
-class Llava(nn.Module):
+class Llava(Writes):
     """The whole system."""
+
+    config: LlavaConfig
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -204,7 +198,7 @@ class Llava(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> LlavaOutput:
+    ) -> WritingOutput:
         """Logits at every position, and the loss if labels are given.
 
         Args:
@@ -225,17 +219,7 @@ class Llava(nn.Module):
         is_real = attention_mask.bool()
         position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
         mask = masks.causal(position_ids, position_ids) & masks.padding(is_real)
-        logits = self.logits(self.language_model(inputs_embeds, position_ids, mask[:, None]))
-        return LlavaOutput(logits, None if labels is None else self.loss(logits, labels))
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token, over the positions whose label is not -100.
-
-        logits [B, S, V] at position t are compared with labels [B, S] at t + 1.
-        """
-        return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
-        )
+        return self.output(self.language_model(inputs_embeds, position_ids, mask[:, None]), labels)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., D] -> scores [..., V]."""
@@ -265,10 +249,8 @@ class Llava(nn.Module):
         )
         position_ids = cache.reserve(attention_mask)
         mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
-        # The last real token of a row is the one with the highest position, whichever side is padded.
-        last = torch.where(attention_mask.bool(), position_ids, -1).argmax(dim=1)  # [B]
         hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
-        return hidden_states[torch.arange(len(last), device=last.device), last], cache
+        return last_hidden_states(hidden_states, attention_mask), cache
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
         """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
@@ -276,21 +258,6 @@ class Llava(nn.Module):
         mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
         inputs_embeds = self.language_model.embed(token_ids[:, None])
         return self.language_model(inputs_embeds, position_ids, mask[:, None], cache)[:, 0]
-
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, **kwargs: Any) -> Tensor:
-        """New tokens only, [B, n], padded after each row's end. Arguments as in `minivlm.generate.stream`."""
-        return generate(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)
-
-    def stream(self, input_ids: Tensor, max_new_tokens: int = 64, **kwargs: Any) -> Iterator[Tensor]:
-        """The same, token by token: yields [B] as soon as it is known."""
-        return stream(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)
-
-    def _limits(self) -> dict[str, Any]:
-        return {
-            "eos_token_id": self.config.eos_token_id,
-            "pad_token_id": self.config.pad_token_id,
-            "max_length": self.config.text.max_position_embeddings,
-        }
 
     @classmethod
     def from_pretrained(

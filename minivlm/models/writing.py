@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.generate import generate, stream
+from minivlm.generate import generate, last_token_indices, stream
 from minivlm.models.protocols import ContextLength
 
 
@@ -34,6 +34,15 @@ class WritingConfig(Protocol):
     def eos_token_id(self) -> int | tuple[int, ...]: ...
     @property
     def text(self) -> ContextLength: ...
+
+
+class ImageTokens(WritingConfig, Protocol):
+    """And how a picture stands in a row of input_ids."""
+
+    @property
+    def num_image_tokens(self) -> int: ...  # placeholders of one picture
+    @property
+    def image_token_id(self) -> int: ...
 
 
 class Writes(nn.Module):
@@ -84,11 +93,5 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def last_hidden_states(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
     """Of each row's last real token, whichever side is padded: [B, S, D], [B, S] -> [B, D]."""
-    last = last_places(attention_mask)
+    last = last_token_indices(attention_mask)
     return hidden_states[torch.arange(len(last), device=last.device), last]
-
-
-def last_places(attention_mask: Tensor) -> Tensor:
-    """Where each row's last real token is, whichever side is padded: [B, S] -> [B]."""
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return torch.where(attention_mask.bool(), places, -1).argmax(dim=1)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minivlm.generate import last_token_indices
 from minivlm.speed.pieces import GatedMLPInPieces, InPieces, SwiGLUInPieces
 from minivlm.speed.replacing import replaced
 
@@ -47,11 +48,6 @@ LAST: dict[type[nn.Module], type[nn.Module]] = {
     GatedMLPInPieces: LastTokenMLP,
     SwiGLUInPieces: LastTokenSwiGLU,
 }
-
-
-def last_token_indices(attention_mask: Tensor) -> Tensor:
-    """The index of each row's last token, whichever side is padded: [B, T] -> [B]."""
-    return torch.where(attention_mask.bool(), attention_mask.cumsum(dim=1), 0).argmax(dim=1)
 
 
 def skip_unread(model: nn.Module) -> nn.Module:

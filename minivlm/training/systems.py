@@ -51,7 +51,8 @@ CONTEXT = 192  # positions: a picture of 64 patches, and the longest question wi
 MAX_GRADIENT_NORM = 1.0
 MEASURED_SCENES = 100
 TEXT_ROWS = 500  # on which the language model is measured
-TEXT_STREAM, PICTURE_STREAM, MEASURE_STREAM = 0, 1, 2  # of random numbers: [seed, stream, step]
+# Streams of random numbers: [seed, stream, step].
+TEXT_STREAM, PICTURE_STREAM, MEASURE_STREAM, SHIFT_STREAM = range(4)
 
 
 def answer_loss(model: Miniature, inputs: Inputs, generator: torch.Generator) -> Tensor:
@@ -326,7 +327,7 @@ class SystemRun(Trainable):
         if stage == "text":
             # From a place of its own in each step, so that what a picture takes up is nothing new.
             room = CONTEXT - batch["input_ids"].shape[1]
-            shift = int(np.random.default_rng([config.seed, MEASURE_STREAM + 1, self.step]).integers(room))
+            shift = int(np.random.default_rng([config.seed, SHIFT_STREAM, self.step]).integers(room))
             name, loss = "text", language_model_loss(self.model.language_model, batch, shift)
             factor = warm_up_then_fall(self.step, config.text_steps, config.warmup_steps)
         else:

@@ -29,9 +29,7 @@ class ConvStemConfig:
     width: int = 64  # channels after the first convolution
     num_channels: int = 3
     image_size: int = 224  # pixels, height = width
-    patch_size: int = (
-        16  # pixels from one place to the next; 8 for small pictures, where no pooling comes first
-    )
+    patch_size: int = 16  # pixels from one place to the next; 8 leaves out the first pooling
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from gpt2 import load_gpt2
 from helpers import assert_differs, assert_equal, randomize
+from miniatures import TINY_TEXT as TINY
 from torch import Tensor
 from transformers import GPT2Config as ReferenceConfig
 from transformers import GPT2LMHeadModel
@@ -18,14 +19,6 @@ from minivlm.errors import InputError
 from minivlm.models.miniatures.base import place
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
 
-TINY = GPT2Config(
-    hidden_size=32,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    vocab_size=120,
-    max_position_embeddings=64,
-)
 IDS = torch.tensor([[5, 17, 3, 99, 42, 7]])
 
 

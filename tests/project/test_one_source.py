@@ -39,6 +39,7 @@ LATER = {
 NOT_SHOWN = {
     "build_decoder": "chooses between two classes",
     "check_size": "refuses pictures without area",
+    "last_token_indices": "counts padding; notebook 06 has the same line inside `prefill`",
     "explain_nonfinite": "only writes an error message",
     "open_folder": "finds out which processor fits a folder",
     "paligemma2_config": "a table of published numbers",

@@ -12,10 +12,11 @@ from gemma2 import tiny_paligemma2
 from helpers import assert_equal, make_batch, tiny_paligemma, without_labels
 from safetensors.torch import load_file
 
+from minivlm.generate import last_token_indices
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.paligemma import PaliGemma
 from minivlm.speed import speed_up
-from minivlm.speed.last_token import last_token_indices, skip_unread
+from minivlm.speed.last_token import skip_unread
 
 PREFIXES, SUFFIXES, PICTURES = [3, 5, 2], [3, 1, 2], [True, True, True]
 BOTH = pytest.mark.parametrize("build", [tiny_paligemma, tiny_paligemma2])

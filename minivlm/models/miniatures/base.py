@@ -8,7 +8,7 @@ picture becomes, and `read` says how the decoder gets it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -19,19 +19,17 @@ from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
-    GENERATION,
     PICTURES,
     TOKENIZER,
     check_vocabulary,
     find_folder,
     read_config,
-    read_json,
     require_equal,
     special_ids,
 )
 from minivlm.checkpoints.layouts import Layout
 from minivlm.configs import known, part_of, require_system
-from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
+from minivlm.models.writing import ImageTokens, Writes, WritingOutput, last_hidden_states
 from minivlm.processing.inputs import check_rows
 from minivlm.processing.paligemma import Processor
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
@@ -48,21 +46,13 @@ class TowerConfig(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-class MiniatureConfig(Protocol):
+class MiniatureConfig(ImageTokens, Protocol):
     """What the config of each miniature has beside its own: two parts, and the ids that are no words."""
 
     @property
     def vision(self) -> TowerConfig: ...
     @property
     def text(self) -> GPT2Config: ...
-    @property
-    def num_image_tokens(self) -> int: ...  # placeholders of one picture in a row of input_ids
-    @property
-    def image_token_id(self) -> int: ...
-    @property
-    def pad_token_id(self) -> int: ...
-    @property
-    def eos_token_id(self) -> int | tuple[int, ...]: ...
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self: ...
     def to_dict(self) -> dict[str, Any]: ...
@@ -197,9 +187,8 @@ class Miniature(Writes):
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
         """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
-        token_ids = token_ids.masked_fill(
-            token_ids == self.config.image_token_id, 0
-        )  # no picture comes with it
+        # No picture comes with an `<image>` that the model writes.
+        token_ids = token_ids.masked_fill(token_ids == self.config.image_token_id, 0)
         return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
 
     def new_cache(self, rows: int) -> KVCache:
@@ -226,9 +215,7 @@ class Miniature(Writes):
         dtype: torch.dtype | None,
         device: torch.device | str,
     ) -> Self:
-        config = cls.config_class.from_dict(values)
-        if (folder / GENERATION).is_file():  # it wins over config.json
-            config = replace(cast(Any, config), **special_ids(read_json(folder, GENERATION)))
+        config = weights.with_generation_ids(folder, cast(Any, cls.config_class.from_dict(values)))
         return weights.load_model(cls, config, folder, LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -244,12 +231,18 @@ class Miniature(Writes):
         Raises InputError: the files do not match each other; otherwise as in `from_pretrained`.
         """
         config = cls.config_class.from_dict(values)
-        processor = Processor.from_pretrained(folder, image_seq_length=config.num_image_tokens)
-        image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
-        require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)
-        require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
-        check_vocabulary(folder, config.text.vocab_size, processor.tokenizer.backend.get_vocab().values())
+        processor = open_processor(folder, config, config.vision.image_size, config.text.vocab_size)
         return cls._load(folder, values, dtype, device), processor
+
+
+def open_processor(folder: Path, config: ImageTokens, image_size: int, vocab_size: int) -> Processor:
+    """The processor of a folder. Raises InputError: it does not match the config."""
+    processor = Processor.from_pretrained(folder, image_seq_length=config.num_image_tokens)
+    tokenizer, side = processor.tokenizer, processor.image_processor.image_size
+    require_equal(folder, "the id of <image>", config.image_token_id, tokenizer.image_id, TOKENIZER)
+    require_equal(folder, "the picture's side", image_size, side, PICTURES)
+    check_vocabulary(folder, vocab_size, tokenizer.backend.get_vocab().values())
+    return processor
 
 
 def place(

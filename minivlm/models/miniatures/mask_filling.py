@@ -25,28 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm import masks
-from minivlm.models.protocols import ContextLength
-from minivlm.models.writing import Writes, WritingOutput, last_places, next_token_loss
+from minivlm.generate import last_token_indices
+from minivlm.models.writing import ImageTokens, Writes, WritingOutput, next_token_loss
 from minivlm.processing.inputs import IGNORE, check_rows
 
 TEXT_A, TEXT_B = 0, 1  # types of words, for BERT the first text and the second: here prompt and answer
 
 
-class MaskConfig(Protocol):
+class MaskConfig(ImageTokens, Protocol):
     """The ids that are no words, and how much the encoder reads."""
 
     @property
-    def num_image_tokens(self) -> int: ...
-    @property
-    def image_token_id(self) -> int: ...
-    @property
     def mask_token_id(self) -> int: ...
-    @property
-    def pad_token_id(self) -> int: ...
-    @property
-    def eos_token_id(self) -> int | tuple[int, ...]: ...
-    @property
-    def text(self) -> ContextLength: ...
 
 
 @dataclass
@@ -212,4 +202,4 @@ class FillsMasks(Writes):
 def _after(attention_mask: Tensor) -> Tensor:
     """The place after each row's last token: [B, S] -> [B, S + 1], boolean."""
     places = torch.arange(attention_mask.shape[1] + 1, device=attention_mask.device)
-    return places == last_places(attention_mask)[:, None] + 1
+    return places == last_token_indices(attention_mask)[:, None] + 1

@@ -18,7 +18,7 @@ type is 0, as in the authors' code, where transformers takes 1 unless it is told
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,14 @@ from torch import Tensor, nn
 from minivlm import masks
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
-    GENERATION,
-    PICTURES,
-    TOKENIZER,
-    check_vocabulary,
     find_folder,
     read_config,
-    read_json,
-    require_equal,
     special_ids,
 )
 from minivlm.checkpoints.layouts import VISUALBERT_LAYOUTS
 from minivlm.configs import check_types, expect, known, part_of, require_system
 from minivlm.errors import InputError
+from minivlm.models.miniatures.base import open_processor
 from minivlm.models.miniatures.mask_filling import FillsMasks, Rows
 from minivlm.processing.inputs import IGNORE
 from minivlm.processing.paligemma import Processor
@@ -224,8 +219,7 @@ class VisualBERT(FillsMasks):
     def _load(
         cls, folder: Path, config: VisualBERTConfig, dtype: torch.dtype | None, device: torch.device | str
     ) -> VisualBERT:
-        if (folder / GENERATION).is_file():  # it wins over config.json
-            config = replace(config, **special_ids(read_json(folder, GENERATION)))
+        config = weights.with_generation_ids(folder, config)
         return weights.load_model(cls, config, folder, VISUALBERT_LAYOUTS, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -247,9 +241,5 @@ class VisualBERT(FillsMasks):
                 f"{folder} has no vision_config: its regions come from a detector, so it cannot look at "
                 "pictures. Load it with VisualBERT.from_pretrained and give it regions"
             )
-        processor = Processor.from_pretrained(folder, image_seq_length=config.num_image_tokens)
-        tokenizer, side = processor.tokenizer, processor.image_processor.image_size
-        require_equal(folder, "the id of <image>", config.image_token_id, tokenizer.image_id, TOKENIZER)
-        require_equal(folder, "the picture's side", config.vision.image_size, side, PICTURES)
-        check_vocabulary(folder, config.text.vocab_size, tokenizer.backend.get_vocab().values())
+        processor = open_processor(folder, config, config.vision.image_size, config.text.vocab_size)
         return cls._load(folder, config, dtype, device), processor
