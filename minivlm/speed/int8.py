@@ -112,8 +112,7 @@ def quantize_decoder(model: nn.Module) -> None:
     decoder: Any = model.get_submodule("language_model")
     if any(isinstance(module, Int8Linear) for module in decoder.modules()):
         raise InputError("the decoder is already in int8: quantize it only once, or load the folder again")
-    biases = [name for name, module in decoder.named_modules() if getattr(module, "bias", None) is not None]
-    if biases or not hasattr(decoder, "lm_head"):
+    if any(getattr(module, "bias", None) is not None for module in decoder.modules()):
         raise InputError(
             f"{type(decoder).__name__} has biases, and int8 is for decoders without, such as Gemma's and "
             "Llama's: leave quantize out"
