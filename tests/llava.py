@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    SiglipVisionConfig,
 )
 from transformers import LlavaConfig as ReferenceConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -21,6 +22,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from minivlm.processing.chat import chat_template
 
 SIDE, PATCH = VISION["image_size"], VISION["patch_size"]
+SIGLIP = {  # changes, for a tower without a class token
+    "vision": SiglipVisionConfig(**VISION, vision_use_head=False),
+    "vision_feature_select_strategy": "full",
+}
 QUESTIONS = ["what is it?", "what color is the circle?", "what?"]
 
 
@@ -39,7 +44,7 @@ def reference_llava(seed: int = 0, **changes: Any) -> LlavaForConditionalGenerat
         "pad_token_id": words["<pad>"],
     }
     config = ReferenceConfig(
-        vision_config=CLIPVisionConfig(**VISION),
+        vision_config=changes.pop("vision", CLIPVisionConfig(**VISION)),
         text_config=LlamaConfig(**text | changes.pop("text", {})),
         image_token_index=words["<image>"],
         **changes,
@@ -49,7 +54,8 @@ def reference_llava(seed: int = 0, **changes: Any) -> LlavaForConditionalGenerat
 
 def write_llava(folder: Path, kind: Kind = "published", seed: int = 0, **changes: Any) -> Path:
     """The whole folder."""
-    reference_llava(seed, **changes).save_pretrained(folder)
+    model = reference_llava(seed, **changes)
+    model.save_pretrained(folder)
     write_tokenizer(folder, kind)
     side = {"height": SIDE, "width": SIDE}
     LlavaProcessor(
@@ -57,7 +63,7 @@ def write_llava(folder: Path, kind: Kind = "published", seed: int = 0, **changes
         AutoTokenizer.from_pretrained(folder),
         patch_size=PATCH,
         vision_feature_select_strategy=changes.get("vision_feature_select_strategy", "default"),
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(model.config.vision_config.model_type == "clip_vision_model"),
         chat_template=chat_template(),
     ).save_pretrained(folder)
     return folder

@@ -8,6 +8,9 @@ What differs from PaliGemma: the tower is CLIP's, read one layer before its end 
 the adapter is an MLP; the picture stands wherever the chat puts it; and everything is causal, so the picture
 does not see the question. The last layer of CLIP serves its class token, which alone is trained to match a
 caption, and says less about single places.
+
+Later ones of the family have SigLIP's tower, which has no class token: there the strategy is "full", all that
+the tower gives.
 """
 
 from __future__ import annotations
@@ -43,13 +46,16 @@ from minivlm.processing.inputs import check_rows
 from minivlm.processing.llava import SETTINGS
 from minivlm.text.llama import LlamaConfig, LlamaDecoder
 from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
+from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
+
+TowerConfig = CLIPVisionConfig | SiglipVisionConfig
 
 
 @dataclass(frozen=True)
 class LlavaConfig:
     """LLaVA 1.5: a CLIP tower, an MLP, a Llama. The defaults are llava-1.5-7b."""
 
-    vision: CLIPVisionConfig = field(
+    vision: TowerConfig = field(
         default_factory=lambda: CLIPVisionConfig(
             hidden_size=1024,
             intermediate_size=4096,
@@ -82,11 +88,22 @@ class LlavaConfig:
                 f"vision_feature_select_strategy is {self.vision_feature_select_strategy!r}; only 'default' "
                 "(without the class token) and 'full' are supported here"
             )
+        if not self.has_class_token and self.vision_feature_select_strategy == "default":
+            raise InputError(
+                "vision_feature_select_strategy is 'default', which takes off the class token, and SigLIP's "
+                "tower has none: with it, the strategy is 'full'"
+            )
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the tower gives one before its patches."""
+        return isinstance(self.vision, CLIPVisionConfig)
 
     @property
     def num_image_tokens(self) -> int:
         """Image tokens of one picture."""
-        return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
+        keeps_class_token = self.has_class_token and self.vision_feature_select_strategy == "full"
+        return self.vision.num_patches + keeps_class_token
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LlavaConfig:
@@ -99,8 +116,10 @@ class LlavaConfig:
         tied = "tie_word_embeddings"
         text[tied] = text.get(tied) or values.get(tied) or False
         image_id = values.get("image_token_id", values.get("image_token_index"))
+        vision = part_of(values, "vision_config")
+        tower = SiglipVisionConfig if vision.get("model_type") == "siglip_vision_model" else CLIPVisionConfig
         return cls(
-            vision=CLIPVisionConfig.from_dict(part_of(values, "vision_config")),
+            vision=tower.from_dict(vision),
             text=LlamaConfig.from_dict(text),
             # As in transformers, the ids of pad, bos and eos may stand at the top or in the text_config.
             **known(cls, {**values, "image_token_id": image_id, **special_ids(values, text)}),
@@ -139,6 +158,10 @@ class LlavaProjector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
+def _tower(config: TowerConfig) -> CLIPVisionModel | SiglipVisionModel:
+    return CLIPVisionModel(config) if isinstance(config, CLIPVisionConfig) else SiglipVisionModel(config)
+
+
 class Llava(Writes):
     """The whole system."""
 
@@ -147,7 +170,7 @@ class Llava(Writes):
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_tower = CLIPVisionModel(config.vision)
+        self.vision_tower = _tower(config.vision)
         self.multi_modal_projector = LlavaProjector(config)
         self.language_model = LlamaDecoder(config.text)
 
@@ -160,7 +183,7 @@ class Llava(Writes):
         """pixel_values [B, C, height, width] -> image features [B, N, D] in the decoder's width."""
         pixel_values = pixel_values.to(self.multi_modal_projector.linear_1.weight.dtype)
         number = range(self.config.vision.num_hidden_layers + 1)[self.config.vision_feature_layer]
-        tokens = next(islice(self.vision_tower.hidden_states(pixel_values), number, None))  # [B, 1 + N, D]
+        tokens = next(islice(self.vision_tower.hidden_states(pixel_values), number, None))  # [B, (1 +) N, D]
         if self.config.vision_feature_select_strategy == "default":
             tokens = tokens[:, 1:]
         return self.multi_modal_projector(tokens)
@@ -287,7 +310,10 @@ def open_folder(
     """
     config = LlavaConfig.from_dict(values)
     processor = LlavaProcessor.from_pretrained(
-        folder, config.vision.patch_size, config.vision_feature_select_strategy
+        folder,
+        config.vision.patch_size,
+        config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(config.has_class_token),
     )
     image_id, side = processor.tokenizer.image_id, processor.image_processor.image_size
     require_equal(folder, "the id of <image>", config.image_token_id, image_id, TOKENIZER)

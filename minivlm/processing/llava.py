@@ -98,6 +98,7 @@ class LlavaProcessor(RowProcessor):
         patch_size: pixels, of the image tower's patches.
         vision_feature_select_strategy: "default", or "full" with one more image token for the class token.
         system: the sentence that chats begin with; may be empty.
+        num_additional_image_tokens: 1 if the tower gives a class token, 0 if it has none.
 
     Raises InputError: another strategy.
     """
@@ -111,6 +112,7 @@ class LlavaProcessor(RowProcessor):
         patch_size: int = 14,
         vision_feature_select_strategy: str = "default",
         system: str = SYSTEM,
+        num_additional_image_tokens: int = 1,
     ) -> None:
         if vision_feature_select_strategy not in ("default", "full"):
             raise InputError(
@@ -121,9 +123,11 @@ class LlavaProcessor(RowProcessor):
         self.image_processor = image_processor
         self.patch_size = patch_size
         self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.num_additional_image_tokens = num_additional_image_tokens
         self.system = system
         patches: int = (image_processor.image_size // patch_size) ** 2
-        self.image_seq_length = patches + (vision_feature_select_strategy == "full")
+        taken_off = vision_feature_select_strategy == "default"
+        self.image_seq_length = patches + num_additional_image_tokens - taken_off
 
     @classmethod
     def from_pretrained(
@@ -131,12 +135,13 @@ class LlavaProcessor(RowProcessor):
         folder: str | Path,
         patch_size: int | None = None,
         vision_feature_select_strategy: str = "default",
+        num_additional_image_tokens: int = 1,
     ) -> LlavaProcessor:
         """Load tokenizer.json, preprocessor_config.json, processor_config.json and the chat template.
 
         Args:
-            patch_size, vision_feature_select_strategy: where processor_config.json lacks them, as in old
-                folders.
+            patch_size, vision_feature_select_strategy, num_additional_image_tokens: where
+                processor_config.json lacks them, as in old folders.
 
         The first sentence of a chat is that of the folder's template; without a template, Vicuna's.
 
@@ -147,6 +152,12 @@ class LlavaProcessor(RowProcessor):
         patch_size = values.get("patch_size") or patch_size
         if not isinstance(patch_size, int) or patch_size < 1:
             raise InputError(f"{folder / SETTINGS} has no patch_size: take it from the model's config.json")
+        class_tokens = values.get("num_additional_image_tokens", num_additional_image_tokens)
+        if class_tokens not in (0, 1):
+            raise InputError(
+                f"num_additional_image_tokens is {class_tokens!r} in {folder / SETTINGS}: expected 1 beside "
+                "a tower with a class token, 0 beside another"
+            )
         template = _template_in(folder)
         return cls(
             LlamaTokenizer.from_pretrained(folder),
@@ -154,6 +165,7 @@ class LlavaProcessor(RowProcessor):
             patch_size,
             values.get("vision_feature_select_strategy") or vision_feature_select_strategy,
             SYSTEM if template is None else system_of(template),
+            int(class_tokens),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -168,7 +180,8 @@ class LlavaProcessor(RowProcessor):
             "processor_class": "LlavaProcessor",
             "image_token": IMAGE,
             "patch_size": self.patch_size,
-            "num_additional_image_tokens": 1,  # the tower's class token, which "default" takes off again
+            # The tower's class token, which "default" takes off again.
+            "num_additional_image_tokens": self.num_additional_image_tokens,
             "vision_feature_select_strategy": self.vision_feature_select_strategy,
         }
         with write_aside(folder / SETTINGS) as temporary:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import assert_equal, difference
 from llama_backends import Kind
-from llava import QUESTIONS, SIDE, write_llava
+from llava import QUESTIONS, SIDE, SIGLIP, write_llava
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,6 +38,7 @@ def noise(seed: int, width: int = 40, height: int = 30) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+STRATEGIES = [{"vision_feature_select_strategy": strategy} for strategy in ("default", "full")]
 PICTURES = [noise(0), [noise(1), noise(2, 30, 41)], None]  # of three rows
 ALL = [noise(0), noise(1), noise(2, 30, 41)]
 
@@ -129,11 +130,23 @@ def test_types_of_tokens_change_nothing(folder: Path) -> None:
     assert torch.equal(model(**batch, token_type_ids=types).logits, model(**batch).logits)
 
 
+def test_a_tower_without_a_class_token(copied: Path, tmp_path: Path) -> None:
+    """Nothing is taken off its tokens, and the file says so."""
+    model, processor = minivlm.load(write_llava(tmp_path / "siglip", **SIGLIP))
+    assert model.encode_image(processor.image_processor([noise(0)])).shape[1] == 4
+    assert processor.image_seq_length == model.config.num_image_tokens == 4
+    edit(tmp_path / "siglip" / "config.json", vision_feature_select_strategy="default")
+    with pytest.raises(InputError, match="takes off the class token, and SigLIP's tower has none"):
+        minivlm.load(tmp_path / "siglip")
+    edit(copied / "processor_config.json", num_additional_image_tokens=2)
+    with pytest.raises(InputError, match=r"num_additional_image_tokens is 2 in .*: expected 1"):
+        minivlm.load(copied)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("strategy", ["default", "full"])
-def test_ours_and_back(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize("changes", [*STRATEGIES, SIGLIP], ids=["default", "full", "siglip"])
+def test_ours_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Saved by us, opened by transformers: the same tensors and the same answers."""
-    changes = {"vision_feature_select_strategy": strategy}
     model, processor = minivlm.load(write_llava(tmp_path / "theirs", "today", **changes))
     for part in (model, processor):
         part.save_pretrained(tmp_path / "ours")
@@ -361,10 +374,9 @@ def _in(names: dict[str, Tensor], name: str) -> str:
 # The inside
 
 
-@pytest.mark.parametrize("strategy", ["default", "full"])
-def test_the_inside(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize("changes", STRATEGIES, ids=["default", "full"])
+def test_the_inside(tmp_path: Path, changes: dict[str, str]) -> None:
     """The class token is in the tower and, by default, not among the image tokens; its maps are not shown."""
-    changes = {"vision_feature_select_strategy": strategy}
     model, processor = minivlm.load(write_llava(tmp_path, **changes))
     image = noise(0)
     seen = inspect_answer(model, processor, image, "what is it?", max_new_tokens=5)
@@ -380,7 +392,7 @@ def test_the_inside(tmp_path: Path, strategy: str) -> None:
     with torch.no_grad(), record_attention() as maps:
         tokens = model.encode_image(pixels)
     assert torch.equal(seen.image_tokens, tokens[0, -patches:])
-    kept = slice(None) if strategy == "full" else slice(1, None)
+    kept = slice(None) if changes == STRATEGIES[1] else slice(1, None)
     row = processor.encode_row("what is it?").ids
     ids = torch.tensor(
         [row + model.generate(**processor(image, "what is it?"), max_new_tokens=5)[0].tolist()]
