@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from minivlm.evaluation import evaluate
 from minivlm.models.load import load
 from minivlm.training.loop import Loop, read_log
-from minivlm.training.systems import WAYS, SystemConfig, SystemRun, train_system
+from minivlm.training.systems import SystemConfig, SystemRun, train_system
+from minivlm.training.ways import WAYS
 from minivlm.world.scenes import make_scene
 
 SCENES = 500

@@ -55,12 +55,14 @@ RECIPE: shared.Recipe = {
 }
 
 SYSTEMS = {  # the names of `WAYS` in minivlm/training/systems.py
+    "visualbert": "patches among the words of an encoder that fills masks; it learns, too",
     "simvlm": "a stem of convolutions of its own, patches before the words; all learns",
     "cm3": "patches before the words, spans written last; the language model learns, too",
     "clipcap": "one vector of the picture -> a prefix; the language model is frozen",
     "clipcap-mlp": "the same by an MLP; the language model learns, too",
     "visualgpt": "every block asks the patches, gates share out; the language model learns, too",
     "flamingo": "gated blocks ask 16 latents, between frozen ones of the language model",
+    "llava": "patches inside of a chat, in two stages: first the projector, then the language model, too",
 }
 SYSTEM_RECIPE: shared.Recipe = {  # the fields of `SystemConfig`
     "with --system": {

@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from minivlm.training.systems import WAYS, SystemConfig
+from minivlm.training.systems import SystemConfig
+from minivlm.training.ways import WAYS
 
 BENCH = Path(__file__).parents[2] / "bench"
 SMALL = SystemConfig("clipcap", text_steps=1, steps=1, text_rows=2, rows=2, warmup_steps=1)

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import assert_same_end
+from torch import Tensor
 
 from minivlm.cli import main
 from minivlm.cli.train import SYSTEM_RECIPE, SYSTEMS
 from minivlm.errors import InputError
 from minivlm.models.load import load
-from minivlm.training import systems
 from minivlm.training.loop import Loop
-from minivlm.training.systems import WAYS, SystemConfig, SystemRun, language_model_loss, train_system
+from minivlm.training.systems import SystemConfig, SystemRun, train_system
+from minivlm.training.ways import WAYS, masked_word_loss, next_word_loss
 
 SMALL = SystemConfig("clipcap", text_steps=2, steps=2, text_rows=2, rows=2, warmup_steps=1)
 QUIET = Loop(save_every=1, log_every=1, measure_every=0, workers=0, progress=False)
@@ -23,28 +24,36 @@ QUIET = Loop(save_every=1, log_every=1, measure_every=0, workers=0, progress=Fal
 
 @pytest.mark.parametrize("name", WAYS)
 def test_all_ways_start_from_one_language_model_and_one_tower(name: str) -> None:
-    first, second = SystemRun(SMALL), SystemRun(replace(SMALL, system=name))
-    shipped = load()[0]
-    for part in ("language_model", *(("vision_tower",) if name != "simvlm" else ())):
-        state = second.model.get_submodule(part).state_dict()
-        wanted = first.model.get_submodule(part) if part == "language_model" else shipped.vision_tower
+    """GPT-2, where a way does not have another one."""
+    model = SystemRun(replace(SMALL, system=name)).model
+    parts = {}
+    if name not in ("visualbert", "llava"):
+        parts["language_model"] = SystemRun(SMALL).model.language_model
+    if name != "simvlm":
+        parts["vision_tower"] = load()[0].vision_tower
+    assert parts
+    for part, wanted in parts.items():
+        state = model.get_submodule(part).state_dict()
         for key, tensor in wanted.state_dict().items():
             assert torch.equal(state[key], tensor)
 
 
 @pytest.mark.parametrize("name", WAYS)
 def test_all_ways_see_the_same_rows(name: str) -> None:
-    """Placeholders aside."""
-    of_first, of_second = (
-        list(SystemRun(config, workers=0).batches()) for config in (SMALL, replace(SMALL, system=name))
-    )
+    """In its own words: placeholders, and the form of a chat."""
+    runs = [SystemRun(config, workers=0) for config in (SMALL, replace(SMALL, system=name))]
+    processors = [run.processor for run in runs]
+    of_first, of_second = (list(run.batches()) for run in runs)
     assert len(of_first) == len(of_second) == 4
     for one, other in zip(of_first, of_second, strict=True):
         assert ("pixel_values" in one) == ("pixel_values" in other)
         if "pixel_values" in one:
             assert torch.equal(one["pixel_values"], other["pixel_values"])
         for row in range(2):
-            answers = [batch["labels"][row][batch["labels"][row] != -100].tolist() for batch in (one, other)]
+            answers = [
+                processor.decode(batch["labels"][row][batch["labels"][row] != -100][None])
+                for processor, batch in zip(processors, (one, other), strict=True)
+            ]
             assert answers[0] == answers[1]
     assert ["pixel_values" in batch for batch in of_first] == [False, False, True, True]
 
@@ -78,13 +87,54 @@ def test_a_language_model_reads_prompts_too() -> None:
         None, ["caption en", "is there a star?"], ["a red star", "no"], padding_side="right"
     )
     decoder = run.model.language_model
-    whole = language_model_loss(decoder, inputs)
-    cut = {name: tensor[:1] for name, tensor in inputs.items()}
-    alone = language_model_loss(decoder, cut)
-    other = language_model_loss(decoder, {name: tensor[1:] for name, tensor in inputs.items()})
+
+    def loss(batch: dict[str, Tensor], seed: int = 0) -> Tensor:
+        return next_word_loss(decoder, batch, torch.Generator().manual_seed(seed))
+
+    first, second = ({name: tensor[row : row + 1] for name, tensor in inputs.items()} for row in (0, 1))
     counts = inputs["attention_mask"].sum(dim=1) - 1  # every word but the first
-    assert torch.allclose(whole, (alone * counts[0] + other * counts[1]) / counts.sum(), atol=1e-5)
-    assert not torch.allclose(whole, language_model_loss(decoder, inputs, shift=5), atol=1e-5)
+    weighted = (loss(first) * counts[0] + loss(second) * counts[1]) / counts.sum()
+    assert torch.allclose(loss(inputs), weighted, atol=1e-5)
+    assert not torch.allclose(loss(inputs), loss(inputs, seed=1), atol=1e-5)  # another first position
+
+
+def test_bert_guesses_hidden_words_and_sees_what_is_around_them() -> None:
+    run = SystemRun(replace(SMALL, system="visualbert"), workers=0)
+    encoder = run.model.language_model
+    inputs = run.processor(None, ["caption en"] * 40, ["a red star"] * 40, padding_side="right")
+    before = masked_word_loss(encoder, inputs, torch.Generator().manual_seed(0), 3)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
+    for seed in range(40):
+        optimizer.zero_grad()
+        masked_word_loss(encoder, inputs, torch.Generator().manual_seed(seed), 3).backward()
+        optimizer.step()
+    after = masked_word_loss(encoder, inputs, torch.Generator().manual_seed(100), 3)
+    assert after < before / 4  # one sentence can be known by heart
+
+
+def test_llava_learns_in_two_stages() -> None:
+    """The projector alone, from captions; then questions, those that the others see at the same time."""
+    config = replace(SMALL, system="llava", text_steps=1, steps=8)
+    assert config.stages == {"text": 1, "align": 2, "pictures": 6}
+    run = SystemRun(config, workers=0)
+    others = list(SystemRun(replace(config, system="clipcap"), workers=0).batches())
+    for step, batch in enumerate(run.batches()):
+        before = {key: tensor.clone() for key, tensor in run.model.named_parameters()}
+        stage = run.stage
+        run.advance(batch)
+        moved = {
+            key.split(".")[0]
+            for key, tensor in run.model.named_parameters()
+            if not torch.equal(tensor, before[key])
+        }
+        expected = {"text": {"language_model"}, "align": {"multi_modal_projector"}}
+        assert moved == expected.get(stage, {"language_model", "multi_modal_projector"})
+        assert run.place() == {"stage": stage}
+        if step:
+            assert torch.equal(batch["pixel_values"], others[step]["pixel_values"])
+        if stage == "align":
+            (text,) = set(run.processor.decode(batch["labels"][:1].clamp(min=0)))
+            assert text.startswith(("a ", "an ", "one ", "two ", "three "))
 
 
 def test_a_run_that_is_resumed_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +143,7 @@ def test_a_run_that_is_resumed_ends_alike(tmp_path: Path, monkeypatch: pytest.Mo
     for stop in (1, 3):  # in either stage
         out = tmp_path / f"stopped {stop}"
 
-        def until(run: SystemRun, batch: systems.Inputs, stop: int = stop) -> dict[str, float]:
+        def until(run: SystemRun, batch: dict[str, Tensor], stop: int = stop) -> dict[str, float]:
             if run.step == stop:
                 raise RuntimeError
             return advance(run, batch)
@@ -137,5 +187,5 @@ def test_options_that_do_not_belong_together(
 
 
 def test_an_unknown_system_is_refused() -> None:
-    with pytest.raises(InputError, match="there is no system 'blip': choose from simvlm, cm3, "):
+    with pytest.raises(InputError, match="there is no system 'blip': choose from visualbert, simvlm, "):
         SystemConfig("blip")
