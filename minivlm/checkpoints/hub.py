@@ -14,6 +14,7 @@ from minivlm.checkpoints.checksums import check_sums
 from minivlm.checkpoints.patience import TooSlow, no_endless_downloads
 from minivlm.errors import InputError
 
+SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that ships with the package
 PICTURES, TOKENIZER = "preprocessor_config.json", "tokenizer.json"  # files of a folder, for messages
 GENERATION = "generation_config.json"
 OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")

@@ -127,11 +127,13 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     file: str = WEIGHTS,
+    elsewhere: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Build `cls(config)` with the weights of a folder, in evaluation mode and ready to be trained.
 
     Args:
         layouts: the names that the file may use; the layout that matches best is taken.
+        elsewhere: weights that the folder leaves out, with our names.
         dtype: None keeps the file's. A conversion copies, one tensor at a time.
         device: where the weights go; on "cpu" and in the file's dtype they stay in the mapped file.
         file: as in `read_tensors`.
@@ -146,19 +148,23 @@ def load_model(
     )
     with torch.device("meta"), _Uninitialized():  # shapes without memory: the values come from the file
         model = cls(config)
-    tensors, problems = _fit(found, layout, model.state_dict())
+    elsewhere = elsewhere or {}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in elsewhere}
+    tensors, problems = _fit(found, layout, wanted)
     if problems:
         raise InputError(
             f"the tensors of {folder} do not fit its config.json (closest of the layouts "
             f"{', '.join(layouts)}: {layout_name}): {'; '.join(problems)}. All files must come from one "
             "checkpoint: download it again"
         )
-    _check_device(folder, found, dtype, device)
+    kind = next(iter(found.values())).dtype
+    tensors |= {name: tensor.to(kind) for name, tensor in elsewhere.items()}
+    _check_device(folder, tensors, dtype, device)
     converted = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None)
         for name, tensor in tensors.items()
     }
-    if sum(tensor.nbytes for tensor in found.values()) <= CHECKED_SIZE:
+    if sum(tensor.nbytes for tensor in tensors.values()) <= CHECKED_SIZE:
         _check_finite(folder, tensors, converted)
     model.load_state_dict(converted, assign=True)
     for module in model.modules():
@@ -267,8 +273,11 @@ def save_model(
     folder: Path,
     layout: Layout,
     names: tuple[str, str] = (CONFIG, WEIGHTS),
+    leave_out: tuple[str, ...] = (),
 ) -> None:
     """Write config.json and model.safetensors, or two files of other `names`, as in a layout.
+
+    Weights whose names here begin as `leave_out` says are not written.
 
     The ids of pad, bos and eos of a model that has them are written to generation_config.json, too. All files
     are complete before any replaces an old one, so a failure leaves the old folder as it was, and a model may
@@ -279,7 +288,7 @@ def save_model(
         InputError: the folder cannot be written, for example because the disk is full; the model is
             quantized or packed.
     """
-    state = model.state_dict()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(leave_out)}
     if any(tensor.dtype == torch.int8 for tensor in state.values()):
         raise InputError(
             "a quantized model cannot be saved: save it before quantizing, and quantize it when loading"

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import torch
 
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
-from minivlm.checkpoints.hub import OPEN_CLIP, describe, find_folder
+from minivlm.checkpoints.hub import OPEN_CLIP, SHIPPED, describe, find_folder
 from minivlm.errors import InputError
 from minivlm.models import clip, llava, open_clip, paligemma, siglip, vit
 from minivlm.models.miniatures.clipcap import ClipCap
@@ -24,7 +24,19 @@ from minivlm.speed import speed_up
 from minivlm.speed.int8 import quantize_decoder
 from minivlm.speed.packing import check_packing, matrices, pack_matrices
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"  # the small checkpoint that ships with the package
+MINIATURES = SHIPPED.parent / "miniatures"  # a folder for each system that `minivlm train --system` made
+
+__all__ = [
+    "MINIATURES",
+    "SHIPPED",
+    "SYSTEMS",
+    "LoadOptions",
+    "System",
+    "kind_of",
+    "load",
+    "load_answering",
+    "load_matching",
+]
 
 DESCRIPTIONS = ("config.json", OPEN_CLIP[0])
 

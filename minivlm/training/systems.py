@@ -12,6 +12,7 @@ the ways are is in `ways.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -25,12 +26,14 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from minivlm.errors import InputError
 from minivlm.evaluation import evaluate
+from minivlm.models.miniatures.base import Miniature
 from minivlm.processing import LlavaProcessor
 from minivlm.processing.inputs import Inputs, to_device
 from minivlm.training.limits import check_numbers, check_warmup
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
 from minivlm.training.schedule import warm_up_then_fall
 from minivlm.training.ways import WAYS, System, SystemProcessor, build
+from minivlm.vision.siglip import SiglipVisionModel
 from minivlm.world.augmentations import varied
 from minivlm.world.questions import Example, examples
 from minivlm.world.scenes import make_scene
@@ -231,8 +234,12 @@ class SystemRun(Trainable):
         return self.way.language_model.loss(self.model.language_model, batch, generator).item()
 
     def save(self, folder: Path) -> None:
-        """The trained system so far, as a checkpoint folder."""
-        self.model.save_pretrained(folder)
+        """The trained system so far as a checkpoint folder, in bf16, and without a tower that was frozen."""
+        model = copy.deepcopy(self.model).to(torch.bfloat16)
+        if isinstance(model, Miniature) and isinstance(model.vision_tower, SiglipVisionModel):
+            model.save_pretrained(folder, tower=False)
+        else:
+            model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
 

@@ -29,6 +29,7 @@ from minivlm.checkpoints.hub import (
 )
 from minivlm.checkpoints.layouts import Layout
 from minivlm.configs import known, part_of, require_system
+from minivlm.models.miniatures.shipped_tower import PREFIX, TOWER, left_out, require_shipped
 from minivlm.models.writing import ImageTokens, Writes, WritingOutput, last_hidden_states
 from minivlm.processing.inputs import check_rows
 from minivlm.processing.paligemma import Processor
@@ -216,11 +217,30 @@ class Miniature(Writes):
         device: torch.device | str,
     ) -> Self:
         config = weights.with_generation_ids(folder, cast(Any, cls.config_class.from_dict(values)))
-        return weights.load_model(cls, config, folder, LAYOUTS, dtype=dtype, device=device)
+        return weights.load_model(
+            cls,
+            config,
+            folder,
+            LAYOUTS,
+            dtype=dtype,
+            device=device,
+            elsewhere=left_out(folder, values),
+        )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, with the names of the modules here."""
-        weights.save_model(self, self.config.to_dict(), Path(folder), LAYOUTS["as it is"])
+    def save_pretrained(self, folder: str | Path, *, tower: bool = True) -> None:
+        """Write config.json and model.safetensors, with the names of the modules here.
+
+        Args:
+            tower: False leaves the image tower out. It has to be the shipped one.
+
+        Raises InputError: the tower is another one; otherwise as `weights.save_model`.
+        """
+        values, layout = self.config.to_dict(), LAYOUTS["as it is"]
+        if tower:
+            weights.save_model(self, values, Path(folder), layout)
+            return
+        values[TOWER] = require_shipped(self.vision_tower)
+        weights.save_model(self, values, Path(folder), layout, leave_out=(PREFIX,))
 
     @classmethod
     def open_folder(
