@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from minivlm.errors import InputError
 from minivlm.evaluation import evaluate
 from minivlm.models.miniatures.base import Miniature
+from minivlm.models.protocols import Answers
 from minivlm.processing import LlavaProcessor
 from minivlm.processing.inputs import Inputs, to_device
 from minivlm.training.limits import check_numbers, check_warmup
@@ -212,7 +213,11 @@ class SystemRun(Trainable):
         found = {"text loss": self.text_loss()}
         if self.step > self.config.text_steps:
             table = evaluate(
-                self.model, self.processor, scenes=MEASURED_SCENES, columns=("held_out",), progress=False
+                cast(Answers, self.model),
+                self.processor,
+                scenes=MEASURED_SCENES,
+                columns=("held_out",),
+                progress=False,
             )
             found |= {name: metric.value for name, metric in table["held_out"].items()}
         self.model.train()

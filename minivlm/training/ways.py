@@ -38,7 +38,7 @@ from minivlm.training.masked_words import mask_words, one_word_each
 from minivlm.vision.conv_stem import ConvStemConfig
 from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 
-WIDTH, LAYERS, HEADS = 96, 4, 4  # of the language model
+WIDTH, LAYERS, HEADS = 64, 4, 4  # of the language model
 CONTEXT = 192  # positions: a picture of 64 patches, and the longest question with its answer
 
 System = Miniature | VisualBERT | Llava
