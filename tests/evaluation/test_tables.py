@@ -227,11 +227,12 @@ def metrics(value: float, majority: float = 0.25, cases: int = 3) -> dict[str, M
 def test_the_table_as_text() -> None:
     table = {name: metrics(number / 10, 0.25 + number) for number, name in enumerate(COLUMNS)}
     assert as_text(table).splitlines() == [
-        "| | held-out scenes | unseen pairs | other grays | turned | JPEG | matplotlib | browser | majority "
-        "| text only | cases |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        "| color | 0.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 | 0.600 | 0.250 | 0.700 | 3 |",
-        "| mask mean IoU | 0.000 | 0.050 | 0.100 | 0.150 | 0.200 | 0.250 | 0.300 | 0.125 | 0.350 | 7 |",
+        "| | held-out scenes | unseen pairs | other grays | tinted grounds | on black | turned | JPEG "
+        "| matplotlib | browser | majority | text only | cases |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| color | 0.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 | 0.600 | 0.700 | 0.800 | 0.250 | 0.900 | 3 |",
+        "| mask mean IoU | 0.000 | 0.050 | 0.100 | 0.150 | 0.200 | 0.250 | 0.300 | 0.350 | 0.400 | 0.125 "
+        "| 0.450 | 7 |",
     ]
 
 
