@@ -34,7 +34,18 @@ COLORS = {
     "pink": (248, 140, 195),
 }
 SIZES = {"small": (6.5, 8.0), "medium": (9.5, 11.0), "large": (13.0, 15.0)}  # radius in units
-HELD_OUT_PAIRS = frozenset({("red", "square"), ("blue", "star"), ("yellow", "circle"), ("green", "triangle")})
+HELD_OUT_PAIRS = frozenset(  # every color once and every shape twice, so that neither gives the other away
+    {
+        ("yellow", "circle"),
+        ("cyan", "circle"),
+        ("red", "square"),
+        ("purple", "square"),
+        ("green", "triangle"),
+        ("pink", "triangle"),
+        ("orange", "star"),
+        ("blue", "star"),
+    }
+)
 
 Split = Literal["train", "test", "unseen"]
 
