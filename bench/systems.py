@@ -1,11 +1,16 @@
 """What does each way to let a language model see buy, in one world and on one budget?
 
 Run: python bench/systems.py --runs runs/systems --out bench/results/systems
+     python bench/systems.py --runs runs/systems --ship minivlm/assets/miniatures
 
 Every way of `minivlm train --system` is trained with three seeds: the shipped tower, frozen; a language model
 that has learned the world's sentences without a picture; the same rows in the same order. Then it answers
-about held-out scenes. A run that was stopped goes on where it was, and one that is done is not done again, so
-the table may be made in pieces (--systems, --seeds).
+about held-out scenes. MAGiC comes last and trains nothing between its parts: it writes captions with the
+language model of clipcap, guided by two towers, whose image tower is the shipped one. A run that was stopped
+goes on where it was, and one that is done is not done again, so the table may be made in pieces (--systems,
+--seeds).
+
+The second command copies what the first has trained with seed 0 into folders that notebooks open.
 
 Columns: answers by task (exact), captions word for word, mean IoU of the boxes; weights that learn from
 pictures; tokens of the decoder's row that a picture takes; operations of a training step and of an answer of
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,10 +31,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from minivlm.checkpoints.weights import WEIGHTS
 from minivlm.evaluation import evaluate
+from minivlm.evaluation.answers import questions_of
+from minivlm.evaluation.columns import COLUMNS
 from minivlm.models.load import load
+from minivlm.models.miniatures.magic import magic_generate, match_with
+from minivlm.training.contrastive import train_contrastive
+from minivlm.training.contrastive_recipe import ContrastiveConfig
 from minivlm.training.loop import Loop, read_log
 from minivlm.training.systems import SystemConfig, SystemRun, train_system
 from minivlm.training.ways import WAYS
@@ -48,18 +62,29 @@ ROWS = (
 )
 SHORT = {"all questions": "all", "exact caption": "caption", "box mean IoU": "IoU"}
 ANSWER = 8  # words
+RESULT = "result.json"
+MAGIC = "magic"
+LONGEST_CAPTION = 40  # words and punctuation of five things
+SHIPPED_SYSTEMS = ("visualbert", "clipcap", "visualgpt", "flamingo", "llava", MAGIC)
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+PAIR = ContrastiveConfig("lit", steps=600, batch_size=48)  # MAGiC's towers: as many steps, as many pictures
 
 Result = dict[str, Any]
 
 
 def run(config: SystemConfig, folder: Path, scenes: int = SCENES) -> Result:
     """Train where that is not done yet, and measure."""
-    done = folder / "result.json"
-    if done.is_file():
-        found: Result = json.loads(done.read_text(encoding="utf-8"))
-        if found["config"] == asdict(config) and found["scenes"] == scenes:
-            return found
-        raise SystemExit(f"{folder} holds a run with other numbers: choose another folder with --runs")
+    known = read(folder, asdict(config), scenes)
+    if known is not None:
+        return known
     loop = Loop(
         resume=(folder / "state.safetensors").is_file(),
         save_every=100,
@@ -78,8 +103,67 @@ def run(config: SystemConfig, folder: Path, scenes: int = SCENES) -> Result:
         "text loss after": losses[-1] if losses else None,
         **costs(config),
     }
-    done.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (folder / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def read(folder: Path, config: dict[str, Any], scenes: int) -> Result | None:
+    """What a run has measured, if it is done. Raises SystemExit: it had other numbers."""
+    if not (folder / RESULT).is_file():
+        return None
+    found: Result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    if found["config"] != config or found["scenes"] != scenes:
+        raise SystemExit(f"{folder} holds a run with other numbers: choose another folder with --runs")
+    return found
+
+
+def magic(seed: int, runs: Path, scenes: int = SCENES, pair: ContrastiveConfig = PAIR) -> Result:
+    """MAGiC's captions. Its language model is that of the run clipcap-SEED, which has to be done."""
+    folder, pair = runs / f"{MAGIC}-{seed}", replace(pair, seed=seed)
+    config = {"system": MAGIC, **asdict(pair)}
+    known = read(folder, config, scenes)
+    if known is not None:
+        return known
+    model, processor = load(runs / f"clipcap-{seed}")
+    resume = (folder / "state.safetensors").is_file()
+    train_contrastive(folder, pair, loop=Loop(resume=resume, save_every=100, measure_every=0))
+    towers, pairs = load(folder)
+    for part in (model, towers):
+        part.requires_grad_(False)
+    asked = [one for one in questions_of(COLUMNS["held_out"], scenes, 1, 64) if one.example.task == "caption"]
+
+    def caption(picture: Image.Image, words: int) -> str:
+        match = match_with(towers, pairs, picture)
+        return magic_generate(
+            model.language_model, processor.tokenizer, match, "caption en", max_new_tokens=words
+        )
+
+    right = [caption(one.picture, LONGEST_CAPTION) == one.example.suffix for one in asked]
+    with FlopCounterMode(display=False) as answer:
+        caption(asked[0].picture, ANSWER)
+    found = {
+        "config": config,
+        "scenes": scenes,
+        "exact caption": round(mean(right), 4),
+        "trainable": 0,
+        "image tokens": 0,
+        "answer": answer.get_total_flops(),
+    }
+    (folder / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def ship(runs: Path, out: Path) -> None:
+    """Copy the checkpoints of seed 0 in bf16, without what only training needs."""
+    for system in SHIPPED_SYSTEMS:
+        folder = runs / f"{system}-0"
+        (out / system).mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, out / system / name)
+        tensors = load_file(folder / WEIGHTS)
+        halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        save_file(halves, out / system / WEIGHTS, metadata={"format": "pt"})
 
 
 def costs(config: SystemConfig) -> dict[str, int]:
@@ -102,25 +186,25 @@ def costs(config: SystemConfig) -> dict[str, int]:
 
 def as_text(results: Sequence[Result]) -> str:
     """One line a way: means of its seeds, and under them how far the seeds lie apart."""
-    largest = {cost: max(one[cost] for one in results) for cost in ("step", "answer")}
+    largest = {cost: max(one.get(cost, 0) for one in results) for cost in ("step", "answer")}
     names = [SHORT.get(name, name) for name in ROWS]
     head = ["way", *names, "learn", "image tokens", "step", "answer", "text loss before", "after", "seeds"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for way in WAYS:
+    for way in (*WAYS, MAGIC):
         seeds = [one for one in results if one["config"]["system"] == way]
         if not seeds:
             continue
         one = seeds[0]
-        cells = [_spread([seed[name] for seed in seeds]) for name in ROWS]
+        cells = [_spread([seed[name] for seed in seeds]) if name in one else "-" for name in ROWS]
         cells += [f"{one['trainable'] / 1000:.0f} k", str(one["image tokens"])]
-        cells += [f"{one[cost] / largest[cost]:.2f}" for cost in largest]
+        cells += [f"{one[cost] / largest[cost]:.2f}" if cost in one else "-" for cost in largest]
         for name in ("text loss before", "text loss after"):
-            told = [seed[name] for seed in seeds if seed[name] is not None]
+            told = [seed[name] for seed in seeds if seed.get(name) is not None]
             cells.append(f"{mean(told):.2f}" if told else "-")
         lines.append(f"| {way} | {' | '.join(cells)} | {len(seeds)} |")
-    majority = results[0]["majority"]
-    cells = [f"{majority[name]:.2f}" for name in ROWS]
-    lines.append(f"| majority | {' | '.join(cells)} |{' |' * (len(head) - len(ROWS) - 1)}")
+    for majority in [one["majority"] for one in results if "majority" in one][:1]:
+        cells = [f"{majority[name]:.2f}" for name in ROWS]
+        lines.append(f"| majority | {' | '.join(cells)} |{' |' * (len(head) - len(ROWS) - 1)}")
     return "\n".join(lines)
 
 
@@ -137,13 +221,20 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/systems"), help="where the runs are kept")
     parser.add_argument("--out", type=Path, help="write the table to OUT.txt and the numbers to OUT.json")
-    parser.add_argument("--systems", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ship", type=Path, help="copy checkpoints of seed 0 into folders there, and stop")
+    parser.add_argument("--systems", nargs="+", choices=[*WAYS, MAGIC], default=[*WAYS, MAGIC])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
+    if options.ship:
+        ship(options.runs, options.ship)
+        return
     results = []
     for seed in options.seeds:
         for system in options.systems:
-            results.append(run(SystemConfig(system, seed=seed), options.runs / f"{system}-{seed}"))
+            if system == MAGIC:
+                results.append(magic(seed, options.runs))
+            else:
+                results.append(run(SystemConfig(system, seed=seed), options.runs / f"{system}-{seed}"))
             print(as_text(results), flush=True)
     if options.out:
         table, numbers = (options.out.with_suffix(ending) for ending in (".txt", ".json"))

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from minivlm.models.load import load
 from minivlm.training.systems import SystemConfig
 from minivlm.training.ways import WAYS
+from minivlm.world.scenes import make_scene
 
 BENCH = Path(__file__).parents[2] / "bench"
 SMALL = SystemConfig("clipcap", text_steps=1, steps=1, text_rows=2, rows=2, warmup_steps=1)
@@ -57,3 +63,32 @@ def test_the_table(bench: ModuleType, tmp_path: Path) -> None:
     assert f"{middle:.2f} ({low:.2f}-{low + 0.5:.2f})" in lines[2]
     assert lines[2].endswith("| 2 |")
     assert set(WAYS) >= {"clipcap"}
+
+
+def test_magic_joins_the_table(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = bench.run(SMALL, tmp_path / "clipcap-0", scenes=2)
+    pair = replace(bench.PAIR, steps=1, batch_size=2, warmup_steps=1)
+    found = bench.magic(0, tmp_path, scenes=2, pair=pair)
+    assert 0 <= found["exact caption"] <= 1
+    assert found["answer"] > result["answer"]  # each word is read with 45 others
+    monkeypatch.setattr(bench, "train_contrastive", lambda *_, **__: pytest.fail("trained again"))
+    assert bench.magic(0, tmp_path, scenes=2, pair=pair) == found
+    lines = bench.as_text([result, found]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[3].startswith("| magic | - | - ")
+
+
+def test_what_is_shipped_answers_in_half_the_bytes(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.run(SMALL, tmp_path / "clipcap-0", scenes=2)
+    monkeypatch.setattr(bench, "SHIPPED_SYSTEMS", ("clipcap",))
+    bench.ship(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out" / "clipcap" / "state.safetensors").exists()
+    ours, processor = load(tmp_path / "out" / "clipcap")
+    trained, _ = load(tmp_path / "clipcap-0")
+    picture = make_scene(np.random.default_rng(0), "train").draw(64)
+    inputs = processor([picture], ["caption en"])
+    assert torch.equal(ours.generate(**inputs), trained.generate(**inputs))
+    stored = load_file(tmp_path / "out" / "clipcap" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
