@@ -22,7 +22,8 @@ def winners(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[
     """For each guess the first, then those whose seeds reach as far as its seeds; by way, a dict a seed."""
     found = {}
     for guess, (score, sign) in SCORES.items():
-        seeds = {name: [sign * score(one) for one in results] for name, results in table.items()}
+        # MAGiC, which cannot be asked, was no guess.
+        seeds = {name: [sign * score(one) for one in table[name]] for name in table if name in WAYS}
         order = sorted(seeds, key=lambda name: sum(seeds[name]) / len(seeds[name]), reverse=True)
         found[guess] = [name for name in order if max(seeds[name]) >= min(seeds[order[0]])]
     return found
