@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from minivlm.checks import NotYet, call, expect, right
 from minivlm.models.llava import Llava, LlavaConfig
 from minivlm.processing.inputs import IGNORE, Inputs
-from minivlm.processing.tiles import GRIDS, Grid
+from minivlm.processing.tiles import Grid
 from minivlm.processing.tiles import choose_grid as grid_of
 from minivlm.text.llama import LlamaConfig
 from minivlm.vision.clip import CLIPVisionConfig
@@ -418,6 +418,7 @@ def _gradient(weight: nn.Parameter) -> Tensor:
 
 SIZES = tuple((width, height) for width in range(40, 1200, 97) for height in range(35, 1200, 89))
 SIDE = 336
+TRIED: tuple[Grid, ...] = ((2, 2), (3, 1), (1, 3), (1, 2), (2, 1))  # NeXT's, the largest first
 
 
 def _area(grid: Grid) -> int:
@@ -464,21 +465,20 @@ GRID_MISTAKES: dict[str, Callable[[int, int, Grid], Any]] = {
 
 def choose_grid(answer: Callable[..., Any]) -> None:
     """Exercise 4."""
-    grids = list(GRIDS)
     found = {}
     for width, height in SIZES:
-        result = call(answer, width, height, SIDE, tuple(grids))
+        result = call(answer, width, height, SIDE, TRIED)
         expect(
             isinstance(result, tuple) and len(result) == 2,
             f"return one of the grids, a pair (rows, columns), not {result!r}",
         )
         found[width, height] = result
-    unknown = sorted(set(found.values()) - set(grids))
+    unknown = sorted(set(found.values()) - set(TRIED))
     expect(not unknown, f"{unknown[:1]} is none of the grids: a grid is (rows, columns)")
-    right_ones = {size: grid_of(*size, SIDE) for size in SIZES}
+    right_ones = {size: grid_of(*size, SIDE, TRIED) for size in SIZES}
     if found != right_ones:
         for hint, prefers in GRID_MISTAKES.items():
-            theirs = {size: max(GRIDS, key=partial(prefers, *size)) for size in SIZES}
+            theirs = {size: max(TRIED, key=partial(prefers, *size)) for size in SIZES}
             expect(found != theirs, hint)
     for size, expected in right_ones.items():
         expect(
