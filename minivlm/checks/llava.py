@@ -418,7 +418,7 @@ def _gradient(weight: nn.Parameter) -> Tensor:
 
 SIZES = tuple((width, height) for width in range(40, 1200, 97) for height in range(35, 1200, 89))
 SIDE = 336
-TRIED: tuple[Grid, ...] = ((2, 2), (3, 1), (1, 3), (1, 2), (2, 1))  # NeXT's, the largest first
+TRIED: tuple[Grid, ...] = ((3, 1), (2, 2), (1, 3), (1, 2), (2, 1))  # NeXT's, neither end first
 
 
 def _area(grid: Grid) -> int:
