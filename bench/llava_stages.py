@@ -141,7 +141,8 @@ def run(seed: int) -> dict[str, dict[str, float]]:
     found["stage two alone, longer"] = world.measure(world.learn(start, all_parts, ALIGN + TOGETHER))
     torch.manual_seed(seed)
     linear = copy.deepcopy(start)
-    linear.multi_modal_projector = nn.Linear(start.config.vision.hidden_size, start.config.text.hidden_size)
+    layer = nn.Linear(start.config.vision.hidden_size, start.config.text.hidden_size)
+    linear.multi_modal_projector = layer  # type: ignore[assignment]
     found["stage one, linear"] = world.measure(world.learn(linear, projector, ALIGN))
     return found
 
