@@ -111,6 +111,7 @@ class LlavaConfig:
         require_system(values, "llava")
         expect(values, "config.json", "projector_hidden_act", "gelu")
         expect(values, "config.json", "multimodal_projector_bias", True)
+        expect(values, "config.json", "mm_projector_type", "mlp2x_gelu")  # what the original program calls it
         text = dict(part_of(values, "text_config"))
         # In transformers, the head is tied if either of two places says so.
         tied = "tie_word_embeddings"
