@@ -68,7 +68,7 @@ RATES = ("muon_lr", "adamw_lr", "weight_decay")  # of both recipes, with the sam
 SYSTEM_RECIPE: shared.Recipe = {  # the other fields of `SystemConfig`
     "with --system": {
         "text_steps": (500, "steps of the language model alone"),
-        "steps": (600, "steps with pictures"),
+        "steps": (1500, "steps with pictures"),
         "text_rows": (96, "rows of a step without pictures"),
         "rows": (48, "rows of a step with pictures"),
     }

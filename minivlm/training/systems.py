@@ -54,7 +54,7 @@ class SystemConfig:
     system: str
     seed: int = 0
     text_steps: int = 500  # of the language model alone
-    steps: int = 600  # with pictures
+    steps: int = 1500  # with pictures
     text_rows: int = 96  # of a step
     rows: int = 48
     muon_lr: float = 0.02  # peak rate of the matrices of linear layers
