@@ -72,6 +72,17 @@ def test_only_what_should_learn_does(name: str) -> None:
         before = {key: tensor.clone() for key, tensor in run.model.named_parameters()}
 
 
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("visualbert", "cm3")])
+def test_the_loss_is_that_of_all_scores(name: str) -> None:
+    """Training leaves out the scores of words that it does not learn."""
+    run = SystemRun(replace(SMALL, system=name, text_steps=0), workers=0)
+    batch = next(run.batches())
+    assert (batch["labels"] == -100).any()
+    run.model.eval()  # a stem's norms take the statistics of a batch while they learn
+    loss = WAYS[name].loss(run.model, batch, torch.Generator())
+    torch.testing.assert_close(loss, run.model(**batch).loss, rtol=1e-6, atol=0)
+
+
 def test_muon_has_the_matrices_of_linear_layers() -> None:
     run = SystemRun(replace(SMALL, system="flamingo"), workers=0)
     names = {id(weight): name for name, weight in run.model.named_parameters()}
