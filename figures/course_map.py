@@ -56,8 +56,6 @@ PARTS = {
     "09": ("Looking inside", ("patches", "blocks", "decoder", "answer")),
     "10": ("Contrastive training", ("patches", "blocks", "loss")),
     "11": ("Real checkpoints", ("patches", "blocks", "projector", "embedding", "decoder")),
-    "13": ("Four ways", ("projector", "merge", "decoder", "answer")),
-    "14": ("LLaVA", ("projector", "tokenizer", "merge", "decoder", "answer")),
 }
 
 
