@@ -280,7 +280,7 @@ def box_to_bins(answer: Callable[..., Any]) -> None:
 
 
 def process(answer: Callable[..., Inputs]) -> None:
-    """Exercise 4: a picture that is wide and has transparency, and a prompt with a typed <image>."""
+    """Exercise 4: wide pictures, with transparency and with a palette, and a prompt with a typed <image>."""
     tokenizer, size, count = load()[1].tokenizer, 32, 16  # not the sizes of our processor
     picture, prompt = _wide_picture().convert("RGBA"), "what is <image> here?"
     result = call(answer, picture.copy(), prompt, tokenizer, size, count)
@@ -326,6 +326,14 @@ def process(answer: Callable[..., Inputs]) -> None:
     )
     _explain_pixels(result["pixel_values"], expected["pixel_values"], picture.convert("RGB"), size)
     expect_tensor(result["pixel_values"], expected["pixel_values"], "pixel_values", 1e-3)
+    palette = _wide_picture().convert("P")
+    result = call(answer, palette.copy(), prompt, tokenizer, size, count)
+    expected = solutions.process(palette, prompt, tokenizer, size, count)
+    expect(
+        same(result["pixel_values"], expected["pixel_values"], 1e-3),
+        "only a picture with a palette comes out wrong. Its pixels are numbers of colors, which have no "
+        "mean: make it RGB first, then resize it",
+    )
     right("any picture and any prompt become what the model was trained on.")
 
 

@@ -212,6 +212,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("process", processed(pixels=lambda p: p.permute(0, 2, 3, 1).reshape(p.shape)), "reshape jumbles"),
     ("process", processed(pixels=lambda p: p.flip(1)), "red and blue"),
     ("process", processed(pixels=lambda p: p[0]), "batch comes first"),
+    ("process", processed(), "make it RGB first, then resize"),
     ("process", changed(lambda d: tuple(d.values())), "return a dict"),
     ("process", changed(lambda d: {"input_ids": d["input_ids"]}), "has no attention_mask"),
     ("process", changed(lambda d: d | {"input_ids": [1]}), "make it a tensor"),
