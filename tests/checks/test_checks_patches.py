@@ -225,6 +225,7 @@ PREDICTED: list[tuple[Answer, str]] = [
     (_predicted(a="no"), "write True"),
     (_predicted(a=0), "not 0"),
     (lambda: {"patches": False}, "no prediction for 'patches \\+ positions'"),
+    (lambda: {"linear": False, "mlp": True, "attention": True}, "the keys are 'patches', .*'mlp\\(patches"),
     (lambda: [False] * 6, "dictionary"),
 ]
 
@@ -263,6 +264,8 @@ TOKENS: list[tuple[Answer, str]] = [
     (lambda x, w, b, p: patches._patchify(x, 4), "multiply each with the weights"),
     (lambda x, w, b, p: F.conv2d(x, w, b).flatten(2).mT, "what does not fit is dropped"),
     (lambda x, w, b, p: _tokens(x, w, b) - p, "add bias and positions"),
+    (lambda x, w, b, p: x.reshape(2, 3, 3, 4, 2, 4), "invalid for input .* leave them out first"),
+    (lambda x, w, b, p: x @ w, "your code stops with RuntimeError"),
 ]
 
 
