@@ -246,6 +246,11 @@ def encode_text(answer: Callable[..., Any]) -> None:
                 "x[:, places] picks every place from every text: pair row i with its own place, "
                 "x[torch.arange(B), places]",
             )
+            expect(
+                tuple(result.shape) != (int((ids == end).sum()), 16),
+                "there is a vector for each end token, and a text may be filled up with end tokens: take the "
+                "first one of each text",
+            )
         expect_tensor(result, _encode(tower, ids), "the vector of each text")
     right("a causal tower, read at the end token: what comes after the end is never seen.")
 

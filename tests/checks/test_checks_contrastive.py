@@ -254,6 +254,7 @@ TOWERS: list[tuple[Answer, str]] = [
     (_first_block_masked, "first block only"),
     (_all_places, "pick the one at the end token"),
     (_pick_from_all, "every place from every text"),
+    (lambda tower, ids, end: _all_places(tower, ids, end)[ids == end], "first one of each text"),
     (lambda tower, ids, end: tower(ids), "not callable"),
 ]
 
