@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,24 @@ def test_exercises_are_complete(path: Path) -> None:
         assert any("Right: " in "".join(output.get("text", "")) for output in check.outputs)
         assert "catch-up" in catch_up.tags
     assert set(kinds) - {None} == {"predict, then run", "find the bug", "from a blank cell"}
+
+
+@each_notebook
+def test_keys_of_an_answer_are_named(path: Path) -> None:
+    """A student copy lacks the solution: the keys of a dictionary to return stand in the exercise's text."""
+    for title, exercise in pairwise(read_cells(path)):
+        if "exercise" not in exercise.tags:
+            continue
+        above = title.source + exercise.source.split("### BEGIN SOLUTION")[0]
+        returned = [
+            node.value for node in ast.walk(ast.parse(exercise.source)) if isinstance(node, ast.Return)
+        ]
+        for answer in returned:
+            keys = answer.keys if isinstance(answer, ast.Dict) else []
+            unnamed = [
+                key.value for key in keys if isinstance(key, ast.Constant) and str(key.value) not in above
+            ]
+            assert not unnamed, f"cell {title.id} does not say that the keys {unnamed} are expected"
 
 
 @each_notebook
