@@ -174,6 +174,10 @@ def attention_distance(answer: Callable[[Tensor], Tensor]) -> None:
         "you averaged over the patches that are seen: the weights already sum to 1, so sum over them",
     )
     expect(
+        not same(result, (weights * distances).sum(dim=(2, 3)).mean(dim=0)),
+        "you summed over the patches that look: each has weights that sum to 1, so take the mean over them",
+    )
+    expect(
         not same(result, (weights * distances).sum(dim=-1).mean()),
         "you averaged over the heads as well: each head gets its own number",
     )

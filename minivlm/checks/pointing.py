@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -174,6 +175,10 @@ def tokens_to_box(answer: Callable[[str, float, float], Any]) -> None:
         "these are shares of the picture from 0 to 1: multiply by its width and height for pixels",
     )
     expect(not is_(250, 100, 900, 400), "these are the numbers of the words: divide by 1023 for shares")
+    expect(
+        not any(is_(*map(whole, reference)) for whole in (round, math.floor)),
+        "your edges are whole numbers: a share of a picture can end between two pixels, so do not round",
+    )
     expect(is_(*reference), f"the box is {_rounded(box)}, expected {_rounded(reference)}")
     whole = _numbers(call(answer, "<loc0000><loc0000><loc1023><loc1023> red star", 64, 48), 4, "four numbers")
     expect(
@@ -250,7 +255,8 @@ def precision_over_recalls(answer: Callable[[Sequence[bool], int], Any]) -> None
         return abs(result - other) < 1e-6
 
     expect(
-        not is_((34 * 1 / 2 + 33 * 2 / 3) / 101),
+        # With recall 0 read off at the second box, or at the first, where precision is 0.
+        not is_((34 * 1 / 2 + 33 * 2 / 3) / 101) and not is_((33 * 1 / 2 + 33 * 2 / 3) / 101),
         "each recall got the precision where it is first reached: use the best precision at that recall or "
         "beyond, since more boxes can be more precise",
     )
@@ -267,6 +273,10 @@ def precision_over_recalls(answer: Callable[[Sequence[bool], int], Any]) -> None
         not is_(4 / 9),
         "this is the area under the curve of the best precision: COCO reads it off at 101 recalls instead, "
         "which is nearly, but not exactly the same",
+    )
+    expect(
+        not is_(66 / 100 * 2 / 3) and not is_(67 / 100 * 2 / 3),
+        "your mean is over 100 recalls: 0, 0.01, ..., 1 are 101 numbers, with both ends",
     )
     expect(
         not is_(66 / 101 * 2 / 3),

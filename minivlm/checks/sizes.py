@@ -175,7 +175,11 @@ def compare_shapes(answer: Callable[[Shapes, Shapes], Names]) -> None:
         isinstance(result, tuple) and len(result) == 3,
         "return three lists, separated by commas: missing, unexpected, misshapen",
     )
-    lists = [list(names) for names in result]
+    expect(
+        all(isinstance(names, list) for names in result),
+        "each of the three should be a list: sorted(...) makes one, of a set as well",
+    )
+    lists = list(result)
     expect(
         lists[:2] != [unexpected, missing],
         "missing and unexpected are swapped: missing is what the model needs and the file lacks",
@@ -340,7 +344,7 @@ def quantize_rows(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         not torch.equal(given[live], (weight / scale[:, None])[live].to(torch.int8)),
         "your values are truncated toward zero: round() to the nearest before .to(torch.int8)",
     )
-    expect_tensor(given[live], values[live], "the values")
+    expect_tensor(given[live], values[live], "the int8 tensor")
     back = given[3].float() * scales[3]
     expect(
         bool(torch.isfinite(scales[3])) and bool((back == 0).all()),

@@ -197,6 +197,14 @@ def find_ranks(answer: Callable[[Tensor], Tensor]) -> None:
         ),
         *[(luck, order.argsort(dim=1).diagonal() + 1) for order in (falling, rising)],
         *[(places, c + i) for c in (falling.diagonal(), falling[:, 0]) for i in (0, 1)],
+        *[
+            (
+                "each cosine is compared with the right one of its column: diagonal() is a row, and "
+                "[:, None] makes a column of it, so that each row is compared with its own",
+                i + (COSINES >= own.T).sum(dim=1),
+            )
+            for i in (0, 1)
+        ],
         (
             "the least similar caption comes first in your order: count those that are at least as similar",
             solutions.find_ranks(-COSINES),
@@ -214,8 +222,8 @@ def find_ranks(answer: Callable[[Tensor], Tensor]) -> None:
         result,
         reference,
         "the ranks",
-        f"For the rows {COSINES.tolist()} they are {reference.tolist()}: 1, and 1 more for each "
-        "other caption "
+        f"For the rows {[[round(x, 1) for x in row] for row in COSINES.tolist()]} they are "
+        f"{reference.tolist()}: 1, and 1 more for each other caption "
         "that is at least as similar as the one on the diagonal",
     )
     expect(not result.is_floating_point(), f"ranks have dtype {result.dtype}: they are whole numbers")

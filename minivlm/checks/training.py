@@ -247,6 +247,8 @@ def _losses(model: PaliGemma, features: Tensor, questions: Questions, fault: str
     blocks, positions = torch.cat([zeros, text[2]]), torch.cat([image, text[3]])
     is_prompt = torch.cat([zeros, text[4]]) == 0
     own = (blocks[:, None] == blocks[None]) | (fault == "blocks")
+    if fault == "one block":
+        own = own | ((blocks > 0)[:, None] & (blocks > 0)[None])
     past = positions[None] <= positions[:, None]
     if fault == "picture":
         own = own | (blocks == 0)[:, None]
@@ -273,6 +275,7 @@ _HIDDEN = "positions"
 # What the loss is with a mistake, and what to do about it.
 _FAULTS = {
     "blocks": "the questions see each other: give each a block number, and let tokens see their own block",
+    "one block": "all questions have the same block, so they see each other: number the blocks from 1 on",
     "positions": "positions go on counting from question to question: each starts anew, behind the picture",
     "zero": "the text's positions start at 0, as the picture's do: the first is N, the number of features",
     "shift": "the labels are not shifted: the token at text place t is predicted one place before it",

@@ -48,6 +48,7 @@ def to_the_largest(weights: Tensor) -> Tensor:
         (lambda w: distance_with(lambda n: measures.patch_distances(n).square())(w).sqrt(), "at the end"),
         (lambda w: weighted(w).sum(dim=(0, 2, 3)), "average over them"),
         (lambda w: weighted(w).mean(dim=(0, 2, 3)), "already sum to 1"),
+        (lambda w: weighted(w).sum(dim=(2, 3)).mean(dim=0), "mean over them"),
         (lambda w: weighted(w).sum(dim=-1).mean(), "each head"),
         (lambda w: weighted(w).sum(dim=-1).mean(dim=0), "one more average"),
         (lambda w: weighted(w).sum(dim=-1).mean(dim=-1), "one more average"),

@@ -258,6 +258,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
         find(("patient.logits(hidden)", "patient.logits(theirs + 1)")),
         "which is sound|tolerance",
     ),
+    ("find_fault", find(("going_on, their_cache)", "going_on, cache)")), "writes into its cache"),
     ("find_fault", one_row, "one hidden state for each row"),
     ("read_and_answer", program(("table[prompt_ids] * factor", "table[prompt_ids]")), "words are not multi"),
     (

@@ -109,6 +109,13 @@ def precision_with(
     return average
 
 
+def first_reached(hits: Sequence[bool], wanted: int) -> float:
+    """Precision at the first box that reaches a recall; recall 0 is reached at the very first."""
+    recall, precision = curve(hits, wanted)
+    places = [np.flatnonzero(recall >= least) for least in np.linspace(0, 1, 101)]
+    return float(np.mean([precision[place[0]] if len(place) else 0.0 for place in places]))
+
+
 def area_under(hits: Sequence[bool], wanted: int) -> float:
     recall, precision = curve(hits, wanted)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
@@ -219,6 +226,8 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("tokens_to_box", read_as("y0 x0 y1 x1", pixels=False), "shares of the picture"),
     ("tokens_to_box", read_as("y0 x0 y1 x1", steps=1, pixels=False), "numbers of the words"),
     ("tokens_to_box", read_as("y1 x1 y0 x0"), "expected \\(48"),
+    ("tokens_to_box", lambda *a: [round(edge) for edge in read_as("y0 x0 y1 x1")(*a)], "do not round"),
+    ("tokens_to_box", lambda *a: [int(edge) for edge in read_as("y0 x0 y1 x1")(*a)], "do not round"),
     ("tokens_to_box", lambda text, w, h: (1.0, 2.0), "expected four numbers, x0, y0, x1, y1, got 2"),
     ("tokens_to_box", lambda text, w, h: text, "got a str"),
     ("tokens_to_box", lambda text, w, h: read_as("y0 x0 y1 x1")(text, 200, 120), "whole picture"),
@@ -237,6 +246,8 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ),
     ("iou", lambda a, b: (a, b), "one number"),
     ("precision_over_recalls", precision_with(best=False), "best precision at that recall or beyond"),
+    ("precision_over_recalls", first_reached, "best precision at that recall or beyond"),
+    ("precision_over_recalls", precision_with(recalls=100), "over 100 recalls"),
     ("precision_over_recalls", precision_with(of="found"), "no recall beyond 2/3"),
     ("precision_over_recalls", reached_only, "no recall beyond 2/3"),
     ("precision_over_recalls", precision_with(recalls=11), "PASCAL VOC"),

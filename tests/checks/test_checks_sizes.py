@@ -154,6 +154,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("compare_shapes", names(0, lambda lists: [*lists[0], "down"]), "only in misshapen"),
     ("compare_shapes", names(2, lambda lists: sorted(lists[2] + lists[0])), "only names that both have"),
     ("compare_shapes", names(0, lambda lists: lists[0][::-1]), "sort each list"),
+    ("compare_shapes", names(0, lambda lists: set(lists[0])), "should be a list"),
     ("compare_shapes", names(1, lambda lists: lists[1][1:]), "expected"),
     ("compare_shapes", lambda f, w: sorted(w.keys() - f.keys()), "three lists"),
     ("compare_shapes", lambda f, w: ([], [], []), "compare the shapes too"),

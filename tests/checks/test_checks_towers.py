@@ -29,6 +29,7 @@ RANKS: list[tuple[Answer, str]] = [
     (lambda s: 1 + (s >= s.diagonal()[:, None]).sum(1), "one too large"),
     (lambda s: 1 + (s > s.diagonal()[:, None]).sum(1), "in the model's favor"),
     (lambda s: ranks(s.T), "ranks of the pictures"),
+    (lambda s: (s >= s.diagonal()).sum(1), "makes a column of it"),
     (lambda s: s.argsort(dim=1, descending=True, stable=True).diagonal(), "which caption is at each place"),
     (lambda s: s.argsort(dim=1, descending=True, stable=True)[:, 0], "which caption is at each place"),
     (lambda s: ranks(-s), "least similar"),
