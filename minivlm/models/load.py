@@ -11,7 +11,7 @@ import torch
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
 from minivlm.checkpoints.hub import OPEN_CLIP, describe, find_folder
 from minivlm.errors import InputError
-from minivlm.models import clip, llava, open_clip, paligemma, qwen2_vl, siglip, vit
+from minivlm.models import clip, llava, open_clip, paligemma, qwen2_5_vl, qwen2_vl, siglip, vit
 from minivlm.models.miniatures.clipcap import ClipCap
 from minivlm.models.miniatures.cm3 import CM3
 from minivlm.models.miniatures.flamingo import Flamingo
@@ -43,6 +43,7 @@ SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "paligemma": System(paligemma.open_folder, "answers"),
     "llava": System(llava.open_folder, "answers"),
     "qwen2_vl": System(qwen2_vl.open_folder, "answers"),
+    "qwen2_5_vl": System(qwen2_5_vl.open_folder, "answers"),
     "clip": System(clip.open_folder, "matches"),
     "open_clip": System(open_clip.open_folder, "matches", OPEN_CLIP[1]),
     "siglip": System(siglip.open_folder, "matches"),

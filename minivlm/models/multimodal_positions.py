@@ -57,7 +57,7 @@ def multimodal_positions(
     Raises:
         InputError: the placeholders of a row and its pictures do not match.
     """
-    waiting = {
+    waiting: dict[int, Iterator[tuple[list[int], float]]] = {
         kind.placeholder: zip(kind.grid_thw.tolist(), kind.intervals.tolist(), strict=True) for kind in media
     }
     position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
@@ -85,14 +85,18 @@ def _blocks(
             words = next((i for i in range(place, len(tokens)) if tokens[i] in waiting), len(tokens)) - place
             block = torch.arange(words).expand(3, -1)
         else:
-            grid = next(waiting[placeholder], None)
-            block = _of_grid(*grid, merge_size) if grid else torch.empty(3, 0)
-            length = block.shape[1]
-            if grid is None or tokens[place : place + length] != [placeholder] * length:
+            shown = next(waiting[placeholder], None)
+            if shown is None:
                 raise InputError(
-                    f"token {place + 1} of a row is a placeholder, and "
-                    + (f"{length} of them were to follow in a row" if grid else "no picture is left for it")
-                    + ": let the processor build rows and pictures"
+                    f"token {place + 1} of a row is a placeholder, and no picture is left for it: let the "
+                    "processor build both"
+                )
+            block = _of_grid(*shown, merge_size)
+            length = block.shape[1]
+            if tokens[place : place + length] != [placeholder] * length:
+                raise InputError(
+                    f"token {place + 1} of a row is a placeholder, and its picture takes {length} of them in "
+                    "a row: let the processor build both"
                 )
         block = block + start
         yield block

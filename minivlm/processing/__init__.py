@@ -24,6 +24,7 @@ from minivlm.processing.masks import (
 from minivlm.processing.pairs import PairProcessor
 from minivlm.processing.paligemma import Processor
 from minivlm.processing.patches import Qwen2VLImageProcessor
+from minivlm.processing.qwen2_5_vl import Qwen2_5_VLProcessor
 from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
 from minivlm.processing.qwen2_vl import Qwen2VLProcessor
 from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
@@ -49,6 +50,7 @@ __all__ = [
     "Qwen2Tokenizer",
     "Qwen2VLImageProcessor",
     "Qwen2VLProcessor",
+    "Qwen2_5_VLProcessor",
     "Tokenizer",
     "ViTImageProcessor",
     "Video",

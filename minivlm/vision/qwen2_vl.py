@@ -141,7 +141,7 @@ class SegmentAttention(Attention):
         """x [1, P, D] and the lengths of its segments, whose sum is P -> [1, P, D]."""
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         parts = zip(*(heads.split(segments, dim=2) for heads in (rotary(q), rotary(k), v)), strict=True)
-        out = torch.cat([attend(*part, None, self.scale) for part in parts], dim=2)
+        out = torch.cat([attend(*qkv, mask=None, scale=self.scale) for qkv in parts], dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [1, H, P, Dh] -> [1, P, D]
 
 

@@ -107,7 +107,7 @@ def test_pictures_that_touch_are_two():
 @pytest.mark.parametrize(
     ("ids", "grids", "message"),
     [
-        ([[5, *[IMAGE_ID] * 5, 6]], GRIDS[:1], "token 2 .* and 6 of them were to follow"),
+        ([[5, *[IMAGE_ID] * 5, 6]], GRIDS[:1], "token 2 .* its picture takes 6 of them in a row"),
         ([[5, *[IMAGE_ID] * 7, 6]], GRIDS[:1], "token 8 .* no picture is left for it"),
         ([[5, *[IMAGE_ID] * 6, 6]], GRIDS[:2], "1 pictures or videos have no place"),
         ([[5, 6, 7]], GRIDS[:2], "2 pictures or videos have no place"),
