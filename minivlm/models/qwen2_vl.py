@@ -148,9 +148,9 @@ class Qwen2VL(Writes):
         """Where the weights are and the inputs must be."""
         return self.language_model.embed_tokens.weight.device
 
-    def encode_image(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    def encode_image(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Patches [P, C * T * P * P] of pictures or videos with their grids [M, 3] -> image tokens [N, D]."""
-        return self.vision_tower(pixel_values, grid_thw)
+        return self.vision_tower(pixel_values, image_grid_thw)
 
     def merge(
         self, input_ids: Tensor, image_features: Tensor | None = None, video_features: Tensor | None = None

@@ -97,6 +97,12 @@ class AnswerProcessor(Protocol):
     def pixels(self, pictures: Sequence[Image.Image | Video]) -> Inputs:
         """What the tower reads of the opened pictures of a batch."""
 
+    def to_pictures(self, inputs: Inputs) -> Tensor:
+        """The pictures of a batch as the tower sees them, [M, C, height, width], to be looked at."""
+
+    def from_pictures(self, pictures: Tensor) -> Inputs:
+        """The other way around."""
+
     def decode(self, ids: Tensor) -> list[str]:
         """Generated ids [B, n] -> B answers."""
 

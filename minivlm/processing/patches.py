@@ -107,6 +107,19 @@ def cut_into_patches(
     return patches.flatten(5).flatten(0, 4), grid
 
 
+def join_patches(
+    patches: Tensor, grid: Sequence[int], patch_size: int, temporal_patch_size: int, merge_size: int
+) -> Tensor:
+    """The frames [F, C, height, width] of one picture or video, from its patches and their grid."""
+    steps, rows, columns = grid
+    tokens = steps, rows // merge_size, columns // merge_size, merge_size, merge_size
+    frames = patches.view(*tokens, -1, temporal_patch_size, patch_size, patch_size)
+    frames = frames.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    return frames.reshape(
+        steps * temporal_patch_size, frames.shape[2], rows * patch_size, columns * patch_size
+    )
+
+
 @dataclass(frozen=True)
 class Qwen2VLImageProcessor(ImageProcessor):
     """The settings of a Qwen2-VL or Qwen2.5-VL folder's preprocessor_config.json.
@@ -145,6 +158,11 @@ class Qwen2VLImageProcessor(ImageProcessor):
         return self.patch_size * self.merge_size
 
     @property
+    def patch_sizes(self) -> tuple[int, int, int]:
+        """As the last arguments of `cut_into_patches`."""
+        return self.patch_size, self.temporal_patch_size, self.merge_size
+
+    @property
     def fitted(self) -> Fitted:
         """A long picture stays long."""
         return "kept"
@@ -179,9 +197,10 @@ class Qwen2VLImageProcessor(ImageProcessor):
         if not films:
             raise InputError("there are no pictures: give at least one")
         settings = self.image_mean, self.image_std, self.rescale_factor
-        sizes = self.patch_size, self.temporal_patch_size, self.merge_size
         cut = [
-            cut_into_patches(torch.stack([rescale_and_normalize(f, *settings) for f in frames]), *sizes)
+            cut_into_patches(
+                torch.stack([rescale_and_normalize(frame, *settings) for frame in frames]), *self.patch_sizes
+            )
             for frames in films
         ]
         return torch.cat([patches for patches, _ in cut]), torch.tensor([grid for _, grid in cut])

@@ -15,6 +15,7 @@ from typing import ClassVar, Self
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.files import write_aside
@@ -22,7 +23,7 @@ from minivlm.processing.chat import Turn
 from minivlm.processing.frames import VideoBudget
 from minivlm.processing.inputs import Inputs, Picture, Row, Video
 from minivlm.processing.llava import SETTINGS, TEMPLATE
-from minivlm.processing.patches import Qwen2VLImageProcessor
+from minivlm.processing.patches import Qwen2VLImageProcessor, cut_into_patches, join_patches
 from minivlm.processing.qwen2_chat import SYSTEM, chat_template, encode_chat
 from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
 from minivlm.processing.rows import Pictures, RowProcessor, open_rows
@@ -166,3 +167,21 @@ class Qwen2VLProcessor(RowProcessor):
             seconds = [read.temporal_patch_size / video.fps for video in videos]
             inputs["second_per_grid_ts"] = torch.tensor(seconds)
         return inputs
+
+    def to_pictures(self, inputs: Inputs) -> Tensor:
+        """The pictures of a batch, if all have one size: [M, C, height, width].
+
+        Raises InputError: they have not.
+        """
+        grids = inputs["image_grid_thw"]
+        if len(grids.unique(dim=0)) > 1:
+            raise InputError(f"the pictures have {len(grids.unique(dim=0))} sizes: look at one at a time")
+        patches = inputs["pixel_values"].split(int(grids[0].prod()))
+        sizes = self.image_processor.patch_sizes
+        return torch.stack([join_patches(picture, grids[0].tolist(), *sizes)[0] for picture in patches])
+
+    def from_pictures(self, pictures: Tensor) -> Inputs:
+        """The other way around, as `pixels`, for pictures that are prepared but for cutting them."""
+        cut = [cut_into_patches(picture[None], *self.image_processor.patch_sizes) for picture in pictures]
+        grids = torch.tensor([grid for _, grid in cut], device=pictures.device)
+        return {"pixel_values": torch.cat([patches for patches, _ in cut]), "image_grid_thw": grids}

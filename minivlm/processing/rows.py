@@ -47,6 +47,14 @@ class RowProcessor(ABC):
         """What the tower reads of all pictures of a batch, in order."""
         return {"pixel_values": self.image_processor(cast(Sequence[Image.Image], pictures))}
 
+    def to_pictures(self, inputs: Inputs) -> Tensor:
+        """The pictures of a batch as the tower sees them, to be looked at: [M, C, height, width]."""
+        return inputs["pixel_values"]
+
+    def from_pictures(self, pictures: Tensor) -> Inputs:
+        """The other way around: pictures of one size [M, C, height, width] -> what `pixels` returns."""
+        return {"pixel_values": pictures}
+
     def __call__(
         self,
         images: Picture | Video | Sequence[Pictures] | None,

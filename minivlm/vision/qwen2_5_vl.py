@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from minivlm.vision.qwen2_vl import (
     grid_angles,
     grid_positions,
     known_tower,
+    maps_of_tokens,
 )
 
 
@@ -147,6 +149,22 @@ class Qwen2_5_VLVisionModel(nn.Module):
         self.layers = nn.ModuleList(Qwen2_5_VLVisionBlock(config) for _ in range(config.depth))
         norm = LlamaRMSNorm(width, EPS)
         self.merger = PatchMerger(norm, width, config.out_hidden_size, config.spatial_merge_size)
+
+    @property
+    def token_size(self) -> int:
+        """Pixels of the picture for each image token, height = width."""
+        return self.config.patch_size * self.config.spatial_merge_size
+
+    def token_maps(self, maps: list[Tensor], grid_thw: Tensor) -> list[Tensor]:
+        """Attention maps of one picture, as recorded -> one for each layer, among tokens: [1, H, N, N]."""
+        config, waiting = self.config, iter(maps)
+        order, windows = by_windows(grid_thw, config.spatial_merge_size, config.window)
+        back, found = order.argsort(), []
+        for number in range(config.depth):
+            parts = 1 if number in config.fullatt_block_indexes else len(windows)
+            layer = maps_of_tokens(list(islice(waiting, parts)), config.spatial_merge_size**2)
+            found.append(layer[:, :, back][..., back])
+        return found
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Patches of all pictures and videos -> image tokens.

@@ -140,8 +140,8 @@ class SegmentAttention(Attention):
     def in_segments(self, x: Tensor, segments: list[int], rotary: Callable[[Tensor], Tensor]) -> Tensor:
         """x [1, P, D] and the lengths of its segments, whose sum is P -> [1, P, D]."""
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        parts = zip(*(heads.split(segments, dim=2) for heads in (rotary(q), rotary(k), v)), strict=True)
-        out = torch.cat([attend(*qkv, mask=None, scale=self.scale) for qkv in parts], dim=2)
+        parts = (heads.split(segments, dim=2) for heads in (rotary(q), rotary(k), v))
+        out = torch.cat([attend(q, k, v, None, self.scale) for q, k, v in zip(*parts, strict=True)], dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [1, H, P, Dh] -> [1, P, D]
 
 
@@ -219,6 +219,15 @@ class Qwen2VLVisionModel(nn.Module):
         norm = nn.LayerNorm(width, eps=EPS)
         self.merger = PatchMerger(norm, width, config.hidden_size, config.spatial_merge_size)
 
+    @property
+    def token_size(self) -> int:
+        """Pixels of the picture for each image token, height = width."""
+        return self.config.patch_size * self.config.spatial_merge_size
+
+    def token_maps(self, maps: list[Tensor], grid_thw: Tensor) -> list[Tensor]:
+        """Attention maps of one picture, as recorded -> one for each layer, among tokens: [1, H, N, N]."""
+        return [maps_of_tokens([layer], self.config.spatial_merge_size**2) for layer in maps]
+
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Patches of all pictures and videos -> image tokens.
 
@@ -240,6 +249,17 @@ class Qwen2VLVisionModel(nn.Module):
         for layer in self.layers:
             x = layer(x, segments, rotary)
         return self.merger(x[0])
+
+
+def maps_of_tokens(maps: Sequence[Tensor], merged: int) -> Tensor:
+    """Attention maps [1, H, n, n] of the segments of one row -> one among image tokens [1, H, N, N].
+
+    A token looks where its patches look, on average; outside of its segment, nowhere. `merged` patches that
+    follow each other are one token.
+    """
+    heads = [torch.block_diag(*(part[0, head] for part in maps)) for head in range(maps[0].shape[1])]
+    whole = torch.stack(heads)[None]  # [1, H, P, P]
+    return whole.unflatten(2, (-1, merged)).mean(dim=3).unflatten(3, (-1, merged)).sum(dim=4)
 
 
 def check_grids(grid_thw: Tensor, patches: int, merge_size: int) -> None:

@@ -18,11 +18,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import minivlm
 from minivlm.cli import main
 from minivlm.errors import InputError
+from minivlm.looking.inspection import inspect_answer
 from minivlm.models.answering import answer
 from minivlm.models.qwen2_5_vl import Qwen2_5_VL
 from minivlm.models.qwen2_vl import Qwen2VL
 from minivlm.processing import Video
 from minivlm.processing.documents import Element
+from minivlm.processing.images import rescale_and_normalize
 
 
 def write_folder(folder: Path, system: str, **changes: Any) -> Path:
@@ -96,6 +98,37 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr()
     assert out.out.startswith(f"{path} | what is it?\n{said}")
     assert "squeezed" not in out.err  # it sees long pictures as they are
+    assert main(["look", str(path), *asked, "--out", str(tmp_path / "look")]) == 0
+    out = capsys.readouterr()
+    assert "no positions.png" in out.out
+    names = {"filters", "heads", "attention", "importance", "words", "mask"}
+    assert {file.stem for file in (tmp_path / "look").iterdir()} == names | {"hover"}
+    assert main(["eval", "--scenes", "1", "--columns", "held_out", "--model", str(folder)]) == 0
+
+
+@torch.no_grad()
+def test_the_inside_of_a_long_picture(folder: Path):
+    """Maps are of image tokens, row by row, whatever the order of patches in the tower."""
+    model, processor = minivlm.load(folder)
+    seen = inspect_answer(model, processor, picture(110, 30), "what is it?", max_new_tokens=3)
+    assert seen.pixel_values.shape == (3, 16, 56)  # 2 x 7 tokens of 8 x 8 pixels
+    fitted = processor.image_processor.fit(picture(110, 30))
+    settings = processor.image_processor.image_mean, processor.image_processor.image_std, 1 / 255
+    assert torch.equal(seen.pixel_values, rescale_and_normalize(fitted, *settings))
+    assert seen.tower is not None
+    assert seen.attention is not None
+    assert seen.tower.shape[2:] == (14, 14)
+    torch.testing.assert_close(seen.tower.sum(dim=-1), torch.ones(seen.tower.shape[:3]))
+    assert seen.attention.shape[-1] == 14
+    if isinstance(model, Qwen2_5_VL):  # the first block has windows of 2 x 2 tokens, the second has none
+        neighbors = (torch.arange(14) % 7) // 2
+        same = neighbors[:, None] == neighbors
+        assert torch.equal(seen.tower[0, 0] > 0, same)
+        assert bool((seen.tower[1] > 0).all())
+    odds = seen.sureness(torch.stack([seen.pixel_values, -seen.pixel_values]))
+    alone = seen.sureness(seen.pixel_values[None])
+    torch.testing.assert_close(odds[:1], alone)
+    assert abs(float(odds[1] - odds[0])) > 0.01
 
 
 def test_finetuning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -113,7 +146,7 @@ def test_finetuning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     for name in (folder, tmp_path / "tuned"):
         model, processor = minivlm.load(name)
         shown = [picture(60, 20), picture(16, 16, 1), picture(20, 60, 2)]
-        losses.append(float(model(**processor(shown, ["what is it?"] * 3, ["a red star"] * 3)).loss))
+        losses.append(model(**processor(shown, ["what is it?"] * 3, ["a red star"] * 3)).loss.item())
     assert losses[1] < losses[0] / 2
     capsys.readouterr()
     assert main([*run, "--max-length", "20", "--out", str(tmp_path / "short")]) == 2

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
 from minivlm.errors import InputError
-from minivlm.processing.patches import Qwen2VLImageProcessor, cut_into_patches, smart_resize
+from minivlm.processing.patches import Qwen2VLImageProcessor, cut_into_patches, join_patches, smart_resize
 
 SIDES = [1, 2, 13, 14, 15, 27, 28, 41, 42, 43, 70, 98, 140, 333, 1000, 1296, 4000]
 LIMITS = [(56 * 56, 1280 * 28 * 28), (56 * 56, 30 * 28 * 28), (4 * 28 * 28, 16384 * 28 * 28)]
@@ -116,6 +116,7 @@ def test_the_order_of_patches_by_hand():
                         assert torch.equal(patches[number], shown.transpose(0, 1).flatten())
                         number += 1
     assert number == len(patches)
+    assert torch.equal(join_patches(patches, grid, 2, 2, 2), frames[[0, 1, 2, 2]])
 
 
 def test_a_picture_is_a_film_of_one_frame():
