@@ -82,8 +82,9 @@ def load(
 
     Returns:
         The types depend on the folder's config.json: `PaliGemma` and `Processor`, `Llava` and
-        `LlavaProcessor`, `CLIP` or `SigLIP` and `PairProcessor`, `ViT` and `ViTImageProcessor`. A folder of
-        open_clip, which has a config of its own, gives a `CLIP` or a `ResNetCLIP` and a `PairProcessor`.
+        `LlavaProcessor`, `Qwen2VL` and `Qwen2VLProcessor`, `Qwen2_5_VL` and `Qwen2_5_VLProcessor`, `CLIP` or
+        `SigLIP` and `PairProcessor`, `ViT` and `ViTImageProcessor`. A folder of open_clip, which has a config
+        of its own, gives a `CLIP` or a `ResNetCLIP` and a `PairProcessor`.
 
     Raises:
         InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files

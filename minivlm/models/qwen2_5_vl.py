@@ -4,9 +4,9 @@ What differs from Qwen2-VL, on which it stands: the tower (vision/qwen2_5_vl.py)
 means. There, the steps of a video are counted, so a clip that is sampled half as often seems twice as fast.
 Here, a second is `tokens_per_second` positions long, however many frames were taken in it:
 
-    seconds           0     0.5     1     1.5     2
-    2 frames a step   0             2             4      second_per_grid_ts 1, 2 positions a second
-    as fast again     0      1      2      3      4      second_per_grid_ts 0.5
+    seconds                 0    0.5    1    1.5    2
+    2 frames a second, at   0           2           4    a step of two frames lasts a second
+    4 frames a second, at   0     1     2     3     4    a step lasts half a second (`second_per_grid_ts`)
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class VideoBudget:
             factor: pixels of an image token on each side.
         """
         share = self.total_pixels * FRAMES / frames
-        most = int(max(min(self.max_pixels, share), int(1.05 * self.min_pixels)))
+        most = max(min(self.max_pixels, share), int(1.05 * self.min_pixels))
         height, width = smart_resize(height, width, factor, self.min_pixels, most)
         return width, height
 

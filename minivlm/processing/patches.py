@@ -38,7 +38,7 @@ MAX_RATIO = 200  # of the longer side to the shorter one
 
 
 def smart_resize(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, least: int = 0
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: float, least: int = 0
 ) -> tuple[int, int]:
     """The size at which a picture is read: multiples of `factor` near its own, in its shape.
 

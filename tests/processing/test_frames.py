@@ -104,6 +104,14 @@ def test_videos_that_are_refused():
         VideoBudget().resize(Video([Image.new("RGB", (1, 201))], 30.0), 28)
 
 
+def test_a_broken_frame(tmp_path: Path):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    frames = [Image.open(tmp_path / name) for name in ("whole.png", "cut.png")]
+    with pytest.raises(InputError, match="cannot be read as RGB"):
+        VideoBudget().resize(Video(frames, 30.0), 28)
+
+
 def test_files(tmp_path: Path):
     budget = VideoBudget(fps=1.0, max_frames=16, min_pixels=TOKEN, max_pixels=4 * TOKEN, total_pixels=9999)
     budget.save_pretrained(tmp_path, {"patch_size": 14})
