@@ -9,8 +9,8 @@ A word comes one after the largest number so far. A picture begins there, too: a
 and columns counted on. So a picture of 1,000 tokens moves what follows by as few positions as it has rows or
 columns, and a long text reaches less far into positions that the model was not trained on.
 
-`rope_deltas` says how far the last position is behind the number of tokens. A word that is written later has
-no neighbors to look at: its position is its index plus the delta of its row.
+`rope_deltas` says by how much the next position is larger than the number of tokens so far; after pictures it
+is below 0. A word that is written later needs no more than that: its position is its index plus the delta.
 
 The rule is that of the original program. transformers lets the text after a video begin at the larger one of
 its rows and columns, even where its time has gone on for longer: there, two tokens have the same position.
@@ -29,7 +29,7 @@ from minivlm.errors import InputError
 
 
 class MultimodalCache(KVCache):
-    """Keys and values, and how far the positions of each row are behind its tokens."""
+    """Keys and values, and what is added to the index of a later token for its position."""
 
     rope_deltas: Tensor  # [B]
 

@@ -207,8 +207,14 @@ class Qwen2VL(Writes):
         Returns:
             Embeddings [B, S, D], position_ids [3, B, S], rope_deltas [B].
         Raises:
-            InputError: placeholders without pictures, or pictures without placeholders.
+            InputError: placeholders without pictures, pictures without placeholders, pixels without grids.
         """
+        for pixels, grids, kind in (
+            (pixel_values, image_grid_thw, "pictures"),
+            (pixel_values_videos, video_grid_thw, "videos"),
+        ):
+            if (pixels is None) != (grids is None):
+                raise InputError(f"{kind} need their pixels and their grids: let the processor build both")
         image_features = video_features = None
         media = []
         if pixel_values is not None and image_grid_thw is not None:

@@ -3,11 +3,12 @@
     frames of the file  -> 2 a second, between 4 and 768, an even number, evenly spread
     pixels of a frame   -> what the budget of the whole video leaves for each pair, within limits
 
-So a longer video is seen at fewer frames a second, and each of them smaller. Below 134 tokens a pair no frame
-gets: a video of 768 frames takes more than the budget.
+So a longer video is seen at fewer frames a second, and each of them smaller. But no pair of frames gets less
+than 134 tokens, 5 % above the smallest frame: a video of 768 frames takes more than the budget.
 
-Source: `vision_process.py` of https://github.com/QwenLM/Qwen2.5-VL. transformers has the same frames up to
-one frame's place, and no budget for the whole unless it is told so (`cap_pixels_per_frame`).
+Source: `vision_process.py` of https://github.com/QwenLM/Qwen2.5-VL. transformers takes the first frame of
+each of n equal parts, so never the last of the video, and has no budget for the whole unless it is told so
+(`cap_pixels_per_frame`).
 """
 
 from __future__ import annotations

@@ -238,6 +238,17 @@ def test_the_loss_and_gradients_everywhere():
     assert not none
 
 
+@torch.no_grad()
+def test_bf16_keeps_its_dtype_and_stays_near():
+    ours, _ = pair()
+    half, batch = pair()[0].bfloat16(), pictures()
+    logits, expected = half(**batch).logits, ours(**batch).logits
+    hidden, cache = half.prefill(**batch)
+    assert logits.dtype == hidden.dtype == cache.keys[0].dtype == torch.bfloat16
+    real = batch["attention_mask"].bool()
+    assert (logits.float() - expected)[real].abs().mean() < 0.1 * expected[real].abs().mean()
+
+
 # Folders
 
 
@@ -363,6 +374,10 @@ def test_pixels_that_do_not_fit_are_refused():
         ours(**batch | {"pixel_values": batch["pixel_values"][:, 1:]})
     with pytest.raises(ValueError, match="the last two divisible by 2"):
         ours(**batch | {"image_grid_thw": torch.tensor([[1, 4, 11]])})
+    with pytest.raises(InputError, match="pictures need their pixels and their grids"):
+        ours(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
+    with pytest.raises(InputError, match="videos need their pixels and their grids"):
+        ours(batch["input_ids"], video_grid_thw=VIDEO_GRIDS)
     with pytest.raises(TypeError, match="image_grid_twh"):
         ours(**batch, image_grid_twh=GRIDS)
 

@@ -22,6 +22,7 @@ from minivlm.processing import (
 )
 from minivlm.processing.qwen2_chat import chat_template
 from minivlm.processing.qwen2_tokens import IMAGE, TURN_END, VIDEO
+from minivlm.processing.rows import open_rows
 
 SMALL, LONG = Image.new("RGB", (56, 56), "red"), Image.new("RGB", (140, 28), "blue")
 CLIP = Video([Image.new("RGB", (56, 28), color) for color in ("red", "green", "blue") * 4], 6.0)
@@ -136,6 +137,12 @@ def test_folders(processor: Qwen2VLProcessor, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = tokenizer.apply_chat_template([of_user("what is it?")], add_generation_prompt=True, tokenize=False)
     assert tokenizer(text)["input_ids"] == processor(None, ["what is it?"])["input_ids"][0].tolist()
+
+
+def test_other_models_read_no_videos():
+    with pytest.raises(InputError, match="picture 1 is a video, and this model reads pictures"):
+        open_rows([CLIP], 1)
+    assert open_rows([[CLIP, SMALL]], 1, videos=True) == [[CLIP, SMALL]]
 
 
 def test_what_is_refused(processor: Qwen2VLProcessor, tmp_path: Path):
