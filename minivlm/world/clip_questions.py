@@ -230,6 +230,6 @@ def vocabulary() -> Iterator[str]:
     for verb, plain in _PLAIN.items():
         yield f"the red circle {verb}, does the red circle {plain}"
     yield from (place for row in PLACES for place in row)
-    yield from (str(number) for number in range(10))
+    yield from (f"{number} at second {number}" for number in range(10))
     yield from ("yes", "no", "none", "caption en\n", "what happens first?\n")
     yield "how many objects are there at second 1?\n1 <loc0000> ; 2 <loc0000> red circle"
