@@ -35,8 +35,8 @@ def frames_at(times: Sequence[float], seconds: float, fps: float) -> list[int]:
 
     Raises InputError: no frames; fps that is not above 0; more than MOST_SAMPLES frames.
     """
-    _check_frames(len(times))
-    _check_rate(fps)
+    check_frames(len(times))
+    check_rate(fps)
     count = math.ceil(round(seconds * fps, 6)) or 1
     if count > MOST_SAMPLES:
         raise InputError(
@@ -54,9 +54,9 @@ def frame_count(num_frames: int, video_fps: float, fps: float = 2.0, least: int 
 
     Raises InputError: no frames, rates that are not above 0, limits under 2 or in the wrong order.
     """
-    _check_frames(num_frames)
-    _check_rate(video_fps)
-    _check_rate(fps)
+    check_frames(num_frames)
+    check_rate(video_fps)
+    check_rate(fps)
     if not FRAME_FACTOR <= least <= most:
         raise InputError(f"between {least} and {most} frames: expected at least {FRAME_FACTOR}, and no less")
     if num_frames < FRAME_FACTOR:
@@ -90,17 +90,19 @@ def _even(value: float, rounding: Callable[[float], int]) -> int:
     return rounding(value / FRAME_FACTOR) * FRAME_FACTOR
 
 
-def _check_frames(num_frames: int) -> None:
+def check_frames(num_frames: int) -> None:
+    """Raises InputError: none."""
     if num_frames < 1:
         raise InputError("the video has no frames: expected at least one")
 
 
-def _check_rate(fps: float) -> None:
+def check_rate(fps: float) -> None:
+    """Raises InputError: a rate at which no video can be shown."""
     if not (fps > 0 and math.isfinite(fps)):
         raise InputError(f"{fps:g} frames a second: expected a number above 0, such as 2")
 
 
 def _check_count(num_frames: int, count: int) -> None:
-    _check_frames(num_frames)
+    check_frames(num_frames)
     if not 1 <= count <= num_frames:
         raise InputError(f"{count} of {num_frames} frames cannot be taken: expected 1 to {num_frames}")

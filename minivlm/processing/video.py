@@ -10,7 +10,6 @@ asked for, one after the other, and only the ones asked for are kept.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from minivlm.errors import InputError
+from minivlm.processing.frame_sampling import check_frames, check_rate
 from minivlm.processing.images import check_sides, explained, load_picture, open_file, to_rgb
 from minivlm.processing.video_container import decode, read_index
 
@@ -109,6 +109,16 @@ def open_video(path: str | Path, folder_fps: float = 2.0) -> Video:
     return Video(path.name, index.times, index.seconds, first.size, read)
 
 
+def video_of(frames: Sequence[Image.Image], fps: float) -> Video:
+    """Pictures in memory as a video, each shown for 1/fps seconds.
+
+    Raises InputError: no pictures; fps that is not above 0.
+    """
+    check_rate(fps)
+    check_frames(len(frames))
+    return _evenly_timed("the video", len(frames), fps, lambda numbers: (to_rgb(frames[n]) for n in numbers))
+
+
 def _picture_format(path: Path) -> str | None:
     """What Pillow takes a file for; None: for no picture."""
     with open_file(path, "video") as file, explained(path):
@@ -161,12 +171,11 @@ def _decode_animation(path: Path) -> Iterator[Image.Image]:
             number += 1
 
 
-# ---- folders -----------------------------------------------------------------------------------------------
+# ---- folders and lists of pictures -------------------------------------------------------------------------
 
 
 def _of_folder(path: Path, fps: float) -> Video:
-    if not (fps > 0 and math.isfinite(fps)):
-        raise InputError(f"{fps:g} pictures a second in {path}: expected a number above 0, such as 1")
+    check_rate(fps)
     endings = Image.registered_extensions()
     pictures = [
         file
@@ -178,13 +187,18 @@ def _of_folder(path: Path, fps: float) -> Video:
     if len(pictures) > MAX_FRAMES:
         raise InputError(f"{path} holds more than {MAX_FRAMES} pictures: take out the part that matters")
     pictures.sort(key=_natural)
-    times = tuple(number / fps for number in range(len(pictures)))
-    read = partial(_read_folder, pictures)
-    return Video(path.name, times, len(pictures) / fps, next(read([0])).size, read)
+    return _evenly_timed(path.name, len(pictures), fps, partial(_read_folder, pictures))
 
 
 def _read_folder(pictures: Sequence[Path], numbers: Sequence[int]) -> Iterator[Image.Image]:
     return (to_rgb(load_picture(pictures[number])) for number in numbers)
+
+
+def _evenly_timed(
+    name: str, num_frames: int, fps: float, read: Callable[[Sequence[int]], Iterator[Image.Image]]
+) -> Video:
+    times = tuple(number / fps for number in range(num_frames))
+    return Video(name, times, num_frames / fps, next(read([0])).size, read)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

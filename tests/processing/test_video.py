@@ -32,7 +32,7 @@ from PIL import Image
 
 from minivlm.errors import InputError
 from minivlm.processing.frame_sampling import frame_count, frames_at, spread_frames, stepped_frames
-from minivlm.processing.video import UNSAID, Video, open_video
+from minivlm.processing.video import UNSAID, Video, open_video, video_of
 from minivlm.world.clip_files import save_clip
 from minivlm.world.clip_making import make_clip
 from minivlm.world.clips import Clip
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
         open_video(tmp_path)
     plain(RED).save(tmp_path / "1.png")
     for fps in (0, -1, math.nan, math.inf):
-        with pytest.raises(InputError, match=r"pictures a second.*above 0"):
+        with pytest.raises(InputError, match=r"frames a second: expected a number above 0"):
             open_video(tmp_path, folder_fps=fps)
     plain(RED, (10, 10)).save(tmp_path / "2.png")
     frames = open_video(tmp_path).frames()
@@ -171,6 +171,17 @@ def test_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
     (tmp_path / "2.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"2\.png is not a picture"):
         list(open_video(tmp_path).frames())
+
+
+def test_pictures_in_memory_are_a_video() -> None:
+    video = video_of([plain(RED), plain(GREEN).convert("P"), plain(BLUE)], 0.5)
+    assert (video.times, video.seconds, video.fps) == ((0, 2, 4), 6, 0.5)
+    assert colors_of(video, [0, 2]) == [RED, BLUE]
+    assert {frame.mode for frame in video.frames()} == {"RGB"}
+    with pytest.raises(InputError, match=r"the video has no frames"):
+        video_of([], 2)
+    with pytest.raises(InputError, match=r"0 frames a second: expected a number above 0"):
+        video_of([plain(RED)], 0)
 
 
 # What is no video

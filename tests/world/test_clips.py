@@ -382,6 +382,8 @@ def test_motion_that_no_frames_show_is_not_asked_about() -> None:
     late = Event("appears", 5)
     assert ask(red_circle(event=late, fps=1), "direction", rng) is None  # one frame
     assert ask(red_circle(event=Event("appears", 4), fps=1), "direction", rng) is None  # 4 units
+    assert ask(red_circle("nowhere", late, fps=1), "direction", rng) is None  # one frame shows no rest either
+    assert ask(red_circle("nowhere", late, fps=2), "direction", rng) is not None
     found = ask(red_circle(event=Event("appears", 3), fps=1), "direction", rng)  # 8 units
     assert found is not None
     assert found.suffix == "right"
