@@ -16,6 +16,7 @@ from minivlm.world.scenes import (
     ALL_PAIRS,
     COLORS,
     HELD_OUT_PAIRS,
+    ROOM,
     SEEN_PAIRS,
     SIZES,
     WORLD,
@@ -54,7 +55,7 @@ def make_clip(
             one or two events.
         seconds: at least 2; None: 3 to 8.
         fps: frames per second, 1 to 8; None: one of FRAME_RATES.
-        width, height: of the picture, in units.
+        width, height: of the picture, in units. Small pictures have fewer things.
 
     Raises InputError: less than 2 seconds, other frame rates, a side under LEAST_SIDE.
     """
@@ -66,8 +67,9 @@ def make_clip(
     seconds = int(rng.integers(3, 9)) if seconds is None else seconds
     fps = int(rng.choice(FRAME_RATES)) if fps is None else fps
     count, happening = (rng.integers(1, 3), 1) if easy else (rng.integers(2, 4), rng.integers(1, 3))
+    count = min(int(count), int(width * height / ROOM))
     while True:
-        pairs = _choose_pairs(rng, int(count), split)
+        pairs = _choose_pairs(rng, count, split)
         events = _choose_events(rng, pairs, int(happening), seconds, split)
         actors = _place(rng, pairs, events, seconds, width, height)
         if actors is not None:

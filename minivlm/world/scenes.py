@@ -45,7 +45,7 @@ _COLOR_NAMES, _SIZE_NAMES = tuple(COLORS), tuple(SIZES)
 ALL_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 _GAP = 1.5  # units between things
-_ROOM = 800.0  # square units for each thing, so that all of them can be placed
+ROOM = 800.0  # square units for each thing, so that all of them can be placed
 _ORDER_GAP = 3.0  # centers differ by at least this much from left to right, so that the order is clear
 
 
@@ -197,7 +197,7 @@ def make_scene(
     Raises InputError: a side under LEAST_SIDE.
     """
     check_sides(width, height)
-    count = min(int(rng.integers(1, 3 if easy else 6)), int(width * height / _ROOM))
+    count = min(int(rng.integers(1, 3 if easy else 6)), int(width * height / ROOM))
     while True:
         pairs = _choose_pairs(rng, count, split)
         things = _place(rng, pairs, width, height)

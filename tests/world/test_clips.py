@@ -200,6 +200,7 @@ def test_what_is_asked_for_is_made() -> None:
     clip = make_clip(np.random.default_rng(0), seconds=2, fps=5, width=32, height=64)
     assert (clip.seconds, clip.fps, clip.width, clip.height) == (2, 5, 32, 64)
     assert len(list(clip.frames(16))) == 10
+    assert {len(clip.actors) for clip in clips(20, "train", 32, 32)} == {1}  # as many as have room
 
 
 @pytest.mark.parametrize(
