@@ -291,7 +291,8 @@ def test_a_container_has_frames_and_times(container: Any) -> None:
     video = open_video(container([50, 125, 75, 100, None], [(50, RED), (75, GREEN), (100, BLUE), (125, RED)]))
     assert video.times == pytest.approx((0, 0.25, 0.5, 0.75))
     assert video.seconds == pytest.approx(1)
-    assert (video.fps, video.size) == (pytest.approx(4), (20, 10))
+    assert video.fps == pytest.approx(4)
+    assert video.size == (20, 10)
     assert colors_of(video) == [RED, GREEN, BLUE, RED]
     assert colors_of(video, [1, 1, 2]) == [GREEN, GREEN, BLUE]
 
@@ -389,7 +390,8 @@ def test_an_mp4_comes_back(mp4: tuple[Clip, Path]) -> None:
     clip, path = mp4
     video = open_video(path)
     assert video.times == pytest.approx(clip.times)
-    assert (video.seconds, video.size) == (pytest.approx(4), (192, 96))
+    assert video.seconds == pytest.approx(4)
+    assert video.size == (192, 96)
     for frame, drawn in zip(video.frames(), clip.frames(193), strict=True):
         cut = np.asarray(drawn)[:96, :192].astype(int)
         assert np.abs(np.asarray(frame).astype(int) - cut).mean() < 8
