@@ -7,6 +7,7 @@ from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_
 from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
+from minivlm.processing.frame_sampling import frames_at
 from minivlm.processing.frames import VideoBudget
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
 from minivlm.processing.inputs import AnswerProcessor, Video, to_device
@@ -28,6 +29,7 @@ from minivlm.processing.qwen2_5_vl import Qwen2_5_VLProcessor
 from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
 from minivlm.processing.qwen2_vl import Qwen2VLProcessor
 from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
+from minivlm.processing.video import VideoFile, open_video, video_of
 
 __all__ = [
     "CLIP_CAPTIONS",
@@ -55,21 +57,25 @@ __all__ = [
     "ViTImageProcessor",
     "Video",
     "VideoBudget",
+    "VideoFile",
     "add_image_tokens_to_prompt",
     "box_to_tokens",
     "boxes_to_text",
     "build_tokenizer",
     "codes_to_text",
     "crop_mask",
+    "frames_at",
     "interleave",
     "interleaved_labels",
     "load_codebook",
     "load_picture",
     "mask_iou",
     "mask_to_tokens",
+    "open_video",
     "preprocess",
     "text_to_boxes",
     "text_to_masks",
     "to_device",
     "to_rgb",
+    "video_of",
 ]
