@@ -4,8 +4,9 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, Llava, CLIP, SigLIP, ViT         what `load` returns, and what it returns beside them:
-    Processor, LlavaProcessor, PairProcessor    pictures and words in, tensors out, and back
+    PaliGemma, Llava, QwenVL, CLIP, SigLIP, ViT     what `load` returns, and what it returns beside them:
+    Processor, LlavaProcessor, QwenVLProcessor,
+    PairProcessor                                   pictures and words in, tensors out, and back
 
 >>> import minivlm
 >>> minivlm.answer("photo.jpg", "caption en")
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from minivlm.models.llava import Llava, LlavaConfig
     from minivlm.models.load import load
     from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
+    from minivlm.models.qwen_vl import QwenVL, QwenVLConfig
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
-    from minivlm.processing import LlavaProcessor, PairProcessor, Processor
+    from minivlm.processing import LlavaProcessor, PairProcessor, Processor, QwenVLProcessor
     from minivlm.text.gemma import GemmaConfig
     from minivlm.text.gemma2 import Gemma2Config
     from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
@@ -50,6 +52,9 @@ __all__ = [
     "PaliGemma",
     "PaliGemmaConfig",
     "Processor",
+    "QwenVL",
+    "QwenVLConfig",
+    "QwenVLProcessor",
     "SigLIP",
     "SiglipConfig",
     "SiglipVisionConfig",
@@ -67,9 +72,10 @@ _HOMES = {
     "models.llava": "Llava LlavaConfig",
     "models.load": "load",
     "models.paligemma": "PaliGemma PaliGemmaConfig",
+    "models.qwen_vl": "QwenVL QwenVLConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "LlavaProcessor PairProcessor Processor",
+    "processing": "LlavaProcessor PairProcessor Processor QwenVLProcessor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",
     "vision.siglip": "SiglipVisionConfig SiglipVisionModel",

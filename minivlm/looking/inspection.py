@@ -22,7 +22,7 @@ from minivlm.attention import record_attention
 from minivlm.looking.measures import attention_rollout, log_odds
 from minivlm.looking.visible import visible
 from minivlm.losses import similarity
-from minivlm.models.protocols import Answers, ConvolutionalTower, Matches, SortsMaps
+from minivlm.models.protocols import Answers, ConvolutionalTower, Matches, Resamples, SortsMaps
 from minivlm.processing import AnswerProcessor, PairProcessor, to_device
 
 MOST_LOGITS = 2**28  # at a time, of all positions of several pictures: 1 GiB in fp32
@@ -130,6 +130,12 @@ def _sorted(
         if attention is None:
             return tower, decoder, None, None
         return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]
+    if isinstance(model, Resamples):
+        *encoding, queries = encoding
+        seen = queries[0].float().mean(dim=0)  # [n, N], where each image token has looked
+        attention = torch.stack([layer[0][..., is_image].float() @ seen for layer in reading])
+        rollout = attention_rollout(reading)[0][:, is_image] @ seen @ attention_rollout(encoding)[0]
+        return encoding, reading, attention, rollout
     attention = torch.stack([layer[0][..., is_image] for layer in reading])
     rollout = attention_rollout(reading)[0][:, is_image]
     if encoding:  # a stem of convolutions has none

@@ -22,6 +22,7 @@ from minivlm.processing.masks import (
 )
 from minivlm.processing.pairs import PairProcessor
 from minivlm.processing.paligemma import Processor
+from minivlm.processing.qwen_vl import QwenVLProcessor
 from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "MaskCodebookConfig",
     "PairProcessor",
     "Processor",
+    "QwenVLProcessor",
     "Tokenizer",
     "ViTImageProcessor",
     "add_image_tokens_to_prompt",
