@@ -1,4 +1,4 @@
-"""Print the numbers that tests/models/test_parity_qwen_vl.py stores, from the program that Qwen published.
+"""Print the numbers that tests/qwen_vl.py stores, from the program that Qwen published.
 
 Run: python bench/reference_qwen_vl.py FOLDER
 
