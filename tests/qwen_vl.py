@@ -68,6 +68,7 @@ def ranks() -> dict[bytes, int]:
     words = [f"{space}{word}".encode() for word in text.split() for space in ("", " ")]
     pieces = [bytes([byte]) for byte in range(256)]
     pieces += [word[:end] for word in words for end in range(2, len(word) + 1)]
+    pieces.append(b"qwz")  # which no merging leads to
     return {piece: rank for rank, piece in enumerate(dict.fromkeys(pieces))}
 
 
@@ -95,8 +96,9 @@ def write_qwen_vl(folder: Path, chat_format: ChatFormat = "chatml", seed: int = 
         tokenizer.pad_id,
         tokenizer.pad_id,
     )
-    torch.manual_seed(seed)
-    randomize(QwenVL(config), seed).save_pretrained(folder)
+    model = QwenVL(config)
+    randomize(model, seed)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

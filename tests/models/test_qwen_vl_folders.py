@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_equal, difference
 from PIL import Image
-from qwen_vl import edit, write_qwen_vl
+from qwen_vl import edit, tiny_processor, write_qwen_vl
 from safetensors.torch import load_file, save_file
 
 import minivlm
@@ -19,9 +19,13 @@ from minivlm.attention import record_attention
 from minivlm.checkpoints.hub import GENERATION
 from minivlm.checkpoints.weights import WEIGHTS
 from minivlm.cli import main
+from minivlm.cli.pictures import draw_answers
+from minivlm.evaluation.answers import _places
+from minivlm.looking import draw_masks
 from minivlm.looking.inspection import inspect_answer
 from minivlm.looking.measures import attention_rollout
 from minivlm.models.load import kind_of
+from minivlm.processing import Box, Mask, box_to_tokens
 from minivlm.processing.qwen_tokens import VOCABULARY, ChatFormat
 
 
@@ -205,6 +209,27 @@ def test_the_commands(
     assert main(evaluate) == 0
     assert main(["ask", str(picture), *given[:1], "where is <ref>it?", *given[2:]]) == 2
     assert "<ref> does not close" in capsys.readouterr().err
+
+
+def test_boxes_in_answers_are_drawn() -> None:
+    image = Image.new("RGB", (40, 20))
+    answer = "here <ref>it</ref><box>(0,0),(500,500)</box>"
+    nothing = np.zeros((20, 40), dtype=np.bool_)
+    expected = draw_masks(image, [Mask(Box(0, 0, 20, 10, "it"), nothing)])
+    assert draw_answers(image, [answer]).tobytes() == expected.tobytes() != image.tobytes()
+
+
+def test_the_place_of_a_box_that_is_no_word() -> None:
+    """Digits are pieces of their own; a piece may begin with a space, or go over the end of a box."""
+    tokenizer = tiny_processor().tokenizer
+    boxes = [box_to_tokens(box, 1, 1) for box in ((0, 0, 0.5, 0.5), (0.2, 0.2, 1, 1))]
+    answer = f"{boxes[0]} star ; {boxes[1]} star"
+    for text in (answer, f" {answer}"):
+        ids = [-100, -100, *tokenizer.encode(text), tokenizer.eos_id]
+        places = list(_places(tokenizer, ids, boxes))
+        assert [tokenizer.decode(ids[place]).strip() for place in places] == boxes
+    ids = [-100, *tokenizer.encode(f"{boxes[0]}<seg001>")]
+    assert list(_places(tokenizer, ids, boxes[:1])) == [slice(1, len(ids))]
 
 
 def test_finetuning(copied: Path, picture: Path, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from tokenizers import Regex, pre_tokenizers
 
 from minivlm.errors import InputError
 from minivlm.processing import qwen_tokens
-from minivlm.processing.qwen_chat import SYSTEM, encode_content, ids_to_path, path_to_ids
+from minivlm.processing.qwen_chat import SYSTEM, Turn, encode_content, ids_to_path, path_to_ids
+from minivlm.processing.qwen_tags import Element
 from minivlm.processing.qwen_tokens import VOCABULARY, QwenTokenizer, read_ranks
 from minivlm.processing.qwen_vl import QwenVLProcessor, chat_format_in
 
@@ -61,6 +62,8 @@ def texts() -> list[str]:
         "12 345",
         "<|im_end|>",
         "<img>a</img>",
+        "qwz",
+        "qwzq",
     ]
     mixed = ["".join(rng.choices(letters, k=rng.randrange(1, 60))) for _ in range(200)]
     return [*words, *mixed, "".join(rng.choices(["sys", "tem", "use", "ser", "ant", " "], k=400))]
@@ -73,6 +76,11 @@ def test_words_are_split_as_tiktoken_does(tokenizer: QwenTokenizer) -> None:
         expected = [i for word, _ in split.pre_tokenize_str(text) for i in plain(word.encode())]
         assert tokenizer.encode(text) == expected
         assert tokenizer.decode(expected) == text
+
+
+def test_the_order_of_the_lines_does_not_matter(tokenizer: QwenTokenizer) -> None:
+    other = QwenTokenizer(dict(reversed(RANKS.items())))
+    assert all(other.encode(text) == tokenizer.encode(text) for text in texts())
 
 
 def test_words_are_split_as_the_library_does(tokenizer: QwenTokenizer) -> None:
@@ -203,7 +211,7 @@ def test_lists_with_paths_are_the_published_text(tmp_path: Path) -> None:
     processor = tiny_processor()
     tokenizer = processor.tokenizer
     start, end, pad = tokenizer.image_start_id, tokenizer.image_end_id, tokenizer.image_id
-    content = [{"image": "a."}, {"text": "<img>b</img>"}, {"ref": "it", "box": (1, 2, 3, 4)}]
+    content: list[Element] = [{"image": "a."}, {"text": "<img>b</img>"}, {"ref": "it", "box": (1, 2, 3, 4)}]
     ids = encode_content(tokenizer, content, 4)
     expected = (
         tokenizer.encode("Picture 1:"),
@@ -219,11 +227,11 @@ def test_chats_of_several_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     PICTURE.save("a", format="PNG")
     processor = tiny_processor()
-    first = [{"image": "a.png"}, {"text": "what is it?"}]
+    first: list[Element] = [{"image": "a.png"}, {"text": "what is it?"}]
     with pytest.raises(InputError, match="has 5 bytes, and 2 fit"):
         processor.chat([[(first, None)]])
     first[0] = {"image": "a"}
-    second = [{"image": Image.new("RGB", (9, 9))}, {"text": "and this?"}]
+    second: list[Element] = [{"image": Image.new("RGB", (9, 9))}, {"text": "and this?"}]
     batch = processor.chat([[(first, "a star"), (second, "red")], [([{"text": "what?"}], "a star")]])
     assert batch["pixel_values"].shape == (2, 3, 16, 16)
     text = shown(processor.tokenizer, batch["input_ids"][0].tolist())
@@ -235,10 +243,11 @@ def test_chats_of_several_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     opened = processor.chat([[(first, None)]])
     assert "labels" not in opened
     assert torch.equal(opened["pixel_values"], batch["pixel_values"][:1])
-    for turns, message in (
+    refused: tuple[tuple[list[Turn], str], ...] = (
         ([], "the chat has no turns"),
         ([(first, None), (second, None)], "question 1 of 2 has no answer"),
-    ):
+    )
+    for turns, message in refused:
         with pytest.raises(InputError, match=message):
             processor.chat([turns])
     with pytest.raises(InputError, match="there are 2 turns, and this model has not learned to chat"):
