@@ -30,9 +30,9 @@ CORNERS = {"box": 2, "quad": 4}
 Element = Mapping[str, Any]  # {kind: what it holds}; a box may also have a "ref"
 
 _TAG = re.compile(rf"</?(?:{'|'.join(KINDS)})>")
-_NUMBER = r"\s*(\d+)\s*"
+_NUMBER = r"\s*[0-9]{1,4}\s*"
 _CORNER = rf"\({_NUMBER},{_NUMBER}\)"
-_NAMED_BOX = re.compile(r"(?:<ref>(?P<name>(?:(?!<ref>).)*?)</ref>)?(?P<boxes>(?:<box>[^<]*</box>)+)", re.S)
+_NAMED_BOX = re.compile(r"(?:<ref>(?P<name>(?:(?!</?ref>).)*)</ref>)?(?P<boxes>(?:<box>[^<]*</box>)+)", re.S)
 
 
 def to_list_format(text: str) -> list[dict[str, str]]:
@@ -155,7 +155,7 @@ def text_to_corners(text: str, kind: str = "box") -> list[int]:
     """
     if not re.fullmatch(rf"\s*{_CORNER}(?:\s*,\s*{_CORNER})*\s*", text):
         raise InputError(f"a {kind} holds {text[:100]!r}: expected corners, as (1,2),(3,4)")
-    numbers = [int(digits) for digits in re.findall(r"\d+", text)]
+    numbers = [int(digits) for digits in re.findall("[0-9]+", text)]
     check_places(numbers, kind)
     return numbers
 
@@ -163,22 +163,30 @@ def text_to_corners(text: str, kind: str = "box") -> list[int]:
 def box_to_tag(box_xyxy: Sequence[float] | Box, width: float, height: float) -> str:
     """`<box>` for a box x0, y0, x1, y1 in pixels of a width x height picture, which is cut off at its edges.
 
-    A coordinate is rounded down, and the picture's last edge is 999.
+    A coordinate is rounded down, and the picture's last edge is 999. A box thinner than a thousandth is
+    widened to one, so that every box that is written can be read back.
 
-    Raises InputError: a picture without area; a box without area or outside of the picture.
+    Raises InputError: a picture without area; a box without area or outside of the picture, or with too few
+    numbers.
     """
     check_size(width, height)
+    if len(box_xyxy) < 4:
+        raise InputError(f"the box has {len(box_xyxy)} numbers: expected x0, y0, x1, y1")
     x0, y0, x1, y1 = (float(value) for value in box_xyxy[:4])
     if not (x0 < x1 and y0 < y1 and x0 < width and y0 < height and x1 > 0 and y1 > 0):
         raise InputError(
             f"the box ({x0}, {y0}, {x1}, {y1}) has no area in a picture of {width} x {height}: expected x0 < "
             "x1 and y0 < y1, in pixels"
         )
-    places = [
-        min(max(math.floor(edge / side * PLACES), 0), PLACES - 1)
-        for edge, side in ((x0, width), (y0, height), (x1, width), (y1, height))
-    ]
-    return f"<box>{_places(places, 'box')[0]}</box>"
+    (left, right), (top, bottom) = _edges(x0, x1, width), _edges(y0, y1, height)
+    return f"<box>({left},{top}),({right},{bottom})</box>"
+
+
+def _edges(low: float, high: float, side: float) -> tuple[int, int]:
+    """Two edges in thousandths, inside of the picture and at least one apart."""
+    first, last = (min(max(math.floor(edge / side * PLACES), 0), PLACES - 1) for edge in (low, high))
+    first = min(first, PLACES - 2)
+    return first, max(last, first + 1)
 
 
 def boxes_to_tags(boxes: Iterable[Box], width: float, height: float) -> str:

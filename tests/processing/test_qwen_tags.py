@@ -164,6 +164,8 @@ def test_prompts_are_checked_for_tags_but_pictures() -> None:
 def test_boxes_in_pixels() -> None:
     assert box_to_tag((10, 20, 100, 50), 100, 50) == "<box>(100,400),(999,999)</box>"
     assert box_to_tag((-5, -5, 500, 25), 100, 50) == "<box>(0,0),(999,500)</box>"
+    assert box_to_tag((10, 20, 10.01, 20.01), 100, 50) == "<box>(100,400),(101,401)</box>"
+    assert box_to_tag((99.99, 49.99, 100, 50), 100, 50) == "<box>(998,998),(999,999)</box>"
     boxes = [Box(10, 20, 30, 40, "a cat"), Box(0, 0, 50, 25)]
     text = boxes_to_tags(boxes, 100, 50)
     assert text == "<ref>a cat</ref><box>(100,400),(300,800)</box><box>(0,0),(500,500)</box>"
@@ -191,6 +193,8 @@ def test_a_box_comes_back_to_a_thousandth(x: int, y: int, width: int, height: in
         ("<ref>a</ref><box>(3,2),(1,4)</box>", []),
         ("<ref>a</ref><box>1,2,3,4</box><box>(1,2),(3,4)</box>", ["a"]),
         ("(1,2),(3,4)</box>", []),
+        (f"<box>(1,2),(3,{'9' * 5000})</box>", []),
+        ("<ref>a</ref> and b</ref><box>(1,2),(3,4)</box>", [""]),
     ],
 )
 def test_any_answer_is_read(text: str, names: list[str]) -> None:
@@ -206,6 +210,8 @@ def test_boxes_that_are_refused(box: tuple[float, ...]) -> None:
 
 
 def test_other_bad_input() -> None:
+    with pytest.raises(InputError, match="the box has 3 numbers"):
+        box_to_tag((0, 0, 1), 10, 10)
     with pytest.raises(InputError, match="has a tag in it"):
         boxes_to_tags([Box(0, 0, 1, 1, "a<box>")], 10, 10)
     with pytest.raises(InputError, match="the picture is 0 x 5"):
