@@ -66,7 +66,7 @@ def texts() -> list[str]:
         "qwzq",
     ]
     mixed = ["".join(rng.choices(letters, k=rng.randrange(1, 60))) for _ in range(200)]
-    return [*words, *mixed, "".join(rng.choices(["sys", "tem", "use", "ser", "ant", " "], k=400))]
+    return [*words, *mixed, "".join(rng.choices(["sys", "tem", "use", "us", "er", " "], k=400))]
 
 
 def test_words_are_split_as_tiktoken_does(tokenizer: QwenTokenizer) -> None:
