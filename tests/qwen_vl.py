@@ -113,7 +113,7 @@ def edit(path: Path, part: str | None = None, **values: Any) -> None:
     path.write_text(json.dumps(config))
 
 
-# Printed by bench/reference_qwen_vl.py with the program of the published folders, `some` of each tensor.
+# Printed by tests/reference_qwen_vl.py with the program of the published folders, `some` of each tensor.
 _STORED = {
     "tower": (
         "1.194125 0.09096867 -1.83058 0.02767946 0.04812849 -0.1852445 "

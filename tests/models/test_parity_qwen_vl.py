@@ -1,6 +1,6 @@
 """Qwen-VL gives the numbers of Qwen's own program, and what others got wrong gives others.
 
-transformers has no such model; how the numbers were made is said in bench/reference_qwen_vl.py.
+transformers has no such model; how the numbers were made is said in tests/reference_qwen_vl.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Print the numbers that tests/qwen_vl.py stores, from the program that Qwen published.
 
-Run: python bench/reference_qwen_vl.py FOLDER
+Run: python tests/reference_qwen_vl.py FOLDER
 
 FOLDER holds configuration_qwen.py, modeling_qwen.py, qwen_generation_utils.py and visual.py of a published
 folder of Qwen-VL, and has a name without "-" and ".". They need torchvision and einops, and were written for
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from made_up import made_up, noise
 
 VISUAL = {
