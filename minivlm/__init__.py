@@ -4,8 +4,9 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, Llava, Qwen2VL, Qwen2_5_VL, CLIP, SigLIP, ViT    what `load` returns, and beside them
-    Processor, LlavaProcessor, Qwen2VLProcessor, ...            pictures and words in, tensors out, and back
+    PaliGemma, Llava, QwenVL, Qwen2VL, Qwen2_5_VL,
+    CLIP, SigLIP, ViT                                  what `load` returns, and what it returns beside them:
+    Processor, LlavaProcessor, QwenVLProcessor, ...    pictures and words in, tensors out, and back
 
 >>> import minivlm
 >>> minivlm.answer("photo.jpg", "caption en")
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
     from minivlm.models.qwen2_5_vl import Qwen2_5_VL, Qwen2_5_VLConfig
     from minivlm.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+    from minivlm.models.qwen_vl import QwenVL, QwenVLConfig
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
     from minivlm.processing import (
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         Processor,
         Qwen2_5_VLProcessor,
         Qwen2VLProcessor,
+        QwenVLProcessor,
     )
     from minivlm.text.gemma import GemmaConfig
     from minivlm.text.gemma2 import Gemma2Config
@@ -64,6 +67,9 @@ __all__ = [
     "Qwen2_5_VL",
     "Qwen2_5_VLConfig",
     "Qwen2_5_VLProcessor",
+    "QwenVL",
+    "QwenVLConfig",
+    "QwenVLProcessor",
     "SigLIP",
     "SiglipConfig",
     "SiglipVisionConfig",
@@ -83,9 +89,11 @@ _HOMES = {
     "models.paligemma": "PaliGemma PaliGemmaConfig",
     "models.qwen2_5_vl": "Qwen2_5_VL Qwen2_5_VLConfig",
     "models.qwen2_vl": "Qwen2VL Qwen2VLConfig",
+    "models.qwen_vl": "QwenVL QwenVLConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "LlavaProcessor PairProcessor Processor Qwen2VLProcessor Qwen2_5_VLProcessor",
+    "processing": "LlavaProcessor PairProcessor Processor Qwen2VLProcessor Qwen2_5_VLProcessor "
+    "QwenVLProcessor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",
     "vision.siglip": "SiglipVisionConfig SiglipVisionModel",

@@ -7,6 +7,7 @@ specific rows come first. Signs in a row:
 
     *           a layer number
     {q,k,v}     on our side: the file has these tensors in one, each below the one before it
+    {q,k,v|16}  the same in sixteen rounds, as of heads: a sixteenth of each, then the next of each
     ^T          on our side, after a whole name: the file has the transpose
 """
 
@@ -257,6 +258,40 @@ QWEN2_VL_LAYOUTS: dict[str, Layout] = {
 }
 
 
+def qwen_vl_layouts(tower_heads: int) -> dict[str, Layout]:
+    """Qwen-VL's own names, which packs the tower's queries, keys and values head by head."""
+    visual, block = "transformer.visual.", "transformer.visual.transformer.resblocks.*."
+    ours = "vision_tower.layers.*."
+    return {
+        "hub": [
+            (f"{block}attn.in_proj.", f"{ours}self_attn.{{q,k,v|{tower_heads}}}_proj."),
+            (f"{block}attn.out_proj.", f"{ours}self_attn.o_proj."),
+            (f"{block}ln_1.", f"{ours}layer_norm1."),
+            (f"{block}ln_2.", f"{ours}layer_norm2."),
+            (f"{block}mlp.c_fc.", f"{ours}mlp.fc1."),
+            (f"{block}mlp.c_proj.", f"{ours}mlp.fc2."),
+            (f"{visual}conv1.", "vision_tower.embeddings.patch_embedding."),
+            (f"{visual}positional_embedding", "vision_tower.embeddings.position_embedding.weight"),
+            (f"{visual}ln_pre.", "vision_tower.pre_layernorm."),
+            (f"{visual}attn_pool.attn.in_proj_", "resampler.attention.{q,k,v}_proj."),
+            (f"{visual}attn_pool.attn.out_proj.", "resampler.attention.o_proj."),
+            (f"{visual}ln_post.", "resampler.ln_post."),
+            (f"{visual}proj", "resampler.proj.weight^T"),
+            (f"{visual}attn_pool.", "resampler."),
+            ("transformer.h.*.attn.c_attn.", "language_model.layers.*.self_attn.{q,k,v}_proj."),
+            ("transformer.h.*.attn.c_proj.", "language_model.layers.*.self_attn.o_proj."),
+            ("transformer.h.*.ln_1.", "language_model.layers.*.input_layernorm."),
+            ("transformer.h.*.ln_2.", "language_model.layers.*.post_attention_layernorm."),
+            ("transformer.h.*.mlp.w1.", "language_model.layers.*.mlp.up_proj."),
+            ("transformer.h.*.mlp.w2.", "language_model.layers.*.mlp.gate_proj."),
+            ("transformer.h.*.mlp.c_proj.", "language_model.layers.*.mlp.down_proj."),
+            ("transformer.wte.", "language_model.embed_tokens."),
+            ("transformer.ln_f.", "language_model.norm."),
+            ("lm_head.", "language_model.lm_head."),
+        ],
+    }
+
+
 def to_ours(name: str, layout: Layout) -> str | None:
     """Our name for a tensor in a file, or None if no row of the layout matches; signs are for `split`.
 
@@ -289,8 +324,15 @@ def _pattern(row: str) -> str:
     whole = row.removesuffix(TRANSPOSED)
     pattern = re.escape(whole).replace(r"\*", r"(\d+)")
     for choice in re.findall(r"\{.+?\}", whole):
-        pattern = pattern.replace(re.escape(choice), f"(?:{choice[1:-1].replace(',', '|')})")
+        names, _ = _choices(choice[1:-1])
+        pattern = pattern.replace(re.escape(choice), f"(?:{'|'.join(names)})")
     return pattern
+
+
+def _choices(inside: str) -> tuple[list[str], int]:
+    """What stands between braces: names, and in how many rounds their tensors are packed."""
+    names, _, rounds = inside.partition("|")
+    return names.split(","), int(rounds or 1)
 
 
 def names_in(ours: str) -> list[str]:
@@ -299,18 +341,34 @@ def names_in(ours: str) -> list[str]:
     if not brace:
         return [before]
     choices, _, after = rest.partition("}")
-    return [before + choice + after for choice in choices.split(",")]
+    return [before + choice + after for choice in _choices(choices)[0]]
+
+
+def _rounds(ours: str) -> int:
+    """In how many rounds the tensors of a name are packed."""
+    _, _, rest = ours.partition("{")
+    return _choices(rest.partition("}")[0])[1]
 
 
 def split(tensor: Tensor, ours: str) -> list[Tensor]:
-    """A tensor of a file -> those of `names_in(ours)`. They share its memory unless they are transposed."""
+    """A tensor of a file -> those of `names_in(ours)`.
+
+    They share its memory unless they are transposed or packed in several rounds.
+    """
     plain = tensor.mT.contiguous() if ours.endswith(TRANSPOSED) else tensor
-    parts = len(names_in(ours))
-    return [plain] if parts == 1 else list(plain.tensor_split(parts))
+    parts, rounds = len(names_in(ours)), _rounds(ours)
+    if parts == 1:
+        return [plain]
+    if rounds == 1:
+        return list(plain.tensor_split(parts))
+    return list(plain.unflatten(0, (rounds, parts, -1)).transpose(0, 1).flatten(1, 2))
 
 
 def join(tensors: Sequence[Tensor], ours: str) -> Tensor:
     """The other way around."""
+    rounds = _rounds(ours)
+    if rounds > 1:
+        return torch.stack([tensor.unflatten(0, (rounds, -1)) for tensor in tensors], dim=1).flatten(0, 2)
     joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
     return joined.mT if ours.endswith(TRANSPOSED) else joined
 

@@ -47,7 +47,7 @@ def add_to(commands: Commands) -> None:
         help="where to write (default: look)",
     )
     look.add_argument("--overwrite", action="store_true", help="replace files of the same names in FOLDER")
-    shared.add_model(look, "a PaliGemma, LLaVA, CLIP or SigLIP checkpoint")
+    shared.add_model(look, "a PaliGemma, LLaVA, Qwen-VL, CLIP or SigLIP checkpoint")
     look.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="length of an answer (default: 64)"
     )

@@ -32,7 +32,9 @@ SHARED = ("seed", "warmup_steps", "bf16")  # options of `add_run` that are field
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
-def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma or LLaVA checkpoint") -> None:
+def add_model(
+    parser: argparse.ArgumentParser, what: str = "a PaliGemma, LLaVA or Qwen-VL checkpoint"
+) -> None:
     """--model, --revision, --dtype, --device, --quantize, --pack, --compile."""
     group = parser.add_argument_group("model")
     group.add_argument(

@@ -199,10 +199,23 @@ def box_scores(
 
 
 def _places(tokenizer: BaseTokenizer, ids: Sequence[int], texts: Sequence[str]) -> Iterator[slice]:
-    """Where in the ids each of these texts stands, from left to right."""
+    """Where in the ids of an answer each of these texts stands, from left to right; ids below 0 are others'.
+
+    Where boxes are no words of the vocabulary, a piece may begin with the space before a box. If a piece also
+    holds something else, the place of the box is the whole answer.
+    """
     start = 0
     for text in texts:
-        wanted = tokenizer.encode(text)
-        start = next(i for i in range(start, len(ids)) if ids[i : i + len(wanted)] == wanted)
-        yield slice(start, start + len(wanted))
-        start += len(wanted)
+        forms = (tokenizer.encode(text), tokenizer.encode(f" {text}"))
+        found = (
+            slice(i, i + len(form))
+            for form in forms
+            for i in range(start, len(ids))
+            if ids[i : i + len(form)] == form
+        )
+        place = next(found, None)
+        if place is None:
+            yield slice(next(i for i, index in enumerate(ids) if index >= 0), len(ids))
+        else:
+            yield place
+            start = place.stop

@@ -27,6 +27,7 @@ from minivlm.models.protocols import (
     ConvolutionalTower,
     Matches,
     MergesPatches,
+    Resamples,
     SortsMaps,
     place_size,
 )
@@ -142,6 +143,12 @@ def _sorted(
         if attention is None:
             return tower, decoder, None, None
         return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]
+    if isinstance(model, Resamples):
+        *encoding, queries = encoding
+        seen = queries[0].float().mean(dim=0)  # [n, N], where each image token has looked
+        attention = torch.stack([layer[0][..., is_image].float() @ seen for layer in reading])
+        rollout = attention_rollout(reading)[0][:, is_image] @ seen @ attention_rollout(encoding)[0]
+        return encoding, reading, attention, rollout
     attention = torch.stack([layer[0][..., is_image] for layer in reading])
     rollout = attention_rollout(reading)[0][:, is_image]
     if encoding:  # a stem of convolutions has none

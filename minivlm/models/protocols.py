@@ -152,6 +152,16 @@ class SortsMaps(Protocol):
         """
 
 
+@runtime_checkable
+class Resamples(Protocol):
+    """A model whose image tokens are no patches: each is what one of its queries saw of all of them.
+
+    Of the attention maps that `encode_image` leaves, the last is that of the queries, [B, H, n, N].
+    """
+
+    resampler: nn.Module
+
+
 class Matches(Protocol):
     """A model that says how well a picture and a text fit. Its processor is a `PairProcessor`."""
 

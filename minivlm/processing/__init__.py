@@ -28,6 +28,7 @@ from minivlm.processing.patches import Qwen2VLImageProcessor
 from minivlm.processing.qwen2_5_vl import Qwen2_5_VLProcessor
 from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
 from minivlm.processing.qwen2_vl import Qwen2VLProcessor
+from minivlm.processing.qwen_vl import QwenVLProcessor
 from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 from minivlm.processing.video import VideoFile, open_video, video_of
 
@@ -53,6 +54,7 @@ __all__ = [
     "Qwen2VLImageProcessor",
     "Qwen2VLProcessor",
     "Qwen2_5_VLProcessor",
+    "QwenVLProcessor",
     "Tokenizer",
     "ViTImageProcessor",
     "Video",

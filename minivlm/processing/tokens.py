@@ -40,7 +40,7 @@ class SpecialTokens:
     bos: str = BOS
     eos: str = EOS
     unk: str = UNK
-    image: str = IMAGE
+    image: str = IMAGE  # of which a picture takes many
 
 
 class BaseTokenizer:
