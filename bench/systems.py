@@ -39,6 +39,7 @@ from minivlm.checkpoints.weights import WEIGHTS
 from minivlm.evaluation import evaluate
 from minivlm.evaluation.answers import questions_of
 from minivlm.evaluation.columns import COLUMNS
+from minivlm.generate import generate
 from minivlm.models.load import load
 from minivlm.models.miniatures.magic import magic_generate, match_with
 from minivlm.training.contrastive import train_contrastive
@@ -172,10 +173,11 @@ def costs(config: SystemConfig) -> dict[str, int]:
     batch = next(iter(trained.batches()))
     with FlopCounterMode(display=False) as step:
         trained.advance(batch)
+    trained.model.requires_grad_(False)  # the counter asks what has a gradient where it came from
     picture = make_scene(np.random.default_rng(0), "train").draw(64)
     inputs = trained.processor([picture], ["what color is the star?"])
     with FlopCounterMode(display=False) as answer, torch.inference_mode():
-        trained.model.generate(**inputs, max_new_tokens=ANSWER)
+        generate(trained.model, **inputs, max_new_tokens=ANSWER, eos_token_id=-1)  # nothing ends it early
     return {
         "trainable": sum(weight.numel() for weight in trained.parts["pictures"]),
         "image tokens": trained.model.config.num_image_tokens,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minivlm.generate import generate
 from minivlm.models.load import load
 from minivlm.training.systems import SystemConfig
 from minivlm.training.ways import WAYS
@@ -49,6 +50,21 @@ def test_costs_are_of_the_way(bench: ModuleType) -> None:
     small, large = bench.costs(SMALL), bench.costs(SystemConfig("clipcap-mlp", warmup_steps=1))
     assert small["trainable"] < large["trainable"]  # the language model learns, too
     assert 0 < small["answer"] < small["step"] < large["step"]
+
+
+def test_an_answer_is_as_long_as_all_others(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model may end its answer at once, which would cost nothing."""
+    written = []
+    monkeypatch.setattr(bench, "generate", lambda *given, **more: written.append(generate(*given, **more)))
+    config = replace(SMALL, system="simvlm")
+    bench.costs(config)
+    assert written[0].shape == (1, bench.ANSWER)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_has_costs(bench: ModuleType, way: str) -> None:
+    costs = bench.costs(replace(SMALL, system=way))
+    assert all(value > 0 for value in costs.values())
 
 
 def test_the_table(bench: ModuleType, tmp_path: Path) -> None:

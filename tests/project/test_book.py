@@ -193,6 +193,20 @@ def test_search_finds_no_solutions(book: Path) -> None:
     assert not [page for page in found if page.startswith("api/minivlm.checks.")]
 
 
+def test_what_the_search_quotes(book: Path) -> None:
+    """The text of each page, with its sections, and without solutions."""
+    script = (book / "_static" / "pages.js").read_text(encoding="utf-8")
+    pages = json.loads(script.removeprefix("window.pagesOfTheBook = ").removesuffix(";\n"))
+    assert {f"notebooks/{path.stem}.html" for path in NOTEBOOKS} <= pages.keys()
+    for name, text in pages.items():
+        assert len(text) > 40, name
+        assert "### BEGIN" not in text or not name.startswith("notebooks/"), name
+    gemma = next(text for name, text in pages.items() if name.endswith("05_gemma.html"))
+    sections = set(re.findall('<section id="([^"]+)">', gemma))
+    assert sections & anchors_of(book / "notebooks" / "05_gemma.html")
+    assert 'src="_static/excerpts.js' in text_of(book / "search.html")
+
+
 def test_search_knows_the_chapters(book: Path) -> None:
     index = (book / "searchindex.js").read_text(encoding="utf-8")
     for path in NOTEBOOKS:
