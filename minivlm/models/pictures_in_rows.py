@@ -8,7 +8,10 @@ each other directly are seen together, by the words after the last of them:
     picture 2     .      .      .  .      1          1      1  1
     picture 3     .      .      .  .      .          1      1  1
 
-A picture is as many image tokens as it has tiles: what a canvas does not have is not kept. So all image
+Words that are written later see what the last one of the prompt sees, as in transformers. (In Meta's program,
+a prompt with several pictures ends their sight, and what is written sees none.)
+
+A picture has the image tokens of its tiles: what a canvas does not have is not kept. So all image
 tokens of a row stand one after the other, in the order of its pictures, and rows with fewer end with zeros
 that no word sees.
 """

@@ -4,14 +4,16 @@
                             -> block, block, block, block -> cross-attention <- picture -> ...
 
 Between the blocks of a finished Llama 3.1 stand new ones whose queries are words and whose keys and values
-are image tokens. They replace nothing, are counted in the same list (here and in transformers: 3, 8, 13, ...;
-in Meta's files they are 0, 1, 2, ... and run before the blocks 3, 7, 11, ...), and enter through gates that start at
-zero. A text without pictures skips them, so training them cannot change how Llama reads it.
+are image tokens. They replace nothing, and enter through gates that start at zero. A text without pictures
+skips them, so training them cannot change how Llama reads it. Here and in transformers both kinds are counted
+in one list, 3, 8, 13, ... being new; Meta's files have two, and the new ones run before the old 3, 7, 11, ...
 
-What differs from Flamingo's: no resampler, so words look at all image tokens; queries and keys have a norm for
-each head and share keys in groups; the MLP is SwiGLU. No position is turned: an image token has no place in
-the row. A word that sees no picture is given neither attention nor MLP, as in Meta's program. transformers
-(5.23) keeps only the MLP from it, so words before the first picture look at all that come later.
+What differs from Flamingo's: there is no resampler, so words look at all image tokens; queries and keys have
+a norm for each head, and heads share keys in groups; the MLP is SwiGLU. Nothing is rotated, since an image
+token has no place in the row.
+
+A word that sees no picture is given neither attention nor MLP, as in Meta's program. transformers (5.23)
+keeps only the MLP from it, so words before the first picture look at all that come later.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Two traps. The five states are interleaved: numbers 0 to 4 after the first D are
 five. And tokens are padded with zeros to a multiple of 8; padding and missing tiles are closed only to each
 other, so real tokens do see them, in the original and here.
 
-The formula is Meta's (https://github.com/meta-llama/llama-models, `multimodal/model.py`), where state i is what
-block i is given. transformers (MllamaVisionModel, 5.23) takes what it gives, one block too late; it computes
+The formula is Meta's (https://github.com/meta-llama/llama-models, `multimodal/model.py`): state i is what
+block i is given. transformers (MllamaVisionModel, 5.23) takes what the block gives, one too late; it computes
 the same as here if told [i - 1, ...].
 """
 
