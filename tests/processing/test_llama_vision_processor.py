@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision's rows have the ids of transformers' tokenizer and template, one token for each picture."""
+"""Llama 3.2 Vision's rows have the ids of transformers' tokenizer and template, a token for each picture."""
 
 from __future__ import annotations
 
