@@ -237,10 +237,9 @@ class LlamaVision(Writes):
         rows, columns = config.canvases[int(pixels["aspect_ratio_ids"][0]) - 1]
         side = config.image_size // config.patch_size
         padded = encoding[0].shape[-1] // config.max_num_tiles  # tokens of a tile in the tower
-        cross, decoder = [], []
-        for number, weights_of_layer in enumerate(reading):
-            is_cross = number in self.config.text.cross_attention_layers
-            (cross if is_cross else decoder).append(weights_of_layer)
+        is_cross = [number in self.config.text.cross_attention_layers for number in range(len(reading))]
+        cross = [layer for layer, looks in zip(reading, is_cross, strict=True) if looks]
+        decoder = [layer for layer, looks in zip(reading, is_cross, strict=True) if not looks]
         in_tower = _places(rows, columns, side, padded).to(encoding[0].device)
         in_row = _places(rows, columns, side, config.num_tokens).to(encoding[0].device)
         tower = [layer[..., in_tower, :][..., in_tower] for layer in encoding]
