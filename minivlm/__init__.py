@@ -4,8 +4,8 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, Llava, QwenVL, Qwen2VL, Qwen2_5_VL,
-    CLIP, SigLIP, ViT                                  what `load` returns, and what it returns beside them:
+    PaliGemma, Llava, LlamaVision, QwenVL, Qwen2VL,
+    Qwen2_5_VL, CLIP, SigLIP, ViT                      what `load` returns, and what it returns beside them:
     Processor, LlavaProcessor, QwenVLProcessor, ...    pictures and words in, tensors out, and back
 
 >>> import minivlm
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minivlm.errors import InputError
     from minivlm.models.answering import answer
     from minivlm.models.clip import CLIP, CLIPConfig
+    from minivlm.models.llama_vision import LlamaVision, LlamaVisionConfig
     from minivlm.models.llava import Llava, LlavaConfig
     from minivlm.models.load import load
     from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
     from minivlm.processing import (
+        LlamaVisionProcessor,
         LlavaProcessor,
         PairProcessor,
         Processor,
@@ -54,6 +56,9 @@ __all__ = [
     "Gemma2Config",
     "GemmaConfig",
     "InputError",
+    "LlamaVision",
+    "LlamaVisionConfig",
+    "LlamaVisionProcessor",
     "Llava",
     "LlavaConfig",
     "LlavaProcessor",
@@ -84,6 +89,7 @@ _HOMES = {
     "errors": "InputError",
     "models.answering": "answer",
     "models.clip": "CLIP CLIPConfig",
+    "models.llama_vision": "LlamaVision LlamaVisionConfig",
     "models.llava": "Llava LlavaConfig",
     "models.load": "load",
     "models.paligemma": "PaliGemma PaliGemmaConfig",
@@ -92,8 +98,8 @@ _HOMES = {
     "models.qwen_vl": "QwenVL QwenVLConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "LlavaProcessor PairProcessor Processor Qwen2VLProcessor Qwen2_5_VLProcessor "
-    "QwenVLProcessor",
+    "processing": "LlamaVisionProcessor LlavaProcessor PairProcessor Processor QwenVLProcessor "
+    "Qwen2VLProcessor Qwen2_5_VLProcessor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",
     "vision.siglip": "SiglipVisionConfig SiglipVisionModel",

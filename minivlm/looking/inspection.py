@@ -32,6 +32,7 @@ from minivlm.models.protocols import (
     place_size,
 )
 from minivlm.processing import AnswerProcessor, PairProcessor, to_device
+from minivlm.processing.inputs import Inputs
 
 MOST_LOGITS = 2**28  # at a time, of all positions of several pictures: 1 GiB in fp32
 
@@ -89,8 +90,9 @@ def inspect_answer(
         output = model(input_ids.expand(rows), token_type_ids=token_type_ids.expand(rows), **pixels)
         return output.logits[:, writers]
 
+    pixels = processor.from_pictures(shown)
     with record_attention() as encoding:
-        image_tokens = model.encode_image(**processor.from_pictures(shown))
+        image_tokens = model.encode_image(**pixels)
     with record_attention() as maps:
         vocabulary = logits_of_words(shown).shape[-1]
     is_image = (input_ids == tokenizer.image_id)[0]
@@ -99,7 +101,7 @@ def inspect_answer(
     maps = maps[len(encoding) :]  # before the decoder's come those of the picture, once more
     if isinstance(model.vision_tower, MergesPatches):
         encoding = model.vision_tower.token_maps(encoding, inputs["image_grid_thw"])
-    tower, decoder, attention, rollout = _sorted(model, encoding, maps, is_image, patches)
+    tower, decoder, attention, rollout = _sorted(model, encoding, maps, is_image, patches, pixels)
     width = model.language_model.embed_tokens.weight.shape[1]
     image_tokens = image_tokens.view(1, *image_tokens.shape[-2:])
     in_row = image_tokens.shape[1:] == (int(is_image.sum()), width)
@@ -125,7 +127,12 @@ def inspect_answer(
 
 
 def _sorted(
-    model: Answers, encoding: list[Tensor], reading: list[Tensor], is_image: Tensor, patches: int
+    model: Answers,
+    encoding: list[Tensor],
+    reading: list[Tensor],
+    is_image: Tensor,
+    patches: int,
+    pixels: Inputs,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Attention maps by where they come from.
 
@@ -133,13 +140,14 @@ def _sorted(
         encoding, reading: maps [1, H, T, S] of the picture's way to the decoder, and of the decoder.
         is_image: [S], which tokens of the row are placeholders.
         patches: N. A class token comes before them; it may end in the tower, or be an image token as well.
+        pixels: what the processor made of the picture.
 
     Returns:
         Those of the tower, those of the decoder among its own tokens, where each token looks in the picture
         [layers, H, S, N], and the same down to the patches through all layers [S, N].
     """
     if isinstance(model, SortsMaps):
-        tower, decoder, attention = model.sort_maps(encoding, reading)
+        tower, decoder, attention = model.sort_maps(encoding, reading, pixels)
         if attention is None:
             return tower, decoder, None, None
         return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]

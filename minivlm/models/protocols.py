@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.generate import Decodable
+from minivlm.processing.inputs import Inputs
 
 
 class PatchEmbeddings(Protocol):
@@ -138,13 +139,14 @@ class SortsMaps(Protocol):
     """A model whose decoder does not look at patches in its own row. Without this method it does."""
 
     def sort_maps(
-        self, encoding: list[Tensor], reading: list[Tensor]
+        self, encoding: list[Tensor], reading: list[Tensor], pixels: Inputs
     ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Attention maps [B, H, T, S] by where they come from.
 
         Args:
             encoding: recorded during `encode_image`.
             reading: recorded while the decoder read.
+            pixels: what the processor's `pixels` gave for the picture.
 
         Returns:
             Those of the tower; those of the decoder among the S tokens of its row; and where each token of

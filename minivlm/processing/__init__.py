@@ -4,6 +4,7 @@ The only network is the small codebook that turns masks into words.
 """
 
 from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_boxes
+from minivlm.processing.canvases import CanvasImageProcessor
 from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
@@ -12,7 +13,9 @@ from minivlm.processing.frames import VideoBudget
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
 from minivlm.processing.inputs import AnswerProcessor, Video, to_device
 from minivlm.processing.interleaved import interleave, interleaved_labels
+from minivlm.processing.llama3_tokens import Llama3Tokenizer
 from minivlm.processing.llama_tokens import LlamaTokenizer
+from minivlm.processing.llama_vision import LlamaVisionProcessor
 from minivlm.processing.llava import LlavaImageProcessor, LlavaProcessor
 from minivlm.processing.masks import (
     Mask,
@@ -39,10 +42,13 @@ __all__ = [
     "BaseTokenizer",
     "Box",
     "CLIPImageProcessor",
+    "CanvasImageProcessor",
     "CaptionForm",
     "CaptionTokenizer",
     "ImageProcessor",
+    "Llama3Tokenizer",
     "LlamaTokenizer",
+    "LlamaVisionProcessor",
     "LlavaImageProcessor",
     "LlavaProcessor",
     "Mask",

@@ -36,6 +36,7 @@ from minivlm.cache import KVCache
 from minivlm.configs import check_types
 from minivlm.errors import InputError
 from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
+from minivlm.processing.inputs import Inputs
 from minivlm.text.gpt2 import GPT2Config
 from minivlm.vision.resampler import CrossAttention, PerceiverResampler, feed_forward
 from minivlm.vision.siglip import SiglipVisionConfig
@@ -230,7 +231,7 @@ class Flamingo(Miniature):
         return media, picture_of_word
 
     def sort_maps(
-        self, encoding: list[Tensor], reading: list[Tensor]
+        self, encoding: list[Tensor], reading: list[Tensor], pixels: Inputs | None = None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """As in `minivlm.models.protocols.SortsMaps`, for a picture that comes before all words.
 
