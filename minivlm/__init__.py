@@ -4,8 +4,8 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, Llava, CLIP, SigLIP, ViT         what `load` returns, and what it returns beside them:
-    Processor, LlavaProcessor, PairProcessor    pictures and words in, tensors out, and back
+    PaliGemma, Llava, Qwen2VL, Qwen2_5_VL, CLIP, SigLIP, ViT    what `load` returns, and beside them
+    Processor, LlavaProcessor, Qwen2VLProcessor, ...            pictures and words in, tensors out, and back
 
 >>> import minivlm
 >>> minivlm.answer("photo.jpg", "caption en")
@@ -27,9 +27,17 @@ if TYPE_CHECKING:
     from minivlm.models.llava import Llava, LlavaConfig
     from minivlm.models.load import load
     from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
+    from minivlm.models.qwen2_5_vl import Qwen2_5_VL, Qwen2_5_VLConfig
+    from minivlm.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
-    from minivlm.processing import LlavaProcessor, PairProcessor, Processor
+    from minivlm.processing import (
+        LlavaProcessor,
+        PairProcessor,
+        Processor,
+        Qwen2_5_VLProcessor,
+        Qwen2VLProcessor,
+    )
     from minivlm.text.gemma import GemmaConfig
     from minivlm.text.gemma2 import Gemma2Config
     from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
@@ -50,6 +58,12 @@ __all__ = [
     "PaliGemma",
     "PaliGemmaConfig",
     "Processor",
+    "Qwen2VL",
+    "Qwen2VLConfig",
+    "Qwen2VLProcessor",
+    "Qwen2_5_VL",
+    "Qwen2_5_VLConfig",
+    "Qwen2_5_VLProcessor",
     "SigLIP",
     "SiglipConfig",
     "SiglipVisionConfig",
@@ -67,9 +81,11 @@ _HOMES = {
     "models.llava": "Llava LlavaConfig",
     "models.load": "load",
     "models.paligemma": "PaliGemma PaliGemmaConfig",
+    "models.qwen2_5_vl": "Qwen2_5_VL Qwen2_5_VLConfig",
+    "models.qwen2_vl": "Qwen2VL Qwen2VLConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "LlavaProcessor PairProcessor Processor",
+    "processing": "LlavaProcessor PairProcessor Processor Qwen2VLProcessor Qwen2_5_VLProcessor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",
     "vision.siglip": "SiglipVisionConfig SiglipVisionModel",

@@ -22,8 +22,9 @@ SEEN = {
 def of_picture(width: int, height: int, image_processor: ImageProcessor) -> Iterator[str]:
     """Notes about a picture of this size."""
     ratio = max(width, height) / min(width, height)
-    if ratio > WIDEST:
-        yield f"the picture is {width} x {height}, and the model {SEEN[image_processor.fitted]}"
+    fitted = image_processor.fitted
+    if ratio > WIDEST and fitted != "kept":
+        yield f"the picture is {width} x {height}, and the model {SEEN[fitted]}"
 
 
 def of_prompt(prompt: str, tokenizer: BaseTokenizer) -> Iterator[str]:

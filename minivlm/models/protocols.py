@@ -6,7 +6,7 @@ holds is said by `SYSTEMS` in load.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,6 +52,23 @@ class ConvolutionalTower(Protocol):
         """Pixels of the picture for each place, height = width."""
 
 
+@runtime_checkable
+class MergesPatches(Protocol):
+    """An image tower that makes one image token of several patches, for pictures of any shape."""
+
+    @property
+    def token_size(self) -> int:
+        """Pixels of the picture for each image token, height = width."""
+
+    def token_maps(self, maps: list[Tensor], grid_thw: Tensor) -> list[Tensor]:
+        """Attention maps of one picture, as recorded -> one for each layer, among tokens: [1, H, N, N]."""
+
+
+def place_size(tower: Tower) -> int:
+    """Pixels of the picture, on a side, for each of the places that a decoder may look at."""
+    return tower.token_size if isinstance(tower, MergesPatches) else tower.config.patch_size
+
+
 class ContextLength(Protocol):
     """A config that says how much a decoder reads."""
 
@@ -92,8 +109,9 @@ class Answers(Decodable, Protocol):
     def language_model(self) -> Decoder:
         """What reads the prompt and writes the answer."""
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, height, width] -> what the decoder gets in place of patches, [B, N, D]."""
+    @property
+    def encode_image(self) -> Callable[..., Tensor]:
+        """What the processor's `pixels` returns -> what the decoder gets in place of patches, [B, N, D]."""
 
     def __call__(
         self,

@@ -7,8 +7,9 @@ from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_
 from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
+from minivlm.processing.frames import VideoBudget
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
-from minivlm.processing.inputs import AnswerProcessor, to_device
+from minivlm.processing.inputs import AnswerProcessor, Video, to_device
 from minivlm.processing.interleaved import interleave, interleaved_labels
 from minivlm.processing.llama_tokens import LlamaTokenizer
 from minivlm.processing.llava import LlavaImageProcessor, LlavaProcessor
@@ -22,6 +23,10 @@ from minivlm.processing.masks import (
 )
 from minivlm.processing.pairs import PairProcessor
 from minivlm.processing.paligemma import Processor
+from minivlm.processing.patches import Qwen2VLImageProcessor
+from minivlm.processing.qwen2_5_vl import Qwen2_5_VLProcessor
+from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
+from minivlm.processing.qwen2_vl import Qwen2VLProcessor
 from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 
 __all__ = [
@@ -42,8 +47,14 @@ __all__ = [
     "MaskCodebookConfig",
     "PairProcessor",
     "Processor",
+    "Qwen2Tokenizer",
+    "Qwen2VLImageProcessor",
+    "Qwen2VLProcessor",
+    "Qwen2_5_VLProcessor",
     "Tokenizer",
     "ViTImageProcessor",
+    "Video",
+    "VideoBudget",
     "add_image_tokens_to_prompt",
     "box_to_tokens",
     "boxes_to_text",

@@ -29,7 +29,7 @@ from minivlm.files import write_aside
 # 2 and 3 in preprocessor_config.json
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
-Fitted = Literal["squeezed", "cropped", "padded"]
+Fitted = Literal["squeezed", "cropped", "padded", "kept"]
 
 MAX_SIDE = 2**17  # pixels; the widest JPEG has half as many
 
@@ -246,7 +246,7 @@ class ImageProcessor:
 
     @property
     def fitted(self) -> Fitted:
-        """How a long picture becomes a square."""
+        """How a long picture becomes a square; or that it does not, and is kept."""
         return "squeezed"
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -281,7 +281,7 @@ class ImageProcessor:
             length = values.get("image_seq_length")
             resample = values.get("resample")
             return cls(
-                image_size=cls._read_size(values),
+                **cls._read_size(values),
                 image_seq_length=None if length is None else int(length),
                 image_mean=tuple(float(value) for value in values.get("image_mean") or default.image_mean),
                 image_std=tuple(float(value) for value in values.get("image_std") or default.image_std),
@@ -294,7 +294,8 @@ class ImageProcessor:
             raise InputError(f"a value has the wrong type: {error}") from error
 
     @classmethod
-    def _read_size(cls, values: Mapping[str, Any]) -> int:
+    def _read_size(cls, values: Mapping[str, Any]) -> dict[str, int]:
+        """The fields that say how large pictures become."""
         size = values.get("size") or {"height": 224, "width": 224}
         if (
             not isinstance(size, Mapping)
@@ -302,7 +303,7 @@ class ImageProcessor:
             or size.get("height") != size.get("width")
         ):
             raise InputError(f"size is {size!r}: expected a square such as {{'height': 224, 'width': 224}}")
-        return int(size["height"])
+        return {"image_size": int(size["height"])}
 
     def _size_to_dict(self) -> dict[str, Any]:
         return {"size": {"height": self.image_size, "width": self.image_size}}

@@ -7,6 +7,7 @@ what is listed here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,16 @@ from minivlm.processing.images import ImageProcessor
 from minivlm.processing.tokens import BaseTokenizer
 
 Picture = Image.Image | str | Path
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames in their order, and how many of them were taken a second."""
+
+    frames: Sequence[Image.Image]
+    fps: float
+
+
 Inputs = dict[str, Tensor]
 
 IGNORE = -100  # the label that torch's cross-entropy ignores
@@ -62,7 +73,6 @@ class AnswerProcessor(Protocol):
     """Pictures and prompts in, a batch out; and from the ids of an answer back to its words."""
 
     image_processor: ImageProcessor
-    image_seq_length: int  # image tokens of one picture
 
     @property
     def tokenizer(self) -> BaseTokenizer:
@@ -79,7 +89,19 @@ class AnswerProcessor(Protocol):
         """One row for each prompt; with suffixes (the answers) there are labels, too."""
 
     def encode_row(self, prompt: str, answer: str | None = None, pictures: int = 1) -> Row:
-        """The ids of one row, with as many image tokens as the pictures take."""
+        """The ids of one row; pictures have their places in it."""
+
+    def make_room(self, row: Row, pictures: Sequence[Picture | Video]) -> Row:
+        """The row with as many image tokens as these pictures take. They are opened only if that varies."""
+
+    def pixels(self, pictures: Sequence[Image.Image | Video]) -> Inputs:
+        """What the tower reads of the opened pictures of a batch."""
+
+    def to_pictures(self, inputs: Inputs) -> Tensor:
+        """The pictures of a batch as the tower sees them, [M, C, height, width], to be looked at."""
+
+    def from_pictures(self, pictures: Tensor) -> Inputs:
+        """The other way around."""
 
     def decode(self, ids: Tensor) -> list[str]:
         """Generated ids [B, n] -> B answers."""

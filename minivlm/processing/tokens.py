@@ -40,6 +40,7 @@ class SpecialTokens:
     bos: str = BOS
     eos: str = EOS
     unk: str = UNK
+    image: str = IMAGE
 
 
 class BaseTokenizer:
@@ -65,7 +66,7 @@ class BaseTokenizer:
             listed = " and no ".join(missing)
             raise InputError(f"the tokenizer has no {listed}: use the tokenizer.json of {self.origin}")
         backend = _as_words(backend, set(words))
-        backend.add_special_tokens([*controls, AddedToken(IMAGE, special=True, normalized=False)])
+        backend.add_special_tokens([*controls, AddedToken(names.image, special=True, normalized=False)])
         # Even if the vocabulary has them: only added tokens are matched before the text is split.
         backend.add_tokens(list(words))
         backend.no_padding()
@@ -77,7 +78,7 @@ class BaseTokenizer:
         added = backend.get_added_tokens_decoder()
         ids = {token.content: index for index, token in added.items()}
         self.pad_id, self.bos_id, self.eos_id = (ids[token] for token in controls)
-        self.image_id = ids[IMAGE]
+        self.image_id = ids[names.image]
         self.loc_ids = [ids[token] for token in LOC_TOKENS if token in ids]  # in the order of the bins
         self.seg_ids = [ids[token] for token in SEG_TOKENS if token in ids]  # in the order of the codes
         self.specials = {index: token.content for index, token in added.items() if token.special}

@@ -1,0 +1,123 @@
+"""Which frames of a video are read, and how large: the original program's numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from minivlm.errors import InputError
+from minivlm.processing.frames import VideoBudget
+from minivlm.processing.inputs import Video
+
+TOKEN = 28 * 28
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "count"),
+    [
+        (300, 30.0, 20),  # ten seconds, two a second
+        (90, 30.0, 6),
+        (31, 30.0, 4),  # a second: four at least
+        (30, 30.0, 4),
+        (7, 1.0, 6),  # no more than there are, and an even number
+        (9, 30.0, 4),
+        (5, 30.0, 4),
+        (3, 30.0, 2),
+        (2, 30.0, 2),
+        (1, 30.0, 1),  # as a picture
+        (90000, 30.0, 768),
+    ],
+)
+def test_how_many_frames(frames: int, fps: float, count: int):
+    indices = VideoBudget().indices(frames, fps)
+    assert len(indices) == count
+    assert indices == sorted(set(indices))
+    assert indices[0] == 0
+    assert count == 1 or indices[-1] == frames - 1  # both ends are seen
+
+
+def test_which_frames():
+    assert VideoBudget().indices(31, 30.0) == [0, 10, 20, 30]
+    assert VideoBudget(fps=1.0, min_frames=2).indices(100, 25.0) == [0, 33, 66, 99]
+
+
+@pytest.mark.parametrize(
+    ("frames", "tokens"),
+    [
+        (4, 768),  # the limit of a frame
+        (64, 768),
+        (128, 384),  # 24576 tokens for 64 pairs
+        (256, 192),
+        (768, 134),  # the floor: 5 % above the smallest frame
+    ],
+)
+def test_tokens_of_a_pair_of_large_frames(frames: int, tokens: int):
+    width, height = VideoBudget().size_of(1920, 1080, frames, 28)
+    assert width % 28 == height % 28 == 0
+    assert 0.85 * tokens < width * height / TOKEN <= tokens
+
+
+def test_small_frames_grow_to_the_least():
+    width, height = VideoBudget().size_of(64, 48, 8, 28)
+    assert width * height >= 128 * TOKEN
+
+
+def test_the_rate_and_the_number_of_tokens():
+    video = Video([Image.new("RGB", (64, 48))] * 60, 30.0)
+    budget = VideoBudget(min_pixels=TOKEN, max_pixels=12 * TOKEN)
+    sampled = budget.sample(video)
+    assert (len(sampled.frames), sampled.fps) == (4, 2.0)
+    resized = budget.resize(sampled, 28)
+    assert {frame.size for frame in resized} == {(56, 56)}
+    assert budget.num_tokens(video, 28) == 2 * 2 * 2
+
+
+def test_what_is_dropped_is_said():
+    budget = VideoBudget(max_frames=8)
+    frames = [Image.new("RGB", (8, 8))] * 100
+    assert budget.dropped(Video(frames[:40], 10.0)) is None
+    told = budget.dropped(Video(frames, 10.0))
+    assert told is not None
+    assert told.startswith("the video lasts 10 seconds, and at most 8 frames are read: 0.8 a second in place")
+    assert "shorter than 1.2 seconds may be missed" in told
+
+
+@pytest.mark.parametrize("fps", [0.0, -1.0, math.nan, math.inf])
+def test_rates_that_are_refused(fps: float):
+    frames = [Image.new("RGB", (8, 8))] * 4
+    with pytest.raises(InputError, match=f"has {fps} frames a second"):
+        VideoBudget().sample(Video(frames, fps))
+    with pytest.raises(InputError, match="fps of a video"):
+        VideoBudget(fps=fps)
+
+
+def test_videos_that_are_refused():
+    with pytest.raises(InputError, match="the video has no frames"):
+        VideoBudget().sample(Video([], 30.0))
+    sizes = [Image.new("RGB", size) for size in ((8, 8), (8, 9))]
+    with pytest.raises(InputError, match="frames of 8 x 8 and 8 x 9 pixels"):
+        VideoBudget().resize(Video(sizes, 30.0), 28)
+    with pytest.raises(InputError, match="more than 200 times"):
+        VideoBudget().resize(Video([Image.new("RGB", (1, 201))], 30.0), 28)
+
+
+def test_a_broken_frame(tmp_path: Path):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    frames = [Image.open(tmp_path / name) for name in ("whole.png", "cut.png")]
+    with pytest.raises(InputError, match="cannot be read as RGB"):
+        VideoBudget().resize(Video(frames, 30.0), 28)
+
+
+def test_files(tmp_path: Path):
+    budget = VideoBudget(fps=1.0, max_frames=16, min_pixels=TOKEN, max_pixels=4 * TOKEN, total_pixels=9999)
+    budget.save_pretrained(tmp_path, {"patch_size": 14})
+    assert VideoBudget.from_pretrained(tmp_path) == budget
+    (tmp_path / "video_preprocessor_config.json").write_text('{"fps": "often"}')
+    with pytest.raises(InputError, match="often"):
+        VideoBudget.from_pretrained(tmp_path)
+    (tmp_path / "video_preprocessor_config.json").unlink()
+    assert VideoBudget.from_pretrained(tmp_path) == VideoBudget()
