@@ -4,8 +4,9 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, Llava, Qwen2VL, Qwen2_5_VL, CLIP, SigLIP, ViT    what `load` returns, and beside them
-    Processor, LlavaProcessor, Qwen2VLProcessor, ...            pictures and words in, tensors out, and back
+    PaliGemma, Llava, Qwen2VL, Qwen2_5_VL, DeepseekVL, DeepseekVLHybrid, CLIP, SigLIP, ViT
+                                                        what `load` returns, and beside them
+    Processor, LlavaProcessor, Qwen2VLProcessor, ...    pictures and words in, tensors out, and back
 
 >>> import minivlm
 >>> minivlm.answer("photo.jpg", "caption en")
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from minivlm.errors import InputError
     from minivlm.models.answering import answer
     from minivlm.models.clip import CLIP, CLIPConfig
+    from minivlm.models.deepseek_vl import DeepseekVL, DeepseekVLConfig
+    from minivlm.models.deepseek_vl_hybrid import DeepseekVLHybrid, DeepseekVLHybridConfig
     from minivlm.models.llava import Llava, LlavaConfig
     from minivlm.models.load import load
     from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
     from minivlm.processing import (
+        DeepseekVLHybridProcessor,
+        DeepseekVLProcessor,
         LlavaProcessor,
         PairProcessor,
         Processor,
@@ -48,6 +53,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CLIP",
     "CLIPConfig",
+    "DeepseekVL",
+    "DeepseekVLConfig",
+    "DeepseekVLHybrid",
+    "DeepseekVLHybridConfig",
+    "DeepseekVLHybridProcessor",
+    "DeepseekVLProcessor",
     "Gemma2Config",
     "GemmaConfig",
     "InputError",
@@ -78,6 +89,8 @@ _HOMES = {
     "errors": "InputError",
     "models.answering": "answer",
     "models.clip": "CLIP CLIPConfig",
+    "models.deepseek_vl": "DeepseekVL DeepseekVLConfig",
+    "models.deepseek_vl_hybrid": "DeepseekVLHybrid DeepseekVLHybridConfig",
     "models.llava": "Llava LlavaConfig",
     "models.load": "load",
     "models.paligemma": "PaliGemma PaliGemmaConfig",
@@ -85,7 +98,8 @@ _HOMES = {
     "models.qwen2_vl": "Qwen2VL Qwen2VLConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "LlavaProcessor PairProcessor Processor Qwen2VLProcessor Qwen2_5_VLProcessor",
+    "processing": "DeepseekVLHybridProcessor DeepseekVLProcessor LlavaProcessor PairProcessor Processor "
+    "Qwen2VLProcessor Qwen2_5_VLProcessor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",
     "vision.siglip": "SiglipVisionConfig SiglipVisionModel",

@@ -11,7 +11,19 @@ import torch
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
 from minivlm.checkpoints.hub import OPEN_CLIP, SHIPPED, describe, find_folder
 from minivlm.errors import InputError
-from minivlm.models import clip, llava, open_clip, paligemma, qwen2_5_vl, qwen2_vl, siglip, vit
+from minivlm.models import (
+    clip,
+    deepseek_original,
+    deepseek_vl,
+    deepseek_vl_hybrid,
+    llava,
+    open_clip,
+    paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
+    siglip,
+    vit,
+)
 from minivlm.models.miniatures.clipcap import ClipCap
 from minivlm.models.miniatures.cm3 import CM3
 from minivlm.models.miniatures.flamingo import Flamingo
@@ -56,6 +68,9 @@ SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "llava": System(llava.open_folder, "answers"),
     "qwen2_vl": System(qwen2_vl.open_folder, "answers"),
     "qwen2_5_vl": System(qwen2_5_vl.open_folder, "answers"),
+    "deepseek_vl": System(deepseek_vl.open_folder, "answers"),
+    "deepseek_vl_hybrid": System(deepseek_vl_hybrid.open_folder, "answers"),
+    "multi_modality": System(deepseek_original.open_folder, "answers"),  # DeepSeek-VL as its program has it
     "clip": System(clip.open_folder, "matches"),
     "open_clip": System(open_clip.open_folder, "matches", OPEN_CLIP[1]),
     "siglip": System(siglip.open_folder, "matches"),
@@ -94,7 +109,8 @@ def load(
 
     Returns:
         The types depend on the folder's config.json: `PaliGemma` and `Processor`, `Llava` and
-        `LlavaProcessor`, `Qwen2VL` and `Qwen2VLProcessor`, `Qwen2_5_VL` and `Qwen2_5_VLProcessor`, `CLIP` or
+        `LlavaProcessor`, `Qwen2VL` and `Qwen2VLProcessor`, `Qwen2_5_VL` and `Qwen2_5_VLProcessor`,
+        `DeepseekVL` and `DeepseekVLProcessor`, `DeepseekVLHybrid` and `DeepseekVLHybridProcessor`, `CLIP` or
         `SigLIP` and `PairProcessor`, `ViT` and `ViTImageProcessor`. A folder of open_clip, which has a config
         of its own, gives a `CLIP` or a `ResNetCLIP` and a `PairProcessor`.
 

@@ -7,6 +7,9 @@ from minivlm.processing.boxes import Box, box_to_tokens, boxes_to_text, text_to_
 from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
+from minivlm.processing.deepseek_tokens import DeepseekTokenizer
+from minivlm.processing.deepseek_vl import DeepseekVLProcessor
+from minivlm.processing.deepseek_vl_hybrid import DeepseekVLHybridProcessor
 from minivlm.processing.frames import VideoBudget
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
 from minivlm.processing.inputs import AnswerProcessor, Video, to_device
@@ -27,6 +30,7 @@ from minivlm.processing.patches import Qwen2VLImageProcessor
 from minivlm.processing.qwen2_5_vl import Qwen2_5_VLProcessor
 from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
 from minivlm.processing.qwen2_vl import Qwen2VLProcessor
+from minivlm.processing.squares import DeepseekVLHybridImageProcessor, DeepseekVLImageProcessor
 from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 
 __all__ = [
@@ -38,6 +42,11 @@ __all__ = [
     "CLIPImageProcessor",
     "CaptionForm",
     "CaptionTokenizer",
+    "DeepseekTokenizer",
+    "DeepseekVLHybridImageProcessor",
+    "DeepseekVLHybridProcessor",
+    "DeepseekVLImageProcessor",
+    "DeepseekVLProcessor",
     "ImageProcessor",
     "LlamaTokenizer",
     "LlavaImageProcessor",
