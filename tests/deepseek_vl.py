@@ -200,11 +200,8 @@ def write_folder(folder: Path, hybrid: bool, seed: int = 0, **changes: Any) -> P
     """A whole folder, as transformers writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = deepseek_backend().get_vocab()
-    ids = {
-        "bos_token_id": vocabulary[BEGIN],
-        "eos_token_id": vocabulary[END],
-        "pad_token_id": vocabulary[END],
-    }
+    names = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
+    ids = {name: vocabulary[token] for name, token in names.items()}
     model = (reference_hybrid if hybrid else reference_plain)(
         seed, vocab_size=len(vocabulary), image_token_id=vocabulary[IMAGE], **ids | changes
     )

@@ -46,7 +46,7 @@ class DeepseekVLHybridConfig:
     """A SigLIP tower, SAM's tower, a Llama. The defaults are deepseek-vl-7b."""
 
     vision: SiglipVisionConfig = SIGLIP_LARGE
-    high_res_vision: SamVisionConfig = SamVisionConfig()
+    high_res_vision: SamVisionConfig = field(default_factory=SamVisionConfig)
     text: LlamaConfig = field(
         default_factory=lambda: LlamaConfig(
             num_hidden_layers=30, vocab_size=102400, max_position_embeddings=16384

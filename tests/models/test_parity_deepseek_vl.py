@@ -1,7 +1,6 @@
 """DeepSeek-VL equals that of transformers, with one tower and with two, and each mistake shows.
 
-Beside each mistake is how large its error is, as a share of the largest logit or, for the towers, of the
-largest number of an image token.
+How large the error of a mistake is at least: as a share of the largest number of an image token.
 """
 
 from __future__ import annotations
@@ -174,7 +173,7 @@ def tanh_gelu(self: HybridAligner, low: Tensor, high: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("forward", "least"), [(low_before_high, 0.1), (tanh_gelu, 1e-5)])
+@pytest.mark.parametrize(("forward", "least"), [(low_before_high, 0.5), (tanh_gelu, 1e-5)])
 def test_another_aligner_differs(
     forward: Callable[..., Tensor], least: float, monkeypatch: pytest.MonkeyPatch
 ):
@@ -213,7 +212,7 @@ def no_alpha_branch(self: Any, states: list[Tensor]) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("choose", "least"),
-    [(one_neck, 0.05), (last_global_block, 1e-3), (before_the_global_block, 1e-3), (no_alpha_branch, 0.05)],
+    [(one_neck, 0.3), (last_global_block, 0.1), (before_the_global_block, 0.1), (no_alpha_branch, 0.3)],
 )
 def test_other_states_of_sam_differ(
     choose: Callable[..., Tensor], least: float, monkeypatch: pytest.MonkeyPatch
@@ -267,7 +266,7 @@ def test_other_windows_differ(look_around: Callable[..., Tensor], monkeypatch: p
     ours, _ = hybrid_pair()
     right = ours.high_res_tower(PICTURES["high_res_pixel_values"])
     monkeypatch.setattr(SamBlock, "look_around", look_around)
-    assert difference(ours.high_res_tower(PICTURES["high_res_pixel_values"]), right) > 1e-3
+    assert difference(ours.high_res_tower(PICTURES["high_res_pixel_values"]), right) > 0.03
 
 
 @torch.no_grad()
@@ -283,7 +282,7 @@ def test_other_relative_positions_differ(mistake: str, monkeypatch: pytest.Monke
         "backwards": lambda q, rows, columns: relative(q, rows.flip(0), columns.flip(0)),
     }
     monkeypatch.setattr(sam, "relative_scores", wrong[mistake])
-    assert difference(ours.high_res_tower(pixels), right) > 1e-3
+    assert difference(ours.high_res_tower(pixels), right) > 0.03
 
 
 @torch.no_grad()
@@ -329,14 +328,14 @@ def test_what_is_missing():
 
 
 def test_the_numbers_of_a_published_model():
-    """deepseek-vl-7b: 7.3 billion parameters, SAM's tower 95 million with its additions."""
+    """deepseek-vl-7b has 7.3 billion parameters, SAM's tower 96 million with its additions."""
     with torch.device("meta"):
         model = DeepseekVLHybrid(DeepseekVLHybrid.config_class())
         plain = DeepseekVL(DeepseekVL.config_class())
     assert model.config.num_image_tokens == plain.config.num_image_tokens == 576
     assert isinstance(model.high_res_tower.sam.layers[0].self_attn, SamAttention)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    assert round(sizes["high_res_tower"] / 1e6, 1) == 96.0
+    assert round(sizes["high_res_tower"] / 1e6) == 96
     assert round(sizes["vision_tower"] / 1e6) == 304
     assert round(sum(sizes.values()) / 1e9, 1) == 7.3
-    assert round(sum(p.numel() for p in plain.parameters()) / 1e9, 2) == 1.97
+    assert round(sum(p.numel() for p in plain.parameters()) / 1e9, 2) == 1.96
