@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from minivlm.checkpoints.hub import PICTURES, read_json
-from minivlm.configs import expect, known, part_of, require_system
+from minivlm.configs import expect, part_of, require_system
 from minivlm.errors import InputError
 from minivlm.models.deepseek_vl import (
     SIGLIP_LARGE,
     DeepseekVL,
     DeepseekVLConfig,
     check_processor,
-    end_where_the_tokenizer_ends,
 )
 from minivlm.models.deepseek_vl_hybrid import DeepseekVLHybrid, DeepseekVLHybridConfig, check_both_sizes
 from minivlm.processing.deepseek_tokens import DeepseekTokenizer
@@ -57,15 +56,14 @@ def config_from_original(values: Mapping[str, Any]) -> DeepseekVLConfig | Deepse
     expect(aligner, "aligner_config", "projector_type", ALIGNERS[str(kind)])
     expect(aligner, "aligner_config", "depth", 2)
     text = LlamaConfig.from_dict(part_of(values, "language_config"))
-    ids = known(DeepseekVLConfig, {"image_token_id": values.get("image_token_id")})
     if kind == PLAIN:
-        return DeepseekVLConfig(vision=_siglip(params), text=text, **ids)
+        return DeepseekVLConfig(vision=_siglip(params), text=text)
     expect(params, "vision_config", "concat_type", "tuple")
     high = part_of(params, "high_res_cfg")
     sam = _named(SAM, high, "high_res_cfg")
     sam = replace(sam, image_size=high.get("image_size", sam.image_size))
     low = _siglip(part_of(params, "low_res_cfg"))
-    return DeepseekVLHybridConfig(vision=low, high_res_vision=sam, text=text, **ids)
+    return DeepseekVLHybridConfig(vision=low, high_res_vision=sam, text=text)
 
 
 def _siglip(params: Mapping[str, Any]) -> SiglipVisionConfig:
@@ -142,7 +140,13 @@ def open_folder(
     hybrid = isinstance(config, DeepseekVLHybridConfig)
     pictures = pictures_from_original(read_json(folder, PICTURES), params, hybrid)
     tokenizer = DeepseekTokenizer.from_pretrained(folder)
-    config = replace(config, image_token_id=tokenizer.image_id)
+    config = replace(
+        config,
+        image_token_id=tokenizer.image_id,
+        pad_token_id=tokenizer.pad_id,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
     processor_class, model_class = (
         (DeepseekVLHybridProcessor, DeepseekVLHybrid) if hybrid else (DeepseekVLProcessor, DeepseekVL)
     )
@@ -151,6 +155,4 @@ def open_folder(
         check_both_sizes(folder, config, processor)
     else:
         check_processor(folder, config, processor)
-    model = model_class.from_folder(folder, config, dtype, device)
-    end_where_the_tokenizer_ends(model, processor)
-    return model, processor
+    return model_class.from_folder(folder, config, dtype, device), processor
