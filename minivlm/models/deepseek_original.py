@@ -46,14 +46,14 @@ def config_from_original(values: Mapping[str, Any]) -> DeepseekVLConfig | Deepse
     """
     require_system(values, "multi_modality")
     vision = part_of(values, "vision_config")
-    kind, params = vision.get("cls"), part_of(vision, "params")
+    kind, params = str(vision.get("cls")), part_of(vision, "params")
     if kind not in ALIGNERS or "gen_vision_config" in values:
         raise InputError(
             f"config.json says vision_config.cls {kind!r}; of the systems called multi_modality, only "
             f"DeepSeek-VL is supported here, with {HYBRID} or {PLAIN}"
         )
     aligner = part_of(part_of(values, "aligner_config"), "params")
-    expect(aligner, "aligner_config", "projector_type", ALIGNERS[str(kind)])
+    expect(aligner, "aligner_config", "projector_type", ALIGNERS[kind])
     expect(aligner, "aligner_config", "depth", 2)
     text = LlamaConfig.from_dict(part_of(values, "language_config"))
     if kind == PLAIN:
@@ -73,7 +73,7 @@ def _siglip(params: Mapping[str, Any]) -> SiglipVisionConfig:
 
 
 def _named(table: Mapping[str, Any], params: Mapping[str, Any], part: str) -> Any:
-    name = params.get("model_name")
+    name = str(params.get("model_name"))
     if name not in table:
         raise InputError(f"{part} has model_name = {name!r}; only {', '.join(table)} is supported here")
     return table[name]

@@ -274,8 +274,7 @@ def test_finetuning(copied: Path, picture: Path, tmp_path: Path) -> None:
     assert main(["finetune", *arguments, "--lr", "0.1"]) == 0
     before, after = (load_file(place / WEIGHTS) for place in (copied, out))
     changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
-    assert "aligner" in changed
-    assert not changed & {"vision_model", "language_model"}
+    assert changed == {"aligner"}
     model, processor = minivlm.load(out)
     batch = processor([picture], QUESTIONS[:1])
     written = REFERENCES[True].from_pretrained(out).generate(**batch, max_new_tokens=4, do_sample=False)
