@@ -67,7 +67,8 @@ def config_from_original(values: Mapping[str, Any]) -> DeepseekVLConfig | Deepse
 
 
 def _siglip(params: Mapping[str, Any]) -> SiglipVisionConfig:
-    expect(params, "vision_config", "select_layer", -1)
+    # What is not said is -2 in the original program, the second-last block.
+    expect({"select_layer": -2, **params}, "vision_config", "select_layer", -1)
     config = _named(SIGLIP, params, "vision_config")
     return replace(config, image_size=params.get("image_size", config.image_size))
 
@@ -84,32 +85,31 @@ def pictures_from_original(
 ) -> DeepseekVLImageProcessor:
     """From a preprocessor_config.json, and the `params` of the towers, which may normalize, too.
 
-    Raises InputError: both normalize, or neither does.
+    Raises InputError: both normalize, or neither does, or bars have another color than the mean.
     """
     expect(values, PICTURES, "image_processor_type", "VLMImageProcessor")
     names = ("image_size", "min_size", "rescale_factor")
     sizes = {name: values[name] for name in names if values.get(name) is not None}
     color = tuple(values.get("image_mean") or DeepseekVLImageProcessor.image_mean)
-    if not hybrid:
-        mean, std = _moments(values, params)
-        return DeepseekVLImageProcessor(image_mean=mean, image_std=std, resample=int(BICUBIC), **sizes)
-    high, low = (part_of(params, name) for name in ("high_res_cfg", "low_res_cfg"))
-    mean, std = _moments(values, high)
+    mean, std = _moments(values, part_of(params, "high_res_cfg") if hybrid else params)
     if tuple(int(value * 255) for value in mean) != tuple(int(value * 255) for value in color):
         raise InputError(
             f"{PICTURES} has image_mean {color}, which colors the bars, and the tower has {mean}: only one "
             "and the same is supported here"
         )
-    large = DeepseekVLImageProcessor(image_mean=mean, image_std=std, **sizes)
+    square = DeepseekVLImageProcessor(image_mean=mean, image_std=std, resample=int(BICUBIC), **sizes)
+    if not hybrid:
+        return square
+    low = part_of(params, "low_res_cfg")
     mean, std = _moments(values, low)
     return DeepseekVLHybridImageProcessor(
-        image_size=low["image_size"],
+        image_size=low.get("image_size", SIGLIP_LARGE.image_size),
         image_mean=mean,
         image_std=std,
-        min_size=large.min_size,
-        rescale_factor=large.rescale_factor,
+        min_size=square.min_size,
+        rescale_factor=square.rescale_factor,
         resample=int(BILINEAR),
-        high_res=large,
+        high_res=square,
     )
 
 

@@ -222,9 +222,15 @@ def test_a_folder_of_the_original_program(hybrid: bool, folders: dict[bool, Path
         (None, {"gen_vision_config": {}}, "of the systems called multi_modality, only DeepSeek-VL"),
         ("vision_config", {"cls": "MobileVisionTower"}, "cls 'MobileVisionTower'"),
         ("vision_config", {"params": {"model_name": "siglip", "select_layer": -2}}, "select_layer = -2"),
-        ("vision_config", {"params": {"model_name": "eva"}}, "model_name = 'eva'; only siglip is"),
+        (
+            "vision_config",
+            {"params": {"model_name": "eva", "select_layer": -1}},
+            "model_name = 'eva'; only siglip is",
+        ),
         ("aligner_config", {"params": {"projector_type": "linear"}}, "projector_type = 'linear'"),
+        ("vision_config", {"params": {"model_name": "siglip"}}, "select_layer = -2"),
         ("preprocessor", {"do_normalize": True}, "pixels are normalized twice"),
+        ("preprocessor", {"image_mean": [0.4, 0.5, 0.5]}, "which colors the bars"),
         ("preprocessor", {"image_processor_type": "CLIPImageProcessor"}, "only 'VLMImageProcessor'"),
     ],
 )
