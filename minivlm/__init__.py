@@ -4,9 +4,9 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, Llava, LlamaVision, QwenVL, Qwen2VL,
-    Qwen2_5_VL, CLIP, SigLIP, ViT                      what `load` returns, and what it returns beside them:
-    Processor, LlavaProcessor, QwenVLProcessor, ...    pictures and words in, tensors out, and back
+    PaliGemma, Llava, QwenVL, Qwen2VL, Qwen2_5_VL, DeepseekVL,
+    DeepseekVLHybrid, LlamaVision, CLIP, SigLIP, ViT            what `load` returns, and beside them
+    Processor, LlavaProcessor, QwenVLProcessor, ...             pictures and words in, tensors out, and back
 
 >>> import minivlm
 >>> minivlm.answer("photo.jpg", "caption en")
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from minivlm.errors import InputError
     from minivlm.models.answering import answer
     from minivlm.models.clip import CLIP, CLIPConfig
+    from minivlm.models.deepseek_vl import DeepseekVL, DeepseekVLConfig
+    from minivlm.models.deepseek_vl_hybrid import DeepseekVLHybrid, DeepseekVLHybridConfig
     from minivlm.models.llama_vision import LlamaVision, LlamaVisionConfig
     from minivlm.models.llava import Llava, LlavaConfig
     from minivlm.models.load import load
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
     from minivlm.processing import (
+        DeepseekVLHybridProcessor,
+        DeepseekVLProcessor,
         LlamaVisionProcessor,
         LlavaProcessor,
         PairProcessor,
@@ -53,6 +57,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CLIP",
     "CLIPConfig",
+    "DeepseekVL",
+    "DeepseekVLConfig",
+    "DeepseekVLHybrid",
+    "DeepseekVLHybridConfig",
+    "DeepseekVLHybridProcessor",
+    "DeepseekVLProcessor",
     "Gemma2Config",
     "GemmaConfig",
     "InputError",
@@ -89,6 +99,8 @@ _HOMES = {
     "errors": "InputError",
     "models.answering": "answer",
     "models.clip": "CLIP CLIPConfig",
+    "models.deepseek_vl": "DeepseekVL DeepseekVLConfig",
+    "models.deepseek_vl_hybrid": "DeepseekVLHybrid DeepseekVLHybridConfig",
     "models.llama_vision": "LlamaVision LlamaVisionConfig",
     "models.llava": "Llava LlavaConfig",
     "models.load": "load",
@@ -98,7 +110,8 @@ _HOMES = {
     "models.qwen_vl": "QwenVL QwenVLConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "LlamaVisionProcessor LlavaProcessor PairProcessor Processor QwenVLProcessor "
+    "processing": "DeepseekVLHybridProcessor DeepseekVLProcessor LlamaVisionProcessor LlavaProcessor "
+    "PairProcessor Processor QwenVLProcessor "
     "Qwen2VLProcessor Qwen2_5_VLProcessor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",

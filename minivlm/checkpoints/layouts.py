@@ -9,6 +9,8 @@ specific rows come first. Signs in a row:
     {q,k,v}     on our side: the file has these tensors in one, each below the one before it
     {q,k,v|16}  the same in sixteen rounds, as of heads: a sixteenth of each, then the next of each
     ^T          on our side, after a whole name: the file has the transpose
+    [0]         the same: the file has it as the only one of a batch
+    UNUSED      on our side: tensors that a published file holds and its own program never reads
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 
 Layout = list[tuple[str, str]]
-TRANSPOSED = "^T"
+TRANSPOSED, BATCHED = "^T", "[0]"
+UNUSED = "-"
 
 
 def _siglip(file: str, ours: str) -> Layout:
@@ -327,6 +330,106 @@ LLAMA_VISION_LAYOUTS: dict[str, Layout] = {
 }
 
 
+def _sam(file: str, ours: str) -> Layout:
+    """SAM's tower without its neck, in the words of its own program; transformers kept those in a block."""
+    return [
+        (f"{file}attn.qkv.", f"{ours}self_attn.{{q,k,v}}_proj."),
+        (f"{file}attn.proj.", f"{ours}self_attn.o_proj."),
+        (f"{file}attn.rel_pos_", f"{ours}self_attn.rel_pos_"),
+        (f"{file}mlp.lin", f"{ours}mlp.fc"),
+    ]
+
+
+def _deepseek_vl(tower: str, with_sam: bool) -> Layout:
+    """As transformers names its modules; `tower` is what SigLIP's names begin with."""
+    file, ours = "model.high_res_vision_model.vision_encoder.", "high_res_tower.sam."
+    sam = [
+        *_sam(f"{file}layers.*.", f"{ours}layers.*."),
+        (f"{file}layers.*.layer_norm", f"{ours}layers.*.layer_norm"),
+        (f"{file}patch_embed.projection.", f"{ours}patch_embedding."),
+        (f"{file}pos_embed", f"{ours}position_embedding"),
+        (f"{file}neck.", f"{ours}neck."),
+        ("model.high_res_vision_neck.", "high_res_tower.early_neck."),
+        ("model.high_res_vision_proj.conv", "high_res_tower.downsample"),
+        ("model.high_res_vision_alpha", "high_res_tower.alpha"),
+        ("model.aligner.vision_proj.", "aligner.low."),
+        ("model.aligner.high_res_vision_proj.", "aligner.high."),
+    ]
+    return [
+        *(sam if with_sam else []),
+        *_siglip(tower, "vision_tower."),
+        ("model.aligner.", "aligner."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.language_model.", "language_model."),
+    ]
+
+
+def _timm(file: str, ours: str) -> Layout:
+    """SigLIP's tower as timm has it. Its pooling head came with the weights and is not read."""
+    block = f"{file}blocks.*."
+    return [
+        (f"{file}pos_embed", f"{ours}embeddings.position_embedding.weight[0]"),
+        (f"{file}patch_embed.proj.", f"{ours}embeddings.patch_embedding."),
+        (f"{block}attn.qkv.", f"{ours}layers.*.self_attn.{{q,k,v}}_proj."),
+        (f"{block}attn.proj.", f"{ours}layers.*.self_attn.o_proj."),
+        (f"{block}norm", f"{ours}layers.*.layer_norm"),
+        (f"{block}mlp.", f"{ours}layers.*.mlp."),
+        (f"{file}norm.", f"{ours}post_layernorm."),
+        (f"{file}attn_pool.", UNUSED),
+    ]
+
+
+def _necks(file: str, ours: str) -> Layout:
+    parts = enumerate(("conv1", "layer_norm1", "conv2", "layer_norm2"))
+    return [(f"{file}.{number}.", f"{ours}.{part}.") for number, part in parts]
+
+
+def _deepseek_decoder() -> Layout:
+    return [
+        ("language_model.lm_head.", "language_model.lm_head."),
+        ("language_model.model.", "language_model."),
+    ]
+
+
+_HIGH, _OUR_HIGH = "vision_model.vision_tower_high.vision_tower.", "high_res_tower."
+
+DEEPSEEK_VL_LAYOUTS: dict[str, Layout] = {
+    # What transformers writes, and `save_pretrained`; then what was converted by an older version.
+    "hub": _deepseek_vl("model.vision_model.", with_sam=False),
+    "older": _deepseek_vl("model.vision_model.vision_model.", with_sam=False),
+    # Of the original program.
+    "original": [
+        *_timm("vision_model.vision_tower.", "vision_tower."),
+        ("aligner.layers.0.", "aligner.linear1."),
+        ("aligner.layers.2.", "aligner.linear2."),
+        *_deepseek_decoder(),
+    ],
+}
+
+DEEPSEEK_VL_HYBRID_LAYOUTS: dict[str, Layout] = {
+    "hub": _deepseek_vl("model.vision_model.", with_sam=True),
+    "older": _deepseek_vl("model.vision_model.vision_model.", with_sam=True),
+    "original": [
+        *_timm("vision_model.vision_tower_low.vision_tower.", "vision_tower."),
+        *_sam(f"{_HIGH}blocks.*.", f"{_OUR_HIGH}sam.layers.*."),
+        (f"{_HIGH}blocks.*.norm", f"{_OUR_HIGH}sam.layers.*.layer_norm"),
+        (f"{_HIGH}patch_embed.proj.", f"{_OUR_HIGH}sam.patch_embedding."),
+        (f"{_HIGH}pos_embed", f"{_OUR_HIGH}sam.position_embedding"),
+        *_necks(f"{_HIGH}neck", f"{_OUR_HIGH}sam.neck"),
+        *_necks(f"{_HIGH}neck_hd", f"{_OUR_HIGH}early_neck"),
+        (f"{_HIGH}downsamples.0.", f"{_OUR_HIGH}downsample1."),
+        (f"{_HIGH}downsamples.1.", f"{_OUR_HIGH}downsample2."),
+        (f"{_HIGH}hd_alpha_downsamples", f"{_OUR_HIGH}alpha"),
+        ("vision_model.high_layer_norm.", UNUSED),
+        ("vision_model.low_layer_norm.", UNUSED),
+        ("aligner.low_up_proj.", "aligner.low."),
+        ("aligner.high_up_proj.", "aligner.high."),
+        ("aligner.layers.1.", "aligner.proj."),
+        *_deepseek_decoder(),
+    ],
+}
+
+
 def to_ours(name: str, layout: Layout) -> str | None:
     """Our name for a tensor in a file, or None if no row of the layout matches; signs are for `split`.
 
@@ -354,9 +457,13 @@ def _rename(name: str, rows: Layout) -> str | None:
     return None
 
 
+def _without_signs(row: str) -> str:
+    return row.removesuffix(TRANSPOSED).removesuffix(BATCHED)
+
+
 def _pattern(row: str) -> str:
     """What a name has to begin with."""
-    whole = row.removesuffix(TRANSPOSED)
+    whole = _without_signs(row)
     pattern = re.escape(whole).replace(r"\*", r"(\d+)")
     for choice in re.findall(r"\{.+?\}", whole):
         names, _ = _choices(choice[1:-1])
@@ -372,7 +479,7 @@ def _choices(inside: str) -> tuple[list[str], int]:
 
 def names_in(ours: str) -> list[str]:
     """What `to_ours` returned as the names of single tensors: "a.{q,k}.b" is a.q.b and a.k.b."""
-    before, brace, rest = ours.removesuffix(TRANSPOSED).partition("{")
+    before, brace, rest = _without_signs(ours).partition("{")
     if not brace:
         return [before]
     choices, _, after = rest.partition("}")
@@ -391,6 +498,7 @@ def split(tensor: Tensor, ours: str) -> list[Tensor]:
     They share its memory unless they are transposed or packed in several rounds.
     """
     plain = tensor.mT.contiguous() if ours.endswith(TRANSPOSED) else tensor
+    plain = plain[0] if ours.endswith(BATCHED) else plain
     parts, rounds = len(names_in(ours)), _rounds(ours)
     if parts == 1:
         return [plain]
@@ -405,6 +513,7 @@ def join(tensors: Sequence[Tensor], ours: str) -> Tensor:
     if rounds > 1:
         return torch.stack([tensor.unflatten(0, (rounds, -1)) for tensor in tensors], dim=1).flatten(0, 2)
     joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    joined = joined[None] if ours.endswith(BATCHED) else joined
     return joined.mT if ours.endswith(TRANSPOSED) else joined
 
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, gigabytes, require_memory
 from minivlm.checkpoints.hub import GENERATION, few, read_json, refuse_pickles, special_ids
-from minivlm.checkpoints.layouts import Layout, as_in_file, join, names_in, split, to_file, to_ours
+from minivlm.checkpoints.layouts import UNUSED, Layout, as_in_file, join, names_in, split, to_file, to_ours
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 
@@ -216,6 +216,8 @@ def _fit(
         if IGNORED_BUFFER.search(name):
             continue
         ours = to_ours(name, layout)
+        if ours is not None and ours.startswith(UNUSED):
+            continue
         if ours == HEAD and HEAD not in wanted:
             ours = TABLE
         places = names_in(ours) if ours is not None else []

@@ -25,6 +25,7 @@ from minivlm.losses import similarity
 from minivlm.models.protocols import (
     Answers,
     ConvolutionalTower,
+    HasTwoTowers,
     Matches,
     MergesPatches,
     Resamples,
@@ -86,11 +87,11 @@ def inspect_answer(
     def logits_of_words(pictures: Tensor) -> Tensor:
         """Where the words of the answer are written: [B, C, height, width] -> [B, A, V]."""
         rows = (len(pictures), -1)
-        pixels = processor.from_pictures(pictures)
+        pixels = processor.from_pictures(pictures, inputs)
         output = model(input_ids.expand(rows), token_type_ids=token_type_ids.expand(rows), **pixels)
         return output.logits[:, writers]
 
-    pixels = processor.from_pictures(shown)
+    pixels = processor.from_pictures(shown, inputs)
     with record_attention() as encoding:
         image_tokens = model.encode_image(**pixels)
     with record_attention() as maps:
@@ -101,6 +102,8 @@ def inspect_answer(
     maps = maps[len(encoding) :]  # before the decoder's come those of the picture, once more
     if isinstance(model.vision_tower, MergesPatches):
         encoding = model.vision_tower.token_maps(encoding, inputs["image_grid_thw"])
+    if isinstance(model, HasTwoTowers):
+        encoding = model.maps_of_tokens(encoding)
     tower, decoder, attention, rollout = _sorted(model, encoding, maps, is_image, patches, pixels)
     width = model.language_model.embed_tokens.weight.shape[1]
     image_tokens = image_tokens.view(1, *image_tokens.shape[-2:])

@@ -13,6 +13,9 @@ from minivlm.checkpoints.hub import OPEN_CLIP, SHIPPED, describe, find_folder
 from minivlm.errors import InputError
 from minivlm.models import (
     clip,
+    deepseek_original,
+    deepseek_vl,
+    deepseek_vl_hybrid,
     llama_vision,
     llava,
     open_clip,
@@ -70,6 +73,9 @@ SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "mllama": System(llama_vision.open_folder, "answers"),
     "qwen2_vl": System(qwen2_vl.open_folder, "answers"),
     "qwen2_5_vl": System(qwen2_5_vl.open_folder, "answers"),
+    "deepseek_vl": System(deepseek_vl.open_folder, "answers"),
+    "deepseek_vl_hybrid": System(deepseek_vl_hybrid.open_folder, "answers"),
+    "multi_modality": System(deepseek_original.open_folder, "answers"),  # DeepSeek-VL as its program has it
     "clip": System(clip.open_folder, "matches"),
     "open_clip": System(open_clip.open_folder, "matches", OPEN_CLIP[1]),
     "siglip": System(siglip.open_folder, "matches"),
@@ -108,8 +114,8 @@ def load(
 
     Returns:
         The types depend on the folder's config.json: `PaliGemma` and `Processor`, `Llava` and
-        `LlavaProcessor`, `CLIP` and `PairProcessor`, and so on: a system's own, or those of its kind. A folder
-        of open_clip, which has a config of its own, gives a `CLIP` or a `ResNetCLIP` and a `PairProcessor`.
+        `LlavaProcessor`, `CLIP` and `PairProcessor`, and so on: a system's own, or those of its kind. Where
+        a folder of open_clip has a config of its own, it gives a `CLIP` or a `ResNetCLIP`.
 
     Raises:
         InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files

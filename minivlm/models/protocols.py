@@ -164,6 +164,14 @@ class Resamples(Protocol):
     resampler: nn.Module
 
 
+@runtime_checkable
+class HasTwoTowers(Protocol):
+    """A model with a second image tower beside `vision_tower`, whose places are others than image tokens."""
+
+    def maps_of_tokens(self, maps: list[Tensor]) -> list[Tensor]:
+        """Of the maps recorded during `encode_image`, those of `vision_tower`."""
+
+
 class Matches(Protocol):
     """A model that says how well a picture and a text fit. Its processor is a `PairProcessor`."""
 

@@ -8,6 +8,9 @@ from minivlm.processing.canvases import CanvasImageProcessor
 from minivlm.processing.captions import CLIP_CAPTIONS, SIGLIP_CAPTIONS, CaptionForm, CaptionTokenizer
 from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_codebook
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
+from minivlm.processing.deepseek_tokens import DeepseekTokenizer
+from minivlm.processing.deepseek_vl import DeepseekVLProcessor
+from minivlm.processing.deepseek_vl_hybrid import DeepseekVLHybridProcessor
 from minivlm.processing.frame_sampling import frames_at
 from minivlm.processing.frames import VideoBudget
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
@@ -32,6 +35,7 @@ from minivlm.processing.qwen2_5_vl import Qwen2_5_VLProcessor
 from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
 from minivlm.processing.qwen2_vl import Qwen2VLProcessor
 from minivlm.processing.qwen_vl import QwenVLProcessor
+from minivlm.processing.squares import DeepseekVLHybridImageProcessor, DeepseekVLImageProcessor
 from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
 from minivlm.processing.video import VideoFile, open_video, video_of
 
@@ -45,6 +49,11 @@ __all__ = [
     "CanvasImageProcessor",
     "CaptionForm",
     "CaptionTokenizer",
+    "DeepseekTokenizer",
+    "DeepseekVLHybridImageProcessor",
+    "DeepseekVLHybridProcessor",
+    "DeepseekVLImageProcessor",
+    "DeepseekVLProcessor",
     "ImageProcessor",
     "Llama3Tokenizer",
     "LlamaTokenizer",

@@ -100,8 +100,8 @@ class AnswerProcessor(Protocol):
     def to_pictures(self, inputs: Inputs) -> Tensor:
         """The pictures of a batch as the tower sees them, [M, C, height, width], to be looked at."""
 
-    def from_pictures(self, pictures: Tensor) -> Inputs:
-        """The other way around."""
+    def from_pictures(self, pictures: Tensor, inputs: Inputs) -> Inputs:
+        """The other way around, for versions of the picture that `inputs` holds, with parts hidden."""
 
     def decode(self, ids: Tensor) -> list[str]:
         """Generated ids [B, n] -> B answers."""

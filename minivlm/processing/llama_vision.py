@@ -104,7 +104,7 @@ class LlamaVisionProcessor(RowProcessor):
         """
         return self.image_processor.join(inputs["pixel_values"], inputs["aspect_ratio_ids"])
 
-    def from_pictures(self, pictures: Tensor) -> Inputs:
+    def from_pictures(self, pictures: Tensor, inputs: Inputs) -> Inputs:
         """The other way around, as `pixels`, for canvases."""
         tiles, ids = self.image_processor.cut(pictures)
         return {"pixel_values": tiles, "aspect_ratio_ids": ids}

@@ -180,7 +180,7 @@ class Qwen2VLProcessor(RowProcessor):
         sizes = self.image_processor.patch_sizes
         return torch.stack([join_patches(picture, grids[0].tolist(), *sizes)[0] for picture in patches])
 
-    def from_pictures(self, pictures: Tensor) -> Inputs:
+    def from_pictures(self, pictures: Tensor, inputs: Inputs) -> Inputs:
         """The other way around, as `pixels`, for pictures that are prepared but for cutting them."""
         cut = [cut_into_patches(picture[None], *self.image_processor.patch_sizes) for picture in pictures]
         grids = torch.tensor([grid for _, grid in cut], device=pictures.device)

@@ -51,8 +51,12 @@ class RowProcessor(ABC):
         """The pictures of a batch as the tower sees them, to be looked at: [M, C, height, width]."""
         return inputs["pixel_values"]
 
-    def from_pictures(self, pictures: Tensor) -> Inputs:
-        """The other way around: pictures of one size [M, C, height, width] -> what `pixels` returns."""
+    def from_pictures(self, pictures: Tensor, inputs: Inputs) -> Inputs:
+        """The other way around: pictures of one size [M, C, height, width] -> what `pixels` returns.
+
+        Args:
+            inputs: the batch of one picture that they are versions of, with parts hidden.
+        """
         return {"pixel_values": pictures}
 
     def __call__(

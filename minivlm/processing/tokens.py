@@ -58,6 +58,7 @@ class BaseTokenizer:
 
     origin: ClassVar[str]  # whose tokenizer.json this is, for messages
     processor_class: ClassVar[str]  # the processor's class in transformers
+    settings: ClassVar[dict[str, Any]] = {}  # what else its tokenizer_config.json has to say
 
     def __init__(self, backend: tokenizers.Tokenizer, names: SpecialTokens, words: Sequence[str]) -> None:
         controls = [names.pad, names.bos, names.eos]
@@ -99,6 +100,7 @@ class BaseTokenizer:
             "unk_token": self.names.unk,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
+            **self.settings,
         }
         with write_aside(folder / "tokenizer_config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
