@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Timer
@@ -155,6 +156,14 @@ def in_order(data: Dataset[Any], steps: Iterable[int], workers: int) -> Iterator
     started = [process for process in active_children() if process not in others]
     try:
         yield from _in_time(items, started) if started else items
+    except (EOFError, ConnectionError):
+        # An exchange notices a worker's end before the system reports it to PyTorch, whose handler would then
+        # raise in the middle of whatever comes next, such as the removal of a lock.
+        ended = wait([process.sentinel for process in started], timeout=5)
+        for process in started:
+            if process.sentinel in ended:
+                process.join(5)
+        raise
     finally:
         for process in started:  # one that is stopped could not end, and this process would wait for it
             with suppress(ProcessLookupError):

@@ -119,39 +119,30 @@ class LanguageModel:
     loss: Loss = next_word_loss
 
 
+def _sizes(tokenizer: Tokenizer | LlamaTokenizer) -> dict[str, int]:
+    """What the configs of all of them have."""
+    return {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": CONTEXT,
+    }
+
+
 def _gpt2(tokenizer: Tokenizer | LlamaTokenizer) -> GPT2Config:
-    return GPT2Config(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=CONTEXT,
-    )
+    return GPT2Config(**_sizes(tokenizer))
 
 
 def _bert(tokenizer: Tokenizer | LlamaTokenizer) -> BertConfig:
-    return BertConfig(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=CONTEXT,
-    )
+    return BertConfig(**_sizes(tokenizer))
 
 
 def _llama(tokenizer: Tokenizer | LlamaTokenizer) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=8 * WIDTH // 3,  # three matrices for GPT-2's two, and as many weights
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-    )
+    # Three matrices for GPT-2's two, and as many weights.
+    sizes = _sizes(tokenizer) | {"intermediate_size": 8 * WIDTH // 3, "num_key_value_heads": HEADS}
+    return LlamaConfig(**sizes, tie_word_embeddings=True)
 
 
 MASK_ID = 3  # <unk>: no text here has it

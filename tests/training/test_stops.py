@@ -17,9 +17,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def test_the_comparison_sees_one_step_of_difference(copied: Path, whole: Path) -
 
 SERVER = """
 import json, os, sys, time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 import torch
 from minivlm import files
@@ -352,6 +354,24 @@ def test_a_worker_that_is_killed_or_stopped(
     wait_until(lambda: not multiprocessing.active_children())
     train(tmp_path, CONFIG, loop=replace(EVERY, resume=True))
     assert_same_end(tmp_path, whole)
+
+
+def test_a_worker_whose_end_is_noticed_by_an_exchange_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's handler of signals says so here, and not in whatever is done afterwards."""
+
+    def reset(items: Iterator[Any], workers: Sequence[BaseProcess]) -> Iterator[Any]:
+        yield next(items)
+        for worker in workers:
+            worker.kill()
+        raise ConnectionResetError
+
+    monkeypatch.setattr(loop, "_in_time", reset)
+    batches = loop.in_order([1, 2, 3, 4], range(4), workers=1)
+    assert next(batches) == 1
+    with pytest.raises((RuntimeError, ConnectionResetError)):
+        next(batches)
+    for _ in range(50):
+        time.sleep(0.01)
 
 
 def test_a_worker_that_is_stopped_while_it_hands_over_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
