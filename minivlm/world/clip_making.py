@@ -66,11 +66,12 @@ def make_clip(
         raise InputError(f"{fps} frames per second cannot be drawn: give 1 to 8")
     seconds = int(rng.integers(3, 9)) if seconds is None else seconds
     fps = int(rng.choice(FRAME_RATES)) if fps is None else fps
-    count, happening = (rng.integers(1, 3), 1) if easy else (rng.integers(2, 4), rng.integers(1, 3))
-    count = min(int(count), int(width * height / ROOM))
+    count = int(rng.integers(1, 3) if easy else rng.integers(2, 4))
+    happening = 1 if easy else int(rng.integers(1, 3))
+    count = min(count, int(width * height / ROOM))
     while True:
         pairs = _choose_pairs(rng, count, split)
-        events = _choose_events(rng, pairs, int(happening), seconds, split)
+        events = _choose_events(rng, pairs, happening, seconds, split)
         actors = _place(rng, pairs, events, seconds, width, height)
         if actors is not None:
             break
