@@ -12,9 +12,8 @@ from minivlm.processing.deepseek_tokens import DeepseekTokenizer
 from minivlm.processing.deepseek_vl import DeepseekVLProcessor
 from minivlm.processing.deepseek_vl_hybrid import DeepseekVLHybridProcessor
 from minivlm.processing.frame_sampling import frames_at
-from minivlm.processing.frames import VideoBudget
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
-from minivlm.processing.inputs import AnswerProcessor, Video, to_device
+from minivlm.processing.inputs import AnswerProcessor, to_device
 from minivlm.processing.interleaved import interleave, interleaved_labels
 from minivlm.processing.llama3_tokens import Llama3Tokenizer
 from minivlm.processing.llama_tokens import LlamaTokenizer
@@ -37,7 +36,8 @@ from minivlm.processing.qwen2_vl import Qwen2VLProcessor
 from minivlm.processing.qwen_vl import QwenVLProcessor
 from minivlm.processing.squares import DeepseekVLHybridImageProcessor, DeepseekVLImageProcessor
 from minivlm.processing.tokens import BaseTokenizer, Tokenizer, add_image_tokens_to_prompt, build_tokenizer
-from minivlm.processing.video import VideoFile, open_video, video_of
+from minivlm.processing.video import Video, open_video, video_of
+from minivlm.processing.video_budget import VideoBudget
 
 __all__ = [
     "CLIP_CAPTIONS",
@@ -74,7 +74,6 @@ __all__ = [
     "ViTImageProcessor",
     "Video",
     "VideoBudget",
-    "VideoFile",
     "add_image_tokens_to_prompt",
     "box_to_tokens",
     "boxes_to_text",

@@ -1,10 +1,10 @@
 """Which frames of a video a model gets to see: numbers of frames, from their times alone.
 
-- `frames_at`: what a viewer sees every 1/fps seconds, for `--fps`.
+- `frames_at`: what a viewer sees every 1/fps seconds.
 - Qwen2-VL (https://arxiv.org/abs/2409.12191) takes an even number of frames, about two a second, spread
   over the video. Its own program spreads them from the first frame to the last (`spread_frames`), and the
   processor in `transformers` begins at the first and takes equal steps (`stepped_frames`). The two differ
-  nearly everywhere: of 10 frames, 4 are 0, 3, 6, 9 or 0, 2, 5, 7.
+  nearly everywhere: of 10 frames, 4 are 0, 3, 6, 9 or 0, 2, 5, 7. video_budget.py takes the first rule.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -44,6 +45,19 @@ def frames_at(times: Sequence[float], seconds: float, fps: float) -> list[int]:
         )
     wanted = (number / fps for number in range(count))
     return [max(bisect_right(times, second + _ROUNDED) - 1, 0) for second in wanted]
+
+
+def even_frames(times: Sequence[float], seconds: float) -> list[int]:
+    """The frames that are shown at even steps of time: all, each once, if all last about equally long.
+
+    An animation keeps a frame that does not change for longer. Then the step is its shortest frame, and the
+    others come several times. Arguments and errors as of `frames_at`.
+    """
+    check_frames(len(times))
+    lengths = [end - start for start, end in pairwise([*times, seconds]) if end > start]
+    if len(lengths) == len(times) and max(lengths) < 1.5 * min(lengths):
+        return list(range(len(times)))
+    return frames_at(times, seconds, min(1 / min(lengths), MOST_SAMPLES / seconds))
 
 
 def frame_count(num_frames: int, video_fps: float, fps: float = 2.0, least: int = 4, most: int = 768) -> int:

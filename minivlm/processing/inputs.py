@@ -7,7 +7,6 @@ what is listed here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,18 +16,9 @@ from torch import Tensor
 
 from minivlm.processing.images import ImageProcessor
 from minivlm.processing.tokens import BaseTokenizer
+from minivlm.processing.video import Video
 
 Picture = Image.Image | str | Path
-
-
-@dataclass(frozen=True)
-class Video:
-    """Frames in their order, and how many of them were taken a second."""
-
-    frames: Sequence[Image.Image]
-    fps: float
-
-
 Inputs = dict[str, Tensor]
 
 IGNORE = -100  # the label that torch's cross-entropy ignores
@@ -80,7 +70,7 @@ class AnswerProcessor(Protocol):
 
     def __call__(
         self,
-        images: Picture | Sequence[Picture | None] | None,
+        images: Picture | Video | Sequence[Picture | Video | None] | None,
         prompts: str | Sequence[str],
         suffixes: str | Sequence[str] | None = None,
         padding_side: str = "left",

@@ -20,13 +20,14 @@ from torch import Tensor
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 from minivlm.processing.chat import Turn
-from minivlm.processing.frames import VideoBudget
-from minivlm.processing.inputs import Inputs, Picture, Row, Video
+from minivlm.processing.inputs import Inputs, Picture, Row
 from minivlm.processing.llava import SETTINGS, TEMPLATE
 from minivlm.processing.patches import Qwen2VLImageProcessor, cut_into_patches, join_patches
 from minivlm.processing.qwen2_chat import SYSTEM, chat_template, encode_chat
 from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
 from minivlm.processing.rows import Pictures, RowProcessor, open_rows
+from minivlm.processing.video import Video
+from minivlm.processing.video_budget import VideoBudget
 
 
 class Qwen2VLProcessor(RowProcessor):
@@ -133,7 +134,7 @@ class Qwen2VLProcessor(RowProcessor):
     def num_tokens(self, picture: Picture | Video) -> int:
         """Image tokens of a picture or a video; of a file, only the header is read.
 
-        Raises InputError: as `smart_resize` and `VideoBudget.sample`.
+        Raises InputError: as `smart_resize` and `VideoBudget.choose`.
         """
         pictures = self.image_processor
         if isinstance(picture, Video):
@@ -153,19 +154,19 @@ class Qwen2VLProcessor(RowProcessor):
           video_grid_thw       [V, 3]
           second_per_grid_ts   [V] fp32, seconds from one step to the next
 
-        Raises InputError: as `Qwen2VLImageProcessor.fit`, `VideoBudget.sample` and `VideoBudget.resize`.
+        Raises InputError: as `Qwen2VLImageProcessor.fit` and `VideoBudget.read`.
         """
         inputs: Inputs = {}
-        read, budget = self.image_processor, self.video_budget
+        read = self.image_processor
         images = [picture for picture in pictures if not isinstance(picture, Video)]
-        videos = [budget.sample(picture) for picture in pictures if isinstance(picture, Video)]
+        videos = [picture for picture in pictures if isinstance(picture, Video)]
         if images:
             inputs["pixel_values"], inputs["image_grid_thw"] = read.read(images)
         if videos:
-            films = [budget.resize(video, read.factor) for video in videos]
+            films = [self.video_budget.read(video, read.factor) for video in videos]
             inputs["pixel_values_videos"], inputs["video_grid_thw"] = read.read_fitted(films)
-            seconds = [read.temporal_patch_size / video.fps for video in videos]
-            inputs["second_per_grid_ts"] = torch.tensor(seconds)
+            of_frame = [video.seconds / len(film) for video, film in zip(videos, films, strict=True)]
+            inputs["second_per_grid_ts"] = read.temporal_patch_size * torch.tensor(of_frame)
         return inputs
 
     def to_pictures(self, inputs: Inputs) -> Tensor:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.processing.images import ImageProcessor, load_picture
-from minivlm.processing.inputs import IGNORE, Inputs, Picture, Row, Video
+from minivlm.processing.inputs import IGNORE, Inputs, Picture, Row
 from minivlm.processing.tokens import BaseTokenizer
+from minivlm.processing.video import Video
 
 Pictures = Picture | Video | Sequence[Picture | Video] | None  # those of one row
 

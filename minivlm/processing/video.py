@@ -1,11 +1,12 @@
 """From a video file to frames and their times. Which frames a model sees is chosen in frame_sampling.py.
 
     >>> video = open_video("clip.gif")
-    >>> frames = list(video.frames(frames_at(video.times, video.seconds, fps=2)))
+    >>> batch = processor([video], ["what moves?"])
+    >>> frames = list(video.frames(frames_at(video.times, video.seconds, fps=2)))  # to look at
 
 GIF, animated WebP and PNG, and folders of pictures are read by Pillow, everything else by PyAV (see
 video_container.py). A video in memory would be a thousand times its file: frames are decoded when they are
-asked for, one after the other, and only the ones asked for are kept.
+asked for, one after the other, and only the ones asked for are kept. `video_of` makes a video of pictures.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ UNSAID = 0.1  # seconds that browsers show a frame whose file says 0
 
 
 @dataclass(frozen=True)
-class VideoFile:
+class Video:
     """Frames that can be read, and when each is shown. One frame alone is a video, too.
 
     Args:
@@ -81,7 +82,7 @@ class VideoFile:
                 yield frame
 
 
-def open_video(path: str | Path, folder_fps: float = 2.0) -> VideoFile:
+def open_video(path: str | Path, folder_fps: float = 2.0) -> Video:
     """A video file, an animation, or a folder of pictures in the order of their names.
 
     The times of all frames are read here, not yet the frames, except for those of an animation, which has no
@@ -106,10 +107,10 @@ def open_video(path: str | Path, folder_fps: float = 2.0) -> VideoFile:
     index = read_index(path, MAX_FRAMES)
     read = partial(decode, path, index.ticks)
     first = next(read([0]))
-    return VideoFile(path.name, index.times, index.seconds, first.size, read)
+    return Video(path.name, index.times, index.seconds, first.size, read)
 
 
-def video_of(frames: Sequence[Image.Image], fps: float) -> VideoFile:
+def video_of(frames: Sequence[Image.Image], fps: float) -> Video:
     """Pictures in memory as a video, each shown for 1/fps seconds.
 
     Raises InputError: no pictures; fps that is not above 0.
@@ -131,7 +132,7 @@ def _picture_format(path: Path) -> str | None:
 # ---- animations --------------------------------------------------------------------------------------------
 
 
-def _of_animation(path: Path) -> VideoFile:
+def _of_animation(path: Path) -> Video:
     durations: list[float] = []
     size = 0, 0
     for frame in _decode_animation(path):
@@ -140,7 +141,7 @@ def _of_animation(path: Path) -> VideoFile:
         if len(durations) > MAX_FRAMES:
             raise InputError(f"{path} has more than {MAX_FRAMES} frames: cut out the part that matters")
     *times, seconds = accumulate(durations, initial=0.0)
-    return VideoFile(path.name, tuple(times), seconds, size, partial(_read_animation, path))
+    return Video(path.name, tuple(times), seconds, size, partial(_read_animation, path))
 
 
 def _read_animation(path: Path, numbers: Sequence[int]) -> Iterator[Image.Image]:
@@ -174,7 +175,7 @@ def _decode_animation(path: Path) -> Iterator[Image.Image]:
 # ---- folders and lists of pictures -------------------------------------------------------------------------
 
 
-def _of_folder(path: Path, fps: float) -> VideoFile:
+def _of_folder(path: Path, fps: float) -> Video:
     check_rate(fps)
     endings = Image.registered_extensions()
     pictures = [
@@ -196,9 +197,9 @@ def _read_folder(pictures: Sequence[Path], numbers: Sequence[int]) -> Iterator[I
 
 def _evenly_timed(
     name: str, num_frames: int, fps: float, read: Callable[[Sequence[int]], Iterator[Image.Image]]
-) -> VideoFile:
+) -> Video:
     times = tuple(number / fps for number in range(num_frames))
-    return VideoFile(name, times, num_frames / fps, next(read([0])).size, read)
+    return Video(name, times, num_frames / fps, next(read([0])).size, read)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

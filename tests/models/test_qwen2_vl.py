@@ -22,7 +22,7 @@ from minivlm.looking.inspection import inspect_answer
 from minivlm.models.answering import answer
 from minivlm.models.qwen2_5_vl import Qwen2_5_VL
 from minivlm.models.qwen2_vl import Qwen2VL
-from minivlm.processing import Video
+from minivlm.processing import video_of
 from minivlm.processing.documents import Element
 from minivlm.processing.images import rescale_and_normalize
 
@@ -79,7 +79,7 @@ def test_it_is_saved_and_opened_again(folder: Path, tmp_path: Path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, processor_again = minivlm.load(tmp_path)
-    shown = [[picture(60, 20), Video([picture(24, 24, i) for i in range(6)], 3.0)]]
+    shown = [[picture(60, 20), video_of([picture(24, 24, i) for i in range(6)], 3.0)]]
     for p in (processor, processor_again):
         object.__setattr__(p.video_budget, "min_pixels", 64)
         object.__setattr__(p.video_budget, "max_pixels", 64 * 16)

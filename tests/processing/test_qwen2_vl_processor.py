@@ -16,16 +16,16 @@ from minivlm.processing import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
-    Video,
     VideoBudget,
     interleave,
+    video_of,
 )
 from minivlm.processing.qwen2_chat import chat_template
 from minivlm.processing.qwen2_tokens import IMAGE, TURN_END, VIDEO
 from minivlm.processing.rows import open_rows
 
 SMALL, LONG = Image.new("RGB", (56, 56), "red"), Image.new("RGB", (140, 28), "blue")
-CLIP = Video([Image.new("RGB", (56, 28), color) for color in ("red", "green", "blue") * 4], 6.0)
+CLIP = video_of([Image.new("RGB", (56, 28), color) for color in ("red", "green", "blue") * 4], 6.0)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_batch_of_rows(processor: Qwen2VLProcessor):
 
 
 def test_a_video_of_one_frame_is_a_picture(processor: Qwen2VLProcessor):
-    film, still = processor([Video([SMALL], 30.0)], ["what?"]), processor([SMALL], ["what?"])
+    film, still = processor([video_of([SMALL], 30.0)], ["what?"]), processor([SMALL], ["what?"])
     assert torch.equal(film["pixel_values_videos"], still["pixel_values"])
     assert torch.equal(film["video_grid_thw"], still["image_grid_thw"])
 
@@ -148,10 +148,6 @@ def test_other_models_read_no_videos():
 def test_what_is_refused(processor: Qwen2VLProcessor, tmp_path: Path):
     with pytest.raises(InputError, match="more than 200 times"):
         processor([Image.new("RGB", (300, 1))], ["what?"])
-    with pytest.raises(InputError, match=r"has 0\.0 frames a second"):
-        processor([Video([SMALL], 0.0)], ["what?"])
-    with pytest.raises(InputError, match="the video has no frames"):
-        processor([Video([], 1.0)], ["what?"])
     with pytest.raises(InputError, match="places for 1 pictures, and 2 are given"):
         processor.make_room(processor.encode_row("what?"), [SMALL, LONG])
     with pytest.raises(InputError, match=r"no <\|endoftext\|> and no <\|im_start\|>"):

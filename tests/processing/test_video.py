@@ -1,4 +1,4 @@
-"""VideoFile files: frames and their times from animations, folders and containers, sampling, every refusal.
+"""Video files: frames and their times from animations, folders and containers, sampling, every refusal.
 
 Containers are read by PyAV, which is an extra. Where it is missing, a stand-in plays its part: a module with
 those functions of PyAV that minivlm calls, on files that this test invents. Where it is installed, an MP4 is
@@ -31,8 +31,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minivlm.errors import InputError
-from minivlm.processing.frame_sampling import frame_count, frames_at, spread_frames, stepped_frames
-from minivlm.processing.video import UNSAID, VideoFile, open_video, video_of
+from minivlm.processing.frame_sampling import (
+    even_frames,
+    frame_count,
+    frames_at,
+    spread_frames,
+    stepped_frames,
+)
+from minivlm.processing.video import UNSAID, Video, open_video, video_of
 from minivlm.world.clip_files import save_clip
 from minivlm.world.clip_making import make_clip
 from minivlm.world.clips import Clip
@@ -50,7 +56,7 @@ def animation(path: Path, colors: Sequence[tuple[int, int, int]], durations: int
     return path
 
 
-def colors_of(video: VideoFile, numbers: Sequence[int] | None = None) -> list[tuple[int, ...]]:
+def colors_of(video: Video, numbers: Sequence[int] | None = None) -> list[tuple[int, ...]]:
     return [frame.getpixel((3, 3)) for frame in video.frames(numbers)]  # type: ignore[misc]
 
 
@@ -432,6 +438,13 @@ def test_what_is_shown_is_sampled_and_not_what_comes_next() -> None:
     assert frames_at([0, 3], 4, 1) == [0, 0, 0, 1]
     # Hundredths of a second, as GIF rounds eighths.
     assert frames_at([0, 0.12, 0.25, 0.38, 0.5], 0.625, 8) == [0, 1, 2, 3, 4]
+
+
+def test_even_frames() -> None:
+    assert even_frames([0, 0.033, 0.067, 0.1], 0.133) == [0, 1, 2, 3]  # thousandths, as WebM rounds them
+    assert even_frames([0, 3, 3.5], 4) == [0] * 6 + [1, 2]
+    assert even_frames([0, 0, 1], 2) == [1, 2]  # nobody sees the first
+    assert even_frames([7.0], 8) == [0]
 
 
 @given(st.integers(1, 400), st.floats(0.5, 120), st.floats(0.1, 60))

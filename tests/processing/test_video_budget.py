@@ -9,10 +9,14 @@ import pytest
 from PIL import Image
 
 from minivlm.errors import InputError
-from minivlm.processing.frames import VideoBudget
-from minivlm.processing.inputs import Video
+from minivlm.processing.video import Video, open_video, video_of
+from minivlm.processing.video_budget import VideoBudget
 
 TOKEN = 28 * 28
+
+
+def film(frames: int, fps: float, size: tuple[int, int] = (8, 8)) -> Video:
+    return video_of([Image.new("RGB", size)] * frames, fps)
 
 
 @pytest.mark.parametrize(
@@ -32,16 +36,27 @@ TOKEN = 28 * 28
     ],
 )
 def test_how_many_frames(frames: int, fps: float, count: int):
-    indices = VideoBudget().indices(frames, fps)
-    assert len(indices) == count
-    assert indices == sorted(set(indices))
-    assert indices[0] == 0
-    assert count == 1 or indices[-1] == frames - 1  # both ends are seen
+    chosen = VideoBudget().choose(film(frames, fps))
+    assert len(chosen) == count
+    assert chosen == sorted(set(chosen))
+    assert chosen[0] == 0
+    assert count == 1 or chosen[-1] == frames - 1  # both ends are seen
 
 
 def test_which_frames():
-    assert VideoBudget().indices(31, 30.0) == [0, 10, 20, 30]
-    assert VideoBudget(fps=1.0, min_frames=2).indices(100, 25.0) == [0, 33, 66, 99]
+    assert VideoBudget().choose(film(31, 30.0)) == [0, 10, 20, 30]
+    assert VideoBudget(fps=1.0, min_frames=2).choose(film(100, 25.0)) == [0, 33, 66, 99]
+
+
+def test_a_frame_that_lasts_comes_several_times(tmp_path: Path):
+    """Times count, not frames: a thing stands for three seconds, and moves in the fourth."""
+    colors = ("red", "green", "blue")
+    first, *others = [Image.new("RGB", (8, 8), color) for color in colors]
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=others, duration=[3000, 500, 500])
+    video = open_video(tmp_path / "clip.gif")
+    assert VideoBudget().choose(video) == [0, 0, 0, 0, 0, 0, 1, 2]
+    assert VideoBudget(fps=1.0).choose(video) == [0, 0, 0, 2]
+    assert len(VideoBudget().read(video, 28)) == 8
 
 
 @pytest.mark.parametrize(
@@ -65,51 +80,39 @@ def test_small_frames_grow_to_the_least():
     assert width * height >= 128 * TOKEN
 
 
-def test_the_rate_and_the_number_of_tokens():
-    video = Video([Image.new("RGB", (64, 48))] * 60, 30.0)
+def test_frames_and_tokens():
+    video = film(60, 30.0, (64, 48))
     budget = VideoBudget(min_pixels=TOKEN, max_pixels=12 * TOKEN)
-    sampled = budget.sample(video)
-    assert (len(sampled.frames), sampled.fps) == (4, 2.0)
-    resized = budget.resize(sampled, 28)
-    assert {frame.size for frame in resized} == {(56, 56)}
+    assert [frame.size for frame in budget.read(video, 28)] == [(56, 56)] * 4
     assert budget.num_tokens(video, 28) == 2 * 2 * 2
 
 
 def test_what_is_dropped_is_said():
     budget = VideoBudget(max_frames=8)
-    frames = [Image.new("RGB", (8, 8))] * 100
-    assert budget.dropped(Video(frames[:40], 10.0)) is None
-    told = budget.dropped(Video(frames, 10.0))
+    assert budget.dropped(film(40, 10.0)) is None
+    assert budget.dropped(film(8, 1.0)) is None  # fewer than it might be, but all are read
+    told = budget.dropped(film(100, 10.0))
     assert told is not None
     assert told.startswith("the video lasts 10 seconds, and at most 8 frames are read: 0.8 a second in place")
     assert "shorter than 1.2 seconds may be missed" in told
 
 
-@pytest.mark.parametrize("fps", [0.0, -1.0, math.nan, math.inf])
-def test_rates_that_are_refused(fps: float):
-    frames = [Image.new("RGB", (8, 8))] * 4
-    with pytest.raises(InputError, match=f"has {fps} frames a second"):
-        VideoBudget().sample(Video(frames, fps))
-    with pytest.raises(InputError, match="fps of a video"):
-        VideoBudget(fps=fps)
-
-
-def test_videos_that_are_refused():
-    with pytest.raises(InputError, match="the video has no frames"):
-        VideoBudget().sample(Video([], 30.0))
-    sizes = [Image.new("RGB", size) for size in ((8, 8), (8, 9))]
-    with pytest.raises(InputError, match="frames of 8 x 8 and 8 x 9 pixels"):
-        VideoBudget().resize(Video(sizes, 30.0), 28)
+def test_what_is_refused(tmp_path: Path):
+    for fps in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match="fps of a video"):
+            VideoBudget(fps=fps)
+    with pytest.raises(InputError, match="between 8 and 4 frames"):
+        VideoBudget(min_frames=8, max_frames=4).choose(film(9, 1.0))
     with pytest.raises(InputError, match="more than 200 times"):
-        VideoBudget().resize(Video([Image.new("RGB", (1, 201))], 30.0), 28)
-
-
-def test_a_broken_frame(tmp_path: Path):
+        VideoBudget().read(film(1, 30.0, (1, 201)), 28)
+    sizes = [Image.new("RGB", size) for size in ((8, 8), (8, 9))]
+    with pytest.raises(InputError, match="frame 1 of the video has 8 x 9 pixels, and the first has 8 x 8"):
+        VideoBudget().read(video_of(sizes, 30.0), 28)
     Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
     frames = [Image.open(tmp_path / name) for name in ("whole.png", "cut.png")]
     with pytest.raises(InputError, match="cannot be read as RGB"):
-        VideoBudget().resize(Video(frames, 30.0), 28)
+        VideoBudget().read(video_of(frames, 30.0), 28)
 
 
 def test_files(tmp_path: Path):

@@ -1,14 +1,13 @@
-"""From a video to the frames that Qwen2-VL reads: how many, which, and how large.
+"""From a video to the frames that Qwen2-VL reads: how many, and how large.
 
-    frames of the file  -> 2 a second, between 4 and 768, an even number, evenly spread
+    frames of the file  -> 2 a second, between 4 and 768, an even number, evenly spread (frame_sampling.py)
     pixels of a frame   -> what the budget of the whole video leaves for each pair, within limits
 
 So a longer video is seen at fewer frames a second, and each of them smaller. But no pair of frames gets less
 than 134 tokens, 5 % above the smallest frame: a video of 768 frames takes more than the budget.
 
-Source: `vision_process.py` of https://github.com/QwenLM/Qwen2.5-VL. transformers takes the first frame of
-each of n equal parts, so never the last of the video, and has no budget for the whole unless it is told so
-(`cap_pixels_per_frame`).
+Source: `vision_process.py` of https://github.com/QwenLM/Qwen2.5-VL. transformers has no budget for the whole
+unless it is told so (`cap_pixels_per_frame`).
 """
 
 from __future__ import annotations
@@ -19,17 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from minivlm.errors import InputError
 from minivlm.files import write_aside
-from minivlm.processing.images import to_rgb
-from minivlm.processing.inputs import Video
+from minivlm.processing.frame_sampling import FRAME_FACTOR, even_frames, frame_count, spread_frames
 from minivlm.processing.patches import smart_resize
 from minivlm.processing.tokens import settings_in
+from minivlm.processing.video import Video
 
-FRAMES = 2  # in each patch
 VIDEO_SETTINGS = "video_preprocessor_config.json"
 
 
@@ -49,42 +46,25 @@ class VideoBudget:
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} of a video is {value}: expected a number above 0")
 
-    def indices(self, frames: int, fps: float) -> list[int]:
-        """Which of a video's frames are read.
+    def choose(self, video: Video) -> list[int]:
+        """The numbers of the frames that are read. A video of one frame is read as a picture.
 
-        A video of one frame is read as a picture.
-
-        Args:
-            frames, fps: how many there are, and how many a second.
-
-        Raises InputError: a video without frames, or with a rate that is no number above 0.
+        Raises InputError: as `frame_count`.
         """
-        if frames < 1:
-            raise InputError("the video has no frames: check the file, or give its frames as pictures")
-        if not (math.isfinite(fps) and fps > 0):
-            raise InputError(f"the video has {fps} frames a second: expected a number above 0, such as 30")
-        most = min(self.max_frames, frames)
-        wanted = min(max(frames / fps * self.fps, self.min_frames), most)
-        count = max(1, math.floor(wanted / FRAMES) * FRAMES)
-        return [int(i) for i in torch.linspace(0, frames - 1, count).round().tolist()]
-
-    def sample(self, video: Video) -> Video:
-        """The frames that are read, and their rate. Raises InputError: as `indices`."""
-        indices = self.indices(len(video.frames), video.fps)
-        rate = len(indices) / len(video.frames) * video.fps
-        return Video([video.frames[i] for i in indices], rate)
+        even = even_frames(video.times, video.seconds)
+        limits = self.fps, self.min_frames, self.max_frames
+        count = frame_count(len(even), len(even) / video.seconds, *limits)
+        return [even[place] for place in spread_frames(len(even), count)]
 
     def dropped(self, video: Video) -> str | None:
         """What a user should know of a video that is longer than the budget; None if it is not."""
-        indices = self.indices(len(video.frames), video.fps)
-        seconds = len(video.frames) / video.fps
-        wanted = seconds * self.fps
-        if min(wanted, len(video.frames)) <= self.max_frames:
+        if min(video.seconds * self.fps, video.num_frames) <= self.max_frames:
             return None
+        count = len(self.choose(video))
         return (
-            f"the video lasts {seconds:.0f} seconds, and at most {self.max_frames} frames are read: "
-            f"{len(indices) / seconds:.2g} a second in place of {self.fps:g}, so what is shorter than "
-            f"{seconds / len(indices):.1f} seconds may be missed. Cut it to the part that matters"
+            f"the video lasts {video.seconds:.0f} seconds, and at most {self.max_frames} frames are read: "
+            f"{count / video.seconds:.2g} a second in place of {self.fps:g}, so what is shorter than "
+            f"{video.seconds / count:.1f} seconds may be missed. Cut it to the part that matters"
         )
 
     def size_of(self, width: int, height: int, frames: int, factor: int) -> tuple[int, int]:
@@ -93,29 +73,25 @@ class VideoBudget:
         Args:
             factor: pixels of an image token on each side.
         """
-        share = self.total_pixels * FRAMES / frames
+        share = self.total_pixels * FRAME_FACTOR / frames
         most = max(min(self.max_pixels, share), int(1.05 * self.min_pixels))
         height, width = smart_resize(height, width, factor, self.min_pixels, most)
         return width, height
 
     def num_tokens(self, video: Video, factor: int) -> int:
-        """Image tokens of a video. Raises InputError: as `indices` and `smart_resize`."""
-        frames = len(self.indices(len(video.frames), video.fps))
-        width, height = self.size_of(*video.frames[0].size, frames, factor)
-        return math.ceil(frames / FRAMES) * (width // factor) * (height // factor)
+        """Image tokens of a video. Raises InputError: as `choose` and `smart_resize`."""
+        frames = len(self.choose(video))
+        width, height = self.size_of(*video.size, frames, factor)
+        return math.ceil(frames / FRAME_FACTOR) * (width // factor) * (height // factor)
 
-    def resize(self, video: Video, factor: int) -> list[Image.Image]:
-        """The frames of a sampled video as RGB, upright, of one size.
+    def read(self, video: Video, factor: int) -> list[Image.Image]:
+        """The chosen frames of a video, RGB, resized.
 
-        Raises InputError: frames of different sizes; as `smart_resize` and `to_rgb`.
+        Raises InputError: as `choose`, `smart_resize` and `Video.frames`.
         """
-        frames = [to_rgb(frame) for frame in video.frames]
-        sizes = sorted({frame.size for frame in frames})
-        if len(sizes) > 1:
-            listed = " and ".join(f"{width} x {height}" for width, height in sizes[:2])
-            raise InputError(f"a video has frames of {listed} pixels: give frames of one size")
-        size = self.size_of(*sizes[0], len(frames), factor)
-        return [frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
+        numbers = self.choose(video)
+        size = self.size_of(*video.size, len(numbers), factor)
+        return [frame.resize(size, Image.Resampling.BICUBIC) for frame in video.frames(numbers)]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VideoBudget:
