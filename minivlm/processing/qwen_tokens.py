@@ -2,8 +2,9 @@
 
 The file has no merges: each line is a piece of bytes in base64 and its rank. To split a word, two neighbors
 that together are a piece become one, the pair of lowest rank first, until no pair is left. The `tokenizers`
-library does the same when it is given every way to cut every piece in two, in the order of the ranks; the
-`tiktoken` library, which made the format, is not needed. No text is unknown, as every byte is a piece.
+library does the same when it is given every way to cut every piece in two, in the order of the ranks. So all
+systems here share one library, and `tiktoken`, which made the format, is only needed by the test that finds
+the same ids with both. No text is unknown, as every byte is a piece.
 
 After the pieces come special tokens that no file lists: their names and their order are Qwen's. `<ref>`,
 `<box>` and `<quad>` are words that prompts and answers may use, see qwen_tags.py; typed by a user, `<img>`

@@ -10,14 +10,16 @@ import base64
 import itertools
 import json
 import random
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from PIL import Image
 from qwen_vl import ranks, tiny_processor
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from minivlm.errors import InputError
 from minivlm.processing import qwen_tokens
@@ -83,13 +85,46 @@ def test_the_order_of_the_lines_does_not_matter(tokenizer: QwenTokenizer) -> Non
     assert all(other.encode(text) == tokenizer.encode(text) for text in texts())
 
 
-def test_words_are_split_as_the_library_does(tokenizer: QwenTokenizer) -> None:
-    tiktoken = pytest.importorskip("tiktoken")
+# Scripts from right to left and without spaces, marks that join, digits and spaces of all kinds, lines that
+# end in every way, emoji of several characters, contractions in both cases, and what only looks like a tag.
+EVERYTHING = """
+What's this? IT'S a Red star; they'LL say: "don't". we've I'd I'm he's x'y 'tis '\u017f
+naïve cafe\u0301 \u212bngström \ufb01ne ①②③ Ⅻ x² ½ 12345 1,234.5 ٣٤٥ १२३ \uff10\uff11\uff12
+你好,世界。日本語のテキスト 한국어 שלום עולם مرحبا بالعالم สวัสดีครับ Привет, мир! γεια σου नमस्ते
+😀 👩\u200d👩\u200d👧 🇩🇪 👍🏽 e\u0327\u0301 \u200b\u200e\ufeff \u00a0\u2003\u3000x\u202fy\u1680z \t\t tab
+a  b   c    d \r\n\r\nnext\rold\n\n\n  indent\n\u2028line\u2029paragraph\x0bvt\x0cff\x85nel\x1cfs\x00\x7fdel
+if (x != 0) { return a[i]++ && ~b; } // --- === *** ... !!! ??? $#@%^&*_+|~`<>
+<img> <|im_start|>system<|im_end|><|endoftext|><|extra_7|><imgpad> <box <ref/> </ box> \U00010348\U000e0041
+"""
+
+
+def learned() -> dict[bytes, int]:
+    """All bytes, and 500 pieces that are frequent in `EVERYTHING`, as a real vocabulary is learned."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = qwen_tokens.build_backend(RANKS).pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=756, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([EVERYTHING], trainer)
+    byte_of = {character: byte for byte, character in enumerate(qwen_tokens._CHARACTERS)}
+    return {bytes(byte_of[c] for c in piece): rank for piece, rank in backend.get_vocab().items()}
+
+
+@pytest.mark.parametrize("pieces", [RANKS, learned()], ids=["made up", "learned"])
+def test_ids_are_those_of_the_library(pieces: dict[bytes, int]) -> None:
+    """tiktoken's, for the normalized text; the tags are words, and no other special token is."""
+    tokenizer = QwenTokenizer(pieces)
     encoding = tiktoken.Encoding(
-        "qwen", pat_str=qwen_tokens._WORD, mergeable_ranks=RANKS, special_tokens={"<|endoftext|>": len(RANKS)}
+        "qwen",
+        pat_str=qwen_tokens._WORD,
+        mergeable_ranks=pieces,
+        special_tokens={tag: tokenizer.backend.token_to_id(tag) for tag in qwen_tokens.TAGS},
     )
-    for text in texts():
-        assert tokenizer.encode(text) == encoding.encode_ordinary(text)
+    rng = random.Random(1)
+    mixed = ["".join(rng.choices(EVERYTHING, k=rng.randrange(1, 80))) for _ in range(500)]
+    tagged = [f"{text}<ref>{text}</ref> <box>(1,2),(3,4)</box>{text}" for text in mixed[:100]]
+    for text in (EVERYTHING, *EVERYTHING.splitlines(), *texts(), *mixed, *tagged):
+        expected = encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+        assert tokenizer.encode(text) == expected, text
 
 
 def test_special_tokens_come_after_the_pieces(tokenizer: QwenTokenizer) -> None:
