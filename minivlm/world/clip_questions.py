@@ -24,18 +24,10 @@ from minivlm.world.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES
 Option = TypeVar("Option")
 
 TASKS = (
-    "direction",
-    "first",
-    "order",
-    "seconds",
-    "place",
-    "presence",
-    "color",
-    "count",
-    "caption",
-    "detect",
+    "direction", "first", "order", "seconds", "place", "presence", "color", "count", "caption", "detect",
     "track",
-)
+)  # fmt: skip
+QUESTION_TASKS = TASKS[:8]  # answered by a word or a few
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "middle", "right"),

@@ -24,6 +24,7 @@ from minivlm.world.clip_making import FRAME_RATES, make_clip
 from minivlm.world.clip_questions import PLACES, TASKS, ask, examples, place_name, vocabulary
 from minivlm.world.clips import DIRECTIONS, MOTIONS, Actor, Clip, Event
 from minivlm.world.questions import Example
+from minivlm.world.rows import WEIGHTS, answer_weights
 from minivlm.world.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, Split, Thing
 
 SPLITS: tuple[Split, ...] = ("train", "test", "unseen")
@@ -530,5 +531,7 @@ def test_the_tokenizer_knows_every_text() -> None:
         tokens = [tokenizer.backend.id_to_token(index) or "" for index in ids]
         assert [token.replace("▁", " ") for token in tokens] == word.findall(text), text  # nothing is split
         assert tokenizer.decode(ids) == text
+    assert answer_weights(tokenizer, tokenizer.encode("middle"), "place") == [WEIGHTS["answer"]]
+    assert answer_weights(tokenizer, tokenizer.encode("middle"), "caption") == [WEIGHTS["word"]]
     for answer in (*MOTIONS[1:], *COLORS, "yes", "no", "middle", *"0123456789"):
         assert len(tokenizer.encode(answer)) == 1
