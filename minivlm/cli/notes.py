@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from minivlm.processing import BaseTokenizer, ImageProcessor
+from PIL import Image
+
+from minivlm.processing import AnswerProcessor, BaseTokenizer, ImageProcessor, Video
+from minivlm.processing.inputs import ReadsVideos
 
 SMALL_VOCABULARY = 10_000  # tokens; a larger one has pieces for any word
 WIDEST = 2.0  # longer side by shorter side
@@ -17,6 +20,14 @@ SEEN = {
     "cropped": "sees only the square in its middle: crop it to the part that matters",
     "padded": "sees it small, between two bars: a part near a square is understood better",
 }
+
+
+def of_shown(shown: Image.Image | Video, processor: AnswerProcessor) -> Iterator[str]:
+    """Notes about a picture or a video."""
+    if not isinstance(shown, Video):
+        yield from of_picture(*shown.size, processor.image_processor)
+    elif isinstance(processor, ReadsVideos) and (told := processor.video_budget.dropped(shown)):
+        yield told
 
 
 def of_picture(width: int, height: int, image_processor: ImageProcessor) -> Iterator[str]:

@@ -50,6 +50,7 @@ __all__ = [
     "load",
     "load_answering",
     "load_matching",
+    "system_of",
 ]
 
 DESCRIPTIONS = ("config.json", OPEN_CLIP[0])
@@ -64,6 +65,7 @@ class System(NamedTuple):
     kind: Kind
     weights: str = "*.safetensors"  # which files are downloaded, besides *.json
     vocabulary: tuple[str, ...] = ()  # and those
+    videos: bool = False  # whether its processor reads them, too
 
 
 SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
@@ -71,8 +73,8 @@ SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "llava": System(llava.open_folder, "answers"),
     "qwen": System(qwen_vl.open_folder, "answers", vocabulary=("*.tiktoken",)),
     "mllama": System(llama_vision.open_folder, "answers"),
-    "qwen2_vl": System(qwen2_vl.open_folder, "answers"),
-    "qwen2_5_vl": System(qwen2_5_vl.open_folder, "answers"),
+    "qwen2_vl": System(qwen2_vl.open_folder, "answers", videos=True),
+    "qwen2_5_vl": System(qwen2_5_vl.open_folder, "answers", videos=True),
     "deepseek_vl": System(deepseek_vl.open_folder, "answers"),
     "deepseek_vl_hybrid": System(deepseek_vl_hybrid.open_folder, "answers"),
     "multi_modality": System(deepseek_original.open_folder, "answers"),  # DeepSeek-VL as its program has it
@@ -171,12 +173,17 @@ def load_matching(name: str | Path, **options: Unpack[LoadOptions]) -> tuple[Mat
 
 
 def kind_of(name: str | Path = SHIPPED, revision: str | None = None) -> Kind:
-    """What kind of model a folder or repo id holds. Nothing but its config is looked at.
+    """What kind of model a folder or repo id holds. Raises InputError: as `system_of`."""
+    return system_of(name, revision).kind
+
+
+def system_of(name: str | Path = SHIPPED, revision: str | None = None) -> System:
+    """The system of a folder or repo id. Nothing but its config is looked at.
 
     Raises InputError: the folder cannot be found or read, or holds another system than those of `SYSTEMS`.
     """
     values = describe(find_folder(name, revision, files=DESCRIPTIONS))
-    return _system(name, values.get("model_type"), None, None).kind
+    return _system(name, values.get("model_type"), None, None)
 
 
 def _check_options(

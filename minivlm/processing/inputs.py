@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from torch import Tensor
 from minivlm.processing.images import ImageProcessor
 from minivlm.processing.tokens import BaseTokenizer
 from minivlm.processing.video import Video
+from minivlm.processing.video_budget import VideoBudget
 
 Picture = Image.Image | str | Path
 Inputs = dict[str, Tensor]
@@ -98,3 +99,10 @@ class AnswerProcessor(Protocol):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the processor's files into a checkpoint folder."""
+
+
+@runtime_checkable
+class ReadsVideos(Protocol):
+    """A processor that takes a `Video` wherever it takes a picture."""
+
+    video_budget: VideoBudget

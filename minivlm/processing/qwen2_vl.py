@@ -38,7 +38,6 @@ class Qwen2VLProcessor(RowProcessor):
     """
 
     processor_class: ClassVar[str] = "Qwen2VLProcessor"  # in transformers
-    reads_videos = True
     tokenizer: Qwen2Tokenizer
     image_processor: Qwen2VLImageProcessor
 

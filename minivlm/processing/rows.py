@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.processing.images import ImageProcessor, load_picture
-from minivlm.processing.inputs import IGNORE, Inputs, Picture, Row
+from minivlm.processing.inputs import IGNORE, Inputs, Picture, ReadsVideos, Row
 from minivlm.processing.tokens import BaseTokenizer
 from minivlm.processing.video import Video
 
@@ -31,7 +31,6 @@ class RowProcessor(ABC):
     tokenizer: BaseTokenizer
     image_processor: ImageProcessor
     has_segments: ClassVar[bool] = False  # whether the model's mask depends on token_type_ids
-    reads_videos: ClassVar[bool] = False
 
     @abstractmethod
     def encode_row(self, prompt: str, answer: str | None = None, pictures: int = 1) -> Row:
@@ -89,7 +88,7 @@ class RowProcessor(ABC):
         prompts = as_list(prompts, "prompt")
         if not prompts:
             raise InputError("there are no prompts: give at least one, such as 'caption en'")
-        pictures = open_rows(images, len(prompts), self.reads_videos)
+        pictures = open_rows(images, len(prompts), isinstance(self, ReadsVideos))
         answers: list[str] | list[None] = [None] * len(prompts)
         if suffixes is not None:
             answers = as_list(suffixes, "suffix")

@@ -28,6 +28,11 @@ from minivlm.processing.video_container import decode, read_index
 
 ANIMATIONS = ("GIF", "WEBP", "PNG")  # what Pillow reads all frames of
 MAX_FRAMES = 2**18  # more than two hours at 30 frames a second
+ENDINGS = (  # of names of videos
+    ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf",
+    ".ogv", ".ts", ".webm", ".wmv",
+)  # fmt: skip
+FOLDER_FPS = 2.0  # of a folder of pictures, which says nothing about time
 UNSAID = 0.1  # seconds that browsers show a frame whose file says 0
 
 
@@ -82,15 +87,14 @@ class Video:
                 yield frame
 
 
-def open_video(path: str | Path, folder_fps: float = 2.0) -> Video:
+def open_video(path: str | Path, folder_fps: float = FOLDER_FPS) -> Video:
     """A video file, an animation, or a folder of pictures in the order of their names.
 
     The times of all frames are read here, not yet the frames, except for those of an animation, which has no
     list of times: it is decoded once.
 
     Args:
-        folder_fps: pictures per second in a folder, which says nothing about time. Qwen2-VL's own program
-            takes pictures for 2 a second as well.
+        folder_fps: pictures per second in a folder. Qwen2-VL's own program takes them for 2 a second, too.
 
     Raises InputError: no such file, an empty one, a still picture of another format than ANIMATIONS, no
     video, no frames, more than MAX_FRAMES, frames with too many pixels, a damaged animation, a frame rate
@@ -108,6 +112,16 @@ def open_video(path: str | Path, folder_fps: float = 2.0) -> Video:
     read = partial(decode, path, index.ticks)
     first = next(read([0]))
     return Video(path.name, index.times, index.seconds, first.size, read)
+
+
+def is_animation(path: str | Path) -> bool:
+    """Whether a file is a picture that moves. Raises InputError: the file cannot be read, or is damaged."""
+    with open_file(Path(path), "picture") as file, explained(Path(path)):
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:
+            return False
+        return image.format in ANIMATIONS and getattr(image, "is_animated", False)
 
 
 def video_of(frames: Sequence[Image.Image], fps: float) -> Video:

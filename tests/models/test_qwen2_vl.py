@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from qwen2_5_vl import reference_qwen2_5_vl
-from qwen2_backends import qwen2_backend, write_tokenizer
-from qwen2_vl import PATCH, TEXT, reference_qwen2_vl
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from qwen2_folders import write_folder
+from qwen2_vl import PATCH
 
 import minivlm
 from minivlm.cli import main
@@ -25,30 +23,6 @@ from minivlm.models.qwen2_vl import Qwen2VL
 from minivlm.processing import video_of
 from minivlm.processing.documents import Element
 from minivlm.processing.images import rescale_and_normalize
-
-
-def write_folder(folder: Path, system: str, **changes: Any) -> Path:
-    """As transformers does."""
-    words = qwen2_backend().get_vocab()
-    ids = {
-        "image_token_id": words["<|image_pad|>"],
-        "video_token_id": words["<|video_pad|>"],
-        "vision_start_token_id": words["<|vision_start|>"],
-        "vision_end_token_id": words["<|vision_end|>"],
-    }
-    text = TEXT | {
-        "vocab_size": len(words) + 3,
-        "max_position_embeddings": 512,
-        "bos_token_id": words["<|endoftext|>"],
-        "pad_token_id": words["<|endoftext|>"],
-        "eos_token_id": words["<|im_end|>"],
-    }
-    build = reference_qwen2_vl if system == "qwen2_vl" else reference_qwen2_5_vl
-    build(text=text, ids=ids).save_pretrained(folder)
-    write_tokenizer(folder)
-    size = {"shortest_edge": 4 * PATCH * PATCH, "longest_edge": 64 * PATCH * PATCH}
-    Qwen2VLImageProcessorPil(size=size, patch_size=changes.get("patch_size", PATCH)).save_pretrained(folder)
-    return folder
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -81,8 +55,7 @@ def test_it_is_saved_and_opened_again(folder: Path, tmp_path: Path):
     again, processor_again = minivlm.load(tmp_path)
     shown = [[picture(60, 20), video_of([picture(24, 24, i) for i in range(6)], 3.0)]]
     for p in (processor, processor_again):
-        object.__setattr__(p.video_budget, "min_pixels", 64)
-        object.__setattr__(p.video_budget, "max_pixels", 64 * 16)
+        p.video_budget = replace(p.video_budget, min_pixels=64, max_pixels=64 * 16)
     batch, batch_again = (p(shown, ["what is it?"]) for p in (processor, processor_again))
     assert batch.keys() == batch_again.keys() >= {"pixel_values_videos", "second_per_grid_ts"}
     written = [model.generate(**batch, max_new_tokens=6), again.generate(**batch_again, max_new_tokens=6)]
