@@ -22,7 +22,7 @@ def open_videos(options: argparse.Namespace) -> dict[str, Video]:
     Raises InputError: a video, for a model that reads pictures; a damaged one; an option that does not fit.
     """
     name = options.model or SHIPPED
-    if not system_of(name, options.revision).videos:
+    if not system_of(name, options.revision if options.model else None, "answers").videos:
         _refuse_videos(options, str(name))
         return {}
     videos = {
@@ -38,7 +38,7 @@ def open_videos(options: argparse.Namespace) -> dict[str, Video]:
 
 
 def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in ENDINGS or path.is_dir() or (path.is_file() and is_animation(path))
+    return path.suffix.lower() in ENDINGS or path.is_dir() or is_animation(path)
 
 
 def _refuse_videos(options: argparse.Namespace, name: str) -> None:
@@ -51,7 +51,7 @@ def _refuse_videos(options: argparse.Namespace, name: str) -> None:
                 f"{path} is a video, and {name} reads pictures: save a frame as a picture, or choose a model "
                 "that reads videos, such as Qwen2-VL"
             )
-        if path.is_file() and is_animation(path):
+        if is_animation(path):
             shared.tell(f"{path} moves, and the model reads pictures: it sees the first frame", "note")
 
 

@@ -177,13 +177,14 @@ def kind_of(name: str | Path = SHIPPED, revision: str | None = None) -> Kind:
     return system_of(name, revision).kind
 
 
-def system_of(name: str | Path = SHIPPED, revision: str | None = None) -> System:
+def system_of(name: str | Path = SHIPPED, revision: str | None = None, kind: Kind | None = None) -> System:
     """The system of a folder or repo id. Nothing but its config is looked at.
 
-    Raises InputError: the folder cannot be found or read, or holds another system than those of `SYSTEMS`.
+    Raises InputError: the folder cannot be found or read, or holds another system than those of `SYSTEMS`, or
+    one of another kind.
     """
     values = describe(find_folder(name, revision, files=DESCRIPTIONS))
-    return _system(name, values.get("model_type"), None, None)
+    return _system(name, values.get("model_type"), kind, None)
 
 
 def _check_options(

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from minivlm.processing.deepseek_vl import DeepseekVLProcessor
-from minivlm.processing.inputs import Inputs, Video
+from minivlm.processing.inputs import Inputs
 from minivlm.processing.squares import DeepseekVLHybridImageProcessor, DeepseekVLImageProcessor
+from minivlm.processing.video import Video
 
 
 class DeepseekVLHybridProcessor(DeepseekVLProcessor):

@@ -18,11 +18,12 @@ from torch import Tensor
 from minivlm.files import write_aside
 from minivlm.processing.canvases import CanvasImageProcessor
 from minivlm.processing.chat import Turn
-from minivlm.processing.inputs import Inputs, Picture, Row, Video
+from minivlm.processing.inputs import Inputs, Picture, Row
 from minivlm.processing.llama3_chat import chat_template, encode_chat
 from minivlm.processing.llama3_tokens import Llama3Tokenizer
 from minivlm.processing.llava import SETTINGS, TEMPLATE
 from minivlm.processing.rows import Pictures, RowProcessor, open_rows
+from minivlm.processing.video import Video
 
 
 class LlamaVisionProcessor(RowProcessor):

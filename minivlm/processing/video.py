@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -114,14 +115,12 @@ def open_video(path: str | Path, folder_fps: float = FOLDER_FPS) -> Video:
     return Video(path.name, index.times, index.seconds, first.size, read)
 
 
-def is_animation(path: str | Path) -> bool:
-    """Whether a file is a picture that moves. Raises InputError: the file cannot be read, or is damaged."""
-    with open_file(Path(path), "picture") as file, explained(Path(path)):
-        try:
-            image = Image.open(file)
-        except UnidentifiedImageError:
-            return False
+def is_animation(path: Path) -> bool:
+    """Whether a file is a picture that moves. What is wrong with another one, says who opens it."""
+    with suppress(InputError), open_file(path, "picture") as file, explained(path):
+        image = Image.open(file)
         return image.format in ANIMATIONS and getattr(image, "is_animated", False)
+    return False
 
 
 def video_of(frames: Sequence[Image.Image], fps: float) -> Video:

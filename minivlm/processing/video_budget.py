@@ -52,8 +52,8 @@ class VideoBudget:
         Raises InputError: as `frame_count`.
         """
         even = even_frames(video.times, video.seconds)
-        limits = self.fps, self.min_frames, self.max_frames
-        count = frame_count(len(even), len(even) / video.seconds, *limits)
+        rate = round(len(even) / video.seconds, 9)  # 29.999999999999996 would lose two frames
+        count = frame_count(len(even), rate, self.fps, self.min_frames, self.max_frames)
         return [even[place] for place in spread_frames(len(even), count)]
 
     def dropped(self, video: Video) -> str | None:

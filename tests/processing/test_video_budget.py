@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ def test_how_many_frames(frames: int, fps: float, count: int):
     assert chosen == sorted(set(chosen))
     assert chosen[0] == 0
     assert count == 1 or chosen[-1] == frames - 1  # both ends are seen
+
+
+def test_roundings_of_times_lose_no_frames():
+    for seconds in (math.nextafter(10, 0), 10, math.nextafter(10, 11)):
+        assert len(VideoBudget().choose(replace(film(300, 30.0), seconds=seconds))) == 20
 
 
 def test_which_frames():
