@@ -76,7 +76,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-PAIR = ContrastiveConfig("lit", steps=600, batch_size=48)  # MAGiC's towers: as many steps, as many pictures
+PAIR = ContrastiveConfig("lit", steps=1500, batch_size=48)  # MAGiC's towers: as many steps, as many pictures
 
 Result = dict[str, Any]
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from minivlm.training.loop import Loop, read_log
+from minivlm.training.muon import Muon
 from minivlm.training.recipe import TrainingConfig
 
 CONFIG = TrainingConfig(
@@ -58,10 +59,10 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 
 def stop_in_step(number: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
     """Raise in the middle of the update of a step (from 1), when some weights have changed."""
-    step = torch.optim.Muon.step
+    step = Muon.step
     calls = 0
 
-    def stopping(optimizer: torch.optim.Muon, *args: Any) -> Any:
+    def stopping(optimizer: Muon, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         result = step(optimizer, *args)
@@ -69,7 +70,7 @@ def stop_in_step(number: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseE
             raise error
         return result
 
-    monkeypatch.setattr(torch.optim.Muon, "step", stopping)
+    monkeypatch.setattr(Muon, "step", stopping)
 
 
 def step_of(folder: Path) -> int:

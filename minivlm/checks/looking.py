@@ -22,36 +22,37 @@ PARTS = {"attention": "self_attn", "mlp": "mlp"}
 
 # What the shipped model does when a wire is cut, and why.
 CUTS = {
-    "writer - picture": (
+    "writer - picture, layer 2": (
+        "most",
+        "this is where most of the answers get their color from, as the pointing game of section 5 says",
+    ),
+    "writer - picture, layers 1, 3 and 4": (
         "few",
-        "a row of attention has to sum to 1, and most of what the writer sees there is empty ground: much "
-        "attention is no sign of much information",
+        "a row of attention has to sum to 1, and in layer 3 most of what the writer sees there is empty "
+        "ground: much attention is no sign of much information",
     ),
-    "SHAPE - picture": (
+    "SHAPE - picture, layer 1": (
         "few",
-        "it points at things, but at the right one no more often than at any other, and nobody reads from it "
-        "what it saw there",
+        "it points at a thing in every picture, but the answer does not need what it saw there",
     ),
-    "color - picture": (
-        "most",
-        "this is where the color of the right thing comes from, as the pointing game of section 5 says",
+    "color - picture, all layers": (
+        "few",
+        "the word says what is asked for, and the color itself need not pass through it: it hardly ever "
+        "points at the thing",
     ),
-    "color - SHAPE": (
-        "most",
-        "without it, `color` does not know which of the things is meant, and looks at a wrong one",
-    ),
-    "writer - color": (
-        "most",
-        "the writer has the color from this word, to which it gives most of its attention in the last layer",
+    "patches - words, all layers": (
+        "few",
+        "the image tokens have the colors from the tower: they may read the question, but no answer needs "
+        "that",
     ),
 }
 
 LAYERS_OF_CUTS = {  # counted from 0
-    "writer - picture": [1],
-    "SHAPE - picture": [0],
-    "color - picture": [1],
-    "color - SHAPE": [0],
-    "writer - color": [2, 3],
+    "writer - picture, layer 2": [1],
+    "writer - picture, layers 1, 3 and 4": [0, 2, 3],
+    "SHAPE - picture, layer 1": [0],
+    "color - picture, all layers": [0, 1, 2, 3],
+    "patches - words, all layers": [0, 1, 2, 3],
 }
 
 
@@ -298,8 +299,10 @@ def share_changed(model: PaliGemma, processor: Processor, name: str, count: int 
     ][:count]
     inputs = processor([q.picture for q in asked], [q.example.prefix for q in asked])
     image = model.config.vision.num_patches
-    places = {"picture": slice(0, image), "color": image + 2, "SHAPE": image + 5, "writer": image + 7}
-    looks, seen = (places[word] for word in name.split(" - "))
+    picture, words = slice(0, image), slice(image, image + 8)
+    places: dict[str, slice | int] = {"picture": picture, "patches": picture, "words": words}
+    places |= {"color": image + 2, "SHAPE": image + 5, "writer": image + 7}
+    looks, seen = (places[word] for word in name.split(",")[0].split(" - "))
 
     def blinded(block: nn.Module, arguments: Any) -> Any:
         x, bias, *others = arguments
@@ -353,7 +356,7 @@ def expected_cuts(
                 else "This model found another way than the one we know"
             ),
         )
-    right("two of the most striking pictures belong to wires that carry nothing; only a cut could tell.")
+    right("one cut of five matters. What a map shows may carry nothing; only a cut could tell.")
 
 
 def swapped(answer: Callable[..., Tensor]) -> None:

@@ -119,7 +119,7 @@ def ask(answer: Callable[..., Any]) -> None:
     expect(
         result == "red",
         f"about a red circle, your function answers {result!r} instead of 'red': pass on "
-        "`picture` and `prompt`",
+        "`picture` and `prompt`, and use no others",
     )
     caption = call(answer, model, processor, picture, "caption en")
     expect(caption != result, "your function gives the same answer to every prompt: pass `prompt` on")

@@ -30,12 +30,12 @@ class solutions:
 
     @staticmethod
     def predictions() -> dict[str, int | float | str]:
-        """Six predictions about the row `what color is the circle ?` with the answer `pink`."""
+        """Six predictions about the row `what color is the square ?` with the answer `orange`."""
         return {
-            "places": 36 + 8 + 2,  # the picture; <bos>, six words and the newline; pink and <eos>
+            "places": 36 + 8 + 2,  # the picture; <bos>, six words and the newline; orange and <eos>
             "with a loss": 2,
             "reads at the first": "\\n",
-            "reads at the last": "pink",
+            "reads at the last": "orange",
             "with a loss, if padded to 48 places": 2,
             "loss of guessing": 7.4,  # log(1598)
         }
@@ -102,7 +102,7 @@ NEWLINE = ("\n", "\\n", "newline")
 PREDICTED: dict[str, tuple[tuple[int | float | str, ...], str]] = {
     "places": (
         (46,),
-        "count the 36 tokens of the picture, <bos>, six words, the newline, and then pink and <eos>",
+        "count the 36 tokens of the picture, <bos>, six words, the newline, and then orange and <eos>",
     ),
     "with a loss": (
         (2,),
@@ -111,11 +111,11 @@ PREDICTED: dict[str, tuple[tuple[int | float | str, ...], str]] = {
     ),
     "reads at the first": (
         NEWLINE,
-        "a place is asked for the token after it, so pink has its loss where the last token of the prompt "
+        "a place is asked for the token after it, so orange has its loss where the last token of the prompt "
         "is read",
     ),
     "reads at the last": (
-        ("pink",),
+        ("orange",),
         "at <eos> nothing more is asked: the last loss is where <eos> has to be said, one place before it",
     ),
     "with a loss, if padded to 48 places": (

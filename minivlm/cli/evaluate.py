@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # Of `minivlm.evaluation.columns`, whose import takes seconds.
 COLUMNS = (
-    "held_out", "unseen_pairs", "other_grays", "turned", "jpeg", "matplotlib", "browser", "text_only",
+    "held_out", "unseen_pairs", "other_grays", "tinted", "black", "turned", "jpeg", "matplotlib", "browser",
+    "text_only",
 )  # fmt: skip
 
 

@@ -64,13 +64,13 @@ SYSTEMS = {  # the names of `WAYS` in minivlm/training/systems.py
     "flamingo": "gated blocks ask 16 latents, between frozen ones of the language model",
     "llava": "patches inside of a chat, in two stages: first the projector, then the language model, too",
 }
-SYSTEM_RECIPE: shared.Recipe = {  # the fields of `SystemConfig`
+RATES = ("muon_lr", "adamw_lr", "weight_decay")  # of both recipes, with the same defaults
+SYSTEM_RECIPE: shared.Recipe = {  # the other fields of `SystemConfig`
     "with --system": {
         "text_steps": (500, "steps of the language model alone"),
-        "steps": (600, "steps with pictures"),
+        "steps": (1500, "steps with pictures"),
         "text_rows": (96, "rows of a step without pictures"),
         "rows": (48, "rows of a step with pictures"),
-        "lr": (0.003, "peak rate"),
     }
 }
 
@@ -100,7 +100,11 @@ def run(options: argparse.Namespace) -> None:
     if options.system is None:
         shared.refuse(options, others, "is of a system: add --system NAME, or leave it out")
     else:
-        shared.refuse(options, [*own, "bf16"], "is not of a system: leave it out, or --system")
+        shared.refuse(
+            options,
+            [*(name for name in own if name not in RATES), "bf16"],
+            "is not of a system: leave it out, or --system",
+        )
     loop = shared.prepare_loop(options)
     started = time.monotonic()
     if options.system is None:
@@ -111,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         from minivlm.training.systems import SystemConfig, train_system
 
-        config = SystemConfig(**shared.given(options, ["system", "seed", "warmup_steps", *others]))
+        config = SystemConfig(**shared.given(options, ["system", "seed", "warmup_steps", *RATES, *others]))
         train_system(options.out, config, loop=loop)
     measure = command("eval", "--model", options.out)
     shared.print_end(started, options.out, f"Measure it:\n  {measure}")

@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
-from minivlm.world.augmentations import as_jpeg, on_gray, turned
+from minivlm.world.augmentations import as_jpeg, on_gray, on_tint, turned
 from minivlm.world.renderers import draw_with_browser, draw_with_matplotlib
 from minivlm.world.scenes import Scene, Split
 
@@ -58,6 +58,8 @@ COLUMNS = {
     "held_out": Column("held-out scenes"),
     "unseen_pairs": Column("unseen pairs", split="unseen"),
     "other_grays": Column("other grays", change=partial(on_gray, least=40, below=161)),
+    "tinted": Column("tinted grounds", change=on_tint),
+    "black": Column("on black", change=partial(on_gray, least=0, below=1)),
     "turned": Column("turned", change=partial(turned, degrees=15)),
     "jpeg": Column("JPEG", draw=draw_jpegs),
     "matplotlib": Column("matplotlib", draw=draw_with_matplotlib),

@@ -78,9 +78,11 @@ def draw_heads(distances: Tensor, entropies: Tensor, even_distance: float, even_
             range(1, len(values) + 1), values.mean(dim=1).tolist(), color="tab:blue", lw=1, label="mean"
         )
         axis.axhline(limit, color="gray", linestyle=":", label="looking everywhere alike")
-        axis.set(xlabel="layer of the image tower", ylabel=label, ylim=(0, 1.1 * limit))
+        top = max(limit, float(values.max()))
+        axis.set(xlabel="layer of the image tower", ylabel=label, ylim=(0, 1.1 * top))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=8)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

@@ -111,6 +111,7 @@ class LlavaConfig:
         require_system(values, "llava")
         expect(values, "config.json", "projector_hidden_act", "gelu")
         expect(values, "config.json", "multimodal_projector_bias", True)
+        expect(values, "config.json", "mm_projector_type", "mlp2x_gelu")  # what the original program calls it
         text = dict(part_of(values, "text_config"))
         # In transformers, the head is tied if either of two places says so.
         tied = "tie_word_embeddings"
@@ -234,6 +235,16 @@ class Llava(Writes):
 
         Raises ValueError: rows that `check_rows` refuses.
         """
+        return self.output(self.hidden_states(input_ids, pixel_values, attention_mask), labels)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What the scores of `forward` are made of, [B, S, D]."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         check_rows(input_ids, attention_mask, None)
@@ -242,7 +253,7 @@ class Llava(Writes):
         is_real = attention_mask.bool()
         position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
         mask = masks.causal(position_ids, position_ids) & masks.padding(is_real)
-        return self.output(self.language_model(inputs_embeds, position_ids, mask[:, None]), labels)
+        return self.language_model(inputs_embeds, position_ids, mask[:, None])
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., D] -> scores [..., V]."""

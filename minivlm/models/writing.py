@@ -67,6 +67,15 @@ class Writes(nn.Module):
         logits = self.logits(hidden_states)
         return WritingOutput(logits, None if labels is None else next_token_loss(logits, labels))
 
+    def loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """The loss of `output` alone, without the scores of places whose next token has no label.
+
+        hidden_states [B, S, D], labels [B, S]. A picture's places and a prompt's are most of a row.
+        """
+        following = labels[:, 1:]
+        wanted = following != -100
+        return F.cross_entropy(self.logits(hidden_states[:, :-1][wanted]).float(), following[wanted])
+
     def generate(self, input_ids: Tensor, max_new_tokens: int = 64, **kwargs: Any) -> Tensor:
         """New tokens only, [B, n], padded after each row's end. Arguments as in `minivlm.generate.stream`."""
         return generate(self, input_ids, max_new_tokens=max_new_tokens, **self._limits(), **kwargs)

@@ -32,6 +32,7 @@ from minivlm.evaluation import evaluate
 from minivlm.models.paligemma import PaliGemma
 from minivlm.training.limits import require_room
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.muon import Muon
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.recipe import TrainingConfig, build
@@ -80,7 +81,7 @@ class Run(Trainable):
         self.soft.bells = self.soft.bells.to(self.device)
         groups = parameter_groups(self.masters)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(groups["muon"], lr=config.muon_lr, weight_decay=config.weight_decay),
+            "muon": Muon(groups["muon"], lr=config.muon_lr, weight_decay=config.weight_decay),
             "adamw": torch.optim.AdamW(
                 groups["adamw"], lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
             ),

@@ -32,6 +32,7 @@ from minivlm.processing import LlavaProcessor
 from minivlm.processing.inputs import Inputs, to_device
 from minivlm.training.limits import check_numbers, check_warmup
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.muon import Muon
 from minivlm.training.schedule import warm_up_then_fall
 from minivlm.training.ways import WAYS, System, SystemProcessor, build
 from minivlm.vision.siglip import SiglipVisionModel
@@ -53,10 +54,12 @@ class SystemConfig:
     system: str
     seed: int = 0
     text_steps: int = 500  # of the language model alone
-    steps: int = 600  # with pictures
+    steps: int = 1500  # with pictures
     text_rows: int = 96  # of a step
     rows: int = 48
-    lr: float = 3e-3
+    muon_lr: float = 0.02  # peak rate of the matrices of linear layers
+    adamw_lr: float = 3e-3  # peak rate of everything else
+    weight_decay: float = 0.02  # of these matrices
     warmup_steps: int = 100
 
     def __post_init__(self) -> None:
@@ -126,14 +129,23 @@ class SystemRun(Trainable):
         self.masters = self.working = self.model.to(device)
         learns = {"text": ("language_model.",), "align": self.way.aligns, "pictures": self.way.learns}
         self.parts = {stage: self._weights(learns[stage]) for stage, steps in config.stages.items() if steps}
-        self.optimizers = {
-            stage: torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
-            for stage, weights in self.parts.items()
-        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for stage, weights in self.parts.items():
+            matrices, others = self._divided(weights)
+            self.optimizers[f"{stage}_muon"] = Muon(
+                matrices, lr=config.muon_lr, weight_decay=config.weight_decay
+            )
+            self.optimizers[f"{stage}_adamw"] = torch.optim.AdamW(
+                others, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0
+            )
 
     def _weights(self, beginnings: tuple[str, ...]) -> list[nn.Parameter]:
-        """Those of the language model on its own lack what a way puts into its blocks."""
         return [weight for name, weight in self.model.named_parameters() if name.startswith(beginnings)]
+
+    def _divided(self, weights: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The matrices of linear layers, and everything else, as in the recipe of the shipped model."""
+        linear = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Linear)}
+        return [w for w in weights if id(w) in linear], [w for w in weights if id(w) not in linear]
 
     @property
     def total_steps(self) -> int:
@@ -198,14 +210,17 @@ class SystemRun(Trainable):
         loss.backward()
         self.check_finite("the gradient", nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM).item())
         factor = warm_up_then_fall(step, steps, min(config.warmup_steps, max(steps // 4, 1)))
-        for of_stage, optimizer in self.optimizers.items():
-            optimizer.param_groups[0]["lr"] = config.lr * factor if of_stage == stage else 0.0
-        self.optimizers[stage].step()
+        for kind, optimizer in self.optimizers.items():
+            peak = config.muon_lr if kind.endswith("_muon") else config.adamw_lr
+            optimizer.param_groups[0]["lr"] = peak * factor if kind.startswith(f"{stage}_") else 0.0
+        for kind in ("muon", "adamw"):
+            self.optimizers[f"{stage}_{kind}"].step()
         self.step += 1
         return {name: loss.item()}
 
     def advice(self) -> str:
-        return f"try a lower learning rate in a new folder, such as --lr {self.config.lr / 2:g}"
+        lower = f"--muon-lr {self.config.muon_lr / 2:g} --adamw-lr {self.config.adamw_lr / 2:g}"
+        return f"try lower learning rates in a new folder, such as {lower}"
 
     def measure(self) -> dict[str, float]:
         """How well the language model knows the text without a picture, and answers to held-out scenes."""

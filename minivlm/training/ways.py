@@ -80,16 +80,17 @@ def masked_word_loss(encoder: BertEncoder, inputs: Inputs, generator: Generator,
 # What is learned from pictures
 
 
-def answer_loss(model: System, inputs: Inputs, generator: Generator) -> Tensor:
+def answer_loss(model: Miniature | Llava, inputs: Inputs, generator: Generator) -> Tensor:
     """Mean cross-entropy of the answers' words: what most ways learn from."""
-    loss = model(**inputs).loss
-    assert loss is not None
-    return loss
+    labels = inputs["labels"]
+    return model.loss(model.hidden_states(**{k: v for k, v in inputs.items() if k != "labels"}), labels)
 
 
 def one_word_loss(model: VisualBERT, inputs: Inputs, generator: Generator) -> Tensor:
     """Of one word of each answer, since each takes a reading of its own."""
-    return answer_loss(model, inputs | {"labels": one_word_each(inputs["labels"], generator)}, generator)
+    loss = model(**inputs | {"labels": one_word_each(inputs["labels"], generator)}).loss
+    assert loss is not None
+    return loss
 
 
 def moved_spans_loss(model: CM3, inputs: Inputs, generator: Generator) -> Tensor:
@@ -97,14 +98,12 @@ def moved_spans_loss(model: CM3, inputs: Inputs, generator: Generator) -> Tensor
     rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
     moved = [causally_masked(ids[is_real], model.config, generator) for ids, is_real in rows]
     pad = partial(pad_sequence, batch_first=True)
-    output = model(
+    hidden = model.hidden_states(
         input_ids=pad([ids for ids, _ in moved], padding_value=model.config.pad_token_id),
         pixel_values=inputs["pixel_values"],
         attention_mask=pad([torch.ones_like(ids) for ids, _ in moved]),
-        labels=pad([labels for _, labels in moved], padding_value=IGNORE),
     )
-    assert output.loss is not None
-    return output.loss
+    return model.loss(hidden, pad([labels for _, labels in moved], padding_value=IGNORE))
 
 
 # The language models

@@ -1,4 +1,4 @@
-"""CLIP's other image tower: a ResNet with attention pooling (https://arxiv.org/abs/2103.00020, section 2.3).
+"""CLIP's other image tower: a ResNet with attention pooling (https://arxiv.org/abs/2103.00020, section 2.4).
 
 Five of the image towers that CLIP compared are convolutional (RN50, RN101, RN50x4, x16, x64). Differences
 from the ResNet that ImageNet knows (https://arxiv.org/abs/1512.03385):

@@ -11,6 +11,7 @@ Rotating a thing changes its box and its outline, so scenes are varied before qu
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,10 @@ from minivlm.world.scenes import Scene
 
 PLAIN_SHARE = 0.5  # fraction of training pictures that stay as they are
 MOST_DEGREES = 20  # largest rotation of a thing in training
-GRAYS = (40, 251)  # of the background in training; `make_scene` starts at 165
+GRAYS = (0, 251)  # of the background in training; `make_scene` starts at 165
+TINTED = (60, 251)  # the gray level that a tint changes
+STRONGEST_TINT = 60  # in each of red, green and blue
+APART = 75.0  # distance of a tinted background from the color of every thing on it
 FILTERS = (
     Image.Resampling.BOX,
     Image.Resampling.BILINEAR,
@@ -33,6 +37,15 @@ FILTERS = (
 def on_gray(scene: Scene, rng: np.random.Generator, least: int, below: int) -> Scene:
     """The scene on another background: a gray level from `least` to `below` - 1."""
     return replace(scene, background=int(rng.integers(least, below)))
+
+
+def on_tint(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene on a colored background, such as beige or pale green, that no thing blends into."""
+    while True:
+        red, green, blue = rng.integers(-STRONGEST_TINT, STRONGEST_TINT + 1, size=3).tolist()
+        other = replace(on_gray(scene, rng, *TINTED), tint=(red, green, blue))
+        if all(math.dist(other.ground, thing.rgb) >= APART for thing in scene.things):
+            return other
 
 
 def turned(scene: Scene, rng: np.random.Generator, degrees: int) -> Scene:
@@ -50,9 +63,9 @@ def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
 
 
 def varied(scene: Scene, rng: np.random.Generator) -> Scene:
-    """For training: another background half of the time, rotated things half of the time."""
+    """For training: another background half of the time (gray or tinted), rotated things half of the time."""
     if rng.random() < 0.5:
-        scene = on_gray(scene, rng, *GRAYS)
+        scene = on_gray(scene, rng, *GRAYS) if rng.random() < 0.5 else on_tint(scene, rng)
     if rng.random() < 0.5:
         scene = turned(scene, rng, MOST_DEGREES)
     return scene

@@ -60,7 +60,7 @@ def draw_with_matplotlib(scenes: Sequence[Scene], pixels: int = 64) -> list[Imag
         axes.set(xlim=(0, scene.width), ylim=(height * scene.width / pixels, 0))  # y points down
         patches = [axes.add_patch(_patch(thing)) for thing in scene.things]
         file = io.BytesIO()
-        figure.savefig(file, format="rgba", dpi=1, facecolor=_hex((scene.background,) * 3))
+        figure.savefig(file, format="rgba", dpi=1, facecolor=_hex(scene.ground))
         rgba = np.frombuffer(file.getvalue(), dtype=np.uint8).reshape(height, pixels, 4)
         pictures.append(_with_noise(rgba[..., :3], scene))
         for patch in patches:
@@ -128,7 +128,7 @@ def as_html(scenes: Sequence[Scene], pixels: int) -> str:
             f'<svg viewBox="0 0 {scene.width:g} {height * scene.width / pixels:g}" '
             f'width="{pixels}" height="{height}" '
             f'style="position:absolute;left:{column * pixels}px;top:{row * high}px;'
-            f'background:{_hex((scene.background,) * 3)}">{shapes}</svg>'
+            f'background:{_hex(scene.ground)}">{shapes}</svg>'
         )
     return f'<!doctype html><html><body style="margin:0">{"".join(cells)}</body></html>'
 
@@ -189,7 +189,7 @@ def _refusal(browser: str, what: str) -> InputError:
 
 def _with_noise(picture: np.ndarray, scene: Scene) -> Image.Image:
     """A picture [height, width, 3] with the noise that `Scene.draw` adds to an empty background."""
-    ground = replace(scene, things=(), background=128)
+    ground = replace(scene, things=(), background=128, tint=(0, 0, 0))
     noise = np.asarray(ground.draw(picture.shape[1]), dtype=np.int64) - 128
     return Image.fromarray((picture + noise).clip(0, 255).astype(np.uint8))
 

@@ -1,9 +1,9 @@
 """The drawn world: pictures of colored shapes, about which everything is known.
 
-A scene is one to five things on a gray, slightly noisy background. Because we drew it, we know everything
-about it: an exact caption, the boxes and outlines of its things, and what lies under each patch. Scenes are
-generated on the fly from a random generator, so a seed is a data set, and nothing has to be stored. Questions
-about scenes are in questions.py, other ways to draw them in augmentations.py.
+A scene is one to five things on a plain, slightly noisy background, gray unless it is tinted. Because we drew
+it, we know everything about it: an exact caption, the boxes and outlines of its things, and what lies under
+each patch. Scenes are generated on the fly from a random generator, so a seed is a data set, and nothing has
+to be stored. Questions about scenes are in questions.py, other ways to draw them in augmentations.py.
 
 Some pairs of color and shape (`HELD_OUT_PAIRS`) never occur in training scenes or training questions. A
 model that knows red circles and blue squares should recognize a red square: the split "unseen" tests this.
@@ -37,7 +37,18 @@ COLORS = {
     "pink": (248, 140, 195),
 }
 SIZES = {"small": (6.5, 8.0), "medium": (9.5, 11.0), "large": (13.0, 15.0)}  # radius in units
-HELD_OUT_PAIRS = frozenset({("red", "square"), ("blue", "star"), ("yellow", "circle"), ("green", "triangle")})
+HELD_OUT_PAIRS = frozenset(  # every color once and every shape twice, so that neither gives the other away
+    {
+        ("yellow", "circle"),
+        ("cyan", "circle"),
+        ("red", "square"),
+        ("purple", "square"),
+        ("green", "triangle"),
+        ("pink", "triangle"),
+        ("orange", "star"),
+        ("blue", "star"),
+    }
+)
 
 Split = Literal["train", "test", "unseen"]
 
@@ -110,7 +121,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things from left to right on a gray background."""
+    """Things from left to right on a plain background."""
 
     things: tuple[Thing, ...]
     background: int  # gray level
@@ -119,6 +130,13 @@ class Scene:
     unseen_pairs: bool = False  # whether questions may name pairs that are held out from training
     width: float = WORLD  # of the picture, in units
     height: float = WORLD
+    tint: tuple[int, int, int] = (0, 0, 0)  # added to red, green and blue of the background
+
+    @property
+    def ground(self) -> tuple[int, int, int]:
+        """The color of the background."""
+        red, green, blue = (min(max(self.background + more, 0), 255) for more in self.tint)
+        return red, green, blue
 
     def draw(
         self, pixels: int = 64, reducing: Image.Resampling = Image.Resampling.BOX, supersampling: int = 4
@@ -129,7 +147,7 @@ class Scene:
         """
         rows = round(pixels * self.height / self.width)
         big = (pixels * supersampling, rows * supersampling)
-        picture = Image.new("RGB", big, (self.background,) * 3)
+        picture = Image.new("RGB", big, self.ground)
         for thing in self.things:
             thing.paint(picture, thing.rgb, self.width)
         picture = picture.resize((pixels, rows), reducing)

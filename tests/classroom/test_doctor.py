@@ -26,7 +26,7 @@ def test_this_machine_has_a_kernel_and_a_model() -> None:
     for finding in (doctor.python(), doctor.kernel(), doctor.model()):
         assert finding.ok, finding
     assert doctor.kernel().found == "python3 starts, and is this Python"
-    assert doctor.model().found == "what color is the star? cyan"
+    assert doctor.model().found == "what color is the triangle? blue"
 
 
 def test_output_and_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,11 +166,11 @@ def test_memory_is_that_of_this_process() -> None:
 def test_a_model_that_answers_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def load() -> Any:
         model, processor = real()
-        monkeypatch.setattr(type(processor), "decode", lambda *_: ["blue"])
+        monkeypatch.setattr(type(processor), "decode", lambda *_: ["red"])
         return model, processor
 
     real = doctor.load_answering
     monkeypatch.setattr(doctor, "load_answering", load)
     finding = doctor.model()
-    assert finding.found == "what color is the star? blue"
-    assert "the answer is 'cyan'" in finding.advice
+    assert finding.found == "what color is the triangle? red"
+    assert "the answer is 'blue'" in finding.advice

@@ -593,14 +593,14 @@ def converse(*lines: bytes, arguments: Sequence[str | Path]) -> tuple[str, int]:
 
 def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     """The picture stays, prompts come, a mistake does not end it, Ctrl-D does."""
-    lines = (b"detect cyan star\n", b"\n", b"x " * 600 + b"\n", b"what color is the star?\n", b"\x04")
+    lines = (b"detect cyan star\n", b"\n", b"x " * 600 + b"\n", b"what color is the triangle?\n", b"\x04")
     shown, code = converse(*lines, arguments=["figures/samples/scene_1.png", "--draw", tmp_path / "a.png"])
     assert code == 0
     assert "Ask about the picture. Ctrl-D ends." in shown
-    assert "<loc0483><loc0748><loc0673><loc0955> cyan star\n  cyan star: [" in shown
+    assert "<loc0482><loc0748><loc0677><loc0952> cyan star\n  cyan star: [" in shown
     assert "minivlm: error: " in shown
     assert "shorten the prompt" in shown
-    assert "what color is the star?\ncyan\n" in shown
+    assert "what color is the triangle?\nblue\n" in shown
     assert "scene_1.png |" not in shown
     assert (tmp_path / "a.png").exists()
 

@@ -145,9 +145,15 @@ def test_columns_look_as_they_are_called(asked: dict[str, list[Question]]) -> No
     assert 150 < max(grounds) <= 160
     angles = [thing.angle for q in asked["turned"] for thing in q.scene.things]
     assert (min(angles), max(angles)) == (-15, 15)
+    assert {q.scene.ground for q in asked["black"]} == {(0, 0, 0)}
+    assert len({q.scene.ground for q in asked["tinted"]}) == len(
+        {q.scene.noise_seed for q in asked["tinted"]}
+    )
     for name, questions in asked.items():
-        assert name == "other_grays" or all(q.scene.background >= 165 for q in questions)
-    for name in ("held_out", "unseen_pairs", "other_grays", "turned", "text_only"):
+        if name not in ("other_grays", "tinted", "black"):
+            assert all(q.scene.background >= 165 for q in questions)
+        assert name == "tinted" or not any(any(q.scene.tint) for q in questions)
+    for name in ("held_out", "unseen_pairs", "other_grays", "tinted", "black", "turned", "text_only"):
         assert all(q.picture.tobytes() == q.scene.draw(64).tobytes() for q in asked[name][::25])
     scenes = [q.scene for q in asked["matplotlib"][::25]]
     drawn = draw_with_matplotlib(scenes, 64)
@@ -221,11 +227,13 @@ def metrics(value: float, majority: float = 0.25, cases: int = 3) -> dict[str, M
 def test_the_table_as_text() -> None:
     table = {name: metrics(number / 10, 0.25 + number) for number, name in enumerate(COLUMNS)}
     assert as_text(table).splitlines() == [
-        "| | held-out scenes | unseen pairs | other grays | turned | JPEG | matplotlib | browser | majority "
-        "| text only | cases |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        "| color | 0.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 | 0.600 | 0.250 | 0.700 | 3 |",
-        "| mask mean IoU | 0.000 | 0.050 | 0.100 | 0.150 | 0.200 | 0.250 | 0.300 | 0.125 | 0.350 | 7 |",
+        "| | held-out scenes | unseen pairs | other grays | tinted grounds | on black | turned | JPEG "
+        "| matplotlib | browser | majority | text only | cases |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| color | 0.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 | 0.600 | 0.700 | 0.800 | 0.250 "
+        "| 0.900 | 3 |",
+        "| mask mean IoU | 0.000 | 0.050 | 0.100 | 0.150 | 0.200 | 0.250 | 0.300 | 0.350 | 0.400 | 0.125 "
+        "| 0.450 | 7 |",
     ]
 
 

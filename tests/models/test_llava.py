@@ -239,6 +239,7 @@ def _generated(folder: Path) -> Tensor:
         ("config.json", {"vision_feature_layer": [-2, -1]}, "vision_feature_layer is"),
         ("config.json", {"projector_hidden_act": "relu"}, "projector_hidden_act = 'relu'; only 'gelu'"),
         ("config.json", {"multimodal_projector_bias": False}, "multimodal_projector_bias = False; only True"),
+        ("config.json", {"mm_projector_type": "linear"}, "mm_projector_type = 'linear'; only 'mlp2x_gelu'"),
         ("config.json", {"vision_feature_select_strategy": "full"}, "image tokens is 5 in config.json and 4"),
         ("processor_config.json", {"patch_size": 7}, "the number of image tokens is 4 in config.json and 16"),
         ("text", {"vocab_size": 300}, "has the id .* but the model knows only 300 tokens"),

@@ -26,6 +26,7 @@ from minivlm.processing import Processor
 from minivlm.processing.boxes import NUM_BINS
 from minivlm.training import scratch
 from minivlm.training.loop import Diverged, Loop
+from minivlm.training.muon import Muon
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.training.recipe import TrainingConfig, build
 from minivlm.training.scratch import Run, train
@@ -254,14 +255,14 @@ def test_the_review_asks_more_about_relations_with_rates_that_start_once_more() 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(replace(CONFIG, clip=0.01))
     norms = []
-    step = torch.optim.Muon.step
+    step = Muon.step
 
-    def spy(optimizer: torch.optim.Muon) -> Any:
+    def spy(optimizer: Muon) -> Any:
         gradients = [p.grad.flatten() for p in run.masters.parameters() if p.grad is not None]
         norms.append(float(torch.cat(gradients).norm()))
         return step(optimizer)
 
-    monkeypatch.setattr(torch.optim.Muon, "step", spy)
+    monkeypatch.setattr(Muon, "step", spy)
     for batch in run.batches():
         run.advance(batch)
     assert norms == pytest.approx([0.01] * CONFIG.total_steps, rel=1e-3)

@@ -11,7 +11,7 @@ from small_run import assert_same_end
 from torch import Tensor
 
 from minivlm.cli import main
-from minivlm.cli.train import SYSTEM_RECIPE, SYSTEMS
+from minivlm.cli.train import RATES, RECIPE, SYSTEM_RECIPE, SYSTEMS
 from minivlm.errors import InputError
 from minivlm.models.load import load
 from minivlm.training.loop import Loop
@@ -70,6 +70,29 @@ def test_only_what_should_learn_does(name: str) -> None:
         assert all(key.startswith(learns) for key in moved)
         assert name == "simvlm" or not any(key.startswith("vision_tower.") for key in moved)
         before = {key: tensor.clone() for key, tensor in run.model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("visualbert", "cm3")])
+def test_the_loss_is_that_of_all_scores(name: str) -> None:
+    """Training leaves out the scores of words that it does not learn."""
+    run = SystemRun(replace(SMALL, system=name, text_steps=0), workers=0)
+    batch = next(run.batches())
+    assert (batch["labels"] == -100).any()
+    run.model.eval()  # a stem's norms take the statistics of a batch while they learn
+    loss = WAYS[name].loss(run.model, batch, torch.Generator())
+    torch.testing.assert_close(loss, run.model(**batch).loss, rtol=1e-6, atol=0)
+
+
+def test_muon_has_the_matrices_of_linear_layers() -> None:
+    run = SystemRun(replace(SMALL, system="flamingo"), workers=0)
+    names = {id(weight): name for name, weight in run.model.named_parameters()}
+    by_muon, by_adamw = (
+        {names[id(weight)] for weight in run.optimizers[f"pictures_{kind}"].param_groups[0]["params"]}
+        for kind in ("muon", "adamw")
+    )
+    assert by_muon | by_adamw == {name for name in names.values() if name.startswith(run.way.learns)}
+    assert "gated_cross_attn_layers.0.attn.to_q.weight" in by_muon
+    assert {"perceiver.latents", "gated_cross_attn_layers.0.attn_gate"} <= by_adamw
 
 
 def test_no_question_is_about_masks() -> None:
@@ -168,6 +191,8 @@ def test_the_command_names_every_system_and_number() -> None:
     assert {name: way.about for name, way in WAYS.items()} == SYSTEMS
     for name, (default, _) in SYSTEM_RECIPE["with --system"].items():
         assert getattr(SystemConfig("clipcap"), name) == default
+    both = {name: default for numbers in RECIPE.values() for name, (default, _) in numbers.items()}
+    assert all(getattr(SystemConfig("clipcap"), name) == both[name] for name in RATES)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +201,7 @@ def test_the_command_names_every_system_and_number() -> None:
         (["--steps", "3"], "--steps is of a system: add --system NAME, or leave it out"),
         (["--system", "clipcap", "--tower-width", "8"], "--tower-width is not of a system: leave it out"),
         (["--system", "clipcap", "--bf16"], "--bf16 is not of a system"),
-        (["--system", "clipcap", "--lr", "0"], "lr is 0.0"),
+        (["--system", "clipcap", "--muon-lr", "0"], "muon_lr is 0.0"),
     ],
 )
 def test_options_that_do_not_belong_together(

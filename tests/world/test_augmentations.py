@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,15 @@ import pytest
 from PIL import Image
 
 from minivlm.world.augmentations import (
+    APART,
     FILTERS,
     GRAYS,
     MOST_DEGREES,
+    STRONGEST_TINT,
     as_jpeg,
     as_photographed,
     on_gray,
+    on_tint,
     turned,
     varied,
 )
@@ -57,6 +61,19 @@ def test_another_ground_changes_nothing_but_the_ground() -> None:
     assert [replace(o, background=s.background) for o, s in zip(others, PLAIN, strict=True)] == PLAIN
 
 
+def test_a_tinted_ground_has_a_color_that_no_thing_blends_into() -> None:
+    rng = np.random.default_rng(0)
+    others = [on_tint(scene, rng) for scene in PLAIN * 10]
+    for scene, other in zip(PLAIN * 10, others, strict=True):
+        assert replace(other, background=scene.background, tint=(0, 0, 0)) == scene
+        assert all(math.dist(other.ground, thing.rgb) >= APART for thing in other.things)
+        assert other.draw(64).getpixel((0, 0)) == pytest.approx(other.ground, abs=5 * other.noise + 1)
+    tints = np.array([other.tint for other in others])
+    assert tints.min() == -STRONGEST_TINT
+    assert tints.max() == STRONGEST_TINT
+    assert np.abs(tints.mean(axis=0)).max() < 5  # no color is preferred
+
+
 def test_turning_changes_nothing_but_angles() -> None:
     rng = np.random.default_rng(0)
     others = [turned(scene, rng, 15) for scene in PLAIN]
@@ -94,10 +111,13 @@ def test_half_of_the_varied_scenes_are_turned_and_half_have_another_ground() -> 
     others = [varied(scene, np.random.default_rng(seed)) for seed, scene in enumerate(PLAIN * 5)]
     pairs = list(zip(PLAIN * 5, others, strict=True))
     is_turned = [any(thing.angle for thing in other.things) for _, other in pairs]
-    is_gray = [scene.background != other.background for scene, other in pairs]
+    is_tinted = [other.tint != (0, 0, 0) for _, other in pairs]
+    is_gray = [scene.background != other.background and other.tint == (0, 0, 0) for scene, other in pairs]
+    has_other = np.logical_or(is_tinted, is_gray)
     assert 0.4 < np.mean(is_turned) < 0.55
-    assert 0.4 < np.mean(is_gray) < 0.55
-    assert 0.15 < np.mean(np.logical_and(is_turned, is_gray)) < 0.35
+    assert 0.4 < np.mean(has_other) < 0.55
+    assert 0.15 < np.mean(is_tinted) < 0.35
+    assert 0.15 < np.mean(np.logical_and(is_turned, has_other)) < 0.35
     grounds = [other.background for (_, other), gray in zip(pairs, is_gray, strict=True) if gray]
     assert GRAYS[0] <= min(grounds) < GRAYS[0] + 5
     assert GRAYS[1] - 5 < max(grounds) < GRAYS[1]

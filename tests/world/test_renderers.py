@@ -117,12 +117,12 @@ def test_nothing_is_moved_and_nothing_grows(draw: Draw) -> None:
 def test_colors_are_exact(draw: Draw) -> None:
     """In the center of each thing and on each background, dark ones too."""
     batch = [
-        Scene((Thing("circle", color, "large", 32, 32, 14, rgb),), background, 0.0, 0)
+        Scene((Thing("circle", color, "large", 32, 32, 14, rgb),), background, 0.0, 0, tint=(9, 0, -7))
         for (color, rgb), background in zip(COLORS.items(), range(40, 250, 27), strict=True)
     ]
     for scene, picture in zip(batch, draw(batch, 64), strict=True):
         assert picture.getpixel((32, 32)) == scene.things[0].rgb
-        assert picture.getpixel((2, 61)) == (scene.background,) * 3
+        assert picture.getpixel((2, 61)) == (scene.background + 9, scene.background, scene.background - 7)
 
 
 @pytest.mark.parametrize("draw", RENDERERS)

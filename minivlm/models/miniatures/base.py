@@ -161,11 +161,23 @@ class Miniature(Writes):
 
         Raises ValueError: rows that `check_rows` refuses.
         """
+        return self.output(
+            self.hidden_states(input_ids, pixel_values, attention_mask, token_type_ids), labels
+        )
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What the scores of `forward` are made of, [B, S, D]."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         check_rows(input_ids, attention_mask, token_type_ids)
         image = self.encode_images(input_ids, pixel_values)
-        return self.output(self.read(input_ids, attention_mask, image), labels)
+        return self.read(input_ids, attention_mask, image)
 
     def prefill(
         self,

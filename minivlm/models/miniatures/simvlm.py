@@ -33,7 +33,6 @@ from minivlm.attention import additive
 from minivlm.cache import KVCache
 from minivlm.configs import check_types
 from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
-from minivlm.models.writing import WritingOutput
 from minivlm.processing.inputs import check_rows
 from minivlm.text.gpt2 import GPT2Config
 from minivlm.vision.conv_stem import ConvStem, ConvStemConfig
@@ -141,14 +140,13 @@ class SimVLM(Miniature):
         """pixel_values [M, C, height, width] -> patches in the decoder's width [M, N, D]."""
         return self.projection(self.patches(pixel_values))
 
-    def forward(
+    def hidden_states(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> WritingOutput:
+    ) -> Tensor:
         """As in `Miniature`; token_type_ids are 0 in the prefix and 1 in the suffix, None: all is prefix."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -157,8 +155,7 @@ class SimVLM(Miniature):
         is_prefix = attention_mask.bool()
         if token_type_ids is not None:
             is_prefix = is_prefix & (token_type_ids == 0)
-        hidden_states = self.read(input_ids, attention_mask, image, prefix_lengths=is_prefix.sum(dim=1))
-        return self.output(hidden_states, labels)
+        return self.read(input_ids, attention_mask, image, prefix_lengths=is_prefix.sum(dim=1))
 
     def read(
         self,
