@@ -14,6 +14,7 @@ Folders are those of https://github.com/deepseek-ai/DeepSeek-VL2; transformers (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -173,7 +174,7 @@ def _vision_from_dict(values: Mapping[str, Any]) -> SiglipVisionConfig:
     found = {"image_size": 384, "patch_size": 16, "width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4}
     found |= {name: values[name] for name in found if values.get(name) is not None}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(f"vision_config has {name} = {value!r}, expected a number: download it again")
     return SiglipVisionConfig(
         hidden_size=found["width"],
@@ -380,9 +381,8 @@ class DeepseekVL2(Writes):
         # A tile's token is at the patch of the whole that shows its middle.
         pixel = config.vision.image_size
         found = same_places(width, height, (columns * pixel, rows * pixel), (pixel, pixel))
-        middles = (
-            (torch.arange(n) * ratio + ratio / 2).clamp(max=side) * config.vision.patch_size
-        ).long() - 1
+        starts = torch.arange(n) * ratio
+        middles = (starts + (starts + ratio).clamp(max=side)) * config.vision.patch_size // 2
         across, down = (
             (axis.view(-1, pixel)[:, middles].flatten() // config.vision.patch_size).clamp(max=side - 1)
             for axis in found
