@@ -14,21 +14,18 @@ Folders are those of https://github.com/deepseek-ai/DeepSeek-VL2; transformers (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
-    TOKENIZER,
     check_vocabulary,
     find_folder,
     read_config,
@@ -39,22 +36,20 @@ from minivlm.checkpoints.layouts import DEEPSEEK_VL2_LAYOUTS
 from minivlm.configs import check_types, expect, part_of, require_system
 from minivlm.errors import InputError
 from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
-from minivlm.processing.deepseek_vl2 import DeepseekVL2Processor, same_places
+from minivlm.processing.deepseek_vl2 import DeepseekVL2Processor
 from minivlm.processing.deepseek_vl2_tiles import arrange_views, candidates
 from minivlm.processing.inputs import Inputs, check_rows
 from minivlm.processing.llava import SETTINGS
 from minivlm.text.deepseek_v2 import DeepseekV2Config, DeepseekV2Decoder
 from minivlm.text.moe import MoEConfig, balancing_loss, record_routing
-from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
-
-SIGLIP_SO400M = SiglipVisionConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
+from minivlm.vision.deepseek_vl2 import (
+    SIGLIP_SO400M,
+    DownsampleProjector,
+    places_of_tokens,
+    tower_from_dict,
+    tower_to_dict,
 )
+from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 
 
 @dataclass(frozen=True)
@@ -86,14 +81,9 @@ class DeepseekVL2Config:
     def __post_init__(self) -> None:
         check_types(self)
 
-    @property
-    def tokens_in_a_row(self) -> int:
-        """Image tokens in a row of a view, and in a column."""
-        return -(-(self.vision.image_size // self.vision.patch_size) // self.downsample_ratio)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DeepseekVL2Config:
-        """From a whole config.json, but for ids that only the tokenizer knows.
+        """From a whole config.json. The tokenizer knows better about ids.
 
         Raises InputError: it describes another system (DeepSeek-OCR's says the same `model_type`), another
         projector, or another layout of tokens.
@@ -112,7 +102,7 @@ class DeepseekVL2Config:
             expect(part, "config.json" if part is values else "projector_config", name, supported)
         if "tile_tag" not in values:
             raise InputError('config.json has no tile_tag: expected "2D", as in DeepSeek-VL2\'s folders')
-        vision = _vision_from_dict(part_of(values, "vision_config"))
+        vision = tower_from_dict(part_of(values, "vision_config"))
         for name, default, needed in (
             ("input_dim", 1152, vision.hidden_size),
             ("n_embed", 2048, text.hidden_size),
@@ -142,16 +132,7 @@ class DeepseekVL2Config:
             "tile_tag": "2D",
             "global_view_pos": "head",
             "candidate_resolutions": [list(size) for size in self.candidate_resolutions],
-            "vision_config": {
-                "model_type": "vision",
-                "image_size": vision.image_size,
-                "patch_size": vision.patch_size,
-                "width": vision.hidden_size,
-                "layers": vision.num_hidden_layers,
-                "heads": vision.num_attention_heads,
-                # A hair more, so that what is rounded down is the right number.
-                "mlp_ratio": (vision.intermediate_size + 1e-3) / vision.hidden_size,
-            },
+            "vision_config": tower_to_dict(vision),
             "projector_config": {
                 "model_type": "mlp_projector",
                 "projector_type": "downsample_mlp_gelu",
@@ -165,47 +146,6 @@ class DeepseekVL2Config:
                 "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
             },
         }
-
-
-def _vision_from_dict(values: Mapping[str, Any]) -> SiglipVisionConfig:
-    """SigLIP's tower in the words of timm. What a file leaves out is as in the original program."""
-    for name, supported in {"global_pool": "map", "ignore_head": True, "class_token": False}.items():
-        expect(values, "vision_config", name, supported)
-    found = {"image_size": 384, "patch_size": 16, "width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4}
-    found |= {name: values[name] for name in found if values.get(name) is not None}
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"vision_config has {name} = {value!r}, expected a number: download it again")
-    return SiglipVisionConfig(
-        hidden_size=found["width"],
-        intermediate_size=int(found["width"] * found["mlp_ratio"]),
-        num_hidden_layers=found["layers"],
-        num_attention_heads=found["heads"],
-        image_size=found["image_size"],
-        patch_size=found["patch_size"],
-    )
-
-
-class DownsampleProjector(nn.Module):
-    """Joins squares of patches to tokens, then two linear layers with the exact GELU between them."""
-
-    def __init__(self, vision_width: int, width: int, ratio: int) -> None:
-        super().__init__()
-        self.ratio = ratio
-        self.linear1 = nn.Linear(vision_width * ratio**2, width)
-        self.linear2 = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, side, side, D_image] -> [B, n, n, D]. What is missing for a whole square is zeros.
-
-        A token lists the patches of its square channel by channel, not patch by patch.
-        """
-        short = -x.shape[1] % self.ratio
-        x = F.pad(x, (0, 0, 0, short, 0, short))
-        x = x.unflatten(2, (-1, self.ratio)).unflatten(
-            1, (-1, self.ratio)
-        )  # [B, n, ratio, n, ratio, D_image]
-        return self.linear2(F.gelu(self.linear1(x.permute(0, 1, 3, 5, 2, 4).flatten(3))))
 
 
 class DeepseekVL2(Writes):
@@ -372,27 +312,10 @@ class DeepseekVL2(Writes):
 
     def places_of_tokens(self, pixels: Inputs) -> Tensor:
         """As in `minivlm.models.protocols.HasTiles`: the places are the patches of the view of the whole."""
-        config, n = self.config, self.config.tokens_in_a_row
-        side, ratio = config.vision.image_size // config.vision.patch_size, config.downsample_ratio
         columns, rows = pixels["images_spatial_crop"][0].tolist()
         width, height = pixels["image_sizes"][0].tolist()
-        patches = torch.eye(side * side).view(1, side, side, -1)  # [1, side, side, N]
-        squares = F.avg_pool2d(patches.permute(0, 3, 1, 2), ratio, ceil_mode=True)  # [1, N, n, n]
-        # A tile's token is at the patch of the whole that shows its middle.
-        pixel = config.vision.image_size
-        found = same_places(width, height, (columns * pixel, rows * pixel), (pixel, pixel))
-        starts = torch.arange(n) * ratio
-        middles = (starts + (starts + ratio).clamp(max=side)) * config.vision.patch_size // 2
-        across, down = (
-            (axis.view(-1, pixel)[:, middles].flatten() // config.vision.patch_size).clamp(max=side - 1)
-            for axis in found
-        )
-        is_picture = (down[:, None] >= 0) & (across >= 0)  # [rows * n, columns * n]
-        tiles = patches[0, down.clamp(min=0)][:, across.clamp(min=0)] * is_picture[..., None]
-        tiles = tiles.unflatten(1, (columns, n)).unflatten(0, (rows, n)).transpose(1, 2).flatten(0, 1)
-        views = torch.cat([squares.permute(0, 2, 3, 1), tiles])  # [1 + tiles, n, n, N]
-        no_place = torch.zeros(side * side)
-        return arrange_views(views, no_place, no_place, (columns, rows)).to(self.device)
+        vision, ratio = self.config.vision, self.config.downsample_ratio
+        return places_of_tokens(vision, ratio, (columns, rows), (width, height)).to(self.device)
 
     @classmethod
     def from_pretrained(
@@ -436,12 +359,14 @@ def open_folder(
             f"in {folder}, candidate_resolutions in config.json are not those in {SETTINGS}: take all files "
             "from the same checkpoint"
         )
-    require_equal(folder, "the id of the start", config.bos_token_id, tokenizer.bos_id, TOKENIZER)
     check_vocabulary(folder, config.text.vocab_size, tokenizer.backend.get_vocab().values())
-    config = replace(config, image_token_id=tokenizer.image_id, pad_token_id=tokenizer.pad_id)
+    config = replace(
+        config,
+        image_token_id=tokenizer.image_id,
+        pad_token_id=tokenizer.pad_id,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
     config = weights.with_other_files(folder, config)
-    ends = (config.eos_token_id,) if isinstance(config.eos_token_id, int) else config.eos_token_id
-    if tokenizer.eos_id not in ends:
-        config = replace(config, eos_token_id=(*ends, tokenizer.eos_id))
     model = weights.load_model(DeepseekVL2, config, folder, DEEPSEEK_VL2_LAYOUTS, dtype=dtype, device=device)
     return model, processor

@@ -145,7 +145,6 @@ def test_the_config_of_a_published_folder() -> None:
     sizes = tuple(map(tuple, candidates))
     assert config == DeepseekVL2Config(candidate_resolutions=sizes)
     assert DeepseekVL2Config.from_dict(config.to_dict()) == config
-    assert config.tokens_in_a_row == 14
     # The larger ones say nothing of latent attention but that queries have no latent.
     language = {
         **config.text.to_dict(),
@@ -217,7 +216,6 @@ def test_a_config_without_its_layout_of_tokens() -> None:
             "the side of a tile is 32 in config.json and 28",
         ),
         ("config.json", "language_config", {"vocab_size": 200}, "the model knows only 200 tokens"),
-        ("config.json", "language_config", {"bos_token_id": 7}, "the id of the start is 7 in config.json"),
         (
             "config.json",
             "language_config",
@@ -251,11 +249,11 @@ def test_weights_of_a_published_folder(copied: Path) -> None:
         minivlm.load(copied)
 
 
-def test_answers_end_at_the_tokenizers_end(copied: Path) -> None:
+def test_the_ids_of_controls_are_the_tokenizers(copied: Path) -> None:
+    edit(copied / "config.json", "language_config", eos_token_id=7, bos_token_id=None)
     model, processor = minivlm.load(copied)
     assert model.config.eos_token_id == processor.tokenizer.eos_id
-    edit(copied / "config.json", "language_config", eos_token_id=7)
-    assert minivlm.load(copied)[0].config.eos_token_id == (7, processor.tokenizer.eos_id)
+    assert model.config.bos_token_id == processor.tokenizer.bos_id
 
 
 # Commands

@@ -29,9 +29,10 @@ from minivlm.attention import record_attention
 from minivlm.checkpoints.layouts import as_in_file
 from minivlm.errors import InputError
 from minivlm.models import deepseek_vl2
-from minivlm.models.deepseek_vl2 import DeepseekVL2, DownsampleProjector
+from minivlm.models.deepseek_vl2 import DeepseekVL2
 from minivlm.text.mla import LatentCache
 from minivlm.text.moe import balancing_loss, record_routing
+from minivlm.vision.deepseek_vl2 import DownsampleProjector
 
 ORIGINAL = {
     "tower": "-0.7352567 1.104962 -0.2302466 -1.17641 0.14105 -0.05856379 -0.7264178 0.4327172 1.885929 "
