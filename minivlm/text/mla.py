@@ -8,8 +8,8 @@ keeps, beside the part of the key that says where the token stands, which all he
            ├─> rotated key, one for all heads ───────────────────────────────────┤
            └─> query of each head: what it asks for, and a rotated part ─────────┘
 
-Position has channels of its own, because a rotation between W_k and the query would keep the two from being
-multiplied with each other. That is what decoding does, and the same scores can be had in two ways:
+A rotation between W_k and a query would keep the two from being joined, so position has channels of its own.
+Then the same scores can be had in two ways:
 
     expanded   q . (W_k c): keys and values of every head, then attention as ever; cheaper for a prompt
     absorbed   (W_k^T q) . c: queries come to the latents, and W_v is applied to their sum; cheaper for a few
@@ -210,10 +210,12 @@ class LatentAttention(nn.Module):
 
     def expanding_is_cheaper(self, q: Tensor, kept: Tensor) -> bool:
         """Whether the first form multiplies less, for T queries and S keys: for prompts, not for words."""
-        (queries, keys), rank, rope = (q.shape[2], kept.shape[2]), self.config.kv_lora_rank, q.shape[-1]
-        head = self.config.qk_nope_head_dim + self.config.v_head_dim
-        expanded = keys * rank * head + queries * keys * (rope + self.config.v_head_dim)
-        absorbed = queries * rank * head + queries * keys * 2 * kept.shape[-1]
+        config, queries, keys = self.config, q.shape[2], kept.shape[2]
+        matrices = config.kv_lora_rank * (
+            config.qk_nope_head_dim + config.v_head_dim
+        )  # W_k and W_v of a head
+        expanded = keys * matrices + queries * keys * (config.qk_head_dim + config.v_head_dim)
+        absorbed = queries * matrices + queries * keys * 2 * kept.shape[-1]
         return expanded < absorbed
 
     def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
