@@ -40,6 +40,7 @@ def reference(version: int, yarn: bool = False, seed: int = 0, **changes: Any) -
     if yarn:
         rope |= {"rope_type": "yarn", **YARN}
     values = TEXT | {"rope_parameters": rope} | changes
+    model: Any
     if version == 2:
         model = DeepseekV2ForCausalLM(DeepseekV2Config(**{"topk_method": "group_limited_greedy"} | values))
     else:

@@ -35,7 +35,7 @@ from minivlm.checkpoints.hub import (
 from minivlm.checkpoints.layouts import DEEPSEEK_VL2_LAYOUTS
 from minivlm.configs import check_types, expect, part_of, require_system
 from minivlm.errors import InputError
-from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
+from minivlm.models.writing import Writes, WritingOutput, last_hidden_states, next_token_loss
 from minivlm.processing.deepseek_vl2 import DeepseekVL2Processor
 from minivlm.processing.deepseek_vl2_tiles import arrange_views, candidates
 from minivlm.processing.inputs import Inputs, check_rows
@@ -271,10 +271,10 @@ class DeepseekVL2(Writes):
         if moe is None or labels is None or not self.training:
             return self.output(self.language_model(inputs_embeds, position_ids, mask[:, None]), labels)
         with record_routing() as routings:
-            output = self.output(self.language_model(inputs_embeds, position_ids, mask[:, None]), labels)
+            logits = self.logits(self.language_model(inputs_embeds, position_ids, mask[:, None]))
         losses = (balancing_loss(routing, moe.seq_aux) for routing in routings)
         balance = moe.aux_loss_alpha * sum(losses, torch.zeros((), device=self.device))
-        return WritingOutput(output.logits, output.loss + balance - balance.detach())
+        return WritingOutput(logits, next_token_loss(logits, labels) + balance - balance.detach())
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., D] -> scores [..., V]."""

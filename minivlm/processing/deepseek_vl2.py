@@ -87,17 +87,17 @@ class DeepseekVL2Processor(RowProcessor):
                 raise InputError(
                     f"{path} has {name} = {values[name]!r}; only {supported!r} is supported here"
                 )
-        numbers = [values.get(name) for name in ("patch_size", "downsample_ratio")]
-        if not all(type(number) is int and number > 0 for number in numbers):
+        patch, ratio = values.get("patch_size"), values.get("downsample_ratio")
+        if not isinstance(patch, int) or not isinstance(ratio, int) or min(patch, ratio) < 1:
             raise InputError(
-                f"{path} has patch_size and downsample_ratio = {numbers}: expected two "
-                "numbers, such as 14 and 2"
+                f"{path} has patch_size and downsample_ratio = {[patch, ratio]}: expected two numbers, such "
+                "as 14 and 2"
             )
         try:
             pictures = TiledImageProcessor.from_dict(values)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        return cls(DeepseekVL2Tokenizer.from_pretrained(folder), pictures, *numbers)
+        return cls(DeepseekVL2Tokenizer.from_pretrained(folder), pictures, patch, ratio)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the processor's files into a folder, as the original program reads them."""

@@ -122,7 +122,7 @@ class TiledImageProcessor(ImageProcessor):
         """An RGB picture in its shape, with bars of the mean color. Raises InputError: as `place_in`."""
         place_in(*picture.size, size)
         color = tuple(int(value * 255) for value in self.image_mean)
-        return ImageOps.pad(picture, size, Image.Resampling(self.resample), color)  # type: ignore[arg-type]
+        return ImageOps.pad(picture, size, Image.Resampling(self.resample), color)
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Any picture -> the view of the whole. Raises InputError: as `to_rgb` and `place_in`."""
