@@ -12,7 +12,12 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 
 VOCABULARY = 120
 WIDTHS = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
-YARN = {"factor": 4, "original_max_position_embeddings": 16, "mscale": 0.5, "mscale_all_dim": 0.9}
+YARN: dict[str, Any] = {
+    "factor": 4,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.5,
+    "mscale_all_dim": 0.9,
+}
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

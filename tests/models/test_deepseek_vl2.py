@@ -36,7 +36,7 @@ def noise(seed: int, width: int = 60, height: int = 30) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-PICTURES = [noise(0), [noise(1), noise(2, 20, 45)], None]  # of three rows
+PICTURES: list[Any] = [noise(0), [noise(1), noise(2, 20, 45)], None]  # of three rows
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,8 @@ def test_there_and_back(form: str, folders: dict[str, Path], tmp_path: Path) -> 
     logits = model(**batch).logits
     assert_equal(again(**batch).logits, logits)
     assert_equal(DeepseekVL2.from_pretrained(tmp_path)(**batch).logits, logits)
-    others = processor([noise(7), [noise(1), noise(8, 20, 45)], None], QUESTIONS)
+    different: list[Any] = [noise(7), [noise(1), noise(8, 20, 45)], None]
+    others = processor(different, QUESTIONS)
     changed = model(**others).logits[:, -1]
     assert_differs(changed[:2], logits[:2, -1])
     assert_equal(changed[2], logits[2, -1])

@@ -30,6 +30,7 @@ from minivlm.checkpoints.layouts import as_in_file
 from minivlm.errors import InputError
 from minivlm.models import deepseek_vl2
 from minivlm.models.deepseek_vl2 import DeepseekVL2
+from minivlm.processing.deepseek_vl2_tiles import arrange_views
 from minivlm.text.mla import LatentCache
 from minivlm.text.moe import balancing_loss, record_routing
 from minivlm.vision.deepseek_vl2 import DownsampleProjector
@@ -98,7 +99,7 @@ def test_the_layout() -> None:
     model = model_of("heads")
     model.image_newline.fill_(1000.0)
     model.view_separator.fill_(2000.0)
-    model.projector = Numbered()
+    model.projector = Numbered()  # type: ignore[assignment]
     features = model.encode_image(VIEWS[:3], GRIDS[:1])[:, 0].round().long().tolist()
     whole = [[4 * row + column for column in range(4)] + [1000] for row in range(4)]
     tiles = [
@@ -169,7 +170,7 @@ def test_the_loss_and_its_balance(form: str) -> None:
         logits(model)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
     )
     assert_equal(plain, expected)
-    gate = model.language_model.layers[1].mlp.gate.weight
+    gate = model.language_model.get_parameter("layers.1.mlp.gate.weight")
     (without,) = torch.autograd.grad(plain, gate)
     model.train()
     loss = model(IDS, labels=labels, **INPUTS).loss
@@ -267,7 +268,7 @@ def rows_for_columns(features: Tensor, newline: Tensor, separator: Tensor, grid:
     return tokens[: len(arrange(features, newline, separator, grid))]
 
 
-arrange = deepseek_vl2.arrange_views
+arrange = arrange_views
 
 
 @torch.no_grad()
