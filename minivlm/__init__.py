@@ -4,8 +4,8 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, Llava, QwenVL, Qwen2VL, Qwen2_5_VL, DeepseekVL,
-    DeepseekVLHybrid, LlamaVision, CLIP, SigLIP, ViT            what `load` returns, and beside them
+    PaliGemma, Llava, QwenVL, Qwen2VL, Qwen2_5_VL, DeepseekVL, DeepseekVLHybrid,
+    DeepseekVL2, LlamaVision, CLIP, SigLIP, ViT                 what `load` returns, and beside them
     Processor, LlavaProcessor, QwenVLProcessor, ...             pictures and words in, tensors out, and back
 
 >>> import minivlm
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from minivlm.models.answering import answer
     from minivlm.models.clip import CLIP, CLIPConfig
     from minivlm.models.deepseek_vl import DeepseekVL, DeepseekVLConfig
+    from minivlm.models.deepseek_vl2 import DeepseekVL2, DeepseekVL2Config
     from minivlm.models.deepseek_vl_hybrid import DeepseekVLHybrid, DeepseekVLHybridConfig
     from minivlm.models.llama_vision import LlamaVision, LlamaVisionConfig
     from minivlm.models.llava import Llava, LlavaConfig
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
     from minivlm.processing import (
+        DeepseekVL2Processor,
         DeepseekVLHybridProcessor,
         DeepseekVLProcessor,
         LlamaVisionProcessor,
@@ -58,6 +60,9 @@ __all__ = [
     "CLIP",
     "CLIPConfig",
     "DeepseekVL",
+    "DeepseekVL2",
+    "DeepseekVL2Config",
+    "DeepseekVL2Processor",
     "DeepseekVLConfig",
     "DeepseekVLHybrid",
     "DeepseekVLHybridConfig",
@@ -100,6 +105,7 @@ _HOMES = {
     "models.answering": "answer",
     "models.clip": "CLIP CLIPConfig",
     "models.deepseek_vl": "DeepseekVL DeepseekVLConfig",
+    "models.deepseek_vl2": "DeepseekVL2 DeepseekVL2Config",
     "models.deepseek_vl_hybrid": "DeepseekVLHybrid DeepseekVLHybridConfig",
     "models.llama_vision": "LlamaVision LlamaVisionConfig",
     "models.llava": "Llava LlavaConfig",
@@ -110,8 +116,8 @@ _HOMES = {
     "models.qwen_vl": "QwenVL QwenVLConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "DeepseekVLHybridProcessor DeepseekVLProcessor LlamaVisionProcessor LlavaProcessor "
-    "PairProcessor Processor QwenVLProcessor "
+    "processing": "DeepseekVL2Processor DeepseekVLHybridProcessor DeepseekVLProcessor LlamaVisionProcessor "
+    "LlavaProcessor PairProcessor Processor QwenVLProcessor "
     "Qwen2VLProcessor Qwen2_5_VLProcessor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",

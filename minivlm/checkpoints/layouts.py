@@ -430,6 +430,20 @@ DEEPSEEK_VL_HYBRID_LAYOUTS: dict[str, Layout] = {
 }
 
 
+DEEPSEEK_VL2_LAYOUTS: dict[str, Layout] = {
+    # Of the original program, which the published checkpoints use, and `save_pretrained`.
+    "hub": [
+        *_timm("vision.", "vision_tower."),
+        ("projector.layers.0.", "projector.linear1."),
+        ("projector.layers.2.", "projector.linear2."),
+        ("image_newline", "image_newline"),
+        ("view_seperator", "view_separator"),
+        ("language.lm_head.", "language_model.lm_head."),
+        ("language.model.", "language_model."),
+    ],
+}
+
+
 def to_ours(name: str, layout: Layout) -> str | None:
     """Our name for a tensor in a file, or None if no row of the layout matches; signs are for `split`.
 

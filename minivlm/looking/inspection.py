@@ -25,6 +25,7 @@ from minivlm.losses import similarity
 from minivlm.models.protocols import (
     Answers,
     ConvolutionalTower,
+    HasTiles,
     HasTwoTowers,
     Matches,
     MergesPatches,
@@ -108,6 +109,7 @@ def inspect_answer(
     width = model.language_model.embed_tokens.weight.shape[1]
     image_tokens = image_tokens.view(1, *image_tokens.shape[-2:])
     in_row = image_tokens.shape[1:] == (int(is_image.sum()), width)
+    has_tiles = isinstance(model, HasTiles)  # then more tokens than places are no class tokens
     at_once = max(1, MOST_LOGITS // (input_ids.shape[1] * vocabulary))  # pictures
 
     def sureness(pictures: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def inspect_answer(
         tower=torch.stack([layer[0, :, -patches:, -patches:] for layer in tower]).float() if tower else None,
         attention=None if attention is None else attention[:, :, writers].permute(2, 0, 1, 3).float(),
         rollout=None if rollout is None else rollout[writers],
-        image_tokens=image_tokens[0, -patches:].float() if in_row else None,
+        image_tokens=image_tokens[0, 0 if has_tiles else -patches :].float() if in_row else None,
         sureness=sureness,
     )
 
@@ -154,9 +156,13 @@ def _sorted(
         if attention is None:
             return tower, decoder, None, None
         return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]
-    if isinstance(model, Resamples):
-        *encoding, queries = encoding
-        seen = queries[0].float().mean(dim=0)  # [n, N], where each image token has looked
+    if isinstance(model, Resamples | HasTiles):
+        if isinstance(model, Resamples):
+            *encoding, queries = encoding
+            seen = queries[0].float().mean(dim=0)  # [n, N], where each image token has looked
+        else:
+            encoding = [layer[:1] for layer in encoding]
+            seen = model.places_of_tokens(pixels)  # [n, N], where it is
         attention = torch.stack([layer[0][..., is_image].float() @ seen for layer in reading])
         rollout = attention_rollout(reading)[0][:, is_image] @ seen @ attention_rollout(encoding)[0]
         return encoding, reading, attention, rollout

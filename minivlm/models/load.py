@@ -15,6 +15,7 @@ from minivlm.models import (
     clip,
     deepseek_original,
     deepseek_vl,
+    deepseek_vl2,
     deepseek_vl_hybrid,
     llama_vision,
     llava,
@@ -78,6 +79,7 @@ SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "deepseek_vl": System(deepseek_vl.open_folder, "answers"),
     "deepseek_vl_hybrid": System(deepseek_vl_hybrid.open_folder, "answers"),
     "multi_modality": System(deepseek_original.open_folder, "answers"),  # DeepSeek-VL as its program has it
+    "deepseek_vl_v2": System(deepseek_vl2.open_folder, "answers"),
     "clip": System(clip.open_folder, "matches"),
     "open_clip": System(open_clip.open_folder, "matches", OPEN_CLIP[1]),
     "siglip": System(siglip.open_folder, "matches"),

@@ -172,6 +172,21 @@ class HasTwoTowers(Protocol):
         """Of the maps recorded during `encode_image`, those of `vision_tower`."""
 
 
+@runtime_checkable
+class HasTiles(Protocol):
+    """A model that sees a picture whole and in tiles. Its places are those of the view of the whole.
+
+    Of the attention maps that `encode_image` leaves, the first of the batch is that of this view.
+    """
+
+    def places_of_tokens(self, pixels: Inputs) -> Tensor:
+        """How much of each image token of one picture is of each place: [n, N], 0 for tokens of no place.
+
+        Args:
+            pixels: what the processor's `pixels` gave for the picture.
+        """
+
+
 class Matches(Protocol):
     """A model that says how well a picture and a text fit. Its processor is a `PairProcessor`."""
 

@@ -10,6 +10,9 @@ from minivlm.processing.codebook import MaskCodebook, MaskCodebookConfig, load_c
 from minivlm.processing.crops import CLIPImageProcessor, ViTImageProcessor
 from minivlm.processing.deepseek_tokens import DeepseekTokenizer
 from minivlm.processing.deepseek_vl import DeepseekVLProcessor
+from minivlm.processing.deepseek_vl2 import DeepseekVL2Processor
+from minivlm.processing.deepseek_vl2_tiles import TiledImageProcessor
+from minivlm.processing.deepseek_vl2_tokens import DeepseekVL2Tokenizer
 from minivlm.processing.deepseek_vl_hybrid import DeepseekVLHybridProcessor
 from minivlm.processing.frame_sampling import frames_at
 from minivlm.processing.images import ImageProcessor, load_picture, preprocess, to_rgb
@@ -50,6 +53,8 @@ __all__ = [
     "CaptionForm",
     "CaptionTokenizer",
     "DeepseekTokenizer",
+    "DeepseekVL2Processor",
+    "DeepseekVL2Tokenizer",
     "DeepseekVLHybridImageProcessor",
     "DeepseekVLHybridProcessor",
     "DeepseekVLImageProcessor",
@@ -70,6 +75,7 @@ __all__ = [
     "Qwen2VLProcessor",
     "Qwen2_5_VLProcessor",
     "QwenVLProcessor",
+    "TiledImageProcessor",
     "Tokenizer",
     "ViTImageProcessor",
     "Video",
