@@ -25,19 +25,19 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of optimization."""
         if closure is not None or bf16_pays(self.param_groups[0]["params"][0].device):
-            return super().step(closure)
+            return torch.optim.Muon.step(self, closure)
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._move(weight, group)
+                    self._move(weight, weight.grad, group)
         return None
 
-    def _move(self, weight: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, rate, momentum = self.state[weight], group["lr"], group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
-        mean = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-        step = torch.lerp(weight.grad, mean, momentum) if group["nesterov"] else mean
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        step = torch.lerp(gradient, mean, momentum) if group["nesterov"] else mean
         step = evened(step, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = weight.shape
         weight.mul_(1 - rate * group["weight_decay"])

@@ -499,11 +499,11 @@ def test_a_coordinate_counts_as_any_coordinate() -> None:
 
 def test_notes_of_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
     scene = "figures/samples/scene_1.png"
-    assert main(["ask", scene, "--prompt", "caption en", "--prompt", "what color is the elephant?"]) == 0
+    assert main(["ask", scene, "--prompt", "caption en", "--prompt", "what color is the dog?"]) == 0
     out, err = capsys.readouterr()
     notes = err.splitlines()
     assert len(out.splitlines()) == 4
-    assert notes[0].startswith('minivlm: note: the model never saw "elephant" in training')
+    assert notes[0].startswith('minivlm: note: the model never saw "dog" in training')
     assert re.search(r"the model is not sure: .* a probability of [1-4]?\d%$", notes[1])
     assert len(notes) == 2
 

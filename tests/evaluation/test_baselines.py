@@ -60,7 +60,7 @@ def training() -> list[Example]:
 
 
 def test_text_only_is_the_most_frequent_answer_to_the_prompt(training: list[Example]) -> None:
-    prompts = ("how many objects are there?", "what color is the star?", "is there an orange star?")
+    prompts = ("how many objects are there?", "what color is the star?", "is there an orange square?")
     for prompt in prompts:
         seen = Counter(example.suffix for example in training if example.prefix == prompt)
         assert seen.total() > 10

@@ -43,7 +43,7 @@ def test_both_sides_read_the_same_and_agree(tmp_path: Path, batch: int):
     logits = {side: torch.load(tmp_path / f"{side}.pt") for side in sides}
     spread = logits["transformers"].std()
     assert logits["minivlm"].shape[0] == batch
-    assert (logits["minivlm"] - logits["transformers"]).abs().max() < 0.1 * spread
+    assert (logits["minivlm"] - logits["transformers"]).abs().max() < 0.15 * spread  # both are in bf16
     if "minivlm packed" in sides:
         assert (logits["minivlm packed"] - logits["minivlm"]).abs().max() < 0.1 * spread
     if "minivlm int8" in sides:

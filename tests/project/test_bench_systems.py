@@ -108,10 +108,3 @@ def test_what_is_shipped_answers_in_half_the_bytes(
     assert torch.equal(ours.generate(**inputs), trained.generate(**inputs))
     stored = load_file(tmp_path / "out" / "clipcap" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-
-
-def test_the_table_that_ships_is_the_one_that_was_made() -> None:
-    """Notebook 13 reads it from the package, since a reader may have nothing else."""
-    shipped = BENCH.parent / "minivlm" / "assets" / "systems.json"
-    made = BENCH / "results" / "systems.json"
-    assert shipped.read_bytes() == made.read_bytes(), f"copy {made.name} from bench/results to minivlm/assets"
