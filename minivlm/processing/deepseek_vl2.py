@@ -30,10 +30,11 @@ from minivlm.processing.deepseek_vl2_tiles import (
     place_in,
 )
 from minivlm.processing.deepseek_vl2_tokens import PAD, DeepseekVL2Tokenizer
-from minivlm.processing.inputs import Inputs, Picture, Row, Video
+from minivlm.processing.inputs import Inputs, Picture, Row
 from minivlm.processing.llava import SETTINGS
 from minivlm.processing.rows import Pictures, RowProcessor, open_rows
 from minivlm.processing.tokens import IMAGE, settings_in
+from minivlm.processing.video import Video
 
 MOST_CUT = 2  # pictures of a row that are cut into tiles
 FORM: dict[str, Any] = {  # what the file may say in one way only
