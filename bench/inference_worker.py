@@ -33,6 +33,12 @@ def main() -> None:
     print(json.dumps(result))
 
 
+def dtype_of(job: dict[str, Any]) -> torch.dtype:
+    """Of weights and pixels: bf16, where a job does not say another."""
+    dtype: torch.dtype = getattr(torch, job.get("dtype", "bfloat16"))
+    return dtype
+
+
 def memory(name: str) -> int:
     """Bytes, from the process's status: VmHWM is the most it ever held, RssAnon what is in no file now.
 
@@ -52,7 +58,7 @@ class Ours:
         from minivlm.speed import speed_up
 
         quantize = "int8" if "int8" in job["side"] else None
-        dtype, folder = torch.bfloat16, job["folder"]
+        dtype, folder = dtype_of(job), job["folder"]
         pack = "packed" in job["side"]
         before, start = memory("RssAnon"), time.perf_counter()
         if quantize or pack:  # by `load`, which also reads the tokenizer: half a second
@@ -132,7 +138,7 @@ class Theirs:
         attention = "eager" if "eager" in job["side"] else None
         before, start = memory("RssAnon"), time.perf_counter()
         self.model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
-            job["folder"], dtype=torch.bfloat16, attn_implementation=attention
+            job["folder"], dtype=dtype_of(job), attn_implementation=attention
         )
         self.load_seconds = time.perf_counter() - start
         self.copied = memory("RssAnon") - before
@@ -240,7 +246,7 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
                 if tensor.shape[:2] == inputs["input_ids"].shape:
                     tensor[row] = tensor[row].roll(shift)
     inputs = {name: tensor.to(job["device"]) for name, tensor in inputs.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype_of(job))
     return inputs
 
 

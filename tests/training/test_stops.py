@@ -131,7 +131,6 @@ def test_the_comparison_sees_one_step_of_difference(copied: Path, whole: Path) -
 
 SERVER = """
 import json, os, sys, time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 import torch
 from minivlm import files
@@ -356,6 +355,7 @@ def test_a_worker_that_is_killed_or_stopped(
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.filterwarnings("error")  # what is raised where nobody can catch it is a warning
 def test_a_worker_whose_end_is_noticed_by_an_exchange_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's handler of signals says so here, and not in whatever is done afterwards."""
 
