@@ -6,7 +6,7 @@
 
 The ViT is OpenCLIP's bigG, trained on 16 x 16 patches: its table of positions is stretched to the grid that a
 larger picture has. There is no class token, no last norm, and GELU is exact. Files pack the queries, keys and
-values of one head behind those of the head before; checkpoints/layouts.py unpacks them.
+values of one head behind those of the head before; checkpoints/layouts/ unpacks them.
 
 Differences from Flamingo's resampler in `resampler.py`: one layer; queries see patches and not each other;
 nothing is added to them afterwards. Which query looks where is a matter of places: queries stand on a coarse
