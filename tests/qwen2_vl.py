@@ -146,6 +146,14 @@ def pair(**changes: Any) -> tuple[Qwen2VL, Any]:
     return ours, reference
 
 
+def embedded(
+    model: Qwen2VL, input_ids: Tensor, attention_mask: Tensor, **pixels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the decoder gets of a batch: embeddings [B, S, D], position_ids [3, B, S]; and rope_deltas [B]."""
+    media = model.encode_images(input_ids, **pixels)
+    return model.merge(input_ids, media), *model.positions(input_ids, attention_mask, media)
+
+
 def original_positions(ids: list[int], grids: dict[int, list[list[int]]], step: float) -> list[list[int]]:
     """The rule of the original program for one row, token by token; videos have a `step`."""
     found: list[list[int]] = []

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
@@ -35,10 +34,11 @@ from minivlm.checkpoints.hub import (
 from minivlm.checkpoints.layouts import DEEPSEEK_VL2_LAYOUTS
 from minivlm.configs import check_types, expect, part_of, require_system
 from minivlm.errors import InputError
-from minivlm.models.writing import Writes, WritingOutput, last_hidden_states, next_token_loss
+from minivlm.models.views import HasDecoder, place
+from minivlm.models.writing import WritingOutput
 from minivlm.processing.deepseek_vl2 import DeepseekVL2Processor
 from minivlm.processing.deepseek_vl2_tiles import arrange_views, candidates
-from minivlm.processing.inputs import Inputs, check_rows
+from minivlm.processing.inputs import Inputs
 from minivlm.processing.llava import SETTINGS
 from minivlm.text.deepseek_v2 import DeepseekV2Config, DeepseekV2Decoder
 from minivlm.text.moe import MoEConfig, balancing_loss, record_routing
@@ -148,7 +148,7 @@ class DeepseekVL2Config:
         }
 
 
-class DeepseekVL2(Writes):
+class DeepseekVL2(HasDecoder):
     """The whole system."""
 
     config: DeepseekVL2Config
@@ -164,11 +164,6 @@ class DeepseekVL2(Writes):
         for mark in (self.image_newline, self.view_separator):
             nn.init.normal_(mark, std=width**-0.5)
         self.language_model = DeepseekV2Decoder(config.text)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are and the inputs must be."""
-        return self.image_newline.device
 
     def encode_image(
         self, pixel_values: Tensor, images_spatial_crop: Tensor, image_sizes: Tensor | None = None
@@ -225,15 +220,31 @@ class DeepseekVL2(Writes):
             return inputs_embeds
         return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
 
-    def _read(self, input_ids: Tensor, pixel_values: Tensor | None, grids: Tensor | None) -> Tensor:
-        """Tokens and pictures -> inputs_embeds [B, S, D]."""
-        if (pixel_values is None) != (grids is None):
+    def encode_images(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        images_spatial_crop: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+    ) -> Tensor | None:
+        """As `encode_image`, or None without pictures. Raises InputError: views without grids; as there."""
+        if (pixel_values is None) != (images_spatial_crop is None):
             raise InputError(
                 "pictures need pixel_values and images_spatial_crop: let the processor build both"
             )
-        if pixel_values is None or grids is None:
-            return self.merge(input_ids)
-        return self.merge(input_ids, self.encode_image(pixel_values, grids))
+        if pixel_values is None or images_spatial_crop is None:
+            return None
+        return self.encode_image(pixel_values, images_spatial_crop)
+
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """The decoder reads pictures and words alike, from left to right."""
+        return self.language_model(self.merge(input_ids, image), *place(attention_mask, cache), cache)
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """As in the decoder, which knows what its attention keeps."""
+        return self.language_model.new_cache(batch_size, dtype, device)
 
     def forward(
         self,
@@ -242,73 +253,23 @@ class DeepseekVL2(Writes):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        images_spatial_crop: Tensor | None = None,
-        image_sizes: Tensor | None = None,
+        **pixels: Tensor,
     ) -> WritingOutput:
-        """Logits at every position, and the loss if labels are given.
+        """As of every system with a decoder; in training, the loss also keeps the experts in balance.
 
-        In training, the loss has the gradient of the balance of experts in it, not its value: what is
-        reported stays comparable. Balance counts padding, too, as in the original program.
-
-        Args:
-            input_ids: [B, S], with as many placeholders as the pictures have tokens.
-            pixel_values, images_spatial_crop, image_sizes: as of `encode_image`, or None for text only.
-            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
-            token_type_ids: taken, as by every model that answers, and not used: prompt and answer are read
-                alike, from left to right.
-            labels: [B, S], -100 where there is no loss.
-
-        Raises ValueError: rows that `check_rows` refuses. InputError: as `encode_image` and `merge`.
+        It has the gradient of the balance in it, not its value: what is reported stays comparable. Balance
+        counts padding, too, as in the original program.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        check_rows(input_ids, attention_mask, None)
-        inputs_embeds = self._read(input_ids, pixel_values, images_spatial_crop)
-        is_real = attention_mask.bool()
-        position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
-        mask = masks.causal(position_ids, position_ids) & masks.padding(is_real)
+        see = input_ids, pixel_values, attention_mask, token_type_ids, labels
         moe = self.config.text.moe
         if moe is None or labels is None or not self.training:
-            return self.output(self.language_model(inputs_embeds, position_ids, mask[:, None]), labels)
+            return super().forward(*see, **pixels)
         with record_routing() as routings:
-            logits = self.logits(self.language_model(inputs_embeds, position_ids, mask[:, None]))
+            output = super().forward(*see, **pixels)
         losses = (balancing_loss(routing, moe.seq_aux) for routing in routings)
         balance = moe.aux_loss_alpha * sum(losses, torch.zeros((), device=self.device))
-        return WritingOutput(logits, next_token_loss(logits, labels) + balance - balance.detach())
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., D] -> scores [..., V]."""
-        return self.language_model.logits(hidden_states)
-
-    def prefill(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        pixel_values: Tensor | None = None,
-        images_spatial_crop: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-    ) -> tuple[Tensor, KVCache]:
-        """Read the chat with its pictures.
-
-        Returns:
-            The hidden state of each row's last token [B, D], and the cache for `decode`.
-
-        Raises ValueError: rows that `check_rows` refuses. InputError: as `encode_image` and `merge`.
-        """
-        check_rows(input_ids, attention_mask, None)
-        inputs_embeds = self._read(input_ids, pixel_values, images_spatial_crop)
-        cache = self.language_model.new_cache(len(input_ids), inputs_embeds.dtype, inputs_embeds.device)
-        hidden_states = self._go_on(inputs_embeds, attention_mask, cache)
-        return last_hidden_states(hidden_states, attention_mask), cache
-
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
-        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
-        return self._go_on(self.language_model.embed(token_ids[:, None]), unfinished[:, None], cache)[:, 0]
-
-    def _go_on(self, inputs_embeds: Tensor, attention_mask: Tensor, cache: KVCache) -> Tensor:
-        position_ids = cache.reserve(attention_mask)
-        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
-        return self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
+        assert output.loss is not None
+        return replace(output, loss=output.loss + balance - balance.detach())
 
     def places_of_tokens(self, pixels: Inputs) -> Tensor:
         """As in `minivlm.models.protocols.HasTiles`: the places are the patches of the view of the whole."""

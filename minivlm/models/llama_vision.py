@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minivlm import masks
+from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
     PICTURES,
@@ -39,9 +38,9 @@ from minivlm.checkpoints.layouts import LLAMA_VISION_LAYOUTS
 from minivlm.configs import check_types, known, part_of, require_system
 from minivlm.errors import InputError
 from minivlm.models.pictures_in_rows import CrossAttentionCache, tiles_in_rows
-from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
+from minivlm.models.views import HasDecoder, place
 from minivlm.processing import LlamaVisionProcessor
-from minivlm.processing.inputs import Inputs, check_rows
+from minivlm.processing.inputs import Inputs
 from minivlm.text.llama_vision import EXTRA_EMBEDDINGS, LlamaVisionDecoder, LlamaVisionTextConfig, Looked
 from minivlm.vision.llama_vision import LlamaVisionTower, LlamaVisionTowerConfig
 
@@ -97,7 +96,7 @@ class LlamaVisionConfig:
         }
 
 
-class LlamaVision(Writes):
+class LlamaVision(HasDecoder):
     """The whole system."""
 
     config: LlamaVisionConfig
@@ -109,11 +108,6 @@ class LlamaVision(Writes):
         self.multi_modal_projector = nn.Linear(config.vision.output_size, config.text.hidden_size)
         self.language_model = LlamaVisionDecoder(config.text)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are and the inputs must be."""
-        return self.multi_modal_projector.weight.device
-
     def encode_image(self, pixel_values: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
         """Tiles [M, T, C, height, width] and the number of each canvas [M] -> image tokens [M, T * n, D].
 
@@ -122,10 +116,13 @@ class LlamaVision(Writes):
         pixel_values = pixel_values.to(self.multi_modal_projector.weight.dtype)
         return self.multi_modal_projector(self.vision_tower(pixel_values, aspect_ratio_ids)).flatten(1, 2)
 
-    def show(
-        self, input_ids: Tensor, pixel_values: Tensor | None, aspect_ratio_ids: Tensor | None
-    ) -> tuple[list[Looked] | None, Tensor | None]:
-        """Pictures as the decoder looks at them, and who may look: [B, 1, T, S]; None for text alone.
+    def encode_images(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        aspect_ratio_ids: Tensor | None = None,
+    ) -> tuple[list[Looked], Tensor] | None:
+        """Pictures as the decoder looks at them, and who may look, [B, 1, T, S]; None for text alone.
 
         Raises InputError: pixels without canvases, or another number of pictures than of their tokens; as
         `encode_image`.
@@ -140,94 +137,38 @@ class LlamaVision(Writes):
         if (pixel_values is None) != (aspect_ratio_ids is None):
             raise InputError("pictures need pixel_values and aspect_ratio_ids: let the processor build both")
         if pixel_values is None or aspect_ratio_ids is None:
-            return None, None
+            return None
         tokens = self.encode_image(pixel_values, aspect_ratio_ids)
         tiles = tokens.unflatten(1, (self.config.vision.max_num_tiles, -1))
         image, sees = tiles_in_rows(is_image, tiles, self.vision_tower.real_tiles(aspect_ratio_ids))
         return self.language_model.read_image(image), sees[:, None]
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        aspect_ratio_ids: Tensor | None = None,
-    ) -> WritingOutput:
-        """Logits at every position, and the loss if labels are given.
-
-        Args:
-            input_ids: [B, S], with one image_token_id for each picture.
-            pixel_values: [M, T, C, height, width], tiles of all pictures in order, or None for text only.
-            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
-            token_type_ids: taken, as by every model that answers, and not used: prompt and answer are read
-                alike, from left to right.
-            labels: [B, S], -100 where there is no loss.
-            aspect_ratio_ids: [M], the canvas of each picture, from 1.
-
-        Raises ValueError: rows that `check_rows` refuses. InputError: as `show`.
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        check_rows(input_ids, attention_mask, None)
-        image, image_mask = self.show(input_ids, pixel_values, aspect_ratio_ids)
-        is_real = attention_mask.bool()
-        position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
-        mask = (masks.causal(position_ids, position_ids) & masks.padding(is_real))[:, None]
-        read = partial(self.language_model, image=image, image_mask=image_mask)
-        return self.output(read(self.language_model.embed(input_ids), position_ids, mask), labels)
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., D] -> scores [..., V]. There is none for `<|image|>`."""
-        return self.language_model.logits(hidden_states)
-
-    def prefill(
+    def read(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        pixel_values: Tensor | None = None,
-        aspect_ratio_ids: Tensor | None = None,
-    ) -> tuple[Tensor, CrossAttentionCache]:
-        """Read the chat with its pictures.
-
-        Returns:
-            The hidden state of each row's last token [B, D], and the cache for `decode`.
-
-        Raises ValueError: rows that `check_rows` refuses. InputError: as `show`.
-        """
-        check_rows(input_ids, attention_mask, None)
-        inputs_embeds, text = self.language_model.embed(input_ids), self.config.text.llama
-        cache = CrossAttentionCache(
-            text.num_hidden_layers,
-            len(input_ids),
-            text.num_key_value_heads,
-            text.head_dim,
-            dtype=inputs_embeds.dtype,
-            device=inputs_embeds.device,
-        )
-        image, image_mask = self.show(input_ids, pixel_values, aspect_ratio_ids)
-        if image_mask is not None:
-            cache.image, cache.image_mask = image, image_mask[:, :, -1:]  # padding sees what is before it
-        hidden_states = self._go_on(inputs_embeds, attention_mask, cache, image, image_mask)
-        return last_hidden_states(hidden_states, attention_mask), cache
+        image: tuple[list[Looked], Tensor] | None,
+        cache: CrossAttentionCache | None = None,
+    ) -> Tensor:
+        """Llama reads the words as always, and some of its layers look at the pictures."""
+        looked, image_mask = image or (None, None)
+        if cache is not None and image_mask is not None:
+            cache.image, cache.image_mask = looked, image_mask[:, :, -1:]  # padding sees what is before it
+        inputs_embeds = self.language_model.embed(input_ids)
+        placed = place(attention_mask, cache)
+        return self.language_model(inputs_embeds, *placed, cache, looked, image_mask)
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: CrossAttentionCache) -> Tensor:
-        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
+        """As of every system with a decoder; a new word sees what the last one of the prompt saw."""
         inputs_embeds = self.language_model.embed(token_ids[:, None])
-        return self._go_on(inputs_embeds, unfinished[:, None], cache, cache.image, cache.image_mask)[:, 0]
+        placed = place(unfinished[:, None], cache)
+        return self.language_model(inputs_embeds, *placed, cache, cache.image, cache.image_mask)[:, 0]
 
-    def _go_on(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        cache: CrossAttentionCache,
-        image: list[Looked] | None,
-        image_mask: Tensor | None,
-    ) -> Tensor:
-        position_ids = cache.reserve(attention_mask)
-        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
-        return self.language_model(inputs_embeds, position_ids, mask[:, None], cache, image, image_mask)
+    def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """For the layers that read words; the others look at what `read_image` made once."""
+        text = self.config.text.llama
+        shape = text.num_hidden_layers, batch_size, text.num_key_value_heads, text.head_dim
+        return CrossAttentionCache(*shape, dtype=dtype, device=device)
 
     def sort_maps(
         self, encoding: list[Tensor], reading: list[Tensor], pixels: Inputs

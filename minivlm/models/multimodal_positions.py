@@ -40,6 +40,7 @@ class Media(NamedTuple):
     placeholder: int  # the id that stands for one of their tokens
     grid_thw: Tensor  # [M, 3], steps, rows and columns of patches
     intervals: Tensor  # [M], positions from one step to the next; not always whole numbers
+    features: Tensor  # [N, D], the tokens of all of them
 
 
 def multimodal_positions(

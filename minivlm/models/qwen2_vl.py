@@ -12,7 +12,7 @@ that the decoder knows where in a picture it is (multimodal_positions.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from minivlm import masks
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
     PICTURES,
@@ -35,9 +34,8 @@ from minivlm.checkpoints.layouts import QWEN2_VL_LAYOUTS
 from minivlm.configs import check_types, known, part_of, require_system
 from minivlm.errors import InputError
 from minivlm.models.multimodal_positions import Media, MultimodalCache, multimodal_positions
-from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
+from minivlm.models.views import HasDecoder, place
 from minivlm.processing import Qwen2VLProcessor
-from minivlm.processing.inputs import check_rows
 from minivlm.text.qwen2 import Qwen2Config, Qwen2Decoder
 from minivlm.vision.qwen2_vl import Qwen2VLVisionConfig, Qwen2VLVisionModel
 
@@ -130,11 +128,12 @@ def check_widths(tower: int, decoder: int) -> None:
         )
 
 
-class Qwen2VL(Writes):
+class Qwen2VL(HasDecoder):
     """The whole system."""
 
     config_class: ClassVar[Any] = Qwen2VLConfig
     tower_class: ClassVar[Any] = Qwen2VLVisionModel
+    cache_class: ClassVar = MultimodalCache
     config: Qwen2VLConfig
 
     def __init__(self, config: Qwen2VLConfig) -> None:
@@ -143,39 +142,26 @@ class Qwen2VL(Writes):
         self.vision_tower = self.tower_class(config.vision)
         self.language_model = Qwen2Decoder(config.text)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are and the inputs must be."""
-        return self.language_model.embed_tokens.weight.device
-
     def encode_image(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Patches [P, C * T * P * P] of pictures or videos with their grids [M, 3] -> image tokens [N, D]."""
         return self.vision_tower(pixel_values, image_grid_thw)
 
-    def merge(
-        self, input_ids: Tensor, image_features: Tensor | None = None, video_features: Tensor | None = None
-    ) -> Tensor:
-        """Embed the tokens and replace the placeholders with the features of pictures and videos.
+    def merge(self, input_ids: Tensor, media: Sequence[Media]) -> Tensor:
+        """Embed the tokens [B, S] and replace placeholders with pictures and videos, in order: [B, S, D].
 
-        Args:
-            input_ids: [B, S], with a placeholder for each feature, in order.
-            image_features, video_features: [N, D], of all pictures and of all videos, or None.
-
-        Returns:
-            [B, S, D].
-        Raises:
-            InputError: the numbers of placeholders and features differ.
+        Raises InputError: the numbers of placeholders and of the tokens of pictures or videos differ.
         """
         inputs_embeds = self.language_model.embed(input_ids)
-        for kind, placeholder, features in (
-            ("image", self.config.image_token_id, image_features),
-            ("video", self.config.video_token_id, video_features),
+        of_kind = {kind.placeholder: kind.features for kind in media}
+        for name, placeholder in (
+            ("image", self.config.image_token_id),
+            ("video", self.config.video_token_id),
         ):
-            is_here = input_ids == placeholder  # [B, S]
+            is_here, features = input_ids == placeholder, of_kind.get(placeholder)
             places, given = int(is_here.sum()), 0 if features is None else len(features)
             if places != given:
                 raise InputError(
-                    f"input_ids hold {places} {kind} placeholders and there are {given} {kind} tokens: let "
+                    f"input_ids hold {places} {name} placeholders and there are {given} {name} tokens: let "
                     "the processor build both"
                 )
             if features is not None:
@@ -186,120 +172,66 @@ class Qwen2VL(Writes):
         """Positions from one step of a video to the next, [M]. Here 1, however fast it was filmed."""
         return torch.ones(len(grid_thw))
 
-    def read(
+    def encode_images(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All that the decoder needs to know of a batch, and where each token stands.
+    ) -> list[Media]:
+        """The pictures of a batch, and its videos.
 
         Args:
-            input_ids, attention_mask: [B, S].
+            input_ids: [B, S].
             pixel_values, image_grid_thw: patches of all pictures [P, C * T * P * P], and grids [M, 3].
             pixel_values_videos, video_grid_thw: the same for videos.
             second_per_grid_ts: [M], seconds from one step of each video to the next.
 
-        Returns:
-            Embeddings [B, S, D], position_ids [3, B, S], rope_deltas [B].
-        Raises:
-            InputError: placeholders without pictures, pictures without placeholders, pixels without grids.
+        Raises InputError: pixels without grids, or grids without pixels.
         """
-        for pixels, grids, kind in (
-            (pixel_values, image_grid_thw, "pictures"),
-            (pixel_values_videos, video_grid_thw, "videos"),
+        media = []
+        for kind, placeholder, pixels, grids in (
+            ("pictures", self.config.image_token_id, pixel_values, image_grid_thw),
+            ("videos", self.config.video_token_id, pixel_values_videos, video_grid_thw),
         ):
             if (pixels is None) != (grids is None):
                 raise InputError(f"{kind} need their pixels and their grids: let the processor build both")
-        image_features = video_features = None
-        media = []
-        if pixel_values is not None and image_grid_thw is not None:
-            image_features = self.encode_image(pixel_values, image_grid_thw)
-            at_once = torch.zeros(len(image_grid_thw))
-            media.append(Media(self.config.image_token_id, image_grid_thw, at_once))
-        if pixel_values_videos is not None and video_grid_thw is not None:
-            video_features = self.encode_image(pixel_values_videos, video_grid_thw)
-            intervals = self.intervals(video_grid_thw, second_per_grid_ts)
-            media.append(Media(self.config.video_token_id, video_grid_thw, intervals))
-        inputs_embeds = self.merge(input_ids, image_features, video_features)
-        merge_size = self.config.vision.spatial_merge_size
-        return inputs_embeds, *multimodal_positions(input_ids, attention_mask, media, merge_size)
+            if pixels is not None and grids is not None:
+                intervals = torch.zeros(len(grids))  # a picture is there at once
+                if kind == "videos":
+                    intervals = self.intervals(grids, second_per_grid_ts)
+                media.append(Media(placeholder, grids, intervals, self.encode_image(pixels, grids)))
+        return media
 
-    def forward(
+    def read(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **pixels: Tensor,
-    ) -> WritingOutput:
-        """Logits at every position, and the loss if labels are given.
+        attention_mask: Tensor,
+        image: Sequence[Media],
+        cache: MultimodalCache | None = None,
+    ) -> Tensor:
+        """Qwen2 reads pictures and words from left to right, with positions in time, rows and columns."""
+        inputs_embeds = self.merge(input_ids, image)
+        position_ids, rope_deltas = self.positions(input_ids, attention_mask, image)
+        _, mask = place(attention_mask, cache)
+        if cache is not None:
+            cache.rope_deltas = rope_deltas
+        return self.language_model(inputs_embeds, position_ids, mask, cache)
 
-        Args:
-            input_ids: [B, S].
-            pixel_values: [P, C * T * P * P], or None without pictures.
-            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
-            token_type_ids: taken, as by every model that answers, and not used: prompt and answer are read
-                alike, from left to right.
-            labels: [B, S], -100 where there is no loss.
-            **pixels: the other tensors of `read`.
-
-        Raises ValueError: rows that `check_rows` refuses. InputError: as `read`.
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        check_rows(input_ids, attention_mask, None)
-        inputs_embeds, position_ids, _ = self.read(input_ids, attention_mask, pixel_values, **pixels)
-        is_real = attention_mask.bool()
-        places = is_real.cumsum(dim=1)  # what is seen depends on the order of the tokens alone
-        mask = masks.causal(places, places) & masks.padding(is_real)
-        return self.output(self.language_model(inputs_embeds, position_ids, mask[:, None]), labels)
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., D] -> scores [..., V]."""
-        return self.language_model.logits(hidden_states)
-
-    def prefill(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None, **pixels: Tensor
-    ) -> tuple[Tensor, MultimodalCache]:
-        """Read the chat with its pictures and videos; arguments as in `read`.
-
-        Returns:
-            The hidden state of each row's last token [B, D], and the cache for `decode`.
-
-        Raises ValueError: rows that `check_rows` refuses. InputError: as `read`.
-        """
-        check_rows(input_ids, attention_mask, None)
-        text = self.config.text
-        inputs_embeds, position_ids, rope_deltas = self.read(
-            input_ids, attention_mask, pixel_values, **pixels
-        )
-        cache = MultimodalCache(
-            text.num_hidden_layers,
-            len(input_ids),
-            text.num_key_value_heads,
-            text.head_dim,
-            dtype=inputs_embeds.dtype,
-            device=inputs_embeds.device,
-        )
-        cache.rope_deltas = rope_deltas
-        places = cache.reserve(attention_mask)
-        mask = masks.causal(places, cache.key_positions) & masks.padding(cache.key_is_real)
-        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
-        return last_hidden_states(hidden_states, attention_mask), cache
+    def positions(
+        self, input_ids: Tensor, attention_mask: Tensor, media: Sequence[Media]
+    ) -> tuple[Tensor, Tensor]:
+        """As `multimodal_positions`: position_ids [3, B, S], rope_deltas [B]."""
+        return multimodal_positions(input_ids, attention_mask, media, self.config.vision.spatial_merge_size)
 
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: MultimodalCache) -> Tensor:
-        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
-        places = cache.reserve(unfinished[:, None])
-        mask = masks.causal(places, cache.key_positions) & masks.padding(cache.key_is_real)
-        position_ids = (places + cache.rope_deltas[:, None]).expand(3, -1, -1)
+        """As of every system with a decoder; a new word's position is its number and the row's delta."""
         inputs_embeds = self.language_model.embed(token_ids[:, None])
-        return self.language_model(inputs_embeds, position_ids, mask[:, None], cache)[:, 0]
+        numbers, mask = place(unfinished[:, None], cache)
+        position_ids = (numbers + cache.rope_deltas[:, None]).expand(3, -1, -1)
+        return self.language_model(inputs_embeds, position_ids, mask, cache)[:, 0]
 
     @classmethod
     def from_pretrained(

@@ -15,22 +15,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import check_vocabulary, find_folder, read_config, require_equal, special_ids
 from minivlm.checkpoints.layouts import qwen_vl_layouts
 from minivlm.configs import check_types, known, part_of, require_system
 from minivlm.errors import InputError
-from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
+from minivlm.models.views import HasDecoder, place
 from minivlm.processing import QwenVLProcessor
-from minivlm.processing.inputs import check_rows
 from minivlm.processing.qwen_tokens import VOCABULARY
 from minivlm.processing.qwen_vl import chat_format_in
 from minivlm.text.qwen import QwenCache, QwenConfig, QwenDecoder
@@ -123,9 +121,10 @@ class QwenVLConfig:
         return replace(config, chat_format=chat_format_in(folder))
 
 
-class QwenVL(Writes):
+class QwenVL(HasDecoder):
     """The whole system."""
 
+    cache_class: ClassVar = QwenCache
     config: QwenVLConfig
 
     def __init__(self, config: QwenVLConfig) -> None:
@@ -134,11 +133,6 @@ class QwenVL(Writes):
         self.vision_tower = QwenVLVisionModel(config.vision)
         self.resampler = QwenVLResampler(config.vision)
         self.language_model = QwenDecoder(config.text)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are and the inputs must be."""
-        return self.resampler.query.device
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] -> image features [B, n, D] in the decoder's width."""
@@ -186,73 +180,11 @@ class QwenVL(Writes):
             return inputs_embeds
         return inputs_embeds.masked_scatter(is_place[..., None], image_features.to(inputs_embeds.dtype))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> WritingOutput:
-        """Logits at every position, and the loss if labels are given.
-
-        Args:
-            input_ids: [B, S].
-            pixel_values: [pictures, C, height, width] or None for text only.
-            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
-            token_type_ids: taken, as by every model that answers, and not used: prompt and answer are read
-                alike, from left to right.
-            labels: [B, S], -100 where there is no loss.
-
-        Raises ValueError: rows that `check_rows` refuses.
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        check_rows(input_ids, attention_mask, None)
-        image_features = None if pixel_values is None else self.encode_image(pixel_values)
-        inputs_embeds = self.merge(input_ids, image_features)
-        is_real = attention_mask.bool()
-        position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
-        mask = masks.causal(position_ids, position_ids) & masks.padding(is_real)
-        return self.output(self.language_model(inputs_embeds, position_ids, mask[:, None]), labels)
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., D] -> scores [..., V]."""
-        return self.language_model.logits(hidden_states)
-
-    def prefill(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None
-    ) -> tuple[Tensor, QwenCache]:
-        """Read the prompt with its pictures.
-
-        Returns:
-            The hidden state of each row's last token [B, D], and the cache for `decode`.
-
-        Raises ValueError: rows that `check_rows` refuses.
-        """
-        check_rows(input_ids, attention_mask, None)
-        text = self.config.text
-        image_features = None if pixel_values is None else self.encode_image(pixel_values)
-        inputs_embeds = self.merge(input_ids, image_features)
-        cache = QwenCache(
-            text.num_hidden_layers,
-            len(input_ids),
-            text.num_attention_heads,
-            text.head_dim,
-            dtype=inputs_embeds.dtype,
-            device=inputs_embeds.device,
-        )
-        position_ids = cache.reserve(attention_mask)
-        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
-        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
-        return last_hidden_states(hidden_states, attention_mask), cache
-
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
-        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
-        position_ids = cache.reserve(unfinished[:, None])
-        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
-        inputs_embeds = self.language_model.embed(token_ids[:, None])
-        return self.language_model(inputs_embeds, position_ids, mask[:, None], cache)[:, 0]
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Qwen reads pictures and words alike, from left to right."""
+        return self.language_model(self.merge(input_ids, image), *place(attention_mask, cache), cache)
 
     def _limits(self) -> dict[str, Any]:
         return {**super()._limits(), "eos_token_id": self.config.end_token_ids}

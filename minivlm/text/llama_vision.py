@@ -69,6 +69,11 @@ class LlamaVisionTextConfig:
         _ = self.llama  # which checks the rest
 
     @property
+    def head_dim(self) -> int:
+        """The width of one head."""
+        return self.llama.head_dim
+
+    @property
     def llama(self) -> LlamaConfig:
         """The language model without the layers in between. Its own head would be as here."""
         return LlamaConfig(

@@ -15,6 +15,7 @@ from qwen2_vl import (
     VIDEO_ID,
     VIDEO_ROWS,
     VOCABULARY,
+    embedded,
     original_positions,
     padded,
     patches,
@@ -128,7 +129,7 @@ def test_a_video_with_the_original_positions(seconds: float):
     ours, reference = pair()
     batch = videos() | {"second_per_grid_ts": torch.tensor([seconds])}
     own = video_positions(2 * seconds)
-    _, position_ids, deltas = ours.read(**batch)
+    _, position_ids, deltas = embedded(ours, **batch)
     assert torch.equal(position_ids, own)
     assert int(deltas) == int(own.max()) + 1 - own.shape[2]
     assert_equal(ours(**batch).logits, theirs(reference, batch, position_ids=own))
@@ -143,7 +144,7 @@ def test_time_inside_of_a_video_is_that_of_transformers():
     expected, _ = reference.model.get_rope_index(
         ids, types_of(ids), video_grid_thw=VIDEO_GRIDS, second_per_grid_ts=SECONDS
     )
-    _, found, _ = ours.read(**batch, second_per_grid_ts=SECONDS)
+    _, found, _ = embedded(ours, **batch, second_per_grid_ts=SECONDS)
     is_video = (ids == VIDEO_ID)[0]
     assert torch.equal(found[:, :, is_video], expected[:, :, is_video])
     assert (found[0, 0, is_video] - 3).unique().tolist() == [0, 1, 2, 4]
@@ -158,8 +159,10 @@ def test_half_as_many_frames_are_the_same_time():
     for grids, seconds in ((often, 0.5), (seldom, 1.0)):
         ids = torch.tensor([[5, *vision_block(VIDEO_ID, grids[0]), 6]])
         pixels = {"pixel_values_videos": patches(grids), "video_grid_thw": grids}
-        read = ours.read(ids, torch.ones_like(ids), **pixels, second_per_grid_ts=torch.tensor([seconds]))
-        times.append(read[1][0, 0, 2:-2])
+        _, found, _ = embedded(
+            ours, ids, torch.ones_like(ids), **pixels, second_per_grid_ts=torch.tensor([seconds])
+        )
+        times.append(found[0, 0, 2:-2])
     assert torch.equal(times[0][::2], times[1])
 
 

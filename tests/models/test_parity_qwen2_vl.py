@@ -16,6 +16,7 @@ from qwen2_vl import (
     VIDEO_ID,
     VIDEO_ROWS,
     VOCABULARY,
+    embedded,
     original_positions,
     pair,
     patches,
@@ -37,6 +38,7 @@ from minivlm.text import qwen2
 from minivlm.vision import qwen2_vl as tower
 
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
+NO_TOKENS = torch.empty(0)  # where only positions count
 
 
 def theirs(reference: Any, batch: dict[str, Tensor], **more: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def theirs(reference: Any, batch: dict[str, Tensor], **more: Tensor) -> Tensor:
 def positions(batch: dict[str, Tensor], interval: float = 1.0) -> tuple[Tensor, Tensor]:
     """Ours, of a batch."""
     media = [
-        Media(placeholder, batch[name], torch.full((len(batch[name]),), interval))
+        Media(placeholder, batch[name], torch.full((len(batch[name]),), interval), NO_TOKENS)
         for placeholder, name in ((IMAGE_ID, "image_grid_thw"), (VIDEO_ID, "video_grid_thw"))
         if name in batch
     ]
@@ -115,8 +117,9 @@ def test_pictures_that_touch_are_two():
 )
 def test_placeholders_without_pictures_are_refused(ids: list[list[int]], grids: Tensor, message: str):
     rows = torch.tensor(ids)
+    media = [Media(IMAGE_ID, grids, torch.ones(len(grids)), NO_TOKENS)]
     with pytest.raises(InputError, match=message):
-        multimodal_positions(rows, torch.ones_like(rows), [Media(IMAGE_ID, grids, torch.ones(len(grids)))], 2)
+        multimodal_positions(rows, torch.ones_like(rows), media, 2)
 
 
 # The whole model
@@ -202,7 +205,7 @@ def test_packed_rows_are_rows():
     """Several rows as one, with the positions of each: its mask keeps them apart."""
     ours, _ = pair()
     batch = pictures("right")
-    embeds, position_ids, _ = ours.read(**batch)
+    embeds, position_ids, _ = embedded(ours, **batch)
     real = batch["attention_mask"].bool()
     places = (real.cumsum(dim=1) - 1)[real][None]
     number = torch.arange(3)[:, None].expand_as(real)[real][None]

@@ -33,7 +33,8 @@ from minivlm.attention import Attention, additive, attend
 from minivlm.cache import KVCache
 from minivlm.configs import check_types
 from minivlm.errors import InputError
-from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
+from minivlm.models.miniatures.base import Miniature, read_values, write_values
+from minivlm.models.views import place
 from minivlm.processing.inputs import Inputs
 from minivlm.text.gpt2 import GPT2Block, GPT2Config
 from minivlm.vision.siglip import SiglipVisionConfig
