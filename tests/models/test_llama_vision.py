@@ -88,7 +88,7 @@ def test_cached_decoding_is_the_whole_row(side: str):
     model, _ = pair()
     starts = [6, 2, 7]
     ids, mask = padded(side, starts)
-    hidden, cache = model.prefill(ids, mask, TILES, NUMBERS)
+    hidden, cache = model.prefill(ids, mask, TILES, aspect_ratio_ids=NUMBERS)
     expected = [alone(model, row) for row in range(3)]
     for step in range(4):
         for row, (start, length) in enumerate(zip(starts, LENGTHS, strict=True)):
