@@ -4,8 +4,9 @@
     answer      from a picture and a prompt to words, in one line
     InputError  what every refusal raises: what was wrong, and what to do
 
-    PaliGemma, Llava, CLIP, SigLIP, ViT         what `load` returns, and what it returns beside them:
-    Processor, LlavaProcessor, PairProcessor    pictures and words in, tensors out, and back
+    PaliGemma, Llava, QwenVL, Qwen2VL, Qwen2_5_VL, DeepseekVL, DeepseekVLHybrid,
+    DeepseekVL2, LlamaVision, CLIP, SigLIP, ViT                 what `load` returns, and beside them
+    Processor, LlavaProcessor, QwenVLProcessor, ...             pictures and words in, tensors out, and back
 
 >>> import minivlm
 >>> minivlm.answer("photo.jpg", "caption en")
@@ -24,12 +25,30 @@ if TYPE_CHECKING:
     from minivlm.errors import InputError
     from minivlm.models.answering import answer
     from minivlm.models.clip import CLIP, CLIPConfig
+    from minivlm.models.deepseek_vl import DeepseekVL, DeepseekVLConfig
+    from minivlm.models.deepseek_vl2 import DeepseekVL2, DeepseekVL2Config
+    from minivlm.models.deepseek_vl_hybrid import DeepseekVLHybrid, DeepseekVLHybridConfig
+    from minivlm.models.llama_vision import LlamaVision, LlamaVisionConfig
     from minivlm.models.llava import Llava, LlavaConfig
     from minivlm.models.load import load
     from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
+    from minivlm.models.qwen2_5_vl import Qwen2_5_VL, Qwen2_5_VLConfig
+    from minivlm.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+    from minivlm.models.qwen_vl import QwenVL, QwenVLConfig
     from minivlm.models.siglip import SigLIP, SiglipConfig
     from minivlm.models.vit import ViT
-    from minivlm.processing import LlavaProcessor, PairProcessor, Processor
+    from minivlm.processing import (
+        DeepseekVL2Processor,
+        DeepseekVLHybridProcessor,
+        DeepseekVLProcessor,
+        LlamaVisionProcessor,
+        LlavaProcessor,
+        PairProcessor,
+        Processor,
+        Qwen2_5_VLProcessor,
+        Qwen2VLProcessor,
+        QwenVLProcessor,
+    )
     from minivlm.text.gemma import GemmaConfig
     from minivlm.text.gemma2 import Gemma2Config
     from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
@@ -40,9 +59,21 @@ __version__ = "0.1.0"
 __all__ = [
     "CLIP",
     "CLIPConfig",
+    "DeepseekVL",
+    "DeepseekVL2",
+    "DeepseekVL2Config",
+    "DeepseekVL2Processor",
+    "DeepseekVLConfig",
+    "DeepseekVLHybrid",
+    "DeepseekVLHybridConfig",
+    "DeepseekVLHybridProcessor",
+    "DeepseekVLProcessor",
     "Gemma2Config",
     "GemmaConfig",
     "InputError",
+    "LlamaVision",
+    "LlamaVisionConfig",
+    "LlamaVisionProcessor",
     "Llava",
     "LlavaConfig",
     "LlavaProcessor",
@@ -50,6 +81,15 @@ __all__ = [
     "PaliGemma",
     "PaliGemmaConfig",
     "Processor",
+    "Qwen2VL",
+    "Qwen2VLConfig",
+    "Qwen2VLProcessor",
+    "Qwen2_5_VL",
+    "Qwen2_5_VLConfig",
+    "Qwen2_5_VLProcessor",
+    "QwenVL",
+    "QwenVLConfig",
+    "QwenVLProcessor",
     "SigLIP",
     "SiglipConfig",
     "SiglipVisionConfig",
@@ -64,12 +104,21 @@ _HOMES = {
     "errors": "InputError",
     "models.answering": "answer",
     "models.clip": "CLIP CLIPConfig",
+    "models.deepseek_vl": "DeepseekVL DeepseekVLConfig",
+    "models.deepseek_vl2": "DeepseekVL2 DeepseekVL2Config",
+    "models.deepseek_vl_hybrid": "DeepseekVLHybrid DeepseekVLHybridConfig",
+    "models.llama_vision": "LlamaVision LlamaVisionConfig",
     "models.llava": "Llava LlavaConfig",
     "models.load": "load",
     "models.paligemma": "PaliGemma PaliGemmaConfig",
+    "models.qwen2_5_vl": "Qwen2_5_VL Qwen2_5_VLConfig",
+    "models.qwen2_vl": "Qwen2VL Qwen2VLConfig",
+    "models.qwen_vl": "QwenVL QwenVLConfig",
     "models.siglip": "SigLIP SiglipConfig",
     "models.vit": "ViT",
-    "processing": "LlavaProcessor PairProcessor Processor",
+    "processing": "DeepseekVL2Processor DeepseekVLHybridProcessor DeepseekVLProcessor LlamaVisionProcessor "
+    "LlavaProcessor PairProcessor Processor QwenVLProcessor "
+    "Qwen2VLProcessor Qwen2_5_VLProcessor",
     "text.gemma": "GemmaConfig",
     "text.gemma2": "Gemma2Config",
     "vision.siglip": "SiglipVisionConfig SiglipVisionModel",

@@ -116,7 +116,7 @@ def part_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 LARGEST = {"num_hidden_layers": 2**10, "image_size": 2**14}
 LEAST = {
     "vision_feature_layer": -(2**10),  # counted from the end
-    **dict.fromkeys(("max_num_media", "max_num_frames"), 0),  # none
+    **dict.fromkeys(("max_num_media", "max_num_frames", "first_k_dense_replace"), 0),  # none
 }
 
 

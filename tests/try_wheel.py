@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
         assert pictures == [f"scene_{number}.png" for number in range(1, 7)], pictures
         answer = run(command, "ask", Path("demo", "samples", "scene_1.png"), "--prompt", PROMPT)
         described = answer.splitlines()[1]
-        assert described, answer
+        assert described, f"`ask` says nothing about a picture:\n{answer}"
         assert described in shown, (
             f"`ask` says {described!r} about a picture of which `demo` says another thing:\n{shown}"
         )

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, gigabytes, require_memory
 from minivlm.checkpoints.hub import GENERATION, few, read_json, refuse_pickles, special_ids
-from minivlm.checkpoints.layouts import Layout, as_in_file, join, names_in, split, to_file, to_ours
+from minivlm.checkpoints.layouts import UNUSED, Layout, as_in_file, join, names_in, split, to_file, to_ours
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 
@@ -216,6 +216,8 @@ def _fit(
         if IGNORED_BUFFER.search(name):
             continue
         ours = to_ours(name, layout)
+        if ours is not None and ours.startswith(UNUSED):
+            continue
         if ours == HEAD and HEAD not in wanted:
             ours = TABLE
         places = names_in(ours) if ours is not None else []
@@ -273,16 +275,17 @@ def save_model(
     folder: Path,
     layout: Layout,
     names: tuple[str, str] = (CONFIG, WEIGHTS),
+    generation: Mapping[str, Any] | None = None,
     leave_out: tuple[str, ...] = (),
 ) -> None:
     """Write config.json and model.safetensors, or two files of other `names`, as in a layout.
 
     Weights whose names here begin as `leave_out` says are not written.
 
-    The ids of pad, bos and eos of a model that has them are written to generation_config.json, too. All files
-    are complete before any replaces an old one, so a failure leaves the old folder as it was, and a model may
-    be saved into the folder that its own weights are mapped from. A head that is tied to the embedding table
-    is not written twice.
+    The ids of pad, bos and eos of a model that has them are written to generation_config.json, too, beside
+    what `generation` has. All files are complete before any replaces an old one, so a failure leaves the old
+    folder as it was, and a model may be saved into the folder that its own weights are mapped from. A head
+    that is tied to the embedding table is not written twice.
 
     Raises:
         InputError: the folder cannot be written, for example because the disk is full; the model is
@@ -299,7 +302,7 @@ def save_model(
     texts = {names[0]: config}
     ids = special_ids(config)
     if ids:  # a file that is there already would win over config.json
-        texts[GENERATION] = ids
+        texts[GENERATION] = {**(generation or {}), **ids}
     with ExitStack() as files:
         paths = {name: files.enter_context(write_aside(folder / name)) for name in (*texts, names[1])}
         for name, values in texts.items():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from minivlm.cli.options import Commands
     from minivlm.models.answering import Loaded
+    from minivlm.processing import Video
 
 HELP = """\
 The shipped model knows colored shapes. It understands:
@@ -37,17 +38,27 @@ def add_to(commands: Commands) -> None:
     """Describe the command."""
     ask = commands.add_parser(
         "ask",
-        help="ask about pictures",
-        description="Ask every prompt about every picture.",
+        help="ask about pictures and videos",
+        description="Ask every prompt about every picture or video.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ask.add_argument(
-        "pictures", metavar="PICTURE", nargs="+", help="picture files, of any format that Pillow reads"
+        "pictures",
+        metavar="PICTURE",
+        nargs="+",
+        help="picture files; of a model that reads them, also videos, animations and folders of pictures",
     )
     ask.add_argument("--prompt", action="append", default=[], help="what to ask; may be given several times")
     ask.add_argument(
         "--prompts-file", type=shared.path, metavar="FILE", help="prompts from a text file, one a line"
+    )
+    ask.add_argument(
+        "--fps",
+        type=shared.above_0,
+        metavar="N",
+        help="frames a second that are read of a video (default: as the model's folder says, mostly 2); "
+        "the pictures of a folder are taken for so many a second",
     )
     shared.add_model(ask)
     ask.add_argument(
@@ -74,7 +85,8 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Ask, and print each answer while it is generated."""
     from minivlm.cli.pictures import draw_answers, drawings, save_picture
-    from minivlm.processing import load_picture, to_rgb
+    from minivlm.cli.videos import open_videos, set_rate
+    from minivlm.processing import Video, load_picture, to_rgb
 
     prompts: Iterable[str] = [*options.prompt, *_read_prompts(options.prompts_file)]
     if not all(prompt.strip() for prompt in prompts):
@@ -86,14 +98,16 @@ def run(options: argparse.Namespace) -> None:
         raise InputError('there is nothing to ask: add --prompt "caption en" or --prompts-file FILE')
     # Everything that can be refused is checked before the model is loaded. Pictures are opened once more when
     # it is their turn: many large ones would fill the memory.
-    sizes = [to_rgb(load_picture(path)).size for path in options.pictures]
+    videos = open_videos(options)
+    sizes = [(videos.get(path) or to_rgb(load_picture(path))).size for path in options.pictures]
     drawn: Sequence[Path | None] = [None] * len(sizes)
     if options.draw is not None:
         inputs = [*options.pictures, *([options.prompts_file] if options.prompts_file else [])]
         drawn = drawings(options.draw, options.pictures, sizes, inputs)
     loaded = shared.open_answering(options)
+    set_rate(loaded[1], options.fps)
     for path, drawing in zip(options.pictures, drawn, strict=True):
-        picture = to_rgb(load_picture(path))
+        picture = videos.get(path) or to_rgb(load_picture(path))
         answers: list[str] = []
         for prompt in prompts:
             try:
@@ -102,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
                 if not chat:
                     raise
                 shared.show(error, "error")
-        if drawing is not None:
+        if drawing is not None and not isinstance(picture, Video):
             save_picture(draw_answers(picture, answers), drawing)
             if not options.json:
                 shared.say(f"drawn: {drawing}")
@@ -111,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
 def _ask(
     loaded: Loaded,
     path: str,
-    picture: Image.Image,
+    picture: Image.Image | Video,
     prompt: str,
     options: argparse.Namespace,
     chat: bool,
@@ -141,7 +155,7 @@ def _ask(
         for box in found["boxes"]:
             shared.say(f"  {box['name']}: {box['box']}")
     for note in (
-        *(notes.of_picture(*picture.size, loaded[1].image_processor) if first else ()),
+        *(notes.of_shown(picture, loaded[1]) if first else ()),
         *notes.of_prompt(prompt, loaded[1].tokenizer),
         *notes.of_answer(stream.confidence, stream.repeats),
     ):
@@ -162,8 +176,8 @@ def _typed() -> Iterator[str]:
     print()
 
 
-def _found(answer: str, picture: Image.Image) -> dict[str, list[dict[str, Any]]]:
-    """The boxes in an answer, and its masks, in pixels of the picture."""
+def _found(answer: str, picture: Image.Image | Video) -> dict[str, list[dict[str, Any]]]:
+    """The boxes in an answer, and its masks, in pixels of the picture or of the frames."""
     from minivlm.cli.pictures import run_lengths
     from minivlm.processing import text_to_boxes, text_to_masks
 

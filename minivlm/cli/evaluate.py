@@ -26,7 +26,7 @@ COLUMNS = (
 def add_to(commands: Commands) -> None:
     """Describe the command."""
     parser = commands.add_parser("eval", help="measure a model on scenes that training never saw")
-    shared.add_model(parser, "a PaliGemma, LLaVA, CLIP or SigLIP checkpoint")
+    shared.add_model(parser, "a PaliGemma, LLaVA, Qwen-VL, CLIP or SigLIP checkpoint")
     parser.add_argument("--scenes", type=int, metavar="N", help="(default: 2000)")
     parser.add_argument("--seed", type=int, metavar="S", help="which scenes (default: 1)")
     parser.add_argument(

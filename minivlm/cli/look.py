@@ -47,7 +47,7 @@ def add_to(commands: Commands) -> None:
         help="where to write (default: look)",
     )
     look.add_argument("--overwrite", action="store_true", help="replace files of the same names in FOLDER")
-    shared.add_model(look, "a PaliGemma, LLaVA, CLIP or SigLIP checkpoint")
+    shared.add_model(look, "a PaliGemma, LLaVA, Qwen-VL, CLIP or SigLIP checkpoint")
     look.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="length of an answer (default: 64)"
     )
@@ -83,10 +83,11 @@ def _look_at_answer(
     from minivlm.looking import plots
     from minivlm.looking.hover import hover_page
     from minivlm.looking.inspection import inspect_answer
+    from minivlm.models.protocols import place_size
 
     seen = inspect_answer(model, processor, picture, options.prompt, options.max_new_tokens)
     shared.say(f"{options.picture} | {options.prompt}\n{seen.answer}")
-    _draw_tower(model.vision_tower, seen.tower, options.out)
+    _draw_tower(model.vision_tower, seen.tower, seen.pixel_values, options.out)
 
     whole: dict[str, Tensor] = {}
     if seen.attention is None or seen.rollout is None:
@@ -101,8 +102,7 @@ def _look_at_answer(
         )
         whole = {"attention": by_word.mean(dim=0), "rollout": seen.rollout.mean(dim=0)}
     if not options.no_occlusion:
-        patch_size = model.vision_tower.config.patch_size
-        whole |= _occlusions(seen.sureness, seen.pixel_values, patch_size)
+        whole |= _occlusions(seen.sureness, seen.pixel_values, place_size(model.vision_tower))
     if whole:
         _draw_importance(seen.pixel_values, whole, options.out)
 
@@ -117,8 +117,9 @@ def _look_at_answer(
 def _draw_words(model: Answers, processor: AnswerProcessor, seen: Inspection, out: Path) -> list[list[str]]:
     """The nearest words of each patch, as far as image tokens are patches among words; and their figure."""
     from minivlm.looking import measures, plots
+    from minivlm.models.protocols import place_size
 
-    patches = (seen.pixel_values.shape[-1] // model.vision_tower.config.patch_size) ** 2
+    patches = math.prod(side // place_size(model.vision_tower) for side in seen.pixel_values.shape[1:])
     no_words: list[list[str]] = [[]] * patches
     if seen.image_tokens is None:
         shared.say("  (no words.png: the picture is not among the words that the decoder reads)")
@@ -170,7 +171,7 @@ def _look_at_match(
         shared.say("  no filters, positions and heads of patches: this tower is convolutional")
         patch_size = tower.place_size
     else:
-        _draw_tower(tower, seen.tower, options.out)
+        _draw_tower(tower, seen.tower, seen.pixel_values, options.out)
         whole["rollout"] = seen.rollout
         patch_size = tower.config.patch_size
     _save(
@@ -185,33 +186,40 @@ def _look_at_match(
     _draw_importance(seen.pixel_values, whole, options.out)
 
 
-def _draw_tower(tower: Tower, maps: Tensor | None, out: Path) -> None:
+def _draw_tower(tower: Tower, maps: Tensor | None, pixel_values: Tensor, out: Path) -> None:
     """Filters, positions and heads of an image tower, with its attention maps [layers, H, N, N] or None."""
     import torch
 
     from minivlm.looking import measures, plots
+    from minivlm.models.protocols import MergesPatches
 
     filters = tower.embeddings.patch_embedding.weight.detach().float()
+    if filters.dim() == 5:  # patches of several frames, which show a picture again
+        filters = filters.sum(dim=2)
     components, shares = measures.filter_components(filters)
     _save(
         plots.draw_filters({"filters": filters, "components": components}),
         out / "filters.png",
         f"12 components explain {float(shares[:12].sum()):.0%} of the filters' variance",
     )
-    table = tower.embeddings.position_embedding.weight.detach()
-    positions = table[len(table) - math.isqrt(len(table)) ** 2 :]  # without a class token's
-    _save(
-        plots.draw_positions({"positions": measures.position_similarity(positions)}),
-        out / "positions.png",
-        "similarity of each position with all others",
-    )
+    if isinstance(tower, MergesPatches):
+        shared.say("  (no positions.png: rows and columns are angles, and nothing is learned about them)")
+    else:
+        table = tower.embeddings.position_embedding.weight.detach()
+        positions = table[len(table) - math.isqrt(len(table)) ** 2 :]  # without a class token's
+        _save(
+            plots.draw_positions({"positions": measures.position_similarity(positions)}),
+            out / "positions.png",
+            "similarity of each position with all others",
+        )
     if maps is None:
         shared.say("  (no heads.png: nothing in the tower attends, it is made of convolutions)")
         return
     count = maps.shape[-1]
-    distances = torch.stack([measures.attention_distance(layer[None]) for layer in maps])
+    columns = plots.grid_of(count, pixel_values)[1]
+    distances = torch.stack([measures.attention_distance(layer[None], columns) for layer in maps])
     entropies = torch.stack([measures.attention_entropy(layer[None]) for layer in maps])
-    evenly = float(measures.patch_distances(count).mean())
+    evenly = float(measures.patch_distances(count, columns).mean())
     _save(
         plots.draw_heads(distances.cpu(), entropies.cpu(), evenly, math.log(count)),
         out / "heads.png",
@@ -235,7 +243,8 @@ def _draw_importance(pixel_values: Tensor, scores: dict[str, Tensor], out: Path)
     """Maps [N] of one picture side by side."""
     from minivlm.looking import plots
 
-    where = {name: divmod(int(values.argmax()), math.isqrt(len(values))) for name, values in scores.items()}
+    columns = {name: plots.grid_of(len(values), pixel_values)[1] for name, values in scores.items()}
+    where = {name: divmod(int(values.argmax()), columns[name]) for name, values in scores.items()}
     listed = ", ".join(f"{name} {row + 1}/{column + 1}" for name, (row, column) in where.items())
     _save(
         plots.draw_patch_scores(pixel_values, scores),

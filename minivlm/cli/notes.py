@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from minivlm.processing import BaseTokenizer, ImageProcessor
+from PIL import Image
+
+from minivlm.processing import AnswerProcessor, BaseTokenizer, ImageProcessor, Video
+from minivlm.processing.inputs import ReadsVideos
 
 SMALL_VOCABULARY = 10_000  # tokens; a larger one has pieces for any word
 WIDEST = 2.0  # longer side by shorter side
@@ -19,11 +22,20 @@ SEEN = {
 }
 
 
+def of_shown(shown: Image.Image | Video, processor: AnswerProcessor) -> Iterator[str]:
+    """Notes about a picture or a video."""
+    if not isinstance(shown, Video):
+        yield from of_picture(*shown.size, processor.image_processor)
+    elif isinstance(processor, ReadsVideos) and (told := processor.video_budget.dropped(shown)):
+        yield told
+
+
 def of_picture(width: int, height: int, image_processor: ImageProcessor) -> Iterator[str]:
     """Notes about a picture of this size."""
     ratio = max(width, height) / min(width, height)
-    if ratio > WIDEST:
-        yield f"the picture is {width} x {height}, and the model {SEEN[image_processor.fitted]}"
+    fitted = image_processor.fitted
+    if ratio > WIDEST and fitted != "kept":
+        yield f"the picture is {width} x {height}, and the model {SEEN[fitted]}"
 
 
 def of_prompt(prompt: str, tokenizer: BaseTokenizer) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -32,7 +33,9 @@ SHARED = ("seed", "warmup_steps", "bf16")  # options of `add_run` that are field
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
-def add_model(parser: argparse.ArgumentParser, what: str = "a PaliGemma or LLaVA checkpoint") -> None:
+def add_model(
+    parser: argparse.ArgumentParser, what: str = "a PaliGemma, LLaVA or Qwen-VL checkpoint"
+) -> None:
     """--model, --revision, --dtype, --device, --quantize, --pack, --compile."""
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -239,6 +242,17 @@ def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def above_0(text: str) -> float:
+    """The type of rates."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 # ---- messages ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from minivlm.errors import InputError
 from minivlm.files import check_output, write_aside
 from minivlm.looking import draw_masks, drawn_size
 from minivlm.processing import Mask, text_to_boxes, text_to_masks
+from minivlm.processing.qwen_tags import tags_to_boxes
 
 SOFTWARE = "minivlm"  # stands in the EXIF note of every drawing
 
@@ -25,7 +26,8 @@ def draw_answers(picture: Image.Image, answers: Iterable[str]) -> Image.Image:
     for answer in answers:
         masks = {mask.box: mask for mask in text_to_masks(answer, *picture.size)}
         nothing = np.zeros((picture.height, picture.width), dtype=np.bool_)
-        found += [masks.get(box, Mask(box, nothing)) for box in text_to_boxes(answer, *picture.size)]
+        boxes = text_to_boxes(answer, *picture.size) + tags_to_boxes(answer, *picture.size)
+        found += [masks.get(box, Mask(box, nothing)) for box in boxes]
     return draw_masks(picture, found)
 
 

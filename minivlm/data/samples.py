@@ -97,13 +97,13 @@ def _read_line(
         check_marks(text, key, processor.tokenizer.specials.values())
         _check_words(text)
     _check_boxes(suffix)
-    length = len(processor.encode_row(prefix, suffix).ids)
+    path = folder / image
+    check_picture(path, known)
+    length = len(processor.make_room(processor.encode_row(prefix, suffix), [path]).ids)
     if length > max_length:
         raise InputError(
             f"picture, prefix and suffix have {length} tokens, over the limit of {max_length}: shorten them"
         )
-    path = folder / image
-    check_picture(path, known)
     return Sample(number, image, path, prefix, suffix)
 
 

@@ -22,11 +22,19 @@ from minivlm.evaluation.tables import Metric, Table
 from minivlm.evaluation.waiting import Bar, evenly_spread
 from minivlm.generate import explain_nonfinite
 from minivlm.models.protocols import Answers
-from minivlm.processing import AnswerProcessor, BaseTokenizer, box_to_tokens, text_to_boxes, to_device
+from minivlm.processing import (
+    AnswerProcessor,
+    BaseTokenizer,
+    ImageProcessor,
+    box_to_tokens,
+    text_to_boxes,
+    to_device,
+)
 from minivlm.world.questions import TASKS, Example, ask
 from minivlm.world.renderers import find_browser
 from minivlm.world.scenes import Scene, Split, make_scene
 
+MOST_DRAWN = 448  # pixels of a scene's side, for a model that reads pictures of any size
 LONGEST_ANSWER = 96  # tokens; three things to segment take 69
 
 
@@ -73,7 +81,7 @@ def evaluate(
     unknown = [name for name in columns if name not in COLUMNS]
     if unknown:
         raise InputError(f"there is no column {unknown[0]!r}: choose from {', '.join(COLUMNS)}")
-    pixels = processor.image_processor.image_size
+    pixels = drawn_side(processor.image_processor)
     missing = ["browser"] if "browser" in columns and find_browser() is None else []
     # All pictures come first: what a browser refuses is refused before minutes are spent on answers.
     asked = {
@@ -89,6 +97,15 @@ def evaluate(
             table[name] = _examine(model, processor, questions, progress, COLUMNS[name].title, rounds)
             rounds = 0
     return table
+
+
+def drawn_side(image_processor: ImageProcessor) -> int:
+    """How many pixels wide scenes are drawn: as many as a model reads, or MOST_DRAWN where it reads any.
+
+    The largest picture that a published Qwen2-VL reads is 3,584 pixels wide, and has 16,384 tokens.
+    """
+    side = image_processor.image_size
+    return min(side, MOST_DRAWN) if image_processor.fitted == "kept" else side
 
 
 def _examine(
@@ -199,10 +216,23 @@ def box_scores(
 
 
 def _places(tokenizer: BaseTokenizer, ids: Sequence[int], texts: Sequence[str]) -> Iterator[slice]:
-    """Where in the ids each of these texts stands, from left to right."""
+    """Where in the ids of an answer each of these texts stands, from left to right; ids below 0 are others'.
+
+    Where boxes are no words of the vocabulary, a piece may begin with the space before a box. If a piece also
+    holds something else, the place of the box is the whole answer.
+    """
     start = 0
     for text in texts:
-        wanted = tokenizer.encode(text)
-        start = next(i for i in range(start, len(ids)) if ids[i : i + len(wanted)] == wanted)
-        yield slice(start, start + len(wanted))
-        start += len(wanted)
+        forms = (tokenizer.encode(text), tokenizer.encode(f" {text}"))
+        found = (
+            slice(i, i + len(form))
+            for form in forms
+            for i in range(start, len(ids))
+            if ids[i : i + len(form)] == form
+        )
+        place = next(found, None)
+        if place is None:
+            yield slice(next(i for i, index in enumerate(ids) if index >= 0), len(ids))
+        else:
+            yield place
+            start = place.stop

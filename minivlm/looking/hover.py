@@ -11,22 +11,21 @@ import hashlib
 import html
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from minivlm.looking.plots import to_image
+from minivlm.looking.plots import grid_of, to_image
 
 DRAWING_SIDE = 360  # pixels; the picture inside is stored as small as the model sees it
 STORED_SIDE = 224  # pixels of the stored picture, at most
 
 _PAGE = """<div id="{id}" style="font:14px sans-serif;max-width:{width}px;background:#fff;color:#222">
 <div>{buttons}</div>
-<svg viewBox="0 0 {side} {side}" width="{size}" height="{size}" role="img" aria-label="{label}">
-<image href="{picture}" width="{side}" height="{side}" preserveAspectRatio="none"
+<svg viewBox="0 0 {columns} {rows}" width="{across}" height="{down}" role="img" aria-label="{label}">
+<image href="{picture}" width="{columns}" height="{rows}" preserveAspectRatio="none"
  style="image-rendering:pixelated"/>
 {patches}
 </svg>
@@ -60,11 +59,11 @@ def hover_page(
         words: the nearest words of each patch.
         label: a description for people who cannot see the picture, such as the prompt and the answer.
     """
-    side = math.isqrt(len(words))
+    rows, columns = grid_of(len(words), pixel_values)
     shares = {name: _percent(values) for name, values in scores.items()}
     patches = []
     for number, near in enumerate(words):
-        row, column = divmod(number, side)
+        row, column = divmod(number, columns)
         lines = [f"row {row + 1}, column {column + 1}", *(f"{n}: {v[number]} %" for n, v in shares.items())]
         if near:
             lines.append("nearest words: " + ", ".join(near))
@@ -83,7 +82,15 @@ def hover_page(
     }
     # Two pages in one notebook must not share an id, and the same page must have the same id every time.
     digest = hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:12]
-    return _PAGE.format(id=f"look-{digest}", side=side, size=DRAWING_SIDE, width=DRAWING_SIDE + 40, **parts)
+    longest = max(rows, columns)
+    sizes = {
+        "rows": rows,
+        "columns": columns,
+        "across": round(DRAWING_SIDE * columns / longest),
+        "down": round(DRAWING_SIDE * rows / longest),
+        "width": DRAWING_SIDE + 40,
+    }
+    return _PAGE.format(id=f"look-{digest}", **sizes, **parts)
 
 
 def _percent(values: Tensor) -> list[int]:

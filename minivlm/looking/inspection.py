@@ -22,15 +22,29 @@ from minivlm.attention import record_attention
 from minivlm.looking.measures import attention_rollout, log_odds
 from minivlm.looking.visible import visible
 from minivlm.losses import similarity
-from minivlm.models.protocols import Answers, ConvolutionalTower, Matches, SortsMaps
+from minivlm.models.protocols import (
+    Answers,
+    ConvolutionalTower,
+    HasTiles,
+    HasTwoTowers,
+    Matches,
+    MergesPatches,
+    Resamples,
+    SortsMaps,
+    place_size,
+)
 from minivlm.processing import AnswerProcessor, PairProcessor, to_device
+from minivlm.processing.inputs import Inputs
 
 MOST_LOGITS = 2**28  # at a time, of all positions of several pictures: 1 GiB in fp32
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """An answer of A words to a prompt about one picture of N patches. fp32, on the model's device."""
+    """An answer of A words to a prompt about one picture of N patches. fp32, on the model's device.
+
+    Where a tower joins patches, N counts what it makes of them.
+    """
 
     answer: str
     words: list[str]  # A, the answer's tokens one by one
@@ -65,35 +79,41 @@ def inspect_answer(
     answer = processor.decode(written[None])[0]
     words = [tokenizer.decode([i], skip_special_tokens=False).strip(" ") for i in ids.tolist()]
 
-    prompt_ids, pixel_values = inputs["input_ids"], inputs["pixel_values"]  # [1, T]
+    prompt_ids, shown = inputs["input_ids"], processor.to_pictures(inputs)  # [1, T], [1, C, height, width]
     input_ids = torch.cat([prompt_ids, ids[None]], dim=1)  # [1, T + A]
     token_type_ids = torch.zeros_like(input_ids)
     token_type_ids[:, prompt_ids.shape[1] :] = 1  # the answer, which is read from left to right
     writers = slice(prompt_ids.shape[1] - 1, input_ids.shape[1] - 1)
 
-    def logits_of_words(pixel_values: Tensor) -> Tensor:
+    def logits_of_words(pictures: Tensor) -> Tensor:
         """Where the words of the answer are written: [B, C, height, width] -> [B, A, V]."""
-        rows = (len(pixel_values), -1)
-        output = model(
-            input_ids.expand(rows), pixel_values=pixel_values, token_type_ids=token_type_ids.expand(rows)
-        )
+        rows = (len(pictures), -1)
+        pixels = processor.from_pictures(pictures, inputs)
+        output = model(input_ids.expand(rows), token_type_ids=token_type_ids.expand(rows), **pixels)
         return output.logits[:, writers]
 
+    pixels = processor.from_pictures(shown, inputs)
     with record_attention() as encoding:
-        image_tokens = model.encode_image(pixel_values)
+        image_tokens = model.encode_image(**pixels)
     with record_attention() as maps:
-        vocabulary = logits_of_words(pixel_values).shape[-1]
+        vocabulary = logits_of_words(shown).shape[-1]
     is_image = (input_ids == tokenizer.image_id)[0]
     is_image[prompt_ids.shape[1] :] = False
-    patches = math.prod(side // model.vision_tower.config.patch_size for side in pixel_values.shape[2:])  # N
-    # Before the decoder's maps come those of the picture, once more.
-    tower, decoder, attention, rollout = _sorted(model, encoding, maps[len(encoding) :], is_image, patches)
+    patches = math.prod(side // place_size(model.vision_tower) for side in shown.shape[2:])  # N
+    maps = maps[len(encoding) :]  # before the decoder's come those of the picture, once more
+    if isinstance(model.vision_tower, MergesPatches):
+        encoding = model.vision_tower.token_maps(encoding, inputs["image_grid_thw"])
+    if isinstance(model, HasTwoTowers):
+        encoding = model.maps_of_tokens(encoding)
+    tower, decoder, attention, rollout = _sorted(model, encoding, maps, is_image, patches, pixels)
     width = model.language_model.embed_tokens.weight.shape[1]
+    image_tokens = image_tokens.view(1, *image_tokens.shape[-2:])
     in_row = image_tokens.shape[1:] == (int(is_image.sum()), width)
+    has_tiles = isinstance(model, HasTiles)  # then more tokens than places are no class tokens
     at_once = max(1, MOST_LOGITS // (input_ids.shape[1] * vocabulary))  # pictures
 
-    def sureness(pixel_values: Tensor) -> Tensor:
-        pieces = pixel_values.split(at_once)
+    def sureness(pictures: Tensor) -> Tensor:
+        pieces = pictures.split(at_once)
         odds = [log_odds(logits_of_words(piece), ids.expand(len(piece), -1)) for piece in pieces]
         return torch.cat(odds).sum(dim=1)
 
@@ -102,17 +122,22 @@ def inspect_answer(
         words=words,
         tokens=[_shown(tokenizer.decode([i], skip_special_tokens=False)) for i in input_ids[0].tolist()],
         visible=visible(decoder),
-        pixel_values=pixel_values[0],
+        pixel_values=shown[0],
         tower=torch.stack([layer[0, :, -patches:, -patches:] for layer in tower]).float() if tower else None,
         attention=None if attention is None else attention[:, :, writers].permute(2, 0, 1, 3).float(),
         rollout=None if rollout is None else rollout[writers],
-        image_tokens=image_tokens[0, -patches:].float() if in_row else None,
+        image_tokens=image_tokens[0, 0 if has_tiles else -patches :].float() if in_row else None,
         sureness=sureness,
     )
 
 
 def _sorted(
-    model: Answers, encoding: list[Tensor], reading: list[Tensor], is_image: Tensor, patches: int
+    model: Answers,
+    encoding: list[Tensor],
+    reading: list[Tensor],
+    is_image: Tensor,
+    patches: int,
+    pixels: Inputs,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Attention maps by where they come from.
 
@@ -120,16 +145,27 @@ def _sorted(
         encoding, reading: maps [1, H, T, S] of the picture's way to the decoder, and of the decoder.
         is_image: [S], which tokens of the row are placeholders.
         patches: N. A class token comes before them; it may end in the tower, or be an image token as well.
+        pixels: what the processor made of the picture.
 
     Returns:
         Those of the tower, those of the decoder among its own tokens, where each token looks in the picture
         [layers, H, S, N], and the same down to the patches through all layers [S, N].
     """
     if isinstance(model, SortsMaps):
-        tower, decoder, attention = model.sort_maps(encoding, reading)
+        tower, decoder, attention = model.sort_maps(encoding, reading, pixels)
         if attention is None:
             return tower, decoder, None, None
         return tower, decoder, attention, attention.float().mean(dim=(0, 1)) @ attention_rollout(tower)[0]
+    if isinstance(model, Resamples | HasTiles):
+        if isinstance(model, Resamples):
+            *encoding, queries = encoding
+            seen = queries[0].float().mean(dim=0)  # [n, N], where each image token has looked
+        else:
+            encoding = [layer[:1] for layer in encoding]
+            seen = model.places_of_tokens(pixels)  # [n, N], where it is
+        attention = torch.stack([layer[0][..., is_image].float() @ seen for layer in reading])
+        rollout = attention_rollout(reading)[0][:, is_image] @ seen @ attention_rollout(encoding)[0]
+        return encoding, reading, attention, rollout
     attention = torch.stack([layer[0][..., is_image] for layer in reading])
     rollout = attention_rollout(reading)[0][:, is_image]
     if encoding:  # a stem of convolutions has none

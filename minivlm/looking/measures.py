@@ -41,25 +41,27 @@ def position_similarity(table: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def patch_distances(num_patches: int) -> Tensor:
-    """The distances between the patches of a square grid, in patches: [N, N].
+def patch_distances(num_patches: int, columns: int | None = None) -> Tensor:
+    """The distances between the patches of a grid, in patches: [N, N]. Without `columns`, it is a square.
 
     Raises ValueError: the number of patches is not a square.
     """
     side = math.isqrt(num_patches)
-    if side * side != num_patches:
+    if columns is None and side * side != num_patches:
         raise ValueError(f"{num_patches} patches do not form a square grid")
-    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()  # [N, 2], row and column
+    columns = columns or side
+    rows = num_patches // columns
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()  # [N, 2], row and column
     return torch.cdist(grid, grid)
 
 
-def attention_distance(weights: Tensor) -> Tensor:
-    """How far each head looks on average, in patches: [B, H, N, N] -> [H].
+def attention_distance(weights: Tensor, columns: int | None = None) -> Tensor:
+    """How far each head looks on average, in patches: [B, H, N, N] -> [H]; `columns` as in `patch_distances`.
 
     The distance from a patch to the patches that it sees, weighted by attention and averaged over all patches
     and pictures (ViT, figure 7, right; there in pixels).
     """
-    distances = patch_distances(weights.shape[-1]).to(weights.device)
+    distances = patch_distances(weights.shape[-1], columns).to(weights.device)
     return (weights.float() * distances).sum(dim=-1).mean(dim=(0, 2))
 
 

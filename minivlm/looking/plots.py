@@ -86,6 +86,13 @@ def draw_heads(distances: Tensor, entropies: Tensor, even_distance: float, even_
     return figure
 
 
+def grid_of(places: int, pixel_values: Tensor) -> tuple[int, int]:
+    """Rows and columns of so many square places in a picture [C, height, width]."""
+    height, width = pixel_values.shape[-2:]
+    columns = round(math.sqrt(places * width / height))
+    return places // columns, columns
+
+
 def draw_patch_scores(
     pixel_values: Tensor,
     scores: Mapping[str, Tensor],
@@ -111,13 +118,13 @@ def draw_patch_scores(
     axes[0].set_title("picture", fontsize=8)
     largest = max((float(values.max()) for values in scores.values()), default=0.0)
     for axis, (name, values) in zip(axes[1:], scores.items(), strict=False):
-        side = math.isqrt(len(values))
-        grid = values.float().cpu().view(side, side).numpy()
+        patch_columns = grid_of(len(values), pixel_values)[1]
+        grid = values.float().cpu().view(-1, patch_columns).numpy()
         top = largest if label else float(grid.max())
         shown = axis.imshow(grid, cmap="magma", vmin=min(0.0, top), vmax=top)
         axis.set_title(name, fontsize=8)
         for patch in [] if marked is None else marked.nonzero()[:, 0].tolist():
-            _outline(axis, patch, side, marked)
+            _outline(axis, patch, patch_columns, marked)
     if label and scores:
         bar = figure.colorbar(shown, ax=axes, shrink=0.8, pad=0.01)
         bar.set_label(label, fontsize=8)
@@ -125,11 +132,11 @@ def draw_patch_scores(
     return figure
 
 
-def _outline(axis: Any, patch: int, side: int, marked: Tensor | None) -> None:
+def _outline(axis: Any, patch: int, columns: int, marked: Tensor | None) -> None:
     """Draw lines where a marked patch borders an unmarked one."""
     assert marked is not None
-    grid = torch.nn.functional.pad(marked.view(side, side).cpu(), (1, 1, 1, 1))
-    row, column = divmod(patch, side)
+    grid = torch.nn.functional.pad(marked.view(-1, columns).cpu(), (1, 1, 1, 1))
+    row, column = divmod(patch, columns)
     left, right, top, bottom = column - 0.5, column + 0.5, row - 0.5, row + 0.5
     for down, across, xs, ys in (
         (-1, 0, (left, right), (top, top)),
@@ -143,13 +150,14 @@ def _outline(axis: Any, patch: int, side: int, marked: Tensor | None) -> None:
 
 def draw_words(pixel_values: Tensor, words: Sequence[str], cosines: Tensor) -> Figure:
     """The nearest word of each image token, written on its patch, with its cosine [N]."""
-    side = math.isqrt(len(words))
-    figure = Figure(figsize=(5.6, 5.6), dpi=DPI)
+    rows, columns = grid_of(len(words), pixel_values)
+    longest = max(rows, columns)
+    figure = Figure(figsize=(5.6 * columns / longest, 5.6 * rows / longest), dpi=DPI)
     axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    axis.imshow(to_image(pixel_values).numpy(), extent=(0, side, side, 0), alpha=0.45)
-    size = min(7.5, 60 / side)
+    axis.imshow(to_image(pixel_values).numpy(), extent=(0, columns, rows, 0), alpha=0.45)
+    size = min(7.5, 60 / longest)
     for number, word in enumerate(words):
-        row, column = divmod(number, side)
+        row, column = divmod(number, columns)
         axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=0.8))
         shown = word if len(word) <= 9 else word[:8] + "…"
         # A dollar sign would start a formula.
@@ -157,7 +165,7 @@ def draw_words(pixel_values: Tensor, words: Sequence[str], cosines: Tensor) -> F
         axis.text(
             column + 0.5, row + 0.75, f"{cosines[number]:.2f}", ha="center", va="center", fontsize=0.95 * size
         )
-    axis.set(xlim=(0, side), ylim=(side, 0))
+    axis.set(xlim=(0, columns), ylim=(rows, 0))
     axis.axis("off")
     return figure
 

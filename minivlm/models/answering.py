@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minivlm.models.load import load_answering
 from minivlm.models.protocols import Answers
-from minivlm.processing import AnswerProcessor, BaseTokenizer, to_device
+from minivlm.processing import AnswerProcessor, BaseTokenizer, Video, to_device
 from minivlm.processing.inputs import Picture
 
 MOST_REPEATS = 8  # of one token in a row; after them an answer is stopped
@@ -19,14 +19,14 @@ MOST_REPEATS = 8  # of one token in a row; after them an answer is stopped
 Loaded = tuple[Answers, AnswerProcessor]  # what `load` returns
 
 
-def answer(picture: Picture, prompt: str, using: Loaded | None = None, **choices: Any) -> str:
-    """The answer to one prompt about one picture.
+def answer(picture: Picture | Video, prompt: str, using: Loaded | None = None, **choices: Any) -> str:
+    """The answer to one prompt about one picture, or about one video where the model reads videos.
 
     >>> answer("photo.jpg", "caption en")
     >>> answer("photo.jpg", "caption en", load("google/paligemma-3b-mix-224"), max_new_tokens=20)
 
     Args:
-        picture: a PIL image or a path.
+        picture: a PIL image, the path of a picture, or what `open_video` returns.
         using: a model and its processor, as `load` returns them; None: the shipped model.
         **choices: of `minivlm.generate.stream`: max_new_tokens, temperature, top_k, top_p, seed.
 
@@ -53,7 +53,12 @@ class AnswerStream:
     """
 
     def __init__(
-        self, model: Answers, processor: AnswerProcessor, picture: Picture, prompt: str, **choices: Any
+        self,
+        model: Answers,
+        processor: AnswerProcessor,
+        picture: Picture | Video,
+        prompt: str,
+        **choices: Any,
     ) -> None:
         self.model, self.processor, self.choices = model, processor, choices
         self.inputs: dict[str, Any] = to_device(processor([picture], [prompt]), model.device)

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
@@ -40,9 +39,8 @@ from minivlm.checkpoints.hub import (
 from minivlm.checkpoints.layouts import LLAVA_LAYOUTS
 from minivlm.configs import check_types, expect, known, part_of, require_system
 from minivlm.errors import InputError
-from minivlm.models.writing import Writes, WritingOutput, last_hidden_states
+from minivlm.models.views import HasDecoder, place
 from minivlm.processing import LlavaProcessor
-from minivlm.processing.inputs import check_rows
 from minivlm.processing.llava import SETTINGS
 from minivlm.text.llama import LlamaConfig, LlamaDecoder
 from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
@@ -163,7 +161,7 @@ def _tower(config: TowerConfig) -> CLIPVisionModel | SiglipVisionModel:
     return CLIPVisionModel(config) if isinstance(config, CLIPVisionConfig) else SiglipVisionModel(config)
 
 
-class Llava(Writes):
+class Llava(HasDecoder):
     """The whole system."""
 
     config: LlavaConfig
@@ -174,11 +172,6 @@ class Llava(Writes):
         self.vision_tower = _tower(config.vision)
         self.multi_modal_projector = LlavaProjector(config)
         self.language_model = LlamaDecoder(config.text)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are and the inputs must be."""
-        return self.multi_modal_projector.linear_1.weight.device
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] -> image features [B, N, D] in the decoder's width."""
@@ -215,83 +208,11 @@ class Llava(Writes):
             return inputs_embeds
         return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> WritingOutput:
-        """Logits at every position, and the loss if labels are given.
-
-        Args:
-            input_ids: [B, S].
-            pixel_values: [pictures, C, height, width] or None for text only.
-            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
-            token_type_ids: taken, as by every model that answers, and not used: prompt and answer are read
-                alike, from left to right.
-            labels: [B, S], -100 where there is no loss.
-
-        Raises ValueError: rows that `check_rows` refuses.
-        """
-        return self.output(self.hidden_states(input_ids, pixel_values, attention_mask), labels)
-
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
-        """What the scores of `forward` are made of, [B, S, D]."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        check_rows(input_ids, attention_mask, None)
-        image_features = None if pixel_values is None else self.encode_image(pixel_values)
-        inputs_embeds = self.merge(input_ids, image_features)
-        is_real = attention_mask.bool()
-        position_ids = (is_real.cumsum(dim=1) - 1).clamp(min=0)
-        mask = masks.causal(position_ids, position_ids) & masks.padding(is_real)
-        return self.language_model(inputs_embeds, position_ids, mask[:, None])
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., D] -> scores [..., V]."""
-        return self.language_model.logits(hidden_states)
-
-    def prefill(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None
-    ) -> tuple[Tensor, KVCache]:
-        """Read the chat with its pictures.
-
-        Returns:
-            The hidden state of each row's last token [B, D], and the cache for `decode`.
-
-        Raises ValueError: rows that `check_rows` refuses.
-        """
-        check_rows(input_ids, attention_mask, None)
-        text = self.config.text
-        image_features = None if pixel_values is None else self.encode_image(pixel_values)
-        inputs_embeds = self.merge(input_ids, image_features)
-        cache = KVCache(
-            text.num_hidden_layers,
-            len(input_ids),
-            text.num_key_value_heads,
-            text.head_dim,
-            dtype=inputs_embeds.dtype,
-            device=inputs_embeds.device,
-        )
-        position_ids = cache.reserve(attention_mask)
-        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
-        hidden_states = self.language_model(inputs_embeds, position_ids, mask[:, None], cache)
-        return last_hidden_states(hidden_states, attention_mask), cache
-
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
-        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
-        position_ids = cache.reserve(unfinished[:, None])
-        mask = masks.causal(position_ids, cache.key_positions) & masks.padding(cache.key_is_real)
-        inputs_embeds = self.language_model.embed(token_ids[:, None])
-        return self.language_model(inputs_embeds, position_ids, mask[:, None], cache)[:, 0]
+        """Llama reads pictures and words alike, from left to right."""
+        return self.language_model(self.merge(input_ids, image), *place(attention_mask, cache), cache)
 
     @classmethod
     def from_pretrained(

@@ -11,7 +11,22 @@ import torch
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
 from minivlm.checkpoints.hub import OPEN_CLIP, SHIPPED, describe, find_folder
 from minivlm.errors import InputError
-from minivlm.models import clip, llava, open_clip, paligemma, siglip, vit
+from minivlm.models import (
+    clip,
+    deepseek_original,
+    deepseek_vl,
+    deepseek_vl2,
+    deepseek_vl_hybrid,
+    llama_vision,
+    llava,
+    open_clip,
+    paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen_vl,
+    siglip,
+    vit,
+)
 from minivlm.models.miniatures.clipcap import ClipCap
 from minivlm.models.miniatures.cm3 import CM3
 from minivlm.models.miniatures.flamingo import Flamingo
@@ -36,6 +51,7 @@ __all__ = [
     "load",
     "load_answering",
     "load_matching",
+    "system_of",
 ]
 
 DESCRIPTIONS = ("config.json", OPEN_CLIP[0])
@@ -49,11 +65,21 @@ class System(NamedTuple):
     open_folder: Callable[[Path, Mapping[str, Any], torch.dtype | None, torch.device | str], tuple[Any, Any]]
     kind: Kind
     weights: str = "*.safetensors"  # which files are downloaded, besides *.json
+    vocabulary: tuple[str, ...] = ()  # and those
+    videos: bool = False  # whether its processor reads them, too
 
 
 SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "paligemma": System(paligemma.open_folder, "answers"),
     "llava": System(llava.open_folder, "answers"),
+    "qwen": System(qwen_vl.open_folder, "answers", vocabulary=("*.tiktoken",)),
+    "mllama": System(llama_vision.open_folder, "answers"),
+    "qwen2_vl": System(qwen2_vl.open_folder, "answers", videos=True),
+    "qwen2_5_vl": System(qwen2_5_vl.open_folder, "answers", videos=True),
+    "deepseek_vl": System(deepseek_vl.open_folder, "answers"),
+    "deepseek_vl_hybrid": System(deepseek_vl_hybrid.open_folder, "answers"),
+    "multi_modality": System(deepseek_original.open_folder, "answers"),  # DeepSeek-VL as its program has it
+    "deepseek_vl_v2": System(deepseek_vl2.open_folder, "answers"),
     "clip": System(clip.open_folder, "matches"),
     "open_clip": System(open_clip.open_folder, "matches", OPEN_CLIP[1]),
     "siglip": System(siglip.open_folder, "matches"),
@@ -92,8 +118,8 @@ def load(
 
     Returns:
         The types depend on the folder's config.json: `PaliGemma` and `Processor`, `Llava` and
-        `LlavaProcessor`, `CLIP` or `SigLIP` and `PairProcessor`, `ViT` and `ViTImageProcessor`. A folder of
-        open_clip, which has a config of its own, gives a `CLIP` or a `ResNetCLIP` and a `PairProcessor`.
+        `LlavaProcessor`, `CLIP` and `PairProcessor`, and so on: a system's own, or those of its kind. Where
+        a folder of open_clip has a config of its own, it gives a `CLIP` or a `ResNetCLIP`.
 
     Raises:
         InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files
@@ -104,7 +130,7 @@ def load(
     _check_options(dtype, device, quantize, pack)
     values = describe(find_folder(name, revision, files=DESCRIPTIONS))
     system = _system(name, values.get("model_type"), kind, quantize)
-    folder = find_folder(name, revision, files=["*.json", system.weights])
+    folder = find_folder(name, revision, files=["*.json", system.weights, *system.vocabulary])
     if quantize is None:
         model, processor = system.open_folder(folder, values, dtype, device)
     else:
@@ -149,12 +175,18 @@ def load_matching(name: str | Path, **options: Unpack[LoadOptions]) -> tuple[Mat
 
 
 def kind_of(name: str | Path = SHIPPED, revision: str | None = None) -> Kind:
-    """What kind of model a folder or repo id holds. Nothing but its config is looked at.
+    """What kind of model a folder or repo id holds. Raises InputError: as `system_of`."""
+    return system_of(name, revision).kind
 
-    Raises InputError: the folder cannot be found or read, or holds another system than those of `SYSTEMS`.
+
+def system_of(name: str | Path = SHIPPED, revision: str | None = None, kind: Kind | None = None) -> System:
+    """The system of a folder or repo id. Nothing but its config is looked at.
+
+    Raises InputError: the folder cannot be found or read, or holds another system than those of `SYSTEMS`, or
+    one of another kind.
     """
     values = describe(find_folder(name, revision, files=DESCRIPTIONS))
-    return _system(name, values.get("model_type"), None, None).kind
+    return _system(name, values.get("model_type"), kind, None)
 
 
 def _check_options(

@@ -6,7 +6,7 @@ holds is said by `SYSTEMS` in load.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.generate import Decodable
+from minivlm.processing.inputs import Inputs
 
 
 class PatchEmbeddings(Protocol):
@@ -50,6 +51,23 @@ class ConvolutionalTower(Protocol):
     @property
     def place_size(self) -> int:
         """Pixels of the picture for each place, height = width."""
+
+
+@runtime_checkable
+class MergesPatches(Protocol):
+    """An image tower that makes one image token of several patches, for pictures of any shape."""
+
+    @property
+    def token_size(self) -> int:
+        """Pixels of the picture for each image token, height = width."""
+
+    def token_maps(self, maps: list[Tensor], grid_thw: Tensor) -> list[Tensor]:
+        """Attention maps of one picture, as recorded -> one for each layer, among tokens: [1, H, N, N]."""
+
+
+def place_size(tower: Tower) -> int:
+    """Pixels of the picture, on a side, for each of the places that a decoder may look at."""
+    return tower.token_size if isinstance(tower, MergesPatches) else tower.config.patch_size
 
 
 class ContextLength(Protocol):
@@ -92,8 +110,9 @@ class Answers(Decodable, Protocol):
     def language_model(self) -> Decoder:
         """What reads the prompt and writes the answer."""
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, height, width] -> what the decoder gets in place of patches, [B, N, D]."""
+    @property
+    def encode_image(self) -> Callable[..., Tensor]:
+        """What the processor's `pixels` returns -> what the decoder gets in place of patches, [B, N, D]."""
 
     def __call__(
         self,
@@ -120,17 +139,51 @@ class SortsMaps(Protocol):
     """A model whose decoder does not look at patches in its own row. Without this method it does."""
 
     def sort_maps(
-        self, encoding: list[Tensor], reading: list[Tensor]
+        self, encoding: list[Tensor], reading: list[Tensor], pixels: Inputs
     ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Attention maps [B, H, T, S] by where they come from.
 
         Args:
             encoding: recorded during `encode_image`.
             reading: recorded while the decoder read.
+            pixels: what the processor's `pixels` gave for the picture.
 
         Returns:
             Those of the tower; those of the decoder among the S tokens of its row; and where each token of
             the first row looks in the picture, [layers, H, S, N], or None where no place is left in it.
+        """
+
+
+@runtime_checkable
+class Resamples(Protocol):
+    """A model whose image tokens are no patches: each is what one of its queries saw of all of them.
+
+    Of the attention maps that `encode_image` leaves, the last is that of the queries, [B, H, n, N].
+    """
+
+    resampler: nn.Module
+
+
+@runtime_checkable
+class HasTwoTowers(Protocol):
+    """A model with a second image tower beside `vision_tower`, whose places are others than image tokens."""
+
+    def maps_of_tokens(self, maps: list[Tensor]) -> list[Tensor]:
+        """Of the maps recorded during `encode_image`, those of `vision_tower`."""
+
+
+@runtime_checkable
+class HasTiles(Protocol):
+    """A model that sees a picture whole and in tiles. Its places are those of the view of the whole.
+
+    Of the attention maps that `encode_image` leaves, the first of the batch is that of this view.
+    """
+
+    def places_of_tokens(self, pixels: Inputs) -> Tensor:
+        """How much of each image token of one picture is of each place: [n, N], 0 for tokens of no place.
+
+        Args:
+            pixels: what the processor's `pixels` gave for the picture.
         """
 
 

@@ -53,7 +53,7 @@ def encode_chat(
     Raises InputError: no turns, an empty question, a missing answer, or another number of `<image>` than of
     pictures.
     """
-    _check(turns, pictures, tags)
+    check_turns(turns, pictures, tags)
     ids, written = [tokenizer.bos_id], [False]
 
     def add(new: list[int], is_answer: bool = False) -> None:
@@ -86,7 +86,8 @@ def encode_caption(tokenizer: LlamaTokenizer, caption: str, image_seq_length: in
     return Row([*before, *after], [False] * len(before) + [True] * len(after))
 
 
-def _check(turns: Sequence[Turn], pictures: int, tags: bool) -> None:
+def check_turns(turns: Sequence[Turn], pictures: int, tags: bool) -> None:
+    """Raises InputError: no turns, an empty question, a missing answer, or another number of `<image>`."""
     if not turns:
         raise InputError("the chat has no turns: give at least one question, as ('what is it?', None)")
     for number, (question, answer) in enumerate(turns, start=1):

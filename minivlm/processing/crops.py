@@ -31,7 +31,7 @@ class ViTImageProcessor(ImageProcessor):
     resample: int = int(BILINEAR)
 
     @classmethod
-    def _read_size(cls, values: Mapping[str, Any]) -> int:
+    def _read_size(cls, values: Mapping[str, Any]) -> dict[str, int]:
         size = values.get("size")
         if isinstance(size, int):  # old files: one number for both sides
             values = {**values, "size": {"height": size, "width": size}}
@@ -104,7 +104,7 @@ class CLIPImageProcessor(ImageProcessor):
         }
 
     @classmethod
-    def _read_size(cls, values: Mapping[str, Any]) -> int:
+    def _read_size(cls, values: Mapping[str, Any]) -> dict[str, int]:
         short, crop = values.get("size", 224), values.get("crop_size", 224)
         if isinstance(short, Mapping):
             short = short.get("shortest_edge")
@@ -115,7 +115,7 @@ class CLIPImageProcessor(ImageProcessor):
                 f"size is {values.get('size')!r} and crop_size {values.get('crop_size')!r}: expected the "
                 "same number for the short side and for the crop, such as 224"
             )
-        return short
+        return {"image_size": short}
 
     def _size_to_dict(self) -> dict[str, Any]:
         return {

@@ -29,7 +29,7 @@ from minivlm.files import write_aside
 # 2 and 3 in preprocessor_config.json
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
-Fitted = Literal["squeezed", "cropped", "padded"]
+Fitted = Literal["squeezed", "cropped", "padded", "kept"]
 
 MAX_SIDE = 2**17  # pixels; the widest JPEG has half as many
 
@@ -47,29 +47,40 @@ def load_picture(path: str | Path) -> Image.Image:
     file without read permission.
     """
     path = Path(path)
+    with open_file(path, "picture") as file, explained(path):
+        image = Image.open(file)
+        check_sides(image)
+        image.load()  # Image.open reads only the header; truncation shows up here
+        return image
+
+
+def open_file(path: Path, kind: str) -> BinaryIO:
+    """Open a picture, or a file of another kind, to read its bytes.
+
+    Raises InputError: no such file, a folder, a device, an empty file, a file without read permission.
+    """
     if os.path.isdir(path):
-        raise InputError(f"{path} is a folder, not a picture: name one picture in it")
+        raise InputError(f"{path} is a folder, not a {kind}: name one {kind} in it")
     if not os.path.exists(path):
-        raise InputError(f"{path}: no such file: check the path of the picture")
+        raise InputError(f"{path}: no such file: check the path of the {kind}")
     if not os.path.isfile(path):
-        raise InputError(f"{path} is a device or a pipe, not a picture: save the picture to a file first")
+        raise InputError(f"{path} is a device or a pipe, not a {kind}: save the {kind} to a file first")
     try:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    with file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise InputError(f"{path} is empty: copy or download the picture again")
-        return _decode(file, path)
+    if os.fstat(file.fileno()).st_size == 0:
+        file.close()
+        raise InputError(f"{path} is empty: copy or download the {kind} again")
+    return file
 
 
-def _decode(file: BinaryIO, path: Path) -> Image.Image:
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Whatever Pillow raises about a file as an InputError; its warnings are silenced."""
     try:
         with _quiet_pillow():
-            image = Image.open(file)
-            check_sides(image)
-            image.load()  # Image.open reads only the header; truncation shows up here
-            return image
+            yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(
             f"{path} has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit against decompression bombs: "
@@ -138,7 +149,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             if image.has_transparency_data:
                 return _over_white(image)
             return image.convert("RGB")
-        except Exception as error:  # see _decode
+        except Exception as error:  # see `explained`
             raise InputError(f"the picture (mode {image.mode}) cannot be read as RGB: {error}") from error
 
 
@@ -246,7 +257,7 @@ class ImageProcessor:
 
     @property
     def fitted(self) -> Fitted:
-        """How a long picture becomes a square."""
+        """How a long picture becomes a square; or that it does not, and is kept."""
         return "squeezed"
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -281,7 +292,7 @@ class ImageProcessor:
             length = values.get("image_seq_length")
             resample = values.get("resample")
             return cls(
-                image_size=cls._read_size(values),
+                **cls._read_size(values),
                 image_seq_length=None if length is None else int(length),
                 image_mean=tuple(float(value) for value in values.get("image_mean") or default.image_mean),
                 image_std=tuple(float(value) for value in values.get("image_std") or default.image_std),
@@ -294,7 +305,8 @@ class ImageProcessor:
             raise InputError(f"a value has the wrong type: {error}") from error
 
     @classmethod
-    def _read_size(cls, values: Mapping[str, Any]) -> int:
+    def _read_size(cls, values: Mapping[str, Any]) -> dict[str, int]:
+        """The fields that say how large pictures become."""
         size = values.get("size") or {"height": 224, "width": 224}
         if (
             not isinstance(size, Mapping)
@@ -302,7 +314,7 @@ class ImageProcessor:
             or size.get("height") != size.get("width")
         ):
             raise InputError(f"size is {size!r}: expected a square such as {{'height': 224, 'width': 224}}")
-        return int(size["height"])
+        return {"image_size": int(size["height"])}
 
     def _size_to_dict(self) -> dict[str, Any]:
         return {"size": {"height": self.image_size, "width": self.image_size}}

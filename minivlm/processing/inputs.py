@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from minivlm.processing.images import ImageProcessor
 from minivlm.processing.tokens import BaseTokenizer
+from minivlm.processing.video import Video
+from minivlm.processing.video_budget import VideoBudget
 
 Picture = Image.Image | str | Path
 Inputs = dict[str, Tensor]
@@ -62,7 +64,6 @@ class AnswerProcessor(Protocol):
     """Pictures and prompts in, a batch out; and from the ids of an answer back to its words."""
 
     image_processor: ImageProcessor
-    image_seq_length: int  # image tokens of one picture
 
     @property
     def tokenizer(self) -> BaseTokenizer:
@@ -70,7 +71,7 @@ class AnswerProcessor(Protocol):
 
     def __call__(
         self,
-        images: Picture | Sequence[Picture | None] | None,
+        images: Picture | Video | Sequence[Picture | Video | None] | None,
         prompts: str | Sequence[str],
         suffixes: str | Sequence[str] | None = None,
         padding_side: str = "left",
@@ -79,10 +80,29 @@ class AnswerProcessor(Protocol):
         """One row for each prompt; with suffixes (the answers) there are labels, too."""
 
     def encode_row(self, prompt: str, answer: str | None = None, pictures: int = 1) -> Row:
-        """The ids of one row, with as many image tokens as the pictures take."""
+        """The ids of one row; pictures have their places in it."""
+
+    def make_room(self, row: Row, pictures: Sequence[Picture | Video]) -> Row:
+        """The row with as many image tokens as these pictures take. They are opened only if that varies."""
+
+    def pixels(self, pictures: Sequence[Image.Image | Video]) -> Inputs:
+        """What the tower reads of the opened pictures of a batch."""
+
+    def to_pictures(self, inputs: Inputs) -> Tensor:
+        """The pictures of a batch as the tower sees them, [M, C, height, width], to be looked at."""
+
+    def from_pictures(self, pictures: Tensor, inputs: Inputs) -> Inputs:
+        """The other way around, for versions of the picture that `inputs` holds, with parts hidden."""
 
     def decode(self, ids: Tensor) -> list[str]:
         """Generated ids [B, n] -> B answers."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the processor's files into a checkpoint folder."""
+
+
+@runtime_checkable
+class ReadsVideos(Protocol):
+    """A processor that takes a `Video` wherever it takes a picture."""
+
+    video_budget: VideoBudget

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from minivlm.errors import InputError
@@ -41,7 +42,7 @@ def interleave(
     """
     if not rows or not all(rows):
         raise InputError("a row has no turns: give at least a question, as (picture, 'caption en', None)")
-    written, pictures = [], []
+    written, pictures = [], []  # rows, and the pictures of all of them
     for number, turns in enumerate(rows):
         row = Row([], [])
         for place, (picture, prompt, answer) in enumerate(turns):
@@ -51,15 +52,17 @@ def interleave(
                     "give every example its answer, and leave out only the last"
                 )
             turn = processor.encode_row(prompt, answer, int(picture is not None))
+            shown = [] if picture is None else [_opened(picture)]
+            turn = processor.make_room(turn, shown)
             row = Row(row.ids + turn.ids, row.written + turn.written)
-            if picture is not None:
-                pictures.append(picture)
+            pictures += shown
         written.append(row)
     batch, _ = pad_rows(written, processor.tokenizer.pad_id, padding_side)
-    if pictures:
-        opened = [load_picture(p) if isinstance(p, str | Path) else p for p in pictures]
-        batch["pixel_values"] = processor.image_processor(opened)
-    return batch
+    return batch | processor.pixels(pictures) if pictures else batch
+
+
+def _opened(picture: Picture) -> Image.Image:
+    return load_picture(picture) if isinstance(picture, str | Path) else picture
 
 
 def interleaved_labels(

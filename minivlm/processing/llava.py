@@ -158,7 +158,7 @@ class LlavaProcessor(RowProcessor):
                 f"num_additional_image_tokens is {class_tokens!r} in {folder / SETTINGS}: expected 1 beside "
                 "a tower with a class token, 0 beside another"
             )
-        template = _template_in(folder)
+        template = template_in(folder)
         return cls(
             LlamaTokenizer.from_pretrained(folder),
             LlavaImageProcessor.from_pretrained(folder),
@@ -243,7 +243,7 @@ class LlavaProcessor(RowProcessor):
         return [text.strip() for text in super().decode(ids)]
 
 
-def _template_in(folder: Path) -> str | None:
+def template_in(folder: Path) -> str | None:
     """A folder's chat template, from the file of today or from those of older folders."""
     if (folder / TEMPLATE).is_file():
         try:

@@ -1,7 +1,8 @@
 """From the rows of a batch to its tensors: what the processors of all models that answer have in common.
 
-A system says how a row is written (`encode_row`) and how a picture becomes pixels. Opening pictures, checking
-numbers, padding, labels and the way back from ids to words are the same everywhere, and stand here.
+A system says how a row is written (`encode_row`) and how pictures become pixels (`pixels`). Opening pictures,
+checking numbers, padding, labels and the way back from ids to words are the same everywhere, and stand here.
+Where a picture takes as many tokens as its shape asks for, `make_room` puts them into a finished row.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from PIL import Image
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.processing.images import ImageProcessor, load_picture
-from minivlm.processing.inputs import IGNORE, Inputs, Picture, Row
+from minivlm.processing.inputs import IGNORE, Inputs, Picture, ReadsVideos, Row
 from minivlm.processing.tokens import BaseTokenizer
+from minivlm.processing.video import Video
 
-Pictures = Picture | Sequence[Picture] | None  # those of one row
+Pictures = Picture | Video | Sequence[Picture | Video] | None  # those of one row
 
 
 class RowProcessor(ABC):
@@ -28,16 +30,38 @@ class RowProcessor(ABC):
 
     tokenizer: BaseTokenizer
     image_processor: ImageProcessor
-    image_seq_length: int  # image tokens of one picture
     has_segments: ClassVar[bool] = False  # whether the model's mask depends on token_type_ids
 
     @abstractmethod
     def encode_row(self, prompt: str, answer: str | None = None, pictures: int = 1) -> Row:
         """The ids of one row; without an answer, it ends where the answer begins."""
 
+    def make_room(self, row: Row, pictures: Sequence[Picture | Video]) -> Row:
+        """A row of `encode_row` with as many image tokens as its pictures take.
+
+        Here every picture takes the same number, and they are there already.
+        """
+        return row
+
+    def pixels(self, pictures: Sequence[Image.Image | Video]) -> Inputs:
+        """What the tower reads of all pictures of a batch, in order."""
+        return {"pixel_values": self.image_processor(cast(Sequence[Image.Image], pictures))}
+
+    def to_pictures(self, inputs: Inputs) -> Tensor:
+        """The pictures of a batch as the tower sees them, to be looked at: [M, C, height, width]."""
+        return inputs["pixel_values"]
+
+    def from_pictures(self, pictures: Tensor, inputs: Inputs) -> Inputs:
+        """The other way around: pictures of one size [M, C, height, width] -> what `pixels` returns.
+
+        Args:
+            inputs: the batch of one picture that they are versions of, with parts hidden.
+        """
+        return {"pixel_values": pictures}
+
     def __call__(
         self,
-        images: Picture | Sequence[Pictures] | None,
+        images: Picture | Video | Sequence[Pictures] | None,
         prompts: str | Sequence[str],
         suffixes: str | Sequence[str] | None = None,
         padding_side: str = "left",
@@ -52,7 +76,7 @@ class RowProcessor(ABC):
         Returns, with S the length of the longest row and M the number of pictures:
           input_ids       [B, S] int64
           attention_mask  [B, S] int64, 1 for tokens, 0 for padding
-          pixel_values    [M, C, H, W] fp32; absent without pictures
+          pixel_values    [M, C, H, W] fp32, and whatever else `pixels` returns; absent without pictures
           token_type_ids  [B, S] int64, 0 for the prompt and padding, 1 for what is to be written; only if the
                           model reads them
           labels          [B, S] int64, ids of what is to be written, -100 elsewhere; only with suffixes
@@ -64,7 +88,7 @@ class RowProcessor(ABC):
         prompts = as_list(prompts, "prompt")
         if not prompts:
             raise InputError("there are no prompts: give at least one, such as 'caption en'")
-        pictures = open_rows(images, len(prompts))
+        pictures = open_rows(images, len(prompts), isinstance(self, ReadsVideos))
         answers: list[str] | list[None] = [None] * len(prompts)
         if suffixes is not None:
             answers = as_list(suffixes, "suffix")
@@ -82,11 +106,12 @@ class RowProcessor(ABC):
     def batch(
         self,
         rows: Sequence[Row],
-        pictures: Sequence[Sequence[Image.Image]],
+        pictures: Sequence[Sequence[Image.Image | Video]],
         padding_side: str = "left",
         max_length: int | None = None,
     ) -> Inputs:
         """Rows of different lengths and their pictures as tensors; labels if every row has an answer."""
+        rows = [self.make_room(row, of_row) for row, of_row in zip(rows, pictures, strict=True)]
         check_lengths(rows, max_length)
         inputs, written = pad_rows(rows, self.tokenizer.pad_id, padding_side)
         if self.has_segments:
@@ -95,7 +120,7 @@ class RowProcessor(ABC):
             inputs["labels"] = inputs["input_ids"].masked_fill(~written, IGNORE)
         existing = [picture for of_row in pictures for picture in of_row]
         if existing:
-            inputs["pixel_values"] = self.image_processor(existing)
+            inputs |= self.pixels(existing)
         return inputs
 
     def decode(self, ids: Tensor) -> list[str]:
@@ -127,11 +152,13 @@ def as_list(texts: str | Sequence[str], name: str) -> list[str]:
     return given
 
 
-def open_rows(images: Picture | Sequence[Pictures] | None, rows: int) -> list[list[Image.Image]]:
-    """The opened pictures of each row: none, one or several."""
+def open_rows(
+    images: Picture | Video | Sequence[Pictures] | None, rows: int, videos: bool = False
+) -> list[list[Image.Image | Video]]:
+    """The opened pictures of each row: none, one or several. `videos`: whether they may be among them."""
     if images is None:
         return [[] for _ in range(rows)]
-    given = [images] if isinstance(images, Picture) else list(images)
+    given = [images] if isinstance(images, Picture | Video) else list(images)
     if len(given) != rows:
         raise InputError(
             f"got {len(given)} pictures for {rows} prompts: give one picture per prompt, the "
@@ -140,14 +167,16 @@ def open_rows(images: Picture | Sequence[Pictures] | None, rows: int) -> list[li
     opened = []
     for number, of_row in enumerate(given):
         several = of_row if isinstance(of_row, (list, tuple)) else [] if of_row is None else [of_row]
-        opened.append([_open(picture, number) for picture in several])
+        opened.append([_open(picture, number, videos) for picture in several])
     return opened
 
 
-def _open(picture: object, number: int) -> Image.Image:
+def _open(picture: object, number: int, videos: bool) -> Image.Image | Video:
     if isinstance(picture, (str, Path)):
         picture = load_picture(picture)
-    if not isinstance(picture, Image.Image):
+    if isinstance(picture, Video) and not videos:
+        raise InputError(f"picture {number + 1} is a video, and this model reads pictures: give one frame")
+    if not isinstance(picture, Image.Image | Video):
         raise InputError(
             f"picture {number + 1} is of type {type(picture).__name__}: expected a PIL image, a path or None"
         )

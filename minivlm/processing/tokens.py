@@ -40,6 +40,7 @@ class SpecialTokens:
     bos: str = BOS
     eos: str = EOS
     unk: str = UNK
+    image: str = IMAGE  # of which a picture takes many
 
 
 class BaseTokenizer:
@@ -57,6 +58,7 @@ class BaseTokenizer:
 
     origin: ClassVar[str]  # whose tokenizer.json this is, for messages
     processor_class: ClassVar[str]  # the processor's class in transformers
+    settings: ClassVar[dict[str, Any]] = {}  # what else its tokenizer_config.json has to say
 
     def __init__(self, backend: tokenizers.Tokenizer, names: SpecialTokens, words: Sequence[str]) -> None:
         controls = [names.pad, names.bos, names.eos]
@@ -65,7 +67,7 @@ class BaseTokenizer:
             listed = " and no ".join(missing)
             raise InputError(f"the tokenizer has no {listed}: use the tokenizer.json of {self.origin}")
         backend = _as_words(backend, set(words))
-        backend.add_special_tokens([*controls, AddedToken(IMAGE, special=True, normalized=False)])
+        backend.add_special_tokens([*controls, AddedToken(names.image, special=True, normalized=False)])
         # Even if the vocabulary has them: only added tokens are matched before the text is split.
         backend.add_tokens(list(words))
         backend.no_padding()
@@ -77,7 +79,7 @@ class BaseTokenizer:
         added = backend.get_added_tokens_decoder()
         ids = {token.content: index for index, token in added.items()}
         self.pad_id, self.bos_id, self.eos_id = (ids[token] for token in controls)
-        self.image_id = ids[IMAGE]
+        self.image_id = ids[names.image]
         self.loc_ids = [ids[token] for token in LOC_TOKENS if token in ids]  # in the order of the bins
         self.seg_ids = [ids[token] for token in SEG_TOKENS if token in ids]  # in the order of the codes
         self.specials = {index: token.content for index, token in added.items() if token.special}
@@ -98,6 +100,7 @@ class BaseTokenizer:
             "unk_token": self.names.unk,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
+            **self.settings,
         }
         with write_aside(folder / "tokenizer_config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

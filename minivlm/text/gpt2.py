@@ -39,6 +39,11 @@ class GPT2Config:
         check_width(self.hidden_size, self.num_attention_heads)
 
     @property
+    def num_key_value_heads(self) -> int:
+        """Every head has keys and values of its own."""
+        return self.num_attention_heads
+
+    @property
     def head_dim(self) -> int:
         """The width of one head."""
         return self.hidden_size // self.num_attention_heads

@@ -33,7 +33,8 @@ from minivlm.training.precision import bf16_pays, collect_gradients, follow_mast
 from minivlm.training.schedule import warm_up_then_fall
 
 MAX_GRADIENT_NORM = 1.0
-PARTS = {"tower": "vision_tower", "decoder": "language_model"}  # what can be frozen
+# What can be frozen; only some models have a second tower.
+PARTS = {"tower": ("vision_tower", "high_res_tower"), "decoder": ("language_model",)}
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Finetuning(Trainable):
         self.measures = len(validation) > 0
         self.model = self.masters = model
         self.step = 0
-        for name in config.freeze:
-            getattr(model, PARTS[name]).requires_grad_(False)
+        frozen = [part for name in config.freeze for part in PARTS[name] if hasattr(model, part)]
+        for part in frozen:
+            getattr(model, part).requires_grad_(False)
         bf16 = config.bf16 if config.bf16 is not None else bf16_pays(model.device)
         self.working = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
         large = sum(parameter.numel() for parameter in model.parameters()) > 1e8

@@ -21,7 +21,7 @@ STATE, LOG, PLOT, LOCK = "state.safetensors", "log.csv", "loss.png", ".lock"
 # A run writes files of these names at its end, or they would stay beside its own as if they belonged to them.
 CHECKPOINT = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
+    "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "qwen.tiktoken",
     "*.safetensors", "*.safetensors.index.json", LOG, PLOT,
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minivlm import masks
 from minivlm.models.llava import Llava, LlavaConfig
 from minivlm.models.load import SHIPPED, load
-from minivlm.models.miniatures.base import Miniature, place
+from minivlm.models.miniatures.base import Miniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
 from minivlm.models.miniatures.cm3 import CM3, CM3Config, causally_masked
 from minivlm.models.miniatures.flamingo import Flamingo, FlamingoConfig
@@ -27,6 +27,7 @@ from minivlm.models.miniatures.simvlm import SimVLM, SimVLMConfig
 from minivlm.models.miniatures.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.models.miniatures.visualgpt import VisualGPT, VisualGPTConfig
 from minivlm.models.paligemma import PaliGemma
+from minivlm.models.views import place
 from minivlm.processing import LlavaProcessor, Processor, Tokenizer
 from minivlm.processing.inputs import IGNORE, Inputs
 from minivlm.processing.llama_tokens import LlamaTokenizer

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from minivlm.world.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES, W
 
 TASKS = ("color", "shape", "size", "count", "existence", "relation", "caption", "detect", "segment")
 QUESTION_TASKS = TASKS[:6]  # answered by a word
+Shown = TypeVar("Shown")  # what questions are about: a scene, or a clip of many
 RELATIONS = ("left of", "right of", "above", "below")
 
 _RELATION_GAP = 5.0  # units; questions ask only about relations that are easy to see
@@ -40,17 +42,17 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def detection_text(things: Sequence[Thing]) -> str:
+def detection_text(things: Sequence[Thing], width: float = WORLD, height: float = WORLD) -> str:
     """The answer to `detect`: boxes with names from left to right, or "none"."""
     boxes = [Box(*thing.box, thing.name) for thing in things]
-    return boxes_to_text(boxes, WORLD, WORLD) if boxes else "none"
+    return boxes_to_text(boxes, width, height) if boxes else "none"
 
 
-def segmentation_text(things: Sequence[Thing]) -> str:
+def segmentation_text(things: Sequence[Thing], width: float = WORLD, height: float = WORLD) -> str:
     """The answer to `segment`: boxes, outlines and names from left to right, or "none"."""
     parts = []
     for thing in things:
-        box = boxes_to_text([Box(*thing.box)], WORLD, WORLD)
+        box = boxes_to_text([Box(*thing.box)], width, height)
         # At the size at which a model sees the thing, less than five degrees makes no difference.
         parts.append(f"{box}{_outline_text(thing.shape, 5 * round(thing.angle / 5))} {thing.name}")
     return " ; ".join(parts) if parts else "none"
@@ -80,9 +82,21 @@ def examples(scene: Scene, rng: np.random.Generator, relations: int = 2) -> Iter
     round_of_tasks = [_ASK[task] for task in (*TASKS, *["relation"] * (relations - 1))]
     if len({thing.name for thing in scene.things}) < len(scene.things):
         round_of_tasks.append(_ask_detect_several)
+    return in_rounds(round_of_tasks, scene, rng)
+
+
+def in_rounds(
+    questions: Sequence[Callable[[Shown, np.random.Generator], Example | None]],
+    shown: Shown,
+    rng: np.random.Generator,
+) -> Iterator[Example]:
+    """Endless answers of all `questions` about what is shown, each round in another random order.
+
+    A question that has no answer there is skipped; one of them must always have one.
+    """
     while True:
-        for index in rng.permutation(len(round_of_tasks)):
-            example = round_of_tasks[index](scene, rng)
+        for index in rng.permutation(len(questions)):
+            example = questions[index](shown, rng)
             if example is not None:
                 yield example
 
@@ -157,19 +171,21 @@ def _ask_caption(scene: Scene, rng: np.random.Generator) -> Example | None:
 def _ask_detect(scene: Scene, rng: np.random.Generator) -> Example | None:
     name = _name_to_find(scene, rng)
     things = scene.find(name)
-    return Example("detect", f"detect {name}", detection_text(things), things)
+    return Example("detect", f"detect {name}", detection_text(things, scene.width, scene.height), things)
 
 
 def _ask_detect_several(scene: Scene, rng: np.random.Generator) -> Example | None:
     names = sorted({thing.name for thing in scene.things if len(scene.find(thing.name)) > 1})
     things = scene.find(names[rng.integers(len(names))])
-    return Example("detect", f"detect {things[0].name}", detection_text(things), things)
+    return Example(
+        "detect", f"detect {things[0].name}", detection_text(things, scene.width, scene.height), things
+    )
 
 
 def _ask_segment(scene: Scene, rng: np.random.Generator) -> Example | None:
     name = _name_to_find(scene, rng)
     things = scene.find(name)
-    return Example("segment", f"segment {name}", segmentation_text(things), things)
+    return Example("segment", f"segment {name}", segmentation_text(things, scene.width, scene.height), things)
 
 
 _ASK: dict[str, Callable[[Scene, np.random.Generator], Example | None]] = {

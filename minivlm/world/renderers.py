@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from minivlm.errors import InputError
-from minivlm.world.scenes import WORLD, Scene, Thing
+from minivlm.world.scenes import Scene, Thing
 
 if TYPE_CHECKING:
     from matplotlib.patches import Patch
@@ -50,16 +50,18 @@ def draw_with_matplotlib(scenes: Sequence[Scene], pixels: int = 64) -> list[Imag
     """Circles and polygons as matplotlib's Agg draws them, with the scene's noise."""
     from matplotlib.figure import Figure  # half a second, so only where it is needed
 
-    figure = Figure(figsize=(1, 1), dpi=pixels)
+    figure = Figure(dpi=1)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WORLD), ylim=(WORLD, 0))  # y points down
     axes.axis("off")
     pictures = []
     for scene in scenes:
+        height = _height(scene, pixels)
+        figure.set_size_inches(pixels, height)
+        axes.set(xlim=(0, scene.width), ylim=(height * scene.width / pixels, 0))  # y points down
         patches = [axes.add_patch(_patch(thing)) for thing in scene.things]
         file = io.BytesIO()
-        figure.savefig(file, format="rgba", dpi=pixels, facecolor=_hex(scene.ground))
-        rgba = np.frombuffer(file.getvalue(), dtype=np.uint8).reshape(pixels, pixels, 4)
+        figure.savefig(file, format="rgba", dpi=1, facecolor=_hex(scene.ground))
+        rgba = np.frombuffer(file.getvalue(), dtype=np.uint8).reshape(height, pixels, 4)
         pictures.append(_with_noise(rgba[..., :3], scene))
         for patch in patches:
             patch.remove()
@@ -106,26 +108,39 @@ def draw_with_browser(scenes: Sequence[Scene], pixels: int = 64) -> list[Image.I
     for start in range(0, len(scenes), SCENES_PER_PAGE):
         shown = scenes[start : start + SCENES_PER_PAGE]
         rows = -(-len(shown) // SCENES_PER_ROW)  # rounded up
-        page = _take_picture(browser, as_html(shown, pixels), pixels * SCENES_PER_ROW, pixels * rows)
+        high = _row_height(shown, pixels)
+        page = _take_picture(browser, as_html(shown, pixels), pixels * SCENES_PER_ROW, high * rows)
         for number, scene in enumerate(shown):
             row, column = divmod(number, SCENES_PER_ROW)
-            cut = page[row * pixels : (row + 1) * pixels, column * pixels : (column + 1) * pixels]
+            cut = page[row * high :, column * pixels :][: _height(scene, pixels), :pixels]
             pictures.append(_with_noise(cut, scene))
     return pictures
 
 
 def as_html(scenes: Sequence[Scene], pixels: int) -> str:
     """A page with a grid of scenes, left to right and top to bottom."""
-    cells = []
+    cells, high = [], _row_height(scenes, pixels)
     for number, scene in enumerate(scenes):
         row, column = divmod(number, SCENES_PER_ROW)
+        height = _height(scene, pixels)
         shapes = "".join(_svg(thing) for thing in scene.things)
         cells.append(
-            f'<svg viewBox="0 0 {WORLD:g} {WORLD:g}" width="{pixels}" height="{pixels}" '
-            f'style="position:absolute;left:{column * pixels}px;top:{row * pixels}px;'
+            f'<svg viewBox="0 0 {scene.width:g} {height * scene.width / pixels:g}" '
+            f'width="{pixels}" height="{height}" '
+            f'style="position:absolute;left:{column * pixels}px;top:{row * high}px;'
             f'background:{_hex(scene.ground)}">{shapes}</svg>'
         )
     return f'<!doctype html><html><body style="margin:0">{"".join(cells)}</body></html>'
+
+
+def _height(scene: Scene, pixels: int) -> int:
+    """Of a picture that is so many pixels wide; `Scene.draw` rounds in the same way."""
+    return round(pixels * scene.height / scene.width)
+
+
+def _row_height(scenes: Sequence[Scene], pixels: int) -> int:
+    """Of a row of a page: that of the highest picture."""
+    return max(_height(scene, pixels) for scene in scenes)
 
 
 def _svg(thing: Thing) -> str:
@@ -173,9 +188,9 @@ def _refusal(browser: str, what: str) -> InputError:
 
 
 def _with_noise(picture: np.ndarray, scene: Scene) -> Image.Image:
-    """A picture [pixels, pixels, 3] with the noise that `Scene.draw` adds to an empty background."""
+    """A picture [height, width, 3] with the noise that `Scene.draw` adds to an empty background."""
     ground = replace(scene, things=(), background=128, tint=(0, 0, 0))
-    noise = np.asarray(ground.draw(len(picture)), dtype=np.int64) - 128
+    noise = np.asarray(ground.draw(picture.shape[1]), dtype=np.int64) - 128
     return Image.fromarray((picture + noise).clip(0, 255).astype(np.uint8))
 
 

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from minivlm.processing import Tokenizer
 from minivlm.processing.inputs import IGNORE
-from minivlm.world.questions import QUESTION_TASKS, Example
+from minivlm.world import clip_questions, questions
+from minivlm.world.questions import Example
 
 PADDING = -1  # block number of padding; 0 is the image, questions count from 1
 WEIGHTS = {"answer": 3.0, "loc": 1.0, "seg": 0.3, "eos": 0.3, "word": 1.0}  # of a token in the loss
+SHORT = {*questions.QUESTION_TASKS, *clip_questions.QUESTION_TASKS}  # tasks whose words are an "answer"
 FILL = {  # what stands where a row is shorter than the longest
     "input_ids": 0,
     "position_ids": 0,
@@ -64,7 +66,7 @@ def pack_row(tokenizer: Tokenizer, examples: Sequence[Example]) -> dict[str, lis
 def answer_weights(tokenizer: Tokenizer, answer: Sequence[int], task: str) -> list[float]:
     """What each token of an answer counts in the loss."""
     kinds = _special_kinds(tokenizer)
-    word = "answer" if task in QUESTION_TASKS else "word"
+    word = "answer" if task in SHORT else "word"
     return [WEIGHTS[kinds.get(token, word)] for token in answer]
 
 

@@ -8,7 +8,7 @@ to be stored. Questions about scenes are in questions.py, other ways to draw the
 Some pairs of color and shape (`HELD_OUT_PAIRS`) never occur in training scenes or training questions. A
 model that knows red circles and blue squares should recognize a red square: the split "unseen" tests this.
 
-The world is 64 units wide and high, however many pixels it is drawn with.
+The world is 64 units wide and high unless a scene says otherwise, however many pixels it is drawn with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-WORLD = 64.0  # units from left to right and from top to bottom
+from minivlm.errors import InputError
+
+WORLD = 64.0  # units from left to right and from top to bottom, where a scene says nothing else
+LEAST_SIDE = 32.0
 SHAPES = ("circle", "square", "triangle", "star")
 COLORS = {
     "red": (214, 40, 40),
@@ -53,6 +56,7 @@ _COLOR_NAMES, _SIZE_NAMES = tuple(COLORS), tuple(SIZES)
 ALL_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 _GAP = 1.5  # units between things
+ROOM = 800.0  # square units for each thing, so that all of them can be placed
 _ORDER_GAP = 3.0  # centers differ by at least this much from left to right, so that the order is clear
 
 
@@ -96,9 +100,11 @@ class Thing:
         xs, ys = zip(*self.outline, strict=True)
         return min(xs), min(ys), max(xs), max(ys)
 
-    def paint(self, picture: Image.Image, fill: int | tuple[int, int, int]) -> None:
-        """Draw the shape into a square picture of the whole world, without antialiasing."""
-        scale = picture.width / WORLD
+    def paint(
+        self, picture: Image.Image, fill: int | tuple[int, int, int], world_width: float = WORLD
+    ) -> None:
+        """Draw the shape into a picture of the whole world, without antialiasing."""
+        scale = picture.width / world_width
         outline = [(x * scale, y * scale) for x, y in self.outline]
         pen = ImageDraw.Draw(picture)
         if self.shape == "circle":
@@ -122,6 +128,8 @@ class Scene:
     noise: float  # standard deviation in gray levels
     noise_seed: int
     unseen_pairs: bool = False  # whether questions may name pairs that are held out from training
+    width: float = WORLD  # of the picture, in units
+    height: float = WORLD
     tint: tuple[int, int, int] = (0, 0, 0)  # added to red, green and blue of the background
 
     @property
@@ -133,18 +141,19 @@ class Scene:
     def draw(
         self, pixels: int = 64, reducing: Image.Resampling = Image.Resampling.BOX, supersampling: int = 4
     ) -> Image.Image:
-        """The picture, `pixels` wide and high, RGB.
+        """The picture, `pixels` wide, RGB; the height follows from the shape of the scene.
 
         Drawn `supersampling` times as large, then reduced by a filter; BOX averages the pixels that merge.
         """
-        big = pixels * supersampling
-        picture = Image.new("RGB", (big, big), self.ground)
+        rows = round(pixels * self.height / self.width)
+        big = (pixels * supersampling, rows * supersampling)
+        picture = Image.new("RGB", big, self.ground)
         for thing in self.things:
-            thing.paint(picture, thing.rgb)
-        picture = picture.resize((pixels, pixels), reducing)
+            thing.paint(picture, thing.rgb, self.width)
+        picture = picture.resize((pixels, rows), reducing)
         if self.noise == 0:
             return picture
-        noisy = np.random.default_rng(self.noise_seed).standard_normal((pixels, pixels, 3), dtype=np.float32)
+        noisy = np.random.default_rng(self.noise_seed).standard_normal((rows, pixels, 3), dtype=np.float32)
         noisy *= self.noise
         noisy += np.asarray(picture)
         return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
@@ -157,17 +166,17 @@ class Scene:
         """The things with a name such as "red circle", from left to right."""
         return tuple([thing for thing in self.things if thing.name == name])
 
-    def patch_labels(self, grid: int) -> dict[str, np.ndarray]:
-        """What lies on each patch of a grid x grid division of the picture.
+    def patch_labels(self, rows: int, columns: int | None = None) -> dict[str, np.ndarray]:
+        """What lies on each of N patches, rows x columns of them; None: as many columns as rows.
 
         Returns:
-            color, shape, size: [grid * grid] class numbers, 0 for the background; box: [grid * grid, 4],
-            x0, y0, x1, y1 of the thing in units relative to the middle of the patch (0 on the background).
+            color, shape, size: [N] class numbers, 0 for the background; box: [N, 4], x0, y0, x1, y1 of the
+            thing in units relative to the middle of the patch (0 on the background).
         """
-        labels = {name: np.zeros(grid * grid, dtype=np.int64) for name in ("color", "shape", "size")}
-        labels["box"] = np.zeros((grid * grid, 4), dtype=np.float32)
-        middles = _patch_middles(grid)
-        nearest = np.full(grid * grid, np.inf)
+        middles = patch_middles(rows, columns or rows, self.width, self.height)
+        labels = {name: np.zeros(len(middles), dtype=np.int64) for name in ("color", "shape", "size")}
+        labels["box"] = np.zeros((len(middles), 4), dtype=np.float32)
+        nearest = np.full(len(middles), np.inf)
         for thing in self.things:
             # The distance from the thing's rim.
             outside = np.hypot(middles[:, 0] - thing.x, middles[:, 1] - thing.y) - thing.radius
@@ -181,25 +190,35 @@ class Scene:
 
 
 @cache
-def _patch_middles(grid: int) -> np.ndarray:
-    """[grid * grid, 4]: x, y, x, y of the middle of each patch, in units."""
-    middle = (np.arange(grid) + 0.5) * WORLD / grid
-    x, y = np.tile(middle, grid), np.repeat(middle, grid)
+def patch_middles(rows: int, columns: int, width: float, height: float) -> np.ndarray:
+    """[rows * columns, 4]: x, y, x, y of the middle of each patch of a picture, in units."""
+    x = np.tile((np.arange(columns) + 0.5) * width / columns, rows)
+    y = np.repeat((np.arange(rows) + 0.5) * height / rows, columns)
     return np.stack([x, y, x, y], axis=1)
 
 
-def make_scene(rng: np.random.Generator, split: Split = "train", easy: bool = False) -> Scene:
+def make_scene(
+    rng: np.random.Generator,
+    split: Split = "train",
+    easy: bool = False,
+    width: float = WORLD,
+    height: float = WORLD,
+) -> Scene:
     """A random scene.
 
     Args:
         split: "train" and "test" have no held-out pair (they differ only in the seed); each scene of
             "unseen" has at least one.
         easy: one or two things, for the start of training.
+        width, height: of the picture, in units. Small pictures have fewer things.
+
+    Raises InputError: a side under LEAST_SIDE.
     """
-    count = int(rng.integers(1, 3 if easy else 6))
+    check_sides(width, height)
+    count = min(int(rng.integers(1, 3 if easy else 6)), int(width * height / ROOM))
     while True:
         pairs = _choose_pairs(rng, count, split)
-        things = _place(rng, pairs)
+        things = _place(rng, pairs, width, height)
         if things is not None:
             break
     return Scene(
@@ -208,7 +227,17 @@ def make_scene(rng: np.random.Generator, split: Split = "train", easy: bool = Fa
         noise=float(rng.uniform(0.0, 6.0)),
         noise_seed=int(rng.integers(2**31)),
         unseen_pairs=split == "unseen",
+        width=width,
+        height=height,
     )
+
+
+def check_sides(width: float, height: float) -> None:
+    """Raises InputError: a world in which large things have no place."""
+    if min(width, height) < LEAST_SIDE:
+        raise InputError(
+            f"a world of {width:g} x {height:g} units is too small: give each side at least {LEAST_SIDE:g}"
+        )
 
 
 def _choose_pairs(rng: np.random.Generator, count: int, split: Split) -> list[tuple[str, str]]:
@@ -227,7 +256,9 @@ def _choose_pairs(rng: np.random.Generator, count: int, split: Split) -> list[tu
     return pairs
 
 
-def _place(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[Thing] | None:
+def _place(
+    rng: np.random.Generator, pairs: list[tuple[str, str]], width: float, height: float
+) -> list[Thing] | None:
     """Place a thing of each pair in free space, or give up (None) after 20 tries for one of them."""
     things: list[Thing] = []
     for color, shape in pairs:
@@ -237,8 +268,8 @@ def _place(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[Thing
             size = _SIZE_NAMES[int(3 * which)]
             least, most = SIZES[size]
             radius = least + (most - least) * how_large
-            room = WORLD - 2 * radius - 1.0
-            x, y = radius + 0.5 + room * how_far, radius + 0.5 + room * how_deep
+            wide, high = width - 2 * radius - 1.0, height - 2 * radius - 1.0
+            x, y = radius + 0.5 + wide * how_far, radius + 0.5 + high * how_deep
             clear = all(
                 abs(x - other.x) > _ORDER_GAP
                 and math.hypot(x - other.x, y - other.y) > radius + other.radius + _GAP

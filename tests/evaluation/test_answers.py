@@ -14,9 +14,9 @@ from PIL import Image
 
 from minivlm.errors import InputError
 from minivlm.evaluation import make_questions
-from minivlm.evaluation.answers import LONGEST_ANSWER, answer_all, box_scores
+from minivlm.evaluation.answers import LONGEST_ANSWER, answer_all, box_scores, drawn_side
 from minivlm.models.paligemma import PaliGemma, PaliGemmaOutput
-from minivlm.processing import Processor, text_to_boxes
+from minivlm.processing import ImageProcessor, Processor, Qwen2VLImageProcessor, text_to_boxes
 from minivlm.training.recipe import TrainingConfig, build
 from minivlm.world.questions import segmentation_text
 from minivlm.world.scenes import COLORS, Thing
@@ -70,6 +70,12 @@ def test_answers_come_in_the_order_asked(
     assert answers == [f"{10 * number} {prompt}" for number, prompt in enumerate(prompts)]
     assert sum(map(len, echo.rows)) == 12
     assert max(map(len, echo.rows)) <= batch_size
+
+
+def test_scenes_are_as_large_as_the_model_reads_within_reason() -> None:
+    assert drawn_side(ImageProcessor(image_size=896)) == 896
+    assert drawn_side(Qwen2VLImageProcessor(max_pixels=12_845_056)) == 448  # and not 3,584
+    assert drawn_side(Qwen2VLImageProcessor(max_pixels=64 * 28 * 28)) == 224
 
 
 def test_a_batch_holds_answers_of_about_equal_length(processor: Processor) -> None:

@@ -16,7 +16,7 @@ from transformers import GPT2Config as ReferenceConfig
 from transformers import GPT2LMHeadModel
 
 from minivlm.errors import InputError
-from minivlm.models.miniatures.base import place
+from minivlm.models.views import place
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 7]])

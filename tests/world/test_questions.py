@@ -252,6 +252,16 @@ def test_boxes_of_an_answer_are_those_of_the_things() -> None:
                 assert np.allclose(box[:4], thing.box, atol=WORLD / 1023)
 
 
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_boxes_of_an_answer_fit_pictures_of_any_shape(task: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        example = ask(make_scene(rng, width=112, height=40), task, rng)
+        assert example is not None
+        boxes = text_to_boxes(example.suffix, 112, 40)
+        assert np.allclose([box[:4] for box in boxes], [t.box for t in example.things], atol=0.06)
+
+
 @pytest.mark.parametrize("degrees", [0, 20])
 def test_outlines_of_an_answer_are_those_of_the_things(degrees: int) -> None:
     """Sixteen codes draw what a thing looks like, wherever it is and however it is rotated."""

@@ -70,6 +70,18 @@ def test_pictures_are_nearly_ours(draw: Draw) -> None:
 
 
 @pytest.mark.parametrize("draw", RENDERERS)
+def test_scenes_of_any_shape(draw: Draw) -> None:
+    """Wide, high and square ones on one page; 70 pixels make heights of fractions."""
+    sides = [(96.0, 40.0), (40.0, 96.0), (64.0, 64.0), (50.0, 33.0)] * 6
+    batch = [make_scene(np.random.default_rng(i), "test", False, *side) for i, side in enumerate(sides)]
+    for scene, picture in zip(batch, draw(batch, 70), strict=True):
+        ours = scene.draw(70)
+        assert picture.size == ours.size == (70, round(70 * scene.height / scene.width))
+        assert np.abs(levels(picture) - levels(ours)).mean() < 3
+        assert np.median(np.abs(levels(picture) - levels(ours))) == 0
+
+
+@pytest.mark.parametrize("draw", RENDERERS)
 @pytest.mark.parametrize("pixels", [64, 224])
 def test_boxes_agree_to_a_pixel(draw: Draw, pixels: int) -> None:
     """With the things' own boxes, and so with what our renderer draws."""

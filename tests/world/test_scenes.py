@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minivlm.errors import InputError
 from minivlm.world.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, WORLD, Scene, Split, Thing, make_scene
 
 SPLITS: tuple[Split, ...] = ("train", "test", "unseen")
@@ -178,6 +179,41 @@ def test_noise_is_as_strong_as_it_says() -> None:
     noisy = Scene((), 128, 4.0, 7)
     assert pixels(noisy).std() == pytest.approx(4, rel=0.05)
     assert pixels(Scene((), 128, 0.0, 7)).std() == 0
+
+
+# Other shapes than a square
+
+
+@pytest.mark.parametrize(("width", "height"), [(96, 48), (48, 96), (32, 128), (40, 40)])
+def test_scenes_of_any_shape_are_drawn_as_they_say(width: int, height: int) -> None:
+    for seed in range(40):
+        made = make_scene(np.random.default_rng(seed), "unseen", width=width, height=height)
+        scene = replace(made, noise=0.0, background=0)
+        picture = scene.draw(2 * width)
+        assert picture.size == (2 * width, 2 * height)
+        for thing in scene.things:
+            found = box_of((np.asarray(picture) == thing.rgb).all(axis=2))
+            assert np.abs(found - 2 * np.array(thing.box)).max() < 5  # tips are blended
+            x0, y0, x1, y1 = thing.box
+            assert min(x0, y0, width - x1, height - y1) >= 0
+        labels = scene.patch_labels(height // 8, width // 8)
+        origin = np.array([[8 * x + 4, 8 * y + 4] * 2 for y in range(height // 8) for x in range(width // 8)])
+        for box in (labels["box"] + origin)[labels["color"] > 0]:
+            assert min(np.abs(box - thing.box).max() for thing in scene.things) < 1e-4
+        for thing in scene.things:
+            patch = width // 8 * int(thing.y / 8) + int(thing.x / 8)
+            assert labels["color"][patch] == 1 + list(COLORS).index(thing.color)
+
+
+def test_noise_of_other_shapes_is_new_everywhere() -> None:
+    noisy = pixels(Scene((), 128, 4.0, 7, width=96, height=48), 96)
+    assert noisy.shape == (48, 96, 3)
+    assert noisy.std() == pytest.approx(4, rel=0.05)
+
+
+def test_worlds_without_room_are_refused() -> None:
+    with pytest.raises(InputError, match=r"64 x 31 units is too small: give each side at least 32"):
+        make_scene(np.random.default_rng(0), height=31)
 
 
 # What training never sees

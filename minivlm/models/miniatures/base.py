@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol, Self, cast
 import torch
 from torch import Tensor
 
-from minivlm import masks
 from minivlm.cache import KVCache
 from minivlm.checkpoints import weights
 from minivlm.checkpoints.hub import (
@@ -30,8 +29,8 @@ from minivlm.checkpoints.hub import (
 from minivlm.checkpoints.layouts import Layout
 from minivlm.configs import known, part_of, require_system
 from minivlm.models.miniatures.shipped_tower import PREFIX, TOWER, left_out, require_shipped
-from minivlm.models.writing import ImageTokens, Writes, WritingOutput, last_hidden_states
-from minivlm.processing.inputs import check_rows
+from minivlm.models.views import HasDecoder
+from minivlm.models.writing import ImageTokens
 from minivlm.processing.paligemma import Processor
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
 from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
@@ -78,12 +77,11 @@ def write_values(config: MiniatureConfig, model_type: str) -> dict[str, Any]:
     return {"model_type": model_type, "vision_config": vision, "text_config": text, **own}
 
 
-class Miniature(Writes):
+class Miniature(HasDecoder):
     """The two parts, and what all ways have in common."""
 
     config_class: ClassVar[type[MiniatureConfig]]
     tower_class: ClassVar[type[Any]] = SiglipVisionModel
-    cache_class: ClassVar[type[KVCache]] = KVCache  # of a system that keeps more of a row, its own
     config: MiniatureConfig
 
     def __init__(self, config: MiniatureConfig) -> None:
@@ -92,30 +90,12 @@ class Miniature(Writes):
         self.vision_tower = self.tower_class(config.vision)
         self.language_model = GPT2Decoder(config.text)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are and the inputs must be."""
-        return self.language_model.embed_tokens.weight.device
-
     def patches(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] of any dtype -> the tower's tokens [B, N, D_image]."""
         return self.vision_tower(pixel_values.to(self.language_model.embed_tokens.weight.dtype))
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] -> what the decoder gets of a picture, [B, n, D]."""
-        raise NotImplementedError
-
-    def encode_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor | None:
-        """The pictures of a batch, or None without any; where they stand in the text may matter."""
-        return None if pixel_values is None else self.encode_image(pixel_values)
-
-    def read(
-        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | None, cache: KVCache | None = None
-    ) -> Tensor:
-        """Tokens [B, T] and pictures [M, n, D] -> hidden states [B, T, D].
-
-        With a cache, the tokens go on after those that it holds; pictures come with the first call only.
-        """
         raise NotImplementedError
 
     def merge(self, input_ids: Tensor, image: Tensor | None) -> Tensor:
@@ -138,79 +118,11 @@ class Miniature(Writes):
                 f"{each} of them, in the order of the rows; let the processor build both"
             )
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., D] -> scores [..., V]."""
-        return self.language_model.logits(hidden_states)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> WritingOutput:
-        """Logits at every position, and the loss if labels are given.
-
-        Args:
-            input_ids: [B, S].
-            pixel_values: [pictures, C, height, width] or None for text only.
-            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; None means no padding.
-            token_type_ids: [B, S], only checked: a decoder that reads from left to right needs none.
-            labels: [B, S], -100 where there is no loss.
-
-        Raises ValueError: rows that `check_rows` refuses.
-        """
-        return self.output(
-            self.hidden_states(input_ids, pixel_values, attention_mask, token_type_ids), labels
-        )
-
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> Tensor:
-        """What the scores of `forward` are made of, [B, S, D]."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        check_rows(input_ids, attention_mask, token_type_ids)
-        image = self.encode_images(input_ids, pixel_values)
-        return self.read(input_ids, attention_mask, image)
-
-    def prefill(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        pixel_values: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> tuple[Tensor, KVCache]:
-        """Read picture and prompt.
-
-        Returns:
-            The hidden state of each row's last token [B, D], and the cache for `decode`.
-
-        Raises ValueError: rows that `check_rows` refuses.
-        """
-        check_rows(input_ids, attention_mask, token_type_ids)
-        image = self.encode_images(input_ids, pixel_values)
-        cache = self.new_cache(len(input_ids))
-        return last_hidden_states(self.read(input_ids, attention_mask, image, cache), attention_mask), cache
-
     def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
         """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
         # No picture comes with an `<image>` that the model writes.
         token_ids = token_ids.masked_fill(token_ids == self.config.image_token_id, 0)
         return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
-
-    def new_cache(self, rows: int) -> KVCache:
-        """An empty cache of the decoder's shape."""
-        text, table = self.config.text, self.language_model.embed_tokens.weight
-        heads = text.num_attention_heads
-        return self.cache_class(
-            text.num_hidden_layers, rows, heads, text.head_dim, dtype=table.dtype, device=table.device
-        )
 
     @classmethod
     def from_pretrained(
@@ -275,23 +187,3 @@ def open_processor(folder: Path, config: ImageTokens, image_size: int, vocab_siz
     require_equal(folder, "the picture's side", image_size, side, PICTURES)
     check_vocabulary(folder, vocab_size, tokenizer.backend.get_vocab().values())
     return processor
-
-
-def place(
-    attention_mask: Tensor, cache: KVCache | None, prefix_lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Positions [B, T] of tokens, and the mask [B, 1, T, S] over them and those that a cache holds.
-
-    The mask is causal; with `prefix_lengths` [B], so many tokens of each row are visible to all.
-    """
-    if cache is None:
-        key_is_real = attention_mask.bool()
-        position_ids = key_positions = (key_is_real.cumsum(dim=1) - 1).clamp(min=0)
-    else:
-        position_ids = cache.reserve(attention_mask)
-        key_positions, key_is_real = cache.key_positions, cache.key_is_real
-    if prefix_lengths is None:
-        mask = masks.causal(position_ids, key_positions)
-    else:
-        mask = masks.prefix_lm(position_ids, key_positions, prefix_lengths)
-    return position_ids, (mask & masks.padding(key_is_real))[:, None]

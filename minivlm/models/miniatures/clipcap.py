@@ -26,7 +26,9 @@ from minivlm.attention import Attention
 from minivlm.cache import KVCache
 from minivlm.configs import check_types
 from minivlm.errors import InputError
-from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
+from minivlm.models.miniatures.base import Miniature, read_values, write_values
+from minivlm.models.views import place
+from minivlm.processing.inputs import Inputs
 from minivlm.text.gpt2 import GPT2Config
 from minivlm.vision.siglip import SiglipVisionConfig
 
@@ -140,7 +142,7 @@ class ClipCap(Miniature):
         return self.clip_project(self.patches(pixel_values).mean(dim=1))
 
     def sort_maps(
-        self, encoding: list[Tensor], reading: list[Tensor]
+        self, encoding: list[Tensor], reading: list[Tensor], pixels: Inputs | None = None
     ) -> tuple[list[Tensor], list[Tensor], None]:
         """As in `minivlm.models.protocols.SortsMaps`: the prefix has no places in the picture."""
         return encoding[: self.config.vision.num_hidden_layers], reading, None

@@ -29,7 +29,8 @@ from minivlm.cache import KVCache
 from minivlm.configs import check_types
 from minivlm.errors import InputError
 from minivlm.generate import generate
-from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
+from minivlm.models.miniatures.base import Miniature, read_values, write_values
+from minivlm.models.views import place
 from minivlm.processing.images import load_picture
 from minivlm.processing.inputs import IGNORE, Picture
 from minivlm.processing.paligemma import Processor

@@ -35,7 +35,9 @@ from minivlm.attention import additive
 from minivlm.cache import KVCache
 from minivlm.configs import check_types
 from minivlm.errors import InputError
-from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
+from minivlm.models.miniatures.base import Miniature, read_values, write_values
+from minivlm.models.views import place
+from minivlm.processing.inputs import Inputs
 from minivlm.text.gpt2 import GPT2Config
 from minivlm.vision.resampler import CrossAttention, PerceiverResampler, feed_forward
 from minivlm.vision.siglip import SiglipVisionConfig
@@ -169,7 +171,7 @@ class Flamingo(Miniature):
         patches = self.patches(pixel_values if pixel_values.dim() == 4 else pixel_values.flatten(0, 1))
         return self.perceiver(patches.unflatten(0, (-1, frames)), media_times)
 
-    def encode_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor | None:
+    def encode_images(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor | None:
         """Each picture knows its place in its row. Raises ValueError: as `check_placeholders`."""
         is_image = input_ids == self.config.image_token_id
         self.check_placeholders(is_image, pixel_values)
@@ -230,7 +232,7 @@ class Flamingo(Miniature):
         return media, picture_of_word
 
     def sort_maps(
-        self, encoding: list[Tensor], reading: list[Tensor]
+        self, encoding: list[Tensor], reading: list[Tensor], pixels: Inputs | None = None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """As in `minivlm.models.protocols.SortsMaps`, for a picture that comes before all words.
 

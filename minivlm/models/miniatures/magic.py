@@ -30,8 +30,8 @@ from minivlm.cache import KVCache
 from minivlm.errors import InputError
 from minivlm.generate import explain_nonfinite
 from minivlm.losses import l2_normalize
-from minivlm.models.miniatures.base import place
 from minivlm.models.protocols import Matches
+from minivlm.models.views import place
 from minivlm.processing import PairProcessor, Tokenizer
 from minivlm.processing.inputs import Picture
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from minivlm import masks
 from minivlm.generate import last_token_indices
 from minivlm.models.writing import ImageTokens, Writes, WritingOutput, next_token_loss
-from minivlm.processing.inputs import IGNORE, check_rows
+from minivlm.processing.inputs import IGNORE, Inputs, check_rows
 
 TEXT_A, TEXT_B = 0, 1  # types of words, for BERT the first text and the second: here prompt and answer
 
@@ -178,7 +178,7 @@ class FillsMasks(Writes):
         return Rows(input_ids, attention_mask, token_type_ids, image)
 
     def sort_maps(
-        self, encoding: list[Tensor], reading: list[Tensor]
+        self, encoding: list[Tensor], reading: list[Tensor], pixels: Inputs | None = None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """As in `minivlm.models.protocols.SortsMaps`.
 

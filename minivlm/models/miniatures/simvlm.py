@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from minivlm.attention import additive
 from minivlm.cache import KVCache
 from minivlm.configs import check_types
-from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
+from minivlm.models.miniatures.base import Miniature, read_values, write_values
+from minivlm.models.views import place
 from minivlm.processing.inputs import check_rows
 from minivlm.text.gpt2 import GPT2Config
 from minivlm.vision.conv_stem import ConvStem, ConvStemConfig
@@ -146,12 +147,13 @@ class SimVLM(Miniature):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        **pixels: Tensor,
     ) -> Tensor:
-        """As in `Miniature`; token_type_ids are 0 in the prefix and 1 in the suffix, None: all is prefix."""
+        """As in `HasDecoder`; token_type_ids are 0 in the prefix and 1 in the suffix, None: all is prefix."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         check_rows(input_ids, attention_mask, token_type_ids)
-        image = None if pixel_values is None else self.encode_image(pixel_values)
+        image = self.encode_images(input_ids, pixel_values, **pixels)
         is_prefix = attention_mask.bool()
         if token_type_ids is not None:
             is_prefix = is_prefix & (token_type_ids == 0)

@@ -33,7 +33,9 @@ from minivlm.attention import Attention, additive, attend
 from minivlm.cache import KVCache
 from minivlm.configs import check_types
 from minivlm.errors import InputError
-from minivlm.models.miniatures.base import Miniature, place, read_values, write_values
+from minivlm.models.miniatures.base import Miniature, read_values, write_values
+from minivlm.models.views import place
+from minivlm.processing.inputs import Inputs
 from minivlm.text.gpt2 import GPT2Block, GPT2Config
 from minivlm.vision.siglip import SiglipVisionConfig
 
@@ -248,7 +250,7 @@ class VisualGPT(Miniature):
         return [layer.show(levels, has_picture[:, None, None]) for layer in self.blocks]
 
     def sort_maps(
-        self, encoding: list[Tensor], reading: list[Tensor]
+        self, encoding: list[Tensor], reading: list[Tensor], pixels: Inputs | None = None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """As in `minivlm.models.protocols.SortsMaps`: after each block's own map come those of the levels.
 

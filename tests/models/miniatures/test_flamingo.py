@@ -29,7 +29,6 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from minivlm import masks
 from minivlm.attention import additive, record_attention
 from minivlm.errors import InputError
-from minivlm.models.miniatures.base import place
 from minivlm.models.miniatures.flamingo import (
     Flamingo,
     FlamingoCache,
@@ -37,6 +36,7 @@ from minivlm.models.miniatures.flamingo import (
     GatedCrossAttentionBlock,
     MaskedCrossAttention,
 )
+from minivlm.models.views import place
 from minivlm.vision.resampler import PerceiverAttention
 
 NORMS = r"(norm\w*|ln_\w+|ff\.0|\d\.1\.0)\.weight$"
