@@ -265,6 +265,21 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["eval", "--scenes", "1", "--columns", "held_out", "--model", str(folder)]) == 0
 
 
+def test_finetuning(folder: Path, tmp_path: Path):
+    """With the tower frozen, gates learn, too; what is saved opens again."""
+    picture(60, 20).save(tmp_path / "a.png")
+    line = {"image": "a.png", "prefix": "what is it?", "suffix": "a red star"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line) + "\n")
+    out = tmp_path / "tuned"
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--model", str(folder), "--out", str(out)]
+    arguments += ["--steps", "1", "--no-bf16", "--freeze", "tower", "--workers", "0", "--lr", "0.1"]
+    assert main(["finetune", *arguments]) == 0
+    before, after = (minivlm.load(place)[0].state_dict() for place in (folder, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in changed} == {"multi_modal_projector", "language_model"}
+    assert any("attn_gate" in name for name in changed)
+
+
 @torch.no_grad()
 def test_the_inside_of_a_picture_of_several_tiles(folder: Path):
     """Maps are of patches row by row on the canvas, whatever the order of tokens in the tower."""
