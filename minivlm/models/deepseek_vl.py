@@ -33,7 +33,7 @@ from minivlm.checkpoints.hub import (
 )
 from minivlm.checkpoints.layouts import DEEPSEEK_VL_LAYOUTS, Layout
 from minivlm.configs import check_types, known, part_of, require_system
-from minivlm.models.views import HasDecoder, place
+from minivlm.models.views import HasDecoder, merge_pictures, place
 from minivlm.processing.deepseek_vl import DeepseekVLProcessor
 from minivlm.processing.llava import SETTINGS
 from minivlm.text.llama import LlamaConfig, LlamaDecoder
@@ -151,30 +151,8 @@ class DeepseekVL(HasDecoder):
         return self.aligner(self.vision_tower(pixel_values.to(dtype)))
 
     def merge(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
-        """Embed the tokens and replace the placeholders with the image features.
-
-        Args:
-            input_ids: [B, S], with N times image_token_id for each picture, in order.
-            image_features: [pictures, N, D], or None without pictures. A row may have none or several.
-
-        Returns:
-            [B, S, D].
-        Raises:
-            ValueError: the numbers of placeholders and image features differ.
-        """
-        is_image = input_ids == self.config.image_token_id  # [B, S]
-        features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        placeholders = int(is_image.sum())
-        if placeholders != features:
-            raise ValueError(
-                f"input_ids hold {placeholders} image placeholders and the pictures give {features} image "
-                f"features: each picture needs {self.config.num_image_tokens} placeholders; let the "
-                "processor build both"
-            )
-        inputs_embeds = self.language_model.embed(input_ids)
-        if image_features is None:
-            return inputs_embeds
-        return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+        """As in LLaVA: input_ids [B, S], image_features [pictures, N, D] -> [B, S, D]."""
+        return merge_pictures(self, input_ids, image_features)
 
     def read(
         self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | None, cache: KVCache | None = None

@@ -39,7 +39,7 @@ from minivlm.checkpoints.hub import (
 from minivlm.checkpoints.layouts import LLAVA_LAYOUTS
 from minivlm.configs import check_types, expect, known, part_of, require_system
 from minivlm.errors import InputError
-from minivlm.models.views import HasDecoder, place
+from minivlm.models.views import HasDecoder, merge_pictures, place
 from minivlm.processing import LlavaProcessor
 from minivlm.processing.llava import SETTINGS
 from minivlm.text.llama import LlamaConfig, LlamaDecoder
@@ -194,19 +194,7 @@ class Llava(HasDecoder):
         Raises:
             ValueError: the numbers of placeholders and image features differ.
         """
-        is_image = input_ids == self.config.image_token_id  # [B, S]
-        features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        placeholders = int(is_image.sum())
-        if placeholders != features:
-            raise ValueError(
-                f"input_ids hold {placeholders} image placeholders and the pictures give {features} image "
-                f"features: each picture needs {self.config.num_image_tokens} placeholders; let the "
-                "processor build both"
-            )
-        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
-        if image_features is None:
-            return inputs_embeds
-        return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+        return merge_pictures(self, input_ids, image_features)
 
     def read(
         self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | None, cache: KVCache | None = None

@@ -146,6 +146,26 @@ class HasDecoder(Writes):
         return self.cache_class(*shape, dtype=dtype, device=device)
 
 
+def merge_pictures(model: Any, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+    """Embed tokens [B, S] and put features [pictures, N, D] into the places of their placeholders: [B, S, D].
+
+    Raises ValueError: the numbers of placeholders and image features differ.
+    """
+    is_image = input_ids == model.config.image_token_id  # [B, S]
+    features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+    placeholders = int(is_image.sum())
+    if placeholders != features:
+        raise ValueError(
+            f"input_ids hold {placeholders} image placeholders and the pictures give {features} image "
+            f"features: each picture needs {model.config.num_image_tokens} placeholders; let the "
+            "processor build both"
+        )
+    inputs_embeds: Tensor = model.language_model.embed(input_ids.masked_fill(is_image, 0))
+    if image_features is None:
+        return inputs_embeds
+    return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+
+
 def place(
     attention_mask: Tensor, cache: KVCache | None = None, prefix_lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
