@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,9 @@ def test_documents_name_what_exists(document: str) -> None:
     ):
         if not re.search(r"NN|NAME", path):  # stands for a name that the reader chooses
             assert (ROOT / path).exists(), f"{document} speaks of {path}"
+
+
+def test_names_of_test_files_differ() -> None:
+    """pytest imports them by name, whatever folder they lie in, and refuses the second one of a name."""
+    names = Counter(path.name for path in ROOT.glob("tests/**/test_*.py"))
+    assert not [name for name, times in names.items() if times > 1]
