@@ -63,6 +63,7 @@ SYSTEMS = {  # the names of `WAYS` in minivlm/training/systems.py
     "visualgpt": "every block asks the patches, gates share out; the language model learns, too",
     "flamingo": "gated blocks ask 16 latents, between frozen ones of the language model",
     "llava": "patches inside of a chat, in two stages: first the projector, then the language model, too",
+    "llava-direct": "the same without the first stage: both learn from the first step on",
 }
 RATES = ("muon_lr", "adamw_lr", "weight_decay")  # of both recipes, with the same defaults
 SYSTEM_RECIPE: shared.Recipe = {  # the other fields of `SystemConfig`

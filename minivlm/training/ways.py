@@ -256,6 +256,12 @@ WAYS = {
         language_model=LLAMA,
         aligns=("multi_modal_projector.",),
     ),
+    "llava-direct": Way(
+        _llava,
+        ("multi_modal_projector.", "language_model."),
+        "the same without the first stage: both learn from the first step on",
+        language_model=LLAMA,
+    ),
 }
 
 

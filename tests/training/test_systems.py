@@ -27,7 +27,7 @@ def test_all_ways_start_from_one_language_model_and_one_tower(name: str) -> None
     """GPT-2, where a way does not have another one."""
     model = SystemRun(replace(SMALL, system=name)).model
     parts = {}
-    if name not in ("visualbert", "llava"):
+    if name not in ("visualbert", "llava", "llava-direct"):
         parts["language_model"] = SystemRun(SMALL).model.language_model
     if name != "simvlm":
         parts["vision_tower"] = load()[0].vision_tower
