@@ -262,7 +262,7 @@ def diagnose(answer: Callable[..., Any]) -> None:
             (fault, said), "Ask in the order of the hints, and stop at the first that is wrong"
         )
         expect(said == fault, f"the tower with {fault!r} gets the diagnosis {said!r}. {measure}")
-    right("each fault shows on one kind of picture, and a single square picture alone tells them not apart.")
+    right("each fault shows on pictures of one kind, and one square picture alone cannot tell them apart.")
 
 
 _PIECES: tuple[tuple[Piece, ...], ...] = (
