@@ -226,7 +226,7 @@ def strengthen(module: nn.Module, std: float = 0.3, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-            parameter += float("norm" in name and name.endswith("weight"))
+            parameter.add_(float("norm" in name and name.endswith("weight")))
 
 
 _HOW = {
