@@ -57,6 +57,7 @@ PARTS = {
     "10": ("Contrastive training", ("patches", "blocks", "loss")),
     "11": ("Real checkpoints", ("patches", "blocks", "projector", "embedding", "decoder")),
     "16": ("Qwen2-VL", ("image processor", "patches", "blocks", "projector", "merge", "decoder")),
+    "17": ("Qwen2.5-VL", ("blocks", "decoder", "answer")),
 }
 
 

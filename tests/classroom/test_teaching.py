@@ -44,15 +44,15 @@ def test_a_day_adds_up(plan: str) -> None:
             assert int(minutes) == MINUTES[name], row
 
 
-def test_six_days_add_up() -> None:
-    rows = section("### Six days: from a patch to a trained model")
+def test_the_days_add_up() -> None:
+    rows = section("### Day by day: from a patch to the other systems")
     taught = []
     for row in rows:
         _, minutes, notebooks, _ = (cell.strip() for cell in row.strip("|").split("|"))
         names = WORD.findall(notebooks)
         assert int(minutes) == sum(MINUTES[name] for name in names), row
         taught += names
-    assert taught == list(MINUTES), "the six days have every notebook once, in order"
+    assert taught == list(MINUTES), "the days have every notebook once, in order"
 
 
 def test_every_notebook_has_a_line() -> None:
