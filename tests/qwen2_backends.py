@@ -15,6 +15,7 @@ TEXTS = [
     "what color is the circle? it is green. what differs?",
 ]
 
+
 def qwen2_backend() -> tokenizers.Tokenizer:
     """256 bytes, what is learned from `TEXTS`, then the tokens between `<|` and `|>`."""
     return build_qwen2_tokenizer(TEXTS)

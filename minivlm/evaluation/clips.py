@@ -15,7 +15,7 @@ from minivlm.evaluation.baselines import majority_answers
 from minivlm.evaluation.tables import Metric
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor, video_of
-from minivlm.world.clip_batches import CLIP_SIDES, CLIP_TASKS, FRAMES, training_clip
+from minivlm.world.clip_batches import CLIP_SIDES, CLIP_TASKS, FRAMES, RATES, training_clip
 from minivlm.world.clip_questions import ask
 from minivlm.world.clips import Clip
 from minivlm.world.questions import Example
@@ -24,14 +24,18 @@ STREAM = 7  # of random numbers: [seed, stream, clip]
 
 
 def make_clip_questions(
-    clips: int, seed: int = 1, tasks: Sequence[str] = CLIP_TASKS
+    clips: int,
+    seed: int = 1,
+    tasks: Sequence[str] = CLIP_TASKS,
+    frames: Sequence[int] = FRAMES,
+    rates: Sequence[int] = RATES,
 ) -> list[tuple[Clip, Example]]:
     """One question of each task about each of so many clips, the same for the same seed."""
     asked = []
     for number in range(clips):
         rng = np.random.default_rng([seed, STREAM, number])
         width, height = CLIP_SIDES[rng.integers(len(CLIP_SIDES))]
-        clip = training_clip(rng, int(rng.choice(FRAMES)), width, height)
+        clip = training_clip(rng, int(rng.choice(frames)), width, height, rates)
         asked += [(clip, example) for task in tasks if (example := ask(clip, task, rng)) is not None]
     return asked
 
@@ -42,10 +46,12 @@ def evaluate_clips(
     clips: int = 500,
     seed: int = 1,
     tasks: Sequence[str] = CLIP_TASKS,
+    frames: Sequence[int] = FRAMES,
+    rates: Sequence[int] = RATES,
     progress: bool | None = None,
 ) -> dict[str, Metric]:
-    """The share of exact answers to each task."""
-    asked = make_clip_questions(clips, seed, tasks)
+    """The share of exact answers to each task, about clips of so many frames at so many a second."""
+    asked = make_clip_questions(clips, seed, tasks, frames, rates)
     examples = [example for _, example in asked]
     videos = {id(clip): video_of([*clip.frames(int(clip.width))], clip.fps) for clip, _ in asked}
     answers = answer_all(

@@ -7,12 +7,13 @@ Two stages:
 2. answers: the decoder learns from several questions about each clip or picture, packed into one row. The
    blocks of the tower stay as they are; its merger goes on learning, with the head.
 
-Clips have 1, 2 or 4 frames a second, and pictures eight shapes. So both are learned: that time is no number of
-frames, and that a place is no number of a patch.
+Clips have 1, 2 or 4 frames a second, and pictures eight shapes. So both are learned: that time is no number
+of frames, and that a place is no number of a patch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -50,7 +51,10 @@ WINDOW = 32  # pixels
 THETA = 30.0
 SECTIONS = (4, 6, 6)
 MEASURED_CLIPS = 50
-SYSTEMS = ("qwen2_vl", "qwen2_5_vl")
+SYSTEMS = {
+    "qwen2_vl": "Qwen2-VL in small: pictures of any shape, and clips, in a world that moves",
+    "qwen2_5_vl": "the same as Qwen2.5-VL: windows in the tower, and time in seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ class MovingConfig:
 
     system: str
     seed: int = 0
-    tower_steps: int = 800
+    tower_steps: int = 1500
     steps: int = 1500
     rows: int = 24  # clips or pictures of a step
-    questions: int = 8  # about each
+    questions: int = 9  # about each
     muon_lr: float = 0.02
     adamw_lr: float = 3e-3
     weight_decay: float = 0.02
@@ -255,10 +259,11 @@ class MovingRun(Trainable):
         self.check_finite("the gradient", nn.utils.clip_grad_norm_(weights, config.clip).item())
         first, steps = (0, config.tower_steps) if stage == "tower" else (config.tower_steps, config.steps)
         factor = warm_up_then_fall(self.step - first, steps, min(config.warmup_steps, max(steps // 4, 1)))
-        for kind, peak in (("muon", config.muon_lr), ("adamw", config.adamw_lr)):
-            optimizer = self.optimizers[f"{stage}_{kind}"]
-            optimizer.param_groups[0]["lr"] = peak * factor
-            optimizer.step()
+        for kind, optimizer in self.optimizers.items():
+            peak = config.muon_lr if kind.endswith("_muon") else config.adamw_lr
+            optimizer.param_groups[0]["lr"] = peak * factor if kind.startswith(f"{stage}_") else 0.0
+        for kind in ("muon", "adamw"):
+            self.optimizers[f"{stage}_{kind}"].step()
         self.step += 1
         return {name: value.item() for name, value in losses.items()}
 
@@ -274,8 +279,8 @@ class MovingRun(Trainable):
         return {name: metric.value for name, metric in table.items()}
 
     def save(self, folder: Path) -> None:
-        """The trained model so far, as a checkpoint folder."""
-        self.model.save_pretrained(folder)
+        """The trained model so far as a checkpoint folder, in bf16."""
+        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
 

@@ -34,9 +34,18 @@ from minivlm.world.questions import Example
 from minivlm.world.rows import PADDING, SHORT, WEIGHTS
 from minivlm.world.scenes import COLORS, SHAPES, Scene, cell_depths, make_scene
 
-PICTURE_SIDES = ((64, 64), (96, 48), (48, 96), (80, 64), (64, 80), (48, 48), (96, 64), (64, 96))  # width, height
+PICTURE_SIDES = (
+    (64, 64),
+    (96, 48),
+    (48, 96),
+    (80, 64),
+    (64, 80),
+    (48, 48),
+    (96, 64),
+    (64, 96),
+)  # width, height
 CLIP_SIDES = ((64, 64), (80, 48), (48, 80))
-FRAMES = (4, 6, 8)
+FRAMES, RATES = (4, 6, 8), (1, 2, 4)
 # Words, and no boxes: in the form of these models a box takes 20 tokens.
 CLIP_TASKS = (*clip_questions.QUESTION_TASKS, "caption")
 PICTURE_TASKS = (*questions.QUESTION_TASKS, "caption")
@@ -113,7 +122,9 @@ class ClipBatches(Dataset[ClipBatch]):
             for clip in clips
         ]
         cells = [clip_cells(clip, *self._grid(width, height)) for clip in clips]
-        return pack(self.processor, [video_of([*clip.frames(width)], clip.fps) for clip in clips], asked, cells)
+        return pack(
+            self.processor, [video_of([*clip.frames(width)], clip.fps) for clip in clips], asked, cells
+        )
 
     def _of_pictures(self, rng: np.random.Generator) -> ClipBatch:
         width, height = self.sides[rng.integers(len(self.sides))]
@@ -130,13 +141,16 @@ class ClipBatches(Dataset[ClipBatch]):
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of image tokens."""
-        side = self.processor.image_processor.factor
-        return height // side, width // side
+        pictures = self.processor.image_processor
+        width, height = pictures.size_of(width, height)
+        return height // pictures.factor, width // pictures.factor
 
 
-def training_clip(rng: np.random.Generator, frames: int, width: float, height: float) -> Clip:
-    """A clip of so many frames, at a rate at which it lasts whole seconds, at least two."""
-    fps = int(rng.choice([fps for fps in (1, 2, 4) if frames % fps == 0 and frames // fps >= 2]))
+def training_clip(
+    rng: np.random.Generator, frames: int, width: float, height: float, rates: Sequence[int] = RATES
+) -> Clip:
+    """A clip of so many frames, at one of these rates, at which it lasts whole seconds, at least two."""
+    fps = int(rng.choice([fps for fps in rates if frames % fps == 0 and frames // fps >= 2]))
     easy = bool(rng.random() < 0.2)
     return make_clip(rng, "train", easy, seconds=frames // fps, fps=fps, width=width, height=height)
 
@@ -175,7 +189,12 @@ def pack(
 ) -> ClipBatch:
     """One batch of clips or pictures of one size, the questions about each, and the labels of cells."""
     rows = [_row(processor, one, examples) for one, examples in zip(shown, asked, strict=True)]
-    fill: dict[str, float] = {"input_ids": processor.tokenizer.pad_id, "blocks": PADDING, "offsets": 0, "labels": IGNORE}
+    fill: dict[str, float] = {
+        "input_ids": processor.tokenizer.pad_id,
+        "blocks": PADDING,
+        "offsets": 0,
+        "labels": IGNORE,
+    }
     fill["weights"] = 0.0
     return ClipBatch(
         pixels=processor.pixels(shown),
@@ -205,6 +224,8 @@ def _row(
         row["input_ids"] += ids
         row["blocks"] += [block] * len(ids)
         row["offsets"] += range(len(ids))
-        row["labels"] += [token if is_answer else IGNORE for token, is_answer in zip(ids, written, strict=True)]
+        row["labels"] += [
+            token if is_answer else IGNORE for token, is_answer in zip(ids, written, strict=True)
+        ]
         row["weights"] += [WEIGHTS["eos"] if token == eos else word for token in ids]
     return row
