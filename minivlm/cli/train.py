@@ -65,15 +65,23 @@ SYSTEMS = {  # the names of `WAYS` in minivlm/training/systems.py
     "llava": "patches inside of a chat, in two stages: first the projector, then the language model, too",
     "llava-direct": "the same without the first stage: both learn from the first step on",
 }
+MOVING = {  # the names of `SYSTEMS` in minivlm/training/moving.py
+    "qwen2_vl": "Qwen2-VL in small: pictures of any shape, and clips, in a world that moves",
+    "qwen2_5_vl": "the same as Qwen2.5-VL: windows in the tower, and time in seconds",
+}
 RATES = ("muon_lr", "adamw_lr", "weight_decay")  # of both recipes, with the same defaults
 SYSTEM_RECIPE: shared.Recipe = {  # the other fields of `SystemConfig`
     "with --system": {
         "text_steps": (500, "steps of the language model alone"),
         "steps": (1500, "steps with pictures"),
         "text_rows": (96, "rows of a step without pictures"),
-        "rows": (48, "rows of a step with pictures"),
+        "rows": (48, "rows of a step with pictures; of qwen2_vl and qwen2_5_vl 24"),
     }
 }
+
+
+# The fields of `MovingConfig` beside those that every run has. The defaults are the same, but of `rows`.
+MOVING_RECIPE = ("tower_steps", "steps", "rows", "questions", "dense_weight", "clip")
 
 
 def add_to(commands: Commands) -> None:
@@ -83,11 +91,12 @@ def add_to(commands: Commands) -> None:
         help="train a tiny model from nothing on drawn scenes",
         description="Train a tiny model from nothing on drawn scenes; the defaults made the shipped one. "
         "With --system, train another way to let a language model see, between the shipped tower and a "
-        "language model that first learns the world's sentences.",
+        "language model that first learns the world's sentences, or Qwen's systems on clips.",
         epilog=HELP,
     )
-    ways = "; ".join(f"{name}: {about}" for name, about in SYSTEMS.items())
-    parser.add_argument("--system", choices=SYSTEMS, help=ways)
+    systems = {**SYSTEMS, **MOVING}
+    about = "; ".join(f"{name}: {about}" for name, about in systems.items())
+    parser.add_argument("--system", choices=systems, help=about)
     shared.add_run(parser, out="runs/tiny", measure_every=500, measured="100 held-out scenes")
     shared.add_recipe(parser, SYSTEM_RECIPE)
     shared.add_recipe(parser, RECIPE)
@@ -96,15 +105,15 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say what to do with the model."""
-    own = _names(RECIPE)
-    others = _names(SYSTEM_RECIPE)
+    own, others = _names(RECIPE), _names(SYSTEM_RECIPE)
     if options.system is None:
         shared.refuse(options, others, "is of a system: add --system NAME, or leave it out")
     else:
+        known = MOVING_RECIPE if options.system in MOVING else others
         shared.refuse(
             options,
-            [*(name for name in own if name not in RATES), "bf16"],
-            "is not of a system: leave it out, or --system",
+            [*(name for name in {*own, *others} - {*RATES, *known}), "bf16"],
+            "is not of this system: leave it out, or choose another one with --system",
         )
     loop = shared.prepare_loop(options)
     started = time.monotonic()
@@ -113,6 +122,11 @@ def run(options: argparse.Namespace) -> None:
         from minivlm.training.scratch import train
 
         train(options.out, TrainingConfig(**shared.given(options, [*shared.SHARED, *own])), loop=loop)
+    elif options.system in MOVING:
+        from minivlm.training.moving import MovingConfig, train_moving
+
+        names = ["system", "seed", "warmup_steps", *RATES, *MOVING_RECIPE]
+        train_moving(options.out, MovingConfig(**shared.given(options, names)), loop=loop)
     else:
         from minivlm.training.systems import SystemConfig, train_system
 

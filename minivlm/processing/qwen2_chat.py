@@ -14,11 +14,13 @@ one. Here a picture or a video has a single placeholder. The processor puts in a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from minivlm.errors import InputError
 from minivlm.processing.chat import Turn, check_turns
 from minivlm.processing.inputs import Row
-from minivlm.processing.qwen2_tokens import CONTROLS, Qwen2Tokenizer
+from minivlm.processing.qwen2_tokens import CONTROLS, TURN, TURN_END, Qwen2Tokenizer
 from minivlm.processing.tokens import IMAGE as TAG
 
 SYSTEM = "You are a helpful assistant."
@@ -84,3 +86,19 @@ def chat_template(system: str = SYSTEM) -> str:
         f"{part}{{% elif part.type == 'text' %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
         f"{end}\n{{% endfor %}}{{% if add_generation_prompt %}}{turn}assistant\n{{% endif %}}"
     )
+
+
+def system_of(template: str) -> str:
+    """What chats begin with where a folder's template says it: `chat_template` the other way around.
+
+    Raises InputError: the template writes a system text in a form that is not known here.
+    """
+    begin, end = re.escape(f"{TURN}system"), re.escape(TURN_END)
+    # Published templates hold the sentence itself, or a string of Jinja with an escaped newline.
+    found = re.findall(rf"{begin}(?:\n|\\n)([^'\"{{}}]*?){end}", template)
+    if not found and f"{TURN}system" in template:
+        raise InputError(
+            "the chat template writes a system text in a form that is not known here: use a template in "
+            f"which the sentence stands between {TURN}system and {TURN_END}"
+        )
+    return found[0] if found else ""

@@ -7,10 +7,12 @@ what marks an object or its box in an answer, but these are words that a user ma
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
 import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minivlm.errors import InputError
 from minivlm.processing.tokens import BaseTokenizer, SpecialTokens, backend_of
@@ -20,6 +22,12 @@ VISION, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 CONTROLS = (END, TURN, TURN_END, VISION, VISION_END, IMAGE, VIDEO)
 MARKS = [f"<|{kind}_{side}|>" for kind in ("object_ref", "box", "quad") for side in ("start", "end")]
+
+# Contractions, words with the sign before them, single digits, signs, newlines, spaces.
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 
 QWEN2_NAMES = SpecialTokens(pad=END, bos=END, eos=TURN_END, unk=END, image=IMAGE)
 
@@ -56,3 +64,29 @@ class Qwen2Tokenizer(BaseTokenizer):
         Raises InputError: no such file, not a tokenizer, or tokens are missing (see the class).
         """
         return cls(backend_of(folder, cls.origin))
+
+
+def build_qwen2_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """A small tokenizer in this format, in which every word of the texts is one token.
+
+    Ids: 256 bytes, the pieces of words and the words, then `CONTROLS` and `MARKS`. As in the published one, a
+    word after a space and the same word at the start of a line are two tokens.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,  # never reached: merging stops when every word is one token
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in (*CONTROLS, *MARKS)])
+    return backend

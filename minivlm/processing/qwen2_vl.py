@@ -21,9 +21,9 @@ from minivlm.errors import InputError
 from minivlm.files import write_aside
 from minivlm.processing.chat import Turn
 from minivlm.processing.inputs import Inputs, Picture, Row
-from minivlm.processing.llava import SETTINGS, TEMPLATE
+from minivlm.processing.llava import SETTINGS, TEMPLATE, template_in
 from minivlm.processing.patches import Qwen2VLImageProcessor, cut_into_patches, join_patches
-from minivlm.processing.qwen2_chat import SYSTEM, chat_template, encode_chat
+from minivlm.processing.qwen2_chat import SYSTEM, chat_template, encode_chat, system_of
 from minivlm.processing.qwen2_tokens import Qwen2Tokenizer
 from minivlm.processing.rows import Pictures, RowProcessor, open_rows
 from minivlm.processing.video import Video
@@ -57,12 +57,16 @@ class Qwen2VLProcessor(RowProcessor):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Load tokenizer.json, preprocessor_config.json, and video_preprocessor_config.json if there is one.
 
+        Chats begin as the folder's template says; without a template, as the published ones do.
+
         Raises InputError: a file is missing, unreadable or unsupported.
         """
+        template = template_in(Path(folder))
         return cls(
             Qwen2Tokenizer.from_pretrained(folder),
             Qwen2VLImageProcessor.from_pretrained(folder),
             VideoBudget.from_pretrained(folder),
+            SYSTEM if template is None else system_of(template),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -19,14 +19,12 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from minivlm.world.scenes import WORLD, Scene, Thing, patch_middles
+from minivlm.world.scenes import WORLD, Scene, Thing, cell_depths
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 STANDING = "nowhere"  # where a thing moves that does not
 MOTIONS = ("background", STANDING, *DIRECTIONS)  # the classes of `motion_labels`
 VERBS = ("appears", "vanishes", "turns")
-
-_COVERED = 1.0  # units that a thing reaches into a cell before it counts as lying there
 
 
 @dataclass(frozen=True)
@@ -138,19 +136,18 @@ class Clip:
             [T, rows, columns] class numbers in MOTIONS, 0 for the background. F frames make
             T = ceil(F / temporal_patch_size) cells; what fills the last one is its frame again, as in models.
         """
-        middles = patch_middles(rows, columns, self.width, self.height)[:, :2]
-        half = np.array([self.width / columns, self.height / rows]) / 2
         labels = np.zeros((math.ceil(len(self.times) / temporal_patch_size), rows * columns), dtype=np.int64)
-        nearest = np.full(labels.shape, -_COVERED)
+        deepest = np.zeros(labels.shape)
         for number, second in enumerate(self.times):
             cell = number // temporal_patch_size
             for actor in self.actors:
                 if actor.at(second) is None:
                     continue
-                beyond = np.abs(middles - actor.place(second)) - half  # the edges of each cell
-                outside = np.linalg.norm(beyond.clip(min=0), axis=1) - actor.thing.radius
-                mine = np.flatnonzero(outside < nearest[cell])
-                nearest[cell, mine] = outside[mine]
+                depths = cell_depths(
+                    *actor.place(second), actor.thing.radius, rows, columns, self.width, self.height
+                )
+                mine = np.flatnonzero(depths > deepest[cell])
+                deepest[cell, mine] = depths[mine]
                 labels[cell, mine] = MOTIONS.index(actor.motion)
         return labels.reshape(-1, rows, columns)
 

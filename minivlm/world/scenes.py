@@ -57,6 +57,7 @@ ALL_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 _GAP = 1.5  # units between things
 ROOM = 800.0  # square units for each thing, so that all of them can be placed
+_COVERED = 1.0  # units that a thing reaches into a cell before it counts as lying there
 _ORDER_GAP = 3.0  # centers differ by at least this much from left to right, so that the order is clear
 
 
@@ -195,6 +196,20 @@ def patch_middles(rows: int, columns: int, width: float, height: float) -> np.nd
     x = np.tile((np.arange(columns) + 0.5) * width / columns, rows)
     y = np.repeat((np.arange(rows) + 0.5) * height / rows, columns)
     return np.stack([x, y, x, y], axis=1)
+
+
+def cell_depths(
+    x: float, y: float, radius: float, rows: int, columns: int, width: float, height: float
+) -> np.ndarray:
+    """How far a disk reaches into each cell of a grid, in units beyond the one that counts: [rows * columns].
+
+    Above 0 it lies there, see `Clip.motion_labels`. Unlike the middle of a patch in `Scene.patch_labels`, a
+    cell is not missed by a thing that lies in its corner.
+    """
+    middles = patch_middles(rows, columns, width, height)[:, :2]
+    half = np.array([width / columns, height / rows]) / 2
+    beyond = (np.abs(middles - (x, y)) - half).clip(min=0)  # the edges of each cell
+    return radius - np.linalg.norm(beyond, axis=1) - _COVERED
 
 
 def make_scene(

@@ -20,7 +20,7 @@ from minivlm.processing import (
     interleave,
     video_of,
 )
-from minivlm.processing.qwen2_chat import chat_template
+from minivlm.processing.qwen2_chat import SYSTEM, chat_template, system_of
 from minivlm.processing.qwen2_tokens import IMAGE, TURN_END, VIDEO
 from minivlm.processing.rows import open_rows
 
@@ -154,3 +154,25 @@ def test_what_is_refused(processor: Qwen2VLProcessor, tmp_path: Path):
         Qwen2Tokenizer(llama_backend())
     with pytest.raises(InputError, match="over max_length 12"):
         processor([SMALL], ["what?"], max_length=12)
+
+
+@pytest.mark.parametrize("system", ["", SYSTEM, "Answer with one word."])
+def test_a_folder_keeps_what_its_chats_begin_with(system: str, tmp_path: Path) -> None:
+    first = Qwen2VLProcessor(Qwen2Tokenizer(qwen2_backend()), Qwen2VLImageProcessor(), system=system)
+    first.save_pretrained(tmp_path)
+    again = Qwen2VLProcessor.from_pretrained(tmp_path)
+    assert again.system == system
+    assert again.encode_row("what is it?") == first.encode_row("what is it?")
+    (tmp_path / "chat_template.jinja").unlink()
+    assert Qwen2VLProcessor.from_pretrained(tmp_path).system == SYSTEM
+
+
+def test_what_published_templates_begin_with() -> None:
+    loop = (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    )
+    assert system_of(loop + "You are a helpful assistant.<|im_end|>\n{% endif %}") == SYSTEM
+    given = "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}{%- else %}"
+    assert system_of(given + "{{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}") == "You are Qwen."
+    with pytest.raises(InputError, match="a form that is not known here: use a template in"):
+        system_of(given)

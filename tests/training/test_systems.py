@@ -199,8 +199,8 @@ def test_the_command_names_every_system_and_number() -> None:
     ("options", "message"),
     [
         (["--steps", "3"], "--steps is of a system: add --system NAME, or leave it out"),
-        (["--system", "clipcap", "--tower-width", "8"], "--tower-width is not of a system: leave it out"),
-        (["--system", "clipcap", "--bf16"], "--bf16 is not of a system"),
+        (["--system", "clipcap", "--tower-width", "8"], "--tower-width is not of this system: leave it out"),
+        (["--system", "clipcap", "--bf16"], "--bf16 is not of this system"),
         (["--system", "clipcap", "--muon-lr", "0"], "muon_lr is 0.0"),
     ],
 )

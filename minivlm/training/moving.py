@@ -1,0 +1,301 @@
+"""Training Qwen2-VL and Qwen2.5-VL in small, from nothing, in the world that moves.
+
+Two stages:
+
+1. tower: a linear head on each image token learns what lies in its cell, and where that moves. Without it
+   nothing is learned about motion: an answer is one word, and says little about 64 tokens.
+2. answers: the decoder learns from several questions about each clip or picture, packed into one row. The
+   blocks of the tower stay as they are; its merger goes on learning, with the head.
+
+Clips have 1, 2 or 4 frames a second, and pictures eight shapes. So both are learned: that time is no number
+of frames, and that a place is no number of a patch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+
+from minivlm.errors import InputError
+from minivlm.evaluation.clips import evaluate_clips
+from minivlm.models.qwen2_5_vl import Qwen2_5_VL, Qwen2_5_VLConfig
+from minivlm.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from minivlm.processing import Qwen2_5_VLProcessor, Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor
+from minivlm.processing.inputs import IGNORE, to_device
+from minivlm.processing.qwen2_tokens import build_qwen2_tokenizer
+from minivlm.processing.video_budget import VideoBudget
+from minivlm.text.qwen2 import Qwen2Config
+from minivlm.training.limits import check_numbers, check_warmup
+from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.muon import Muon
+from minivlm.training.schedule import warm_up_then_fall
+from minivlm.vision.qwen2_5_vl import Qwen2_5_VLVisionConfig
+from minivlm.vision.qwen2_vl import Qwen2VLVisionConfig
+from minivlm.world import clip_questions, questions
+from minivlm.world.clip_batches import CLASSES, PICTURE_SIDES, ClipBatch, ClipBatches
+
+PATCH, MERGED, FRAMES_AT_ONCE = 8, 2, 2
+TOWER_WIDTH, TOWER_LAYERS, TOWER_HEADS = 64, 3, 4
+TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 96, 3, 3
+WINDOW = 32  # pixels
+# A published decoder's slow pairs turn with the columns of a picture: in 3 to 6 of them, by next to nothing.
+THETA = 30.0
+SECTIONS = (4, 6, 6)
+MEASURED_CLIPS = 50
+SYSTEMS = {
+    "qwen2_vl": "Qwen2-VL in small: pictures of any shape, and clips, in a world that moves",
+    "qwen2_5_vl": "the same as Qwen2.5-VL: windows in the tower, and time in seconds",
+}
+
+
+@dataclass(frozen=True)
+class MovingConfig:
+    """Everything that decides the result. The defaults made the shipped ones."""
+
+    system: str
+    seed: int = 0
+    tower_steps: int = 1500
+    steps: int = 1500
+    rows: int = 24  # clips or pictures of a step
+    questions: int = 9  # about each
+    muon_lr: float = 0.02
+    adamw_lr: float = 3e-3
+    weight_decay: float = 0.02
+    warmup_steps: int = 50
+    dense_weight: float = 0.5  # of the loss on cells after its stage
+    clip: float = 1.0  # norm of the gradient
+
+    def __post_init__(self) -> None:
+        """Raises InputError: a number that nothing can be trained with, or an unknown system."""
+        check_numbers(asdict(self))
+        if self.system not in SYSTEMS:
+            raise InputError(f"there is no system {self.system!r}: choose from {', '.join(SYSTEMS)}")
+        check_warmup(self.warmup_steps, self.steps)
+
+
+def build(system: str, seed: int) -> tuple[Qwen2VL, Qwen2VLProcessor]:
+    """A system before its first step, and its processor."""
+    tokenizer = Qwen2Tokenizer(build_qwen2_tokenizer(texts()))
+    torch.manual_seed(seed)
+    text = Qwen2Config(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=8 * TEXT_WIDTH // 3,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=TEXT_HEADS,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer.backend.get_vocab()),
+        max_position_embeddings=512,
+        rope_theta=THETA,
+        mrope_section=SECTIONS,
+        tie_word_embeddings=True,
+    )
+    sizes = {"depth": TOWER_LAYERS, "num_heads": TOWER_HEADS, "patch_size": PATCH}
+    ids: dict[str, Any] = {
+        "image_token_id": tokenizer.image_id,
+        "video_token_id": tokenizer.video_id,
+        "vision_start_token_id": tokenizer.vision_id,
+        "vision_end_token_id": tokenizer.vision_end_id,
+        "pad_token_id": tokenizer.pad_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    # Half of the usual values: pictures are bright, and both classes share the numbers of SigLIP's processor.
+    half = (0.5, 0.5, 0.5)
+    pictures = Qwen2VLImageProcessor(
+        image_mean=half, image_std=half, min_pixels=32 * 32, max_pixels=96 * 96, patch_size=PATCH
+    )
+    budget = VideoBudget(
+        fps=4.0, min_frames=2, max_frames=8, min_pixels=32 * 32, max_pixels=80 * 64, total_pixels=8 * 80 * 64
+    )
+    model: Qwen2VL
+    if system == "qwen2_vl":
+        tower = Qwen2VLVisionConfig(embed_dim=TOWER_WIDTH, hidden_size=TEXT_WIDTH, **sizes)
+        model = Qwen2VL(Qwen2VLConfig(vision=tower, text=text, **ids))
+        processor = Qwen2VLProcessor(tokenizer, pictures, budget, system="")
+    else:
+        windows = Qwen2_5_VLVisionConfig(
+            hidden_size=TOWER_WIDTH,
+            out_hidden_size=TEXT_WIDTH,
+            intermediate_size=8 * TOWER_WIDTH // 3,
+            window_size=WINDOW,
+            fullatt_block_indexes=(TOWER_LAYERS - 1,),
+            **sizes,
+        )
+        model = Qwen2_5_VL(Qwen2_5_VLConfig(vision=windows, text=text, **ids))
+        processor = Qwen2_5_VLProcessor(tokenizer, pictures, budget, system="")
+    return model, processor
+
+
+def texts() -> Iterator[str]:
+    """Every word that is asked or answered."""
+    yield from questions.vocabulary()
+    yield from clip_questions.vocabulary()
+    yield "user\nassistant\nsystem\n"
+
+
+class CellHead(nn.Linear):
+    """One linear layer that says of each image token what lies in its cell. Discarded after training."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, sum(CLASSES.values()))
+
+    def scores(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Image tokens [N, D] -> scores [N, classes] by name."""
+        return dict(zip(CLASSES, self(tokens).float().split([*CLASSES.values()], dim=-1), strict=True))
+
+    def loss(self, tokens: Tensor, batch: ClipBatch) -> Tensor:
+        """Sum of the cross-entropies of color, shape and motion."""
+        parts = [
+            F.cross_entropy(scores, batch.cells[name], ignore_index=IGNORE)
+            for name, scores in self.scores(tokens).items()
+            if bool((batch.cells[name] != IGNORE).any())
+        ]
+        return torch.stack(parts).sum()
+
+
+def answer_loss(model: Qwen2VL, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy of the answers' tokens, and the image tokens [N, D]."""
+    start = batch.start
+    before, of_questions = batch.input_ids[:, :start], batch.offsets[:, start:]
+    media = model.encode_images(before, **batch.pixels)
+    position_ids, deltas = model.positions(before, torch.ones_like(before), media)
+    later = start + deltas[:, None] + of_questions  # each question begins where the clip ends
+    position_ids = torch.cat([position_ids, later.expand(3, -1, -1)], dim=2)
+    embeds = model.merge(batch.input_ids, media)
+    hidden = model.language_model(embeds, position_ids, batch.mask())
+    wanted = batch.labels[:, 1:] != IGNORE
+    logits = model.logits(hidden[:, :-1][wanted]).float()
+    losses = F.cross_entropy(logits, batch.labels[:, 1:][wanted], reduction="none")
+    weights = batch.weights[:, 1:][wanted]
+    return (losses * weights).sum() / weights.sum(), media[0].features
+
+
+class MovingRun(Trainable):
+    """A training run at some step."""
+
+    losses = ("cells", "answer")
+    measure_every = 500
+    batch_class: ClassVar[type[ClipBatches]] = ClipBatches
+    masters: nn.ModuleDict
+
+    def __init__(self, config: MovingConfig, device: torch.device | str = "cpu", workers: int = 1) -> None:
+        self.config, self.workers = config, workers
+        self.step = 0
+        self.model, self.processor = build(config.system, config.seed)
+        self.prepare(device)
+
+    def prepare(self, device: torch.device | str) -> None:
+        """A head for the cells, and the optimizers of both stages."""
+        config = self.config
+        self.head = CellHead(TEXT_WIDTH)
+        self.masters = self.working = nn.ModuleDict({"model": self.model, "head": self.head}).to(device)
+        tower = [*self.model.vision_tower.parameters(), *self.head.parameters()]
+        merger = [*self.model.vision_tower.merger.parameters(), *self.head.parameters()]
+        self.parts = {"tower": tower, "answers": [*merger, *self.model.language_model.parameters()]}
+        linear = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Linear)}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for stage, weights in self.parts.items():
+            matrices = [weight for weight in weights if id(weight) in linear]
+            others = [weight for weight in weights if id(weight) not in linear]
+            self.optimizers[f"{stage}_muon"] = Muon(
+                matrices, lr=config.muon_lr, weight_decay=config.weight_decay
+            )
+            self.optimizers[f"{stage}_adamw"] = torch.optim.AdamW(
+                others, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0
+            )
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.tower_steps + self.config.steps
+
+    def stage_of(self, step: int) -> str:
+        """The stage that a step belongs to."""
+        return "tower" if step < self.config.tower_steps else "answers"
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self.config)
+
+    def place(self) -> dict[str, Any]:
+        return {"stage": self.stage_of(max(self.step - 1, 0))}
+
+    def batches(self) -> Iterator[ClipBatch]:
+        config = self.config
+        draw = partial(self.batch_class, self.processor, seed=config.seed, rows=config.rows)
+        stages = [
+            draw(steps=config.tower_steps, questions=0, sides=PICTURE_SIDES),
+            draw(steps=config.steps, questions=config.questions, first_step=config.tower_steps),
+        ]
+        return in_order(ConcatDataset(stages), range(self.step, self.total_steps), self.workers)
+
+    def advance(self, batch: ClipBatch) -> dict[str, float]:
+        """One step of optimization. Returns the losses."""
+        config, stage = self.config, self.stage_of(self.step)
+        weights = self.parts[stage]
+        self.masters.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+            weight.grad = None
+        batch = _on(batch, self.model.device)
+        losses = {}
+        if stage == "tower":
+            media = self.model.encode_images(batch.input_ids, **batch.pixels)
+            losses["cells"] = loss = self.head.loss(media[0].features, batch)
+        else:
+            losses["answer"], tokens = answer_loss(self.model, batch)
+            losses["cells"] = self.head.loss(tokens, batch)
+            loss = losses["answer"] + config.dense_weight * losses["cells"]
+        for name, value in losses.items():
+            self.check_finite(f"the {name} loss", value.item())
+        loss.backward()
+        self.check_finite("the gradient", nn.utils.clip_grad_norm_(weights, config.clip).item())
+        first, steps = (0, config.tower_steps) if stage == "tower" else (config.tower_steps, config.steps)
+        factor = warm_up_then_fall(self.step - first, steps, min(config.warmup_steps, max(steps // 4, 1)))
+        for kind, optimizer in self.optimizers.items():
+            peak = config.muon_lr if kind.endswith("_muon") else config.adamw_lr
+            optimizer.param_groups[0]["lr"] = peak * factor if kind.startswith(f"{stage}_") else 0.0
+        for kind in ("muon", "adamw"):
+            self.optimizers[f"{stage}_{kind}"].step()
+        self.step += 1
+        return {name: value.item() for name, value in losses.items()}
+
+    def advice(self) -> str:
+        lower = f"--muon-lr {self.config.muon_lr / 2:g} --adamw-lr {self.config.adamw_lr / 2:g}"
+        return f"try lower learning rates in a new folder, such as {lower}"
+
+    def measure(self) -> dict[str, float]:
+        """How good the answers about held-out clips are; nothing while only the tower learns."""
+        if self.stage_of(self.step - 1) == "tower":
+            return {}
+        table = evaluate_clips(self.model, self.processor, MEASURED_CLIPS, progress=False)
+        return {name: metric.value for name, metric in table.items()}
+
+    def save(self, folder: Path) -> None:
+        """The trained model so far as a checkpoint folder, in bf16."""
+        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def _on(batch: ClipBatch, device: torch.device) -> ClipBatch:
+    """The same batch where the model computes."""
+    tensors = {n: t.to(device) for n, t in vars(batch).items() if isinstance(t, Tensor)}
+    return ClipBatch(pixels=to_device(batch.pixels, device), cells=to_device(batch.cells, device), **tensors)
+
+
+def train_moving(out: Path, config: MovingConfig, *, loop: Loop = DEFAULT_LOOP) -> MovingRun:
+    """Train one system, or go on with the run in `out`, and leave a checkpoint folder there.
+
+    Raises InputError: as `minivlm.training.scratch.train`.
+    """
+    with run_folder(out, loop.resume):
+        run = MovingRun(config, loop.device, loop.workers)
+        run_to_end(run, out, loop)
+        return run

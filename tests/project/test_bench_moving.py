@@ -1,0 +1,70 @@
+"""bench/moving.py trains both comparisons and makes their tables. Its numbers are not tested."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCH))
+    try:
+        import moving
+
+        yield moving
+    finally:
+        sys.path.remove(str(BENCH))
+        sys.modules.pop("moving", None)
+
+
+def test_two_clocks(bench: ModuleType, tmp_path: Path) -> None:
+    config = bench.MovingConfig("qwen2_5_vl", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
+    found = bench.compare_time(0, tmp_path, config, clips=3)
+    assert found.keys() == {*bench.CLOCKS, "always the most frequent answer"}
+    assert found["seconds"].keys() == found["numbers of steps"].keys()
+    assert any(column.endswith("at 3 a second") for column in found["seconds"])
+    kept = (tmp_path / "tower-0.pt").stat().st_mtime_ns
+    assert bench.compare_time(0, tmp_path, config, clips=3) == found  # nothing is trained again
+    assert (tmp_path / "tower-0.pt").stat().st_mtime_ns == kept
+    assert bench.as_text([found, found]).endswith("2 seeds")
+
+
+def test_clocks_differ_where_rates_do(bench: ModuleType) -> None:
+    grids, seconds = torch.tensor([[3, 4, 4], [3, 4, 4]]), torch.tensor([0.5, 2.0])
+    model = bench.build("qwen2_5_vl", 0)[0]
+    by_time = model.intervals(grids, seconds)
+    model.__class__ = bench.Numbered
+    assert by_time.tolist() == [2.0, 8.0]
+    assert model.intervals(grids, seconds).tolist() == [1.0, 1.0]
+
+
+def test_towers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "OTHER_SIDES", ((32, 64),))
+    found = bench.compare_towers(0, steps=1, scenes=1)
+    assert found.keys() == set(bench.TOWERS)
+    windows, full = found["windows, the last block full"], found["every block full"]
+    assert windows["operations, large"] < 0.7 * full["operations, large"]
+    assert all(0.0 <= value <= 1.0 for name, value in full.items() if "sides" in name)
+    assert "million" in bench.as_text([found])
+
+
+def test_each_tower_is_what_its_name_says(bench: ModuleType) -> None:
+    """Stretched to an 8 x 8 grid, the table is itself; squashed pictures have 16 tokens."""
+    model, processor = bench._squashed(0)
+    pixels, grids = processor.image_processor.read(
+        [bench.make_scene(bench.np.random.default_rng(0), width=96.0, height=48.0).draw(96)]
+    )
+    assert grids.tolist() == [[1, 8, 8]]
+    tower = bench._table(0)[0].vision_tower
+    plain = tower(pixels, grids)
+    tower.table.data += 1.0
+    assert not torch.allclose(plain, tower(pixels, grids))
+    assert model.encode_image(pixels, grids).shape == (16, 96)

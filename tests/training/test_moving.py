@@ -1,0 +1,175 @@
+"""Training Qwen2-VL and Qwen2.5-VL on clips: rows, stages, stops, and the command."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import assert_same_end
+
+from minivlm.cli import main
+from minivlm.cli.train import MOVING, MOVING_RECIPE, RATES, RECIPE, SYSTEM_RECIPE
+from minivlm.errors import InputError
+from minivlm.models.load import load
+from minivlm.processing import video_of
+from minivlm.processing.inputs import IGNORE
+from minivlm.training.loop import Loop
+from minivlm.training.moving import SYSTEMS, MovingConfig, MovingRun, answer_loss, build, train_moving
+from minivlm.world.clip_batches import CLIP_SIDES, ClipBatches, clip_cells, of_tasks, pack, training_clip
+from minivlm.world.clip_files import save_clip
+from minivlm.world.clip_questions import examples
+from minivlm.world.clips import MOTIONS
+from minivlm.world.questions import Example
+
+SMALL = MovingConfig("qwen2_5_vl", tower_steps=2, steps=2, rows=2, questions=2, warmup_steps=1)
+QUIET = Loop(save_every=1, log_every=1, measure_every=0, workers=0, progress=False)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@torch.no_grad()
+def test_a_packed_question_is_read_as_if_it_were_alone(name: str) -> None:
+    """Same clip, same positions, same scores; and the questions beside it have no say."""
+    model, processor = build(name, 0)
+    rng = np.random.default_rng(3)
+    clip = training_clip(rng, 6, 80, 48)
+    asked = [Example("caption", "caption en", "a red star"), Example("count", "how many?", "2")]
+    video = video_of([*clip.frames(80)], clip.fps)
+    batch = pack(processor, [video], [asked], [clip_cells(clip, 3, 5)])
+    losses = []
+    for example in asked:
+        alone = processor([video], [example.prefix], [example.suffix])
+        logits = model(**{key: value for key, value in alone.items() if key != "labels"}).logits[0, :-1]
+        wanted = alone["labels"][0, 1:] != IGNORE
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits[wanted], alone["labels"][0, 1:][wanted], reduction="none"
+            )
+        )
+    weights = batch.weights[batch.labels != IGNORE]
+    expected = (torch.cat(losses) * weights).sum() / weights.sum()
+    torch.testing.assert_close(answer_loss(model, batch)[0], expected, rtol=1e-5, atol=0)
+    assert weights.tolist() == [1.0, 1.0, 1.0, pytest.approx(0.3), 3.0, pytest.approx(0.3)]
+
+
+def test_a_batch_depends_on_its_number_alone() -> None:
+    _, processor = build("qwen2_vl", 0)
+    whole = ClipBatches(processor, seed=5, steps=4, rows=2, questions=2)
+    later = ClipBatches(processor, seed=5, steps=2, rows=2, questions=2, first_step=2)
+    assert torch.equal(whole[2].input_ids, later[0].input_ids)
+    assert "pixel_values_videos" in whole[2].pixels
+    assert "pixel_values" in whole[3].pixels
+    assert not torch.equal(whole[0].input_ids[0, -5:], whole[2].input_ids[0, -5:])
+    for batch in (whole[2], whole[3]):
+        grids = next(grid for name, grid in batch.pixels.items() if name.endswith("thw"))
+        tokens = int(grids.prod(dim=1).sum()) // 4
+        assert {len(cells) for cells in batch.cells.values()} == {tokens}
+
+
+def test_cells_say_what_lies_there_and_where_it_moves() -> None:
+    rng = np.random.default_rng(0)
+    clip = training_clip(rng, 8, 64, 64)
+    cells = {name: found.reshape(4, 4, 4) for name, found in clip_cells(clip, 4, 4).items()}
+    seen = 0
+    for actor in clip.actors:
+        for step, second in enumerate(clip.times[::2]):
+            thing = actor.at(second)
+            if thing is None:
+                continue
+            row, column = int(thing.y // 16), int(thing.x // 16)
+            assert cells["color"][step, row, column] > 0
+            assert cells["shape"][step, row, column] > 0
+            assert MOTIONS[cells["motion"][step, row, column]] == actor.motion
+            seen += 1
+    assert seen > 4
+    assert (cells["color"] == 0).any()
+
+
+def test_clips_have_every_rate_and_no_boxes() -> None:
+    rng = np.random.default_rng(0)
+    clips = [training_clip(rng, frames, *CLIP_SIDES[0]) for frames in (4, 6, 8) for _ in range(20)]
+    assert {clip.fps for clip in clips} == {1, 2, 4}
+    assert all(len(clip.times) == clip.seconds * clip.fps and clip.seconds >= 2 for clip in clips)
+    endless = of_tasks(examples(clips[0], rng), ("direction", "caption"))
+    assert {next(endless).task for _ in range(10)} <= {"direction", "caption"}
+
+
+def test_each_stage_trains_its_part() -> None:
+    run = MovingRun(SMALL, workers=0)
+    for step, batch in enumerate(run.batches()):
+        before = {name: tensor.clone() for name, tensor in run.masters.named_parameters()}
+        losses = run.advance(batch)
+        moved = {
+            name for name, tensor in run.masters.named_parameters() if not torch.equal(tensor, before[name])
+        }
+        blocks = {name for name in moved if name.startswith("model.vision_tower.layers.")}
+        decoder = {name for name in moved if name.startswith("model.language_model.")}
+        assert "head.weight" in moved
+        assert bool(blocks) == (step < 2)
+        assert bool(decoder) == (step >= 2)
+        assert ("answer" in losses) == (step >= 2)
+
+
+def test_nobody_knows_how_a_picture_moves() -> None:
+    run = MovingRun(SMALL, workers=0)
+    _, pictures = (ClipBatches(run.processor, seed=0, steps=2, rows=2, questions=1)[step] for step in (0, 1))
+    assert (pictures.cells["motion"] == IGNORE).all()
+    tokens = run.model.encode_images(pictures.input_ids, **pictures.pixels)[0].features
+    assert torch.isfinite(run.head.loss(tokens, pictures))
+
+
+def test_a_run_that_is_resumed_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_moving(tmp_path / "whole", SMALL, loop=QUIET)
+    advance = MovingRun.advance
+    for stop in (1, 3):  # in either stage
+        out = tmp_path / f"stopped {stop}"
+
+        def until(run: MovingRun, batch: object, stop: int = stop) -> dict[str, float]:
+            if run.step == stop:
+                raise RuntimeError
+            return advance(run, batch)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(MovingRun, "advance", until)
+        with pytest.raises(RuntimeError):
+            train_moving(out, SMALL, loop=QUIET)
+        monkeypatch.setattr(MovingRun, "advance", advance)
+        train_moving(out, SMALL, loop=replace(QUIET, resume=True))
+        assert_same_end(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_command_trains_what_answers_about_a_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, clip = tmp_path / "run", tmp_path / "clip.gif"
+    small = "--tower-steps 1 --steps 1 --rows 2 --questions 1 --warmup-steps 1 --workers 0 --measure-every 0"
+    assert main(["train", "--system", name, "--out", str(out), *small.split()]) == 0
+    assert (out / "model.safetensors").stat().st_size < 1.5e6
+    save_clip(training_clip(np.random.default_rng(0), 8, 64, 64), clip, 64)
+    asked = ["ask", str(clip), "--prompt", "what happens first?", "--model", str(out)]
+    assert main([*asked, "--max-new-tokens", "4"]) == 0
+    model, processor = load(out)
+    assert model.config == build(name, 0)[0].config
+    assert processor.system == ""
+    assert capsys.readouterr().out
+
+
+def test_the_command_names_every_system_and_number() -> None:
+    assert MOVING == SYSTEMS
+    told = {name: default for numbers in RECIPE.values() for name, (default, _) in numbers.items()}
+    told |= {name: default for name, (default, _) in SYSTEM_RECIPE["with --system"].items()}
+    config = asdict(MovingConfig("qwen2_vl"))
+    assert config.pop("rows") == 24
+    for name in {*MOVING_RECIPE, *RATES} - {"rows"}:
+        assert config[name] == told[name], name
+    assert config.keys() - {"system", "seed", "warmup_steps"} == {*MOVING_RECIPE, *RATES} - {"rows"}
+
+
+def test_what_is_not_of_these_systems_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["train", "--out", str(tmp_path / "run"), "--system", "qwen2_vl"]
+    assert main([*out, "--text-steps", "3"]) == 2
+    assert "--text-steps is not of this system: leave it out" in capsys.readouterr().err
+    with pytest.raises(InputError, match="there is no system 'qwen3': choose from qwen2_vl, qwen2_5_vl"):
+        MovingConfig("qwen3")
