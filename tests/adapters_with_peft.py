@@ -26,7 +26,7 @@ from transformers import (
 
 from minivlm import CLIP, SigLIP, ViT
 
-IDS = torch.tensor([[97, 5, 60, 7, 98], [97, 30, 31, 32, 98]])
+IDS = torch.tensor([[97, 5, 60, 7, 98, 0, 0, 0, 0, 0], [97, 30, 31, 32, 33, 98, 0, 0, 0, 0]])
 
 
 class Case(NamedTuple):

@@ -300,8 +300,8 @@ def save_model(
         raise InputError("a packed model cannot be saved: save it before packing, and pack it when loading")
     if any(name.endswith(".lora_A") for name in state):
         raise InputError(
-            "the model wears adapters, which are no part of a checkpoint: save an adapter on its own, and take "
-            "it off or merge it for good before saving the model"
+            "the model wears adapters, which are no part of a checkpoint: save an adapter on its own, and "
+            "take it off or merge it for good before saving the model"
         )
     tensors = {name: tensor.contiguous() for name, tensor in as_in_file(state, layout).items()}
     texts = {names[0]: config}
