@@ -60,6 +60,21 @@ def _of_llava(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(llava.IDS, llava.PIXELS).logits, llava.theirs(theirs)
 
 
+def _weaker(pair: Callable[[], tuple[nn.Module, Any]]) -> Callable[[Path], tuple[nn.Module, Any]]:
+    """Both with half the weights: as they are, rounding alone comes near the tolerance."""
+
+    def make(_: Path) -> tuple[nn.Module, Any]:
+        ours, reference = pair()
+        with torch.no_grad():
+            for model in (ours, reference):
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter *= 0.5
+        return ours, reference
+
+    return make
+
+
 def _of_qwen(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     batch = qwen2_vl.pictures()
     types = qwen2_vl.types_of(batch["input_ids"])
@@ -104,10 +119,8 @@ ATTENTION = ["q_proj", "v_proj"]  # of the tower as well: a list matches how nam
 CASES = {
     "paligemma": Case(_paligemma, _of_paligemma, [*ATTENTION, "out_proj", "fc1", "linear", "gate_proj"]),
     "llava": Case(_llava, _of_llava, r".*language_model.*\.(q_proj|o_proj|down_proj)|.*linear_2"),
-    "qwen2_vl": Case(lambda _: qwen2_vl.pair(), _of_qwen, ["q_proj", "qkv", "attn.proj", "fc2"], fused=True),
-    "qwen2_5_vl": Case(
-        lambda _: qwen2_5_vl.pair(), _of_qwen, ["v_proj", "qkv", "mlp.0", "up_proj"], fused=True
-    ),
+    "qwen2_vl": Case(_weaker(qwen2_vl.pair), _of_qwen, ["q_proj", "qkv", "attn.proj", "fc2"], fused=True),
+    "qwen2_5_vl": Case(_weaker(qwen2_5_vl.pair), _of_qwen, ["v_proj", "qkv", "mlp.0", "up_proj"], fused=True),
     "llama_vision": Case(
         lambda _: llama_vision.pair(), _of_llama, [*ATTENTION, "fc1", "multi_modal_projector"]
     ),
@@ -117,7 +130,7 @@ CASES = {
     "deepseek_vl_hybrid": Case(
         lambda _: deepseek_vl.hybrid_pair(),
         _of_deepseek(deepseek_vl.PICTURES),
-        [*ATTENTION, "qkv", "lin1", "linear1", "high_res_vision_proj"],
+        [*ATTENTION, "qkv", "lin1", "aligner.vision_proj", "aligner.high_res_vision_proj"],
         fused=True,
     ),
     "clip": Case(

@@ -45,17 +45,20 @@ def places_of_stored(model: nn.Module, files: AdapterFiles) -> dict[str, Place]:
 
     Raises InputError: they fit another model, or were trained on one of the same shape.
     """
-    known: dict[str, Place] = {}
-    for layout in layouts_of(model):
-        known = places(model, layout) | known
+    # Of the names that versions of transformers had, those that the folder uses; of several, the newest.
+    known = max(
+        (places(model, layout) for layout in layouts_of(model)),
+        key=lambda found: len(found.keys() & files.tensors.keys()),
+    )
     chosen = {key: known[key] for key in files.tensors if key in known}
-    # A config may use other names for a layer than the file of tensors: those of another version.
     meant = {place.layers for key, place in known.items() if is_target(files.config, key)}
     given = {place.layers for place in chosen.values()}
     parts = {"lora_A", "lora_B"} | ({"magnitude"} if files.config.use_dora else set())
     kinds = {
         "not in the model": [key for key in files.tensors if key not in known],
-        "among the targets, but without weights": [", ".join(layers) for layers in sorted(meant - given)],
+        "among the targets, but without weights": [
+            key for key, place in known.items() if place.layers in meant - given
+        ],
         "not among the targets": [key for key, place in chosen.items() if place.layers not in meant],
         "with other tensors than the config says": [k for k in chosen if files.tensors[k].keys() != parts],
         "of another shape": [key for key, place in chosen.items() if not _fits(files, key, place)],

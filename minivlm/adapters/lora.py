@@ -79,6 +79,11 @@ class AdaptedLinear(nn.Module):
         weight: Tensor = self.base.weight
         return weight
 
+    @property
+    def in_features(self) -> int:
+        """Its width: towers ask for it."""
+        return self.weight.shape[1]
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         y: Tensor = self.base(x)
