@@ -174,3 +174,9 @@ def peft_adapter(reference: Any, folder: Path, targets: Any, seed: int = 1, **op
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def peft_layer(**options: Any) -> Any:
+    """A single layer of peft, 24 inputs and 16 outputs."""
+    config = LoraConfig(target_modules=["0"], **{"r": 3, "lora_alpha": 5} | options)
+    return get_peft_model(nn.Sequential(nn.Linear(24, 16)), config).base_model.model[0]  # type: ignore[arg-type]
