@@ -63,7 +63,7 @@ def places_of_stored(model: nn.Module, files: AdapterFiles) -> dict[str, Place]:
         "with other tensors than the config says": [k for k in chosen if files.tensors[k].keys() != parts],
         "of another shape": [key for key, place in chosen.items() if not _fits(files, key, place)],
     }
-    problems = [f"{len(names)} layers {kind}: {few(names)}" for kind, names in kinds.items() if names]
+    problems = [f"{kind}: {few(names)}" for kind, names in kinds.items() if names]
     if problems or not chosen:
         told = "; ".join(problems) or "it is empty"
         raise InputError(
@@ -74,8 +74,8 @@ def places_of_stored(model: nn.Module, files: AdapterFiles) -> dict[str, Place]:
     comparable = all(weight.dtype != torch.float16 for weight in model.parameters())
     if files.norms is not None and comparable and files.norms != norms_of(model):
         raise InputError(
-            f"{files.told} was trained on a {type(model).__name__} of this shape with other weights: load "
-            "the base that it was made for, or choose another adapter"
+            f"{files.told} was trained on other weights than those of this {type(model).__name__}, of the same "
+            "shapes: load the base that it was made for, or choose another adapter"
         )
     return chosen
 
