@@ -74,8 +74,8 @@ def places_of_stored(model: nn.Module, files: AdapterFiles) -> dict[str, Place]:
     comparable = all(weight.dtype != torch.float16 for weight in model.parameters())
     if files.norms is not None and comparable and files.norms != norms_of(model):
         raise InputError(
-            f"{files.told} was trained on other weights than those of this {type(model).__name__}, of the same "
-            "shapes: load the base that it was made for, or choose another adapter"
+            f"{files.told} was trained on other weights than those of this {type(model).__name__}: load the "
+            "base that it was made for, or choose another adapter"
         )
     return chosen
 
