@@ -12,6 +12,7 @@ A and B are kept in fp32, whatever the dtype of W: their steps in training would
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,8 @@ class LowRank(nn.Module):
 
 class AdaptedLinear(nn.Module):
     """A linear layer with the changes of several adapters beside it. One of them is active, or none."""
+
+    base: Any
 
     def __init__(self, base: nn.Module, rows: Rows) -> None:
         """base: nn.Linear, or what took its place; `rows` of the matrix that the changes are for."""

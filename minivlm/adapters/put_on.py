@@ -104,7 +104,7 @@ def switch_to(model: nn.Module, name: str | None) -> None:
     if any(layer.original is not None for layer in layers.values()):
         raise InputError("an adapter is merged into the weights: unmerge it first")
     for layer in layers.values():
-        layer.active = name if name in layer.changes else None
+        layer.active = name if name is not None and name in layer.changes else None
 
 
 def take_off(model: nn.Module, name: str | None = None) -> None:
@@ -134,6 +134,7 @@ def _change(model: nn.Module, key: str, place: Place, config: LoraConfig) -> Low
     """An uninitialized change of one matrix, where the matrix is."""
     kind = DoraChange if config.use_dora else LowRank
     out, into = place.shape
+    layer: Any = model.get_submodule(place.layers[0])
     return kind(
         into,
         out,
@@ -141,7 +142,7 @@ def _change(model: nn.Module, key: str, place: Place, config: LoraConfig) -> Low
         of_layer(key, config.alpha_pattern, config.lora_alpha),
         config.lora_dropout,
         config.use_rslora,
-    ).to(model.get_submodule(place.layers[0]).weight.device)
+    ).to(layer.weight.device)
 
 
 def _start(model: nn.Module, place: Place, change: LowRank) -> None:

@@ -132,11 +132,11 @@ def run(options: argparse.Namespace) -> None:
             f"{last['exact match']:.3f} at step {last['step']}."
         )
     sample = done.samples[0]
-    asked = ["ask", sample.path, "--prompt", sample.prefix]
-    base = [] if options.model is None else ["--model", options.model]
-    found = ["--model", options.out] if options.lora is None else [*base, "--adapter", options.out]
     made = "model" if options.lora is None else "adapter"
-    shared.print_end(started, options.out, f"Ask it:\n  {command(*asked, *found)}", made)
+    base = [] if options.lora is None or options.model is None else ["--model", options.model]
+    with_it = [*base, f"--{made}", str(options.out)]
+    ask = command("ask", sample.path, "--prompt", sample.prefix, *with_it)
+    shared.print_end(started, options.out, f"Ask it:\n  {ask}", made)
 
 
 def _adapter(options: argparse.Namespace) -> LoraConfig:

@@ -23,7 +23,7 @@ from minivlm.data.lines import BadLines
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.errors import InputError
 from minivlm.models.load import SHIPPED, load_answering
-from minivlm.models.protocols import AnswerOutput, Answers
+from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import IGNORE, Inputs, to_device
 from minivlm.training.digest import digest_of_lines
@@ -119,7 +119,7 @@ class Finetuning(Trainable):
         side = self.processor.image_processor.image_size
         require_room(weights, self.config.batch_size, side, self.model.device)
 
-    def read(self, part: Inputs, learning: bool = False) -> AnswerOutput:
+    def read(self, part: Inputs, learning: bool = False) -> Any:
         """Scores and loss of a batch, from the copy that learns or from the masters."""
         return (self.working if learning else self.masters)(**to_device(part, self.model.device))
 

@@ -19,7 +19,6 @@ from torch import nn
 from minivlm.adapters import LoraConfig, new_adapter
 from minivlm.data.lines import BadLines
 from minivlm.errors import InputError
-from minivlm.models.protocols import AnswerOutput
 from minivlm.processing.inputs import Inputs, to_device
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, computes_in_bf16, finetune
 from minivlm.training.loop import DEFAULT_LOOP, Loop
@@ -50,7 +49,7 @@ class AdapterFinetuning(Finetuning):
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"lora": asdict(self.lora)}
 
-    def read(self, part: Inputs, learning: bool = False) -> AnswerOutput:
+    def read(self, part: Inputs, learning: bool = False) -> Any:
         """Scores and loss of a batch: the model wears the adapter."""
         return self.model(**to_device(part, self.model.device))
 
