@@ -61,7 +61,8 @@ class DoraChange(LowRank):
         """
         weight: Any = base.weight
         tensors = (weight, self.lora_A, self.lora_B, self.magnitude)
-        if torch.is_grad_enabled() or any(tensor.is_inference() for tensor in tensors):
+        unknown = torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors)
+        if torch.is_grad_enabled() or unknown:
             return self._factor(base, rows)
         now = (id(weight), *(tensor._version for tensor in tensors))
         kept = self._kept.get(id(base))

@@ -97,24 +97,21 @@ def switch_to(model: nn.Module, name: str | None) -> None:
 
     Raises InputError: there is no such adapter; one is merged into the weights.
     """
-    layers = adapted_layers(model)
-    known = sorted({one for layer in layers.values() for one in layer.changes})
-    if name is not None and name not in known:
-        raise InputError(f"the model has no adapter {name!r}: choose from {', '.join(known) or 'none'}")
-    if any(layer.original is not None for layer in layers.values()):
-        raise InputError("an adapter is merged into the weights: unmerge it first")
-    for layer in layers.values():
+    for layer in _layers_for(model, name).values():
         layer.active = name if name is not None and name in layer.changes else None
 
 
 def take_off(model: nn.Module, name: str | None = None) -> None:
-    """Remove an adapter, or all of them. Raises InputError: as `switch_to`."""
-    switch_to(model, name)  # which refuses
-    for path, layer in adapted_layers(model).items():
-        for one in list(layer.changes) if name is None else [name]:
-            if one in layer.changes:
+    """Remove an adapter, or all of them. Another one that is active stays so.
+
+    Raises InputError: as `switch_to`.
+    """
+    for path, layer in _layers_for(model, name).items():
+        for one in list(layer.changes):
+            if name in (one, None):
                 del layer.changes[one]
-        layer.active = None
+        if layer.active not in list(layer.changes):
+            layer.active = None
         if not layer.changes:
             replace_layer(model, path, layer.base)
 
@@ -128,6 +125,17 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     """Put another layer in the place of one."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)
+
+
+def _layers_for(model: nn.Module, name: str | None) -> dict[str, AdaptedLinear]:
+    """All adapted layers. Raises InputError: no adapter of this name, or one is merged into the weights."""
+    layers = adapted_layers(model)
+    known = sorted({one for layer in layers.values() for one in layer.changes})
+    if name is not None and name not in known:
+        raise InputError(f"the model has no adapter {name!r}: choose from {', '.join(known) or 'none'}")
+    if any(layer.original is not None for layer in layers.values()):
+        raise InputError("an adapter is merged into the weights: unmerge it first")
+    return layers
 
 
 def _change(model: nn.Module, key: str, place: Place, config: LoraConfig) -> LowRank:

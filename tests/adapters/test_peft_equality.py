@@ -10,6 +10,7 @@ import torch
 from adapters_with_peft import CASES, Case, peft_adapter
 from helpers import assert_differs, assert_equal
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minivlm.adapters import LoraConfig, new_adapter, put_on
@@ -55,4 +56,25 @@ def test_ours_opens_in_peft(system: str, way: str, tmp_path: Path) -> None:
         parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
     adapter.save(tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+    assert_same(case, ours, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("system", ["llava", "paligemma"])
+def test_names_of_older_versions(system: str, tmp_path: Path) -> None:
+    """Adapters made before transformers 4.52, when the parts of these modules were nested otherwise."""
+    case = CASES[system]
+    ours, reference = case.make(tmp_path / "base")
+    theirs = peft_adapter(reference, tmp_path / "adapter", ["q_proj", "down_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {
+        name.replace("model.language_model.", "language_model.model.").replace(
+            "model.vision_tower.", "vision_tower.vision_model."
+        ): tensor
+        for name, tensor in load_file(path).items()
+    }
+    assert any(name.startswith("base_model.model.language_model.model.layers.0.") for name in tensors)
+    assert any(name.startswith("base_model.model.vision_tower.vision_model.encoder.") for name in tensors)
+    save_file(tensors, path)
+    put_on(ours, tmp_path / "adapter")
     assert_same(case, ours, theirs)
