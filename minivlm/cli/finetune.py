@@ -73,8 +73,8 @@ def add_to(commands: Commands) -> None:
     number("--max-length", type=int, help="tokens of picture and line at most (default: the model's context)")
     adapter = parser.add_argument_group(
         "adapter",
-        "With --lora, the model stays as it is, and a low-rank adapter learns, which needs far less memory. "
-        "It is what --out holds then: minivlm ask --adapter OUT, minivlm merge and the package peft open it.",
+        "With --lora, the model stays as it is, and a low-rank adapter learns, which needs far less memory.\n"
+        "It is what --out holds then: ask --adapter, merge and the package peft open it.",
     )
     adapter.add_argument("--lora", type=int, metavar="RANK", help="such as 8 or 16")
     adapter.add_argument(
