@@ -24,7 +24,7 @@ def merge(model: nn.Module, name: str = "default") -> None:
     layers = [layer for layer in adapted_layers(model).values() if layer.active == name]
     _check(layers)
     for layer in layers:
-        layer.original = layer.base.weight  # type: ignore[assignment]
+        layer.original = layer.base.weight
         layer.base.weight = _merged(layer)
 
 
