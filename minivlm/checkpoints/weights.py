@@ -289,7 +289,7 @@ def save_model(
 
     Raises:
         InputError: the folder cannot be written, for example because the disk is full; the model is
-            quantized or packed.
+            quantized or packed, or wears adapters.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(leave_out)}
     if any(tensor.dtype == torch.int8 for tensor in state.values()):
@@ -298,6 +298,11 @@ def save_model(
         )
     if any(tensor.is_mkldnn for tensor in state.values()):
         raise InputError("a packed model cannot be saved: save it before packing, and pack it when loading")
+    if any(name.endswith(".lora_A") for name in state):
+        raise InputError(
+            "the model wears adapters, which are no part of a checkpoint: save an adapter on its own, and "
+            "take it off or merge it for good before saving the model"
+        )
     tensors = {name: tensor.contiguous() for name, tensor in as_in_file(state, layout).items()}
     texts = {names[0]: config}
     ids = special_ids(config)

@@ -1,5 +1,6 @@
 """The command line, a file for each command: `minivlm demo | ask | look | eval`, to train
-`train | finetune | train-contrastive | train-codebook`, and for a classroom `doctor | workshop | progress`.
+`train | finetune | merge | train-contrastive | train-codebook`, and for a classroom
+`doctor | workshop | progress`.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
 output as they are generated; notes and progress go to standard error.
@@ -26,6 +27,7 @@ from minivlm.cli import (
     evaluate,
     finetune,
     look,
+    merge,
     progress,
     train,
     train_codebook,
@@ -48,6 +50,8 @@ examples:
   minivlm train --out runs/tiny
   minivlm train --out runs/tiny --resume
   minivlm finetune --data train.jsonl --validation validation.jsonl --out runs/tuned
+  minivlm finetune --data train.jsonl --lora 8 --out runs/adapter
+  minivlm merge --adapter runs/adapter --out runs/merged
   minivlm train-contrastive --objective siglip --out runs/siglip
   minivlm train-codebook --out runs/masks.npz
   minivlm eval --model runs/tiny --scenes 200
@@ -163,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print a script for the shell that completes what is typed",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    models = (demo, ask, look, train, finetune, train_contrastive, train_codebook, evaluate)
+    models = (demo, ask, look, train, finetune, merge, train_contrastive, train_codebook, evaluate)
     for module in (*models, doctor, workshop, progress):
         module.add_to(commands)
     for one in commands.choices.values():

@@ -12,6 +12,7 @@ from minivlm.cli.program import command
 from minivlm.errors import InputError
 
 if TYPE_CHECKING:
+    from minivlm.adapters import LoraConfig
     from minivlm.cli.options import Commands
 
 HELP = """\
@@ -25,6 +26,7 @@ word such as none, or leave the suffix empty and choose the word with --empty-an
 Ctrl-C finishes the step and saves; the same command with --resume goes on.
 """
 
+LORA = ("lora_alpha", "lora_targets", "rslora", "dora")
 PARTS = ("tower", "decoder")  # of `minivlm.training.finetuning`, whose import takes seconds
 
 
@@ -69,6 +71,31 @@ def add_to(commands: Commands) -> None:
         "--freeze", choices=PARTS, action="append", help="leave this part as it is; may be given twice"
     )
     number("--max-length", type=int, help="tokens of picture and line at most (default: the model's context)")
+    adapter = parser.add_argument_group(
+        "adapter",
+        "With --lora, the model stays as it is, and a low-rank adapter learns, which needs far less memory.\n"
+        "It is what --out holds then: ask --adapter, merge and the package peft open it.",
+    )
+    adapter.add_argument("--lora", type=int, metavar="RANK", help="such as 8 or 16")
+    adapter.add_argument(
+        "--lora-alpha",
+        type=shared.above_0,
+        metavar="N",
+        help="strength of the change (default: twice the rank)",
+    )
+    adapter.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help="ends of names of layers, as transformers has them, such as q_proj v_proj (default: all linear "
+        "layers of the decoder's blocks)",
+    )
+    adapter.add_argument(
+        "--rslora", action="store_true", default=None, help="divide alpha by the root of the rank, not by it"
+    )
+    adapter.add_argument(
+        "--dora", action="store_true", default=None, help="learn the length of each row on its own"
+    )
     parser.set_defaults(run=run)
 
 
@@ -87,7 +114,16 @@ def run(options: argparse.Namespace) -> None:
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
     loop = shared.prepare_loop(options)
     started = time.monotonic()
-    done = finetune(options.out, config, options.data, options.validation, warn=warn, loop=loop)
+    if options.lora is None:
+        shared.refuse(options, LORA, "is of an adapter: add --lora RANK, or leave it out")
+        done = finetune(options.out, config, options.data, options.validation, warn=warn, loop=loop)
+    else:
+        from minivlm.training.lora import finetune_adapter
+
+        lora = _adapter(options)
+        done = finetune_adapter(
+            options.out, config, lora, options.data, options.validation, warn=warn, loop=loop
+        )
     measured = [line for line in read_log(options.out / LOG) if line.get("exact match") is not None]
     if measured:
         first, last = measured[0], measured[-1]
@@ -96,5 +132,21 @@ def run(options: argparse.Namespace) -> None:
             f"{last['exact match']:.3f} at step {last['step']}."
         )
     sample = done.samples[0]
-    ask = command("ask", sample.path, "--prompt", sample.prefix, "--model", options.out)
-    shared.print_end(started, options.out, f"Ask it:\n  {ask}")
+    made = "model" if options.lora is None else "adapter"
+    base = [] if options.lora is None or options.model is None else ["--model", options.model]
+    with_it = [*base, f"--{made}", str(options.out)]
+    ask = command("ask", sample.path, "--prompt", sample.prefix, *with_it)
+    shared.print_end(started, options.out, f"Ask it:\n  {ask}", made)
+
+
+def _adapter(options: argparse.Namespace) -> LoraConfig:
+    """What the options of the adapter say."""
+    from minivlm.adapters import LoraConfig
+
+    return LoraConfig(
+        target_modules=None if options.lora_targets is None else tuple(options.lora_targets),
+        r=options.lora,
+        lora_alpha=2 * options.lora if options.lora_alpha is None else options.lora_alpha,
+        use_rslora=bool(options.rslora),
+        use_dora=bool(options.dora),
+    )

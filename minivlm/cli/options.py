@@ -36,12 +36,18 @@ SHARED = ("seed", "warmup_steps", "bf16")  # options of `add_run` that are field
 def add_model(
     parser: argparse.ArgumentParser, what: str = "a PaliGemma, LLaVA or Qwen-VL checkpoint"
 ) -> None:
-    """--model, --revision, --dtype, --device, --quantize, --pack, --compile."""
+    """--model, --revision, --adapter, --dtype, --device, --quantize, --pack, --compile."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", type=text, metavar="FOLDER_OR_REPO_ID", help=f"{what} (default: the shipped tiny one)"
     )
     group.add_argument("--revision", help="branch, tag or commit of the repo (default: its main branch)")
+    group.add_argument(
+        "--adapter",
+        type=text,
+        metavar="FOLDER_OR_REPO_ID",
+        help="a low-rank adapter for the model, as minivlm finetune --lora or peft makes it",
+    )
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add_device(group)
     group.add_argument("--quantize", choices=("int8",), help="round the decoder's matrices (default: no)")
@@ -106,6 +112,7 @@ def _choices(options: argparse.Namespace) -> LoadOptions:
         "revision": options.revision,
         "quantize": options.quantize,
         "pack": options.pack,
+        "adapter": options.adapter,
     }
 
 
@@ -183,13 +190,13 @@ def prepare_loop(options: argparse.Namespace) -> Loop:
     return loop
 
 
-def print_end(started: float, out: Path, what_next: str) -> None:
+def print_end(started: float, out: Path, what_next: str, made: str = "model") -> None:
     """The last lines of a run that began at `started`, a time of `time.monotonic`."""
     import torch
 
     minutes = (time.monotonic() - started) / 60
     say(f"Trained for {minutes:.1f} minutes with {torch.get_num_threads()} threads.")
-    say(f"The model is in {out}. {what_next}")
+    say(f"The {made} is in {out}. {what_next}")
 
 
 # ---- single options ----------------------------------------------------------------------------------------

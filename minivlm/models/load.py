@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 
+from minivlm.adapters import put_on, read_adapter
 from minivlm.checkpoints.devices import bytes_needed, check_dtype, require_memory
 from minivlm.checkpoints.hub import OPEN_CLIP, SHIPPED, describe, find_folder
 from minivlm.errors import InputError
@@ -101,6 +102,7 @@ def load(
     revision: str | None = None,
     quantize: str | None = None,
     pack: bool = False,
+    adapter: str | Path | None = None,
     kind: Kind | None = None,
 ) -> tuple[Any, Any]:
     """Open a checkpoint: a local folder, or a repo of the Hub such as "google/paligemma-3b-mix-224".
@@ -114,6 +116,7 @@ def load(
         revision: a branch, tag or commit of a repo; by default, the main branch.
         quantize: "int8" halves the size of a bf16 decoder, see `minivlm.speed.int8`.
         pack: on a CPU in bf16, use more memory for faster prompts and batches, see `minivlm.speed.packing`.
+        adapter: a folder or repo of a low-rank adapter for this model, see `minivlm.adapters`.
         kind: accept only models that answer, match or classify.
 
     Returns:
@@ -124,10 +127,12 @@ def load(
     Raises:
         InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files
             do not match each other; the device does not exist, does not support the dtype, or has too little
-            free memory; the quantization is unknown, or there is no decoder; the weights cannot be packed.
+            free memory; the quantization is unknown, or there is no decoder; the weights cannot be packed;
+            the adapter is for another model, or cannot be read.
     """
     # Reject bad options before gigabytes are downloaded.
     _check_options(dtype, device, quantize, pack)
+    files = None if adapter is None else read_adapter(adapter)
     values = describe(find_folder(name, revision, files=DESCRIPTIONS))
     system = _system(name, values.get("model_type"), kind, quantize)
     folder = find_folder(name, revision, files=["*.json", system.weights, *system.vocabulary])
@@ -143,7 +148,10 @@ def load(
         copies = bytes_needed((matrix.weight for matrix in matrices(model)), None, "cpu", bytes_per_weight=2)
         require_memory(copies, "cpu", "the packed weights", "do without packing, or use a smaller checkpoint")
         pack_matrices(model)
-    return speed_up(model), processor
+    model = speed_up(model)
+    if files is not None:
+        put_on(model, files)
+    return model, processor
 
 
 class LoadOptions(TypedDict, total=False):
@@ -154,6 +162,7 @@ class LoadOptions(TypedDict, total=False):
     revision: str | None
     quantize: str | None
     pack: bool
+    adapter: str | Path | None
 
 
 def load_answering(

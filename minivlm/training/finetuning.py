@@ -70,6 +70,7 @@ class Finetuning(Trainable):
     losses = ("loss",)
     log_every, measure_every = 10, 50
     starts_trained = True
+    rates = (1e-3, 2e-5)  # of small models, and of large ones
 
     def __init__(
         self,
@@ -84,16 +85,13 @@ class Finetuning(Trainable):
         self.samples, self.validation = samples, validation
         assert isinstance(model, nn.Module)  # as every model that is loaded
         self.measures = len(validation) > 0
-        self.model = self.masters = model
+        self.model = model
         self.step = 0
-        frozen = [part for name in config.freeze for part in PARTS[name] if hasattr(model, part)]
-        for part in frozen:
-            getattr(model, part).requires_grad_(False)
-        bf16 = config.bf16 if config.bf16 is not None else bf16_pays(model.device)
-        self.working = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
+        self.told = {"data": _told(samples), "validation": _told(validation)}
         large = sum(parameter.numel() for parameter in model.parameters()) > 1e8
-        self.lr = config.lr if config.lr is not None else (2e-5 if large else 1e-3)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.lr = config.lr if config.lr is not None else self.rates[large]
+        self.masters, self.working = self.prepare()
+        trained = [parameter for parameter in self.masters.parameters() if parameter.requires_grad]
         self.optimizers = {"adamw": torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)}
         self.rows_per_step = config.batch_size * config.accumulate
         if config.steps is not None:
@@ -101,7 +99,29 @@ class Finetuning(Trainable):
         else:
             self.rows = (config.epochs or 10) * len(samples)
         check_warmup(config.warmup_steps or 1, self.total_steps)
-        self.told = {"data": _told(samples), "validation": _told(validation)}
+
+    def prepare(self) -> tuple[nn.Module, nn.Module]:
+        """What the optimizer changes, and the copy of it that computes.
+
+        Raises InputError: there is too little memory.
+        """
+        config, model = self.config, self.model
+        assert isinstance(model, nn.Module)
+        self.require_room(model)
+        for part in (part for name in config.freeze for part in PARTS[name] if hasattr(model, part)):
+            getattr(model, part).requires_grad_(False)
+        bf16 = computes_in_bf16(config, model.device)
+        return model, copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
+
+    def require_room(self, trained: nn.Module) -> None:
+        """Raises InputError: the device cannot hold what is trained four times, and a batch of pictures."""
+        weights = sum(weight.numel() for weight in trained.parameters())
+        side = self.processor.image_processor.image_size
+        require_room(weights, self.config.batch_size, side, self.model.device)
+
+    def read(self, part: Inputs, learning: bool = False) -> Any:
+        """Scores and loss of a batch, from the copy that learns or from the masters."""
+        return (self.working if learning else self.masters)(**to_device(part, self.model.device))
 
     @property
     def total_steps(self) -> int:
@@ -139,7 +159,7 @@ class Finetuning(Trainable):
         total = 0.0
         for part, count in zip(batch, tokens, strict=True):
             # In a mean of the batches' means, a token in a batch of short answers would count for more.
-            loss = self.working(**to_device(part, self.model.device)).loss * (count / sum(tokens))
+            loss = self.read(part, learning=True).loss * (count / sum(tokens))
             total += loss.item()
             self.check_finite("the loss", total)
             loss.backward()
@@ -168,10 +188,9 @@ class Finetuning(Trainable):
         size = self.config.batch_size
         loss, tokens, right = 0.0, 0, 0
         for start in range(0, len(self.validation), size):
-            inputs = make_inputs(self.processor, self.validation[start : start + size])
-            part = to_device(inputs, self.model.device)
-            output = self.masters(**part)
-            labels = part["labels"][:, 1:]
+            part = make_inputs(self.processor, self.validation[start : start + size])
+            output = self.read(part)
+            labels = part["labels"][:, 1:].to(self.model.device)
             hits = (output.logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORE)
             right += int(hits.all(dim=1).sum())
             loss += output.loss.item() * _answer_tokens(part)
@@ -182,6 +201,11 @@ class Finetuning(Trainable):
         """The trained model so far, as a checkpoint folder in fp32."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+def computes_in_bf16(config: FinetuningConfig, device: torch.device) -> bool:
+    """As the config says, or else where it pays."""
+    return config.bf16 if config.bf16 is not None else bf16_pays(device)
 
 
 def _told(samples: Sequence[Sample]) -> str:
@@ -204,6 +228,8 @@ def finetune(
     *,
     warn: Callable[[BadLines], object] | None = None,
     loop: Loop = DEFAULT_LOOP,
+    make: Callable[..., Finetuning] = Finetuning,
+    dtype: torch.dtype = torch.float32,
 ) -> Finetuning:
     """Train a model on the pictures of a JSONL file, and leave a checkpoint folder in `out`.
 
@@ -211,6 +237,8 @@ def finetune(
         data: see `minivlm.data.samples`.
         validation: a file like `data`, to measure on; without it nothing is measured.
         warn: told about bad lines, which are then skipped; without it they are refused.
+        make: the kind of run, which learns in its own way.
+        dtype: of the model as it is loaded.
 
     Raises InputError: bad lines; a model that cannot be loaded; `out` holds a run and `loop.resume` is not
     set, or the other way round, or the run has other settings; training diverges. See
@@ -221,16 +249,13 @@ def finetune(
     if str(out.resolve()) == config.model:
         raise InputError(f"{out} is the model that training starts from: choose another folder")
     with run_folder(out, loop.resume):
-        model, processor = load_answering(config.model, dtype=torch.float32, device=loop.device)
-        assert isinstance(model, nn.Module)  # as every model that is loaded
-        weights = sum(weight.numel() for weight in model.parameters())
-        require_room(weights, config.batch_size, processor.image_processor.image_size, loop.device)
+        model, processor = load_answering(config.model, dtype=dtype, device=loop.device)
         context = model.language_model.config.max_position_embeddings
         limit = min(context, config.max_length or context)
         read = partial(
             read_samples, processor=processor, max_length=limit, warn=warn, empty_answer=config.empty_answer
         )
         samples, others = read(data), [] if validation is None else read(validation)
-        run = Finetuning(config, model, processor, samples, others, loop.workers)
+        run = make(config, model, processor, samples, others, loop.workers)
         run_to_end(run, out, loop)
         return run

@@ -22,6 +22,7 @@ STATE, LOG, PLOT, LOCK = "state.safetensors", "log.csv", "loss.png", ".lock"
 CHECKPOINT = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "qwen.tiktoken",
+    "adapter_config.json",
     "*.safetensors", "*.safetensors.index.json", LOG, PLOT,
 )  # fmt: skip
 

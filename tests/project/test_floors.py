@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "minivlm"
 FLOORS = """
     errors | files | attention rope masks cache losses | layers generate distributed
-    | configs checkpoints processing speed | vision text data | models world | evaluation looking
+    | configs checkpoints processing speed | vision text data adapters | models world | evaluation looking
     | training | checks | classroom | cli
 """  # bottom up; a room is a folder, or a file in the root
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS.split("|")) for room in rooms.split()}
