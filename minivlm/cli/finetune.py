@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
             f"Exact answers to {options.validation}: {first['exact match']:.3f} at step {first['step']}, "
             f"{last['exact match']:.3f} at step {last['step']}."
         )
-    sample = done.samples[0]
-    ask = command("ask", sample.path, "--prompt", sample.prefix, "--model", options.out)
+    # `ask` shows one picture with a prompt.
+    sample = next((one for one in done.samples if len(one.paths) == 1), done.samples[0])
+    ask = command("ask", sample.paths[0], "--prompt", sample.prefix, "--model", options.out)
     shared.print_end(started, options.out, f"Ask it:\n  {ask}")

@@ -78,9 +78,9 @@ def test_good_lines(read: Callable[..., list[Sample]], folder: Path) -> None:
         changed(image="d.gif", suffix="none"),
     )
     assert [sample.line for sample in samples] == [1, 2, 3, 4, 5]
-    assert samples[0] == Sample(1, "a.png", folder / "a.png", "what is it?", "a red circle")
-    assert samples[1].path == folder / "inner" / "é.png"
-    assert samples[2].path == folder / "b.jpg"
+    assert samples[0] == Sample(1, ("a.png",), (folder / "a.png",), "what is it?", "a red circle")
+    assert samples[1].paths == (folder / "inner" / "é.png",)
+    assert samples[2].paths == (folder / "b.jpg",)
     assert samples[2].prefix == "où ?"
 
 
