@@ -78,7 +78,7 @@ def _add_convert(own: Commands) -> argparse.ArgumentParser:
     parser = _add(
         own, "convert", "write lines for pictures that are described in another format", CONVERT_HELP
     )
-    parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("format", choices=tuple(FORMATS), metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("source", type=shared.path, metavar="SOURCE", help="see below")
     parser.add_argument(
         "--out", type=shared.path, metavar="FILE.jsonl", required=True, help="the file to write"

@@ -29,7 +29,7 @@ from minivlm.data.annotated import Annotated, BadPicture, Corners, Entry, Source
 from minivlm.data.lines import MAX_REASONS, check_picture
 from minivlm.errors import InputError
 from minivlm.files import check_output, write_aside
-from minivlm.processing import Box, MaskCodebook, boxes_to_text, mask_to_tokens
+from minivlm.processing import Box, MaskCodebook, boxes_to_text, load_picture, mask_to_tokens
 from minivlm.processing.images import explained
 
 PROMPTS: dict[Task, str] = {
@@ -272,8 +272,7 @@ def read_frame(path: Path) -> Frame:
     """Raises InputError: it is no picture."""
     with explained(path), Image.open(path) as image:
         if image.format == "TIFF":  # Pillow turns these when they are loaded
-            image.load()
-            return Frame(*image.size, 1)
+            return Frame(*load_picture(path).size, 1)
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return Frame(*image.size, orientation if orientation in shapes.METHODS else 1)
 
@@ -317,13 +316,14 @@ def _size_meant(frame: Frame, turn: int) -> tuple[float, float]:
 
 def _box(thing: Thing, width: float, height: float) -> Corners:
     """Raises InputError: the box of an object has no area, or lies outside."""
-    box = thing.box
-    if box is None and isinstance(thing.shape, shapes.RunLengths):
-        box = shapes.bounds_of_mask(thing.shape.to_mask())
-    elif box is None and thing.shape is not None:
-        box = shapes.bounds_of_polygons(thing.shape)
-    if box is None:
+    if thing.box is not None:
+        box = thing.box
+    elif thing.shape is None:
         raise InputError(f"an object of the class {thing.name!r} has neither a box nor a shape")
+    elif isinstance(thing.shape, shapes.RunLengths):
+        box = shapes.bounds_of_mask(thing.shape.to_mask())
+    else:
+        box = shapes.bounds_of_polygons(thing.shape)
     x0, y0, x1, y1 = box
     shown = ", ".join(f"{edge:g}" for edge in box)
     if not (x0 < x1 and y0 < y1):

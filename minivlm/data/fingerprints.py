@@ -51,7 +51,10 @@ def perceptual_hash(picture: Image.Image) -> int:
 
 def look_alike(pictures: Mapping[Key, Fingerprint]) -> list[tuple[Key, Key]]:
     """Pairs that look alike but are not the same, each picture with the first one that it looks like."""
-    first = list({one.content: key for key, one in reversed(pictures.items())}.values())[::-1]
+    firsts: dict[str, Key] = {}
+    for key, one in pictures.items():
+        firsts.setdefault(one.content, key)
+    first = list(firsts.values())
     looks = np.array([pictures[key].look for key in first], dtype=np.uint64)
     ones = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
     pairs = []

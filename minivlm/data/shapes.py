@@ -115,7 +115,7 @@ def bounds_of_mask(mask: np.ndarray) -> tuple[float, float, float, float]:
     """x0, y0, x1, y1 around all pixels of a mask. Raises InputError: it has none."""
     if not mask.any():
         raise InputError("the mask of an object has no pixel: expected a shape inside the picture")
-    (rows,), (columns,) = mask.any(axis=1).nonzero(), mask.any(axis=0).nonzero()
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
