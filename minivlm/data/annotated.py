@@ -103,7 +103,7 @@ def find_inside(folder: Path, name: object) -> Path:
     depth = 0
     for part in parts:
         depth += -1 if part == ".." else 1
-        if depth < 1:
+        if depth < 0:
             raise InputError(
                 f"{name} leads out of {folder}: choose the folder that holds all pictures with --images"
             )

@@ -88,10 +88,14 @@ def read_dataset(
         entries = _with_objects(found, roles, inside, (pictures, folder), box_format)
         feature = found.features[roles["objects"]]
         classes = next((names for key in USUAL["class"] if (names := names_in(feature, key))), [])
-        return Source(entries, [clean_name(name) for name in classes], "detect")
+        return Source(entries, _named(classes), "detect")
     classes = names_in(found.features[roles["answer"]])
     task: Task = "classify" if classes else "caption"
-    return Source(_with_answers(found, roles, classes, (pictures, folder)), list(classes), task)
+    return Source(_with_answers(found, roles, classes, (pictures, folder)), _named(classes), task)
+
+
+def _named(classes: Sequence[str]) -> list[str]:
+    return [name for name in map(clean_name, classes) if name]
 
 
 def names_in(feature: Any, key: str | None = None) -> Sequence[str]:
