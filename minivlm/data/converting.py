@@ -105,7 +105,8 @@ def convert(
             try:
                 lines = _lines_of(_merged(entries), form, out.parent, report, known)
             except InputError as error:
-                report.bad.append(BadPicture(entries[0].name, str(error)))
+                bad = next((one for one in entries if isinstance(one, BadPicture)), entries[0])
+                report.bad.append(BadPicture(bad.name, str(error)))
                 continue
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             report.lines += len(lines)

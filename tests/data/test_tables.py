@@ -132,7 +132,7 @@ def test_one_bad_row_makes_its_picture_bad(folder: Path) -> None:
     text = "image,class,xmin,ymin,xmax,ymax\na.png,cat,10,10,60,40\na.png,,1,1,2,2\nb.png,cat,10,10,60,40\n"
     lines, report = converted(folder, text)
     assert [line["image"] for line in lines] == ["photos/b.png"]
-    assert reasons(report) == {"a.png": "an object has no class"}
+    assert reasons(report) == {"line 3": "an object has no class"}
 
 
 def test_absolute_paths_inside_the_folder_are_fine(folder: Path) -> None:
