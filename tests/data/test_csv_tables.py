@@ -77,8 +77,8 @@ def test_columns_of_other_names(folder: Path) -> None:
     text = "id,Bild,Text\n1,a.png,eine Tasse\n"
     lines, _ = converted(folder, text, {"image": "Bild", "answer": "Text"})
     assert lines[0]["suffix"] == "eine Tasse"
-    with pytest.raises(InputError, match=r"has no column 'Foto': choose from id, Bild, Text"):
-        converted(folder, text, {"image": "Foto"})
+    with pytest.raises(InputError, match=r"has no column 'Datei': choose from id, Bild, Text"):
+        converted(folder, text, {"image": "Datei"})
     with pytest.raises(InputError, match=r"--columns x=Bild: a column can be image, prompt, answer"):
         converted(folder, text, {"x": "Bild"})
 
