@@ -104,11 +104,13 @@ def convert(
         for entries in watch(pictures):
             try:
                 lines = _lines_of(_merged(entries), form, out.parent, report, known)
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                _check_text(text)
             except InputError as error:
                 bad = next((one for one in entries if isinstance(one, BadPicture)), entries[0])
                 report.bad.append(BadPicture(bad.name, str(error)))
                 continue
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.write(text)
             report.lines += len(lines)
             report.pictures += len(lines) > 0
         if not report.lines:
@@ -152,7 +154,7 @@ def _classes(source: Source, pictures: Sequence[Sequence[Entry]], form: LineForm
     if unknown:
         listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise InputError(f"there is no class {unknown[0]!r}: choose from {listed or 'none'}")
-    chosen = form.classes or tuple(known)
+    chosen = tuple(dict.fromkeys(form.classes)) or tuple(known)
     if form.task in ("detect", "segment"):
         wrong = [name for name in chosen if not name or _SEPARATES.search(name)]
         if wrong:
@@ -238,18 +240,21 @@ def _prompt(form: LineForm, classes: Sequence[str]) -> str:
     return prompt.replace(CLASSES, " ; ".join(classes))
 
 
+def _check_text(text: str) -> None:
+    """Raises InputError: what UTF-8 cannot hold, such as a file name that is no text, or half a surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("its name or its text is not UTF-8, as JSON has to be: change it") from error
+
+
 def _relative(path: Path, folder: Path) -> str:
-    """The path of a picture as a line has it. Raises InputError: its name is no text."""
+    """The path of a picture as a line has it."""
     try:
         relative = os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
     except ValueError:  # on another drive of Windows
         relative = os.path.abspath(path)
-    name = Path(relative).as_posix()
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise InputError("its name is not UTF-8, as JSON has to be: rename it") from error
-    return name
+    return Path(relative).as_posix()
 
 
 # ---- boxes and shapes --------------------------------------------------------------------------------------

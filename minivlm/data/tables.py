@@ -10,6 +10,7 @@ line whose box is empty stands for a picture without objects. Commas, semicolons
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def read_table(path: Path, images: Path | None = None, columns: Mapping[str, str
     text = read_text(path, "a table with the names of its columns in the first line")
     first = text.partition("\n")[0]
     delimiter = max(",;\t", key=first.count)
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = [name.strip() for name in next(rows, [])]
     roles = find_columns(header, columns or {}, USUAL, path)
     if "image" not in roles:

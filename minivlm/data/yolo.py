@@ -48,7 +48,9 @@ def read_yolo(
     Raises InputError: there is no such folder, or nothing says what the classes are called.
     """
     folder = path if path.is_dir() else path.parent
-    described = path if path.is_file() else next(iter(sorted(folder.glob("*.y*ml"))), None)
+    described: Path | None = path if path.is_file() else folder / "data.yaml"
+    if not described.is_file():
+        described = next(iter(sorted(folder.glob("*.y*ml"))), None)
     listed = next((folder / name for name in NAME_FILES if (folder / name).is_file()), None)
     if names is not None or (listed is not None and (described is None or path.is_dir()) and split is None):
         values: dict[str, Any] = {}
@@ -65,7 +67,7 @@ def read_yolo(
     if split is not None and images is None:
         found: list[Path | BadPicture] = list(_part(values, split, described or path))
     else:
-        found = list(pictures_below(images or folder))
+        found = [*_all(images or folder)]
     entries = (one if isinstance(one, BadPicture) else _read(one, folder, classes) for one in found)
     return Source(entries, [name for _, name in sorted(classes.items()) if name])
 
@@ -114,6 +116,12 @@ def _part(values: Mapping[str, Any], split: str, path: Path) -> Iterator[Path | 
             for line in read_text(there, "a list of pictures").splitlines():
                 if line.strip():
                     yield _listed(line.strip(), there.parent)
+
+
+def _all(folder: Path) -> list[Path]:
+    """All pictures; where there are folders `images`, only those in them, and no drawn curves beside them."""
+    found = list(pictures_below(folder))
+    return [path for path in found if "images" in path.relative_to(folder).parts[:-1]] or found
 
 
 def _listed(name: str, folder: Path) -> Path | BadPicture:

@@ -106,7 +106,19 @@ def test_names_that_json_cannot_hold(tmp_path: Path) -> None:
     entries = [Annotated("a", tmp_path / "a.png", (CAT,)), Annotated("b", bad, (CAT,))]
     lines, report = lines_of(Source(entries), tmp_path / "out.jsonl")
     assert len(lines) == 1
-    assert reasons(report) == {"b": "its name is not UTF-8, as JSON has to be: rename it"}
+    assert reasons(report) == {"b": "its name or its text is not UTF-8, as JSON has to be: change it"}
+
+
+def test_texts_that_utf_8_cannot_hold(tmp_path: Path) -> None:
+    save_pictures(tmp_path, "a.png", "b.png")
+    texts = {
+        "a.png": "half of \ud83d",
+        "b.png": "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
+    }
+    entries = [Annotated(name, tmp_path / name, texts=((None, text),)) for name, text in texts.items()]
+    lines, report = lines_of(Source(entries, task="caption"), tmp_path / "out.jsonl")
+    assert [line["suffix"] for line in lines] == ["😀"]
+    assert reasons(report).keys() == {"a.png"}
 
 
 def test_every_task_has_a_prompt() -> None:

@@ -31,14 +31,14 @@ def test_captions(separator: str, end: str, folder: Path) -> None:
         ("image", "Caption"),
         ("a.png", '"a cup, of\ntea; ""hot"""'),
         (),
-        ("é.png", "où ?"),
+        ("é.png", "où\u2028?"),
         ("a.png", "b"),
     ]
     text = "\ufeff" + end.join(separator.join(row) for row in rows)
     lines, report = converted(folder, text)
     assert lines == [
         {"image": "photos/a.png", "prefix": "caption en", "suffix": 'a cup, of\ntea; "hot"'},
-        {"image": "photos/é.png", "prefix": "caption en", "suffix": "où ?"},
+        {"image": "photos/é.png", "prefix": "caption en", "suffix": "où\u2028?"},
     ]
     assert report.left_out == {"further answers to the same prompt": 1}
 

@@ -55,6 +55,8 @@ def test_boxes_and_polygons(folder: Path) -> None:
 def test_parts(folder: Path) -> None:
     images = lambda *arguments, **more: [line["image"] for line in converted(folder, *arguments, **more)[0]]  # noqa: E731
     assert images("val") == ["set/images/val/a.png"]
+    save_pictures(folder, "runs/curves.png")
+    assert [len(converted(folder, empty_answer="none")[0])] == [4]
     assert images() == ["set/images/train/a.png", "set/images/val/a.png"]
     assert images(images=folder / "images" / "val") == ["set/images/val/a.png"]
     with pytest.raises(InputError, match=r"has no part 'test': choose from train, val"):
