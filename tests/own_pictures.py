@@ -30,7 +30,7 @@ def save_pictures(folder: Path, *names: str, size: tuple[int, int] = (100, 50), 
 def lines_of(source: Source, out: Path, **wishes: Any) -> tuple[list[dict[str, str]], Report]:
     """What `convert` writes. The task is that of the source, unless it is said."""
     report = convert(source, LineForm(**{"task": source.task} | wishes), out)
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()], report
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n")[:-1]], report
 
 
 def reasons(report: Report) -> dict[str, str]:
