@@ -48,9 +48,8 @@ def read_yolo(
     Raises InputError: there is no such folder, or nothing says what the classes are called.
     """
     folder = path if path.is_dir() else path.parent
-    described: Path | None = path if path.is_file() else folder / "data.yaml"
-    if not described.is_file():
-        described = next(iter(sorted(folder.glob("*.y*ml"))), None)
+    tried = [path, folder / "data.yaml", *sorted(folder.glob("*.y*ml"))]
+    described = next((one for one in tried if one.is_file()), None)
     listed = next((folder / name for name in NAME_FILES if (folder / name).is_file()), None)
     if names is not None or (listed is not None and (described is None or path.is_dir()) and split is None):
         values: dict[str, Any] = {}
