@@ -1,5 +1,5 @@
 """The command line, a file for each command: `minivlm demo | ask | look | eval`, to train
-`train | finetune | merge | train-contrastive | train-codebook`, and for a classroom
+`data | train | finetune | merge | train-contrastive | train-codebook`, and for a classroom
 `doctor | workshop | progress`.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import minivlm
 from minivlm.cli import (
     ask,
+    data,
     demo,
     doctor,
     evaluate,
@@ -49,8 +50,11 @@ examples:
   minivlm look photo.jpg --prompt "detect red circle" --out look
   minivlm train --out runs/tiny
   minivlm train --out runs/tiny --resume
-  minivlm finetune --data train.jsonl --validation validation.jsonl --out runs/tuned
-  minivlm finetune --data train.jsonl --lora 8 --out runs/adapter
+  minivlm data convert coco instances.json --images photos --out my.jsonl
+  minivlm data check my.jsonl --sheet my.html
+  minivlm data split my.jsonl --validation 0.1
+  minivlm finetune --data my-train.jsonl --validation my-validation.jsonl --out runs/tuned
+  minivlm finetune --data my-train.jsonl --lora 8 --out runs/adapter
   minivlm merge --adapter runs/adapter --out runs/merged
   minivlm train-contrastive --objective siglip --out runs/siglip
   minivlm train-codebook --out runs/masks.npz
@@ -167,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print a script for the shell that completes what is typed",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    models = (demo, ask, look, train, finetune, merge, train_contrastive, train_codebook, evaluate)
+    models = (demo, ask, look, data, train, finetune, merge, train_contrastive, train_codebook, evaluate)
     for module in (*models, doctor, workshop, progress):
         module.add_to(commands)
     for one in commands.choices.values():

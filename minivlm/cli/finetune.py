@@ -20,8 +20,9 @@ Your pictures are described by lines of JSON, each with the path of a picture, a
   {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a cup"}
   {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
 Paths are relative to the file. The four numbers of a box are y0 x0 y1 x1 in 1024ths of the picture's sides;
-minivlm.processing.box_to_tokens makes them from pixels. For a picture without the objects asked for, write a
-word such as none, or leave the suffix empty and choose the word with --empty-answer.
+minivlm.processing.box_to_tokens makes them from pixels, and `minivlm data convert` from COCO, YOLO and other
+formats. For a picture without the objects asked for, write a word such as none, or leave the suffix empty and
+choose the word with --empty-answer.
 
 Ctrl-C finishes the step and saves; the same command with --resume goes on.
 """
@@ -131,11 +132,12 @@ def run(options: argparse.Namespace) -> None:
             f"Exact answers to {options.validation}: {first['exact match']:.3f} at step {first['step']}, "
             f"{last['exact match']:.3f} at step {last['step']}."
         )
-    sample = done.samples[0]
+    # `ask` shows one picture with a prompt.
+    sample = next((one for one in done.samples if len(one.paths) == 1), done.samples[0])
     made = "model" if options.lora is None else "adapter"
     base = [] if options.lora is None or options.model is None else ["--model", options.model]
     with_it = [*base, f"--{made}", str(options.out)]
-    ask = command("ask", sample.path, "--prompt", sample.prefix, *with_it)
+    ask = command("ask", sample.paths[0], "--prompt", sample.prefix, *with_it)
     shared.print_end(started, options.out, f"Ask it:\n  {ask}", made)
 
 

@@ -75,15 +75,16 @@ def read_lines(
     return good
 
 
-def read_texts(
-    line: bytes, keys: Sequence[str], instead: Mapping[str, str | None] | None = None
-) -> list[str]:
-    """The values of the keys in one line.
+def read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
+    """The values of the keys in one line. Raises InputError: as `read_object` and `text_of`."""
+    values = read_object(line, keys)
+    return [text_of(values, key) for key in keys]
 
-    Args:
-        instead: for some keys, what an empty text stands for.
 
-    Raises InputError: it is not UTF-8 or not a JSON object; a key is missing, empty, not text or given twice.
+def read_object(line: bytes, keys: Sequence[str]) -> dict[str, Any]:
+    """One line as an object; `keys` are those that a message asks for.
+
+    Raises InputError: it is not UTF-8 or not a JSON object, or gives a key twice.
     """
     try:
         values = json.loads(line.decode("utf-8"), object_pairs_hook=_each_once)
@@ -97,7 +98,7 @@ def read_texts(
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise InputError(f"not an object but {type(values).__name__}: write {_object_of(keys)}")
-    return [_text(values, key, (instead or {}).get(key)) for key in keys]
+    return values
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,7 +115,14 @@ def _object_of(keys: Sequence[str]) -> str:
     return "{" + ", ".join(f'"{key}"' for key in keys) + "}"
 
 
-def _text(values: dict[str, Any], key: str, instead: str | None) -> str:
+def text_of(values: Mapping[str, Any], key: str, instead: str | None = None) -> str:
+    """The text under a key.
+
+    Args:
+        instead: what an empty text stands for.
+
+    Raises InputError: it is missing, empty or not text.
+    """
     if key not in values:
         raise InputError(f'no "{key}" among its keys ({", ".join(map(repr, values)) or "none"})')
     value = values[key]
@@ -126,6 +134,16 @@ def _text(values: dict[str, Any], key: str, instead: str | None) -> str:
             raise InputError(f'"{key}" is empty{say * (key == "suffix")}')
         return instead
     return value
+
+
+def images_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the pictures of a line: one, or a list of several. Raises InputError: as `text_of`."""
+    listed = values.get("image")
+    if not isinstance(listed, list):
+        return (text_of(values, "image"),)
+    if not listed:
+        raise InputError('"image" is an empty list: expected the path of a picture, or a list of several')
+    return tuple(text_of({"image": name}, "image") for name in listed)
 
 
 def check_marks(text: str, key: str, marks: Iterable[str]) -> None:

@@ -3,8 +3,9 @@
     {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a teapot"}
     {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
 
-`prefix` is the prompt, `suffix` the answer, and a picture's path is relative to the file's folder. All lines
-are checked before training begins: a mistake in the thousandth line should not surface after an hour.
+`prefix` is the prompt, `suffix` the answer, and a picture's path is relative to the file's folder. Systems
+that read several pictures with one prompt take a list of them: `"image": ["before.jpg", "after.jpg"]`. All
+lines are checked before training begins: a mistake in the thousandth line should not surface after an hour.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from minivlm.data.lines import BadLines, check_marks, check_picture, read_lines, read_texts
+from minivlm.data.lines import (
+    BadLines,
+    check_marks,
+    check_picture,
+    images_of,
+    read_lines,
+    read_object,
+    text_of,
+)
 from minivlm.errors import InputError
 from minivlm.processing import AnswerProcessor, load_picture, text_to_boxes, to_rgb
 from minivlm.processing.inputs import Inputs
@@ -41,11 +50,11 @@ _OBJECT = re.compile(r"((?:<loc[0-9]{4}>)+)((?:<seg[0-9]{3}>)*)")
 
 @dataclass(frozen=True)
 class Sample:
-    """One line: a picture, a prompt and its answer."""
+    """One line: a picture or several, a prompt and its answer."""
 
     line: int  # in the file, from 1
-    image: str  # as the file names it
-    path: Path
+    images: tuple[str, ...]  # as the file names them
+    paths: tuple[Path, ...]
     prefix: str
     suffix: str
 
@@ -89,22 +98,31 @@ def _read_line(
 ) -> Sample:
     """Read one line and check all of it.
 
-    Raises InputError: as `read_texts` and `check_marks`; its text is too long, or has malformed boxes; its
-    picture is missing or damaged.
+    Raises InputError: as `read_object`, `text_of` and `check_marks`; its text is too long, or has malformed
+    boxes; a picture is missing or damaged, or is one too many for the system.
     """
-    image, prefix, suffix = read_texts(line, KEYS, {"suffix": empty_answer})
+    values = read_object(line, KEYS)
+    images = images_of(values)
+    prefix, suffix = text_of(values, "prefix"), text_of(values, "suffix", empty_answer)
     for key, text in (("prefix", prefix), ("suffix", suffix)):
         check_marks(text, key, processor.tokenizer.specials.values())
         _check_words(text)
     _check_boxes(suffix)
-    path = folder / image
-    check_picture(path, known)
-    length = len(processor.make_room(processor.encode_row(prefix, suffix), [path]).ids)
+    sample = Sample(number, images, tuple(folder / image for image in images), prefix, suffix)
+    for path in sample.paths:
+        check_picture(path, known)
+    length = length_of(sample, processor)
     if length > max_length:
         raise InputError(
             f"picture, prefix and suffix have {length} tokens, over the limit of {max_length}: shorten them"
         )
-    return Sample(number, image, path, prefix, suffix)
+    return sample
+
+
+def length_of(sample: Sample, processor: AnswerProcessor) -> int:
+    """Tokens of pictures, prompt and answer. Raises InputError: more pictures than the system reads."""
+    row = processor.encode_row(sample.prefix, sample.suffix, len(sample.paths))
+    return len(processor.make_room(row, sample.paths).ids)
 
 
 def _check_words(text: str) -> None:
@@ -199,8 +217,8 @@ def make_inputs(processor: AnswerProcessor, samples: Sequence[Sample]) -> Inputs
     )
 
 
-def _open(sample: Sample) -> Image.Image:
+def _open(sample: Sample) -> list[Image.Image]:
     try:
-        return to_rgb(load_picture(sample.path))
+        return [to_rgb(load_picture(path)) for path in sample.paths]
     except InputError as error:
         raise InputError(f"line {sample.line}: {error}") from error

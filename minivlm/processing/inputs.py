@@ -71,7 +71,7 @@ class AnswerProcessor(Protocol):
 
     def __call__(
         self,
-        images: Picture | Video | Sequence[Picture | Video | None] | None,
+        images: Picture | Video | Sequence[Picture | Video | Sequence[Picture | Video] | None] | None,
         prompts: str | Sequence[str],
         suffixes: str | Sequence[str] | None = None,
         padding_side: str = "left",

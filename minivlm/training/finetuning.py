@@ -212,8 +212,8 @@ def _told(samples: Sequence[Sample]) -> str:
     """For `settings`."""
     if not samples:
         return "no file"
-    lines = [(sample.image, sample.prefix, sample.suffix) for sample in samples]
-    return f"{len(samples)} examples, {digest_of_lines(lines, (sample.path for sample in samples))}"
+    lines = [(*sample.images, sample.prefix, sample.suffix) for sample in samples]
+    return f"{len(samples)} examples, {digest_of_lines(lines, (p for one in samples for p in one.paths))}"
 
 
 def _answer_tokens(part: Inputs) -> int:

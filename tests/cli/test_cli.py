@@ -50,7 +50,7 @@ from minivlm.training.recipe import TrainingConfig, build
 from minivlm.world.demo import read_samples, write_samples
 
 COMMANDS = (
-    "demo", "ask", "look", "train", "finetune", "merge", "train-contrastive", "train-codebook", "eval",
+    "demo", "ask", "look", "data", "train", "finetune", "merge", "train-contrastive", "train-codebook", "eval",
     "doctor", "workshop", "progress",
 )  # fmt: skip
 CAPTION = "a small red circle, a large blue star"
@@ -1333,7 +1333,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
     training = {"train", "finetune", "merge", "train-contrastive", "train-codebook"}
-    others = {"demo", "ask", "look", "eval", "doctor", "workshop", "progress"}
+    others = {"demo", "ask", "look", "data", "eval", "doctor", "workshop", "progress"}
     assert {line.split()[1] for line in examples} == training | others
     assert cli.EXAMPLES in out
 
@@ -1430,6 +1430,7 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
         ("train-contrastive", ["--resume", "--teacher", "distill", "(default: 0.002)", "runs/OBJECTIVE"]),
         ("train-codebook", ["--steps", "(default: "]),
         ("eval", ["--scenes", "(default: 2000)", "--json", "unseen_pairs"]),
+        ("data", ["convert", "check", "split"]),
         ("demo", ["--out"]),
         ("look", ["--prompt", "--out", "--no-occlusion", '(default: "caption en")']),
     ],

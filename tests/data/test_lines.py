@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llava import write_llava
 from PIL import Image
 
 from minivlm.data import lines
 from minivlm.data.lines import BadLines
-from minivlm.data.samples import Sample, read_samples
+from minivlm.data.samples import Sample, length_of, make_inputs, read_samples
 from minivlm.errors import InputError
-from minivlm.models.load import SHIPPED
+from minivlm.models.load import SHIPPED, load_answering
 from minivlm.processing import Processor
 
 BOX = "<loc0256><loc0128><loc0512><loc0640>"
@@ -78,9 +80,9 @@ def test_good_lines(read: Callable[..., list[Sample]], folder: Path) -> None:
         changed(image="d.gif", suffix="none"),
     )
     assert [sample.line for sample in samples] == [1, 2, 3, 4, 5]
-    assert samples[0] == Sample(1, "a.png", folder / "a.png", "what is it?", "a red circle")
-    assert samples[1].path == folder / "inner" / "é.png"
-    assert samples[2].path == folder / "b.jpg"
+    assert samples[0] == Sample(1, ("a.png",), (folder / "a.png",), "what is it?", "a red circle")
+    assert samples[1].paths == (folder / "inner" / "é.png",)
+    assert samples[2].paths == (folder / "b.jpg",)
     assert samples[2].prefix == "où ?"
 
 
@@ -257,3 +259,36 @@ def test_good_pictures_are_not_decoded(
     monkeypatch.setattr(lines, "load_picture", lambda path: pytest.fail("decoded"))
     assert len(read(GOOD, changed(image="b.jpg"), GOOD)) == 3
     assert [path.name for path in looked_at] == ["a.png", "b.jpg"]
+
+
+def test_several_pictures_with_one_prompt(folder: Path, tmp_path: Path, processor: Processor) -> None:
+    """Where the system reads them: LLaVA does, PaliGemma does not."""
+    path = folder / "train.jsonl"
+    path.write_bytes(dumped(changed(image=["a.png", "inner/é.png"], prefix="what differs?")))
+    with pytest.raises(BadLines, match="line 1: got 2 pictures for one prompt: PaliGemma reads one"):
+        read_samples(path, processor, 512)
+    _, llava = load_answering(write_llava(tmp_path / "llava"))
+    (sample,) = read_samples(path, llava, 10_000)
+    assert sample.images == ("a.png", "inner/é.png")
+    assert sample.paths == (folder / "a.png", folder / "inner" / "é.png")
+    inputs = make_inputs(llava, [sample, replace(sample, images=("a.png",), paths=(folder / "a.png",))])
+    assert len(inputs["pixel_values"]) == 3
+    lengths = inputs["attention_mask"].sum(dim=1)
+    assert lengths[0] - lengths[1] >= llava.image_seq_length
+    assert length_of(sample, llava) == lengths[0]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ([], '"image" is an empty list: expected the path of a picture'),
+        (["a.png", 7], '"image" is 7: expected text'),
+        (["a.png", " "], '"image" is empty'),
+        (["a.png", "gone.png"], "gone.png: no such file|got 2 pictures"),
+        ({"path": "a.png"}, '"image" is {"path": "a.png"}: expected text'),
+    ],
+)
+def test_bad_lists_of_pictures(image: Any, message: str, read: Callable[..., list[Sample]]) -> None:
+    with pytest.raises(BadLines, match=message):
+        read(changed(image=image))
+    assert read(changed(image=["a.png"]))[0].images == ("a.png",)

@@ -143,7 +143,7 @@ def test_the_exact_match_is_that_of_generated_answers(config: FinetuningConfig, 
         run.advance(batch)
         right = 0
         for sample in run.samples:
-            inputs = run.processor([sample.path], [sample.prefix])
+            inputs = run.processor(sample.paths, [sample.prefix])
             answer = run.processor.decode(run.model.generate(**inputs, max_new_tokens=24))[0]
             right += answer == sample.suffix
         assert run.measure()["exact match"] == pytest.approx(right / 9)
@@ -168,7 +168,7 @@ def order(config: FinetuningConfig, examples: int, epoch: int = 0) -> list[int]:
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 1), (4, 1), (2, 2), (2, 4), (5, 1), (20, 1)])
 def test_every_epoch_shows_every_example_once(batch_size: int, accumulate: int) -> None:
-    samples = [Sample(n, str(n), Path(str(n)), "", "") for n in range(9)]
+    samples = [Sample(n, (str(n),), (Path(str(n)),), "", "") for n in range(9)]
     batches = SampleBatches(samples, None, seed=3, rows=18, batch_size=batch_size, accumulate=accumulate)  # type: ignore[arg-type]
     seen: list[list[list[int]]] = []
     for step in range(len(batches)):
