@@ -96,7 +96,7 @@ def add_to(commands: Commands) -> None:
     )
     systems = {**SYSTEMS, **MOVING}
     about = "; ".join(f"{name}: {about}" for name, about in systems.items())
-    parser.add_argument("--system", choices=systems, help=about)
+    parser.add_argument("--system", choices=systems, metavar="NAME", help=about)
     shared.add_run(parser, out="runs/tiny", measure_every=500, measured="100 held-out scenes")
     shared.add_recipe(parser, SYSTEM_RECIPE)
     shared.add_recipe(parser, RECIPE)
