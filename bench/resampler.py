@@ -7,8 +7,8 @@ decoder, asks these for each color: which shape is it, and where? Both are train
 number of steps, on drawn scenes whose things all have different colors. Three seeds: of the weights, of the
 scenes and of their order. Measured on held-out scenes.
 
-A tower that knows where its patches lie hides what a resampler's positions do. So the last rows take away the
-tower's table of positions.
+A tower that knows where its patches lie hides what a resampler's positions do. So in the last rows there is
+no tower: for each patch the resampler gets the name of what lies on it, and nothing of where it is.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm import load
+from minivlm.checks.qwen_vl import PlacedResampler
 from minivlm.layers import MLP
-from minivlm.vision.qwen_vl import QwenVLResampler, QwenVLVisionConfig, stretch
+from minivlm.vision.qwen_vl import QwenVLVisionConfig
 from minivlm.world.scenes import COLORS, SHAPES, WORLD, Scene, make_scene
 
 WIDTH = 128  # of the tokens that the reader sees
@@ -50,28 +51,10 @@ class AveragePooling(nn.Module):
         return self.proj(F.avg_pool2d(grid, side // self.side).flatten(2).mT)
 
 
-class Resampler(QwenVLResampler):
-    """Qwen-VL's, with its positions elsewhere.
-
-    Args:
-        places: "keys" as published, "nowhere", or "keys and values".
-    """
-
-    def __init__(self, patches_width: int, tokens: int, places: str = "keys") -> None:
-        heads = patches_width // 32
-        super().__init__(
-            QwenVLVisionConfig(patches_width, num_attention_heads=heads, num_queries=tokens, output_dim=WIDTH)
-        )
-        self.places = places
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """patches [B, N, D_image] -> [B, n, D]."""
-        known = 0.0 if self.places == "nowhere" else 1.0
-        values = self.ln_kv(self.kv_proj(patches))
-        keys = values + known * stretch(self.pos_embed, patches.shape[1])
-        queries = self.ln_q(self.query) + known * self.pos_embed
-        values = keys if self.places == "keys and values" else values
-        return self.proj(self.ln_post(self._look(queries.expand(len(patches), -1, -1), keys, values)))
+def resampler(patches_width: int, tokens: int, places: Sequence[str] = ("queries", "keys")) -> nn.Module:
+    """Qwen-VL's, with positions on its queries and keys, or elsewhere."""
+    config = QwenVLVisionConfig(patches_width, num_attention_heads=2, num_queries=tokens, output_dim=WIDTH)
+    return PlacedResampler(config, places)
 
 
 class Reader(nn.Module):
@@ -97,21 +80,21 @@ class Reader(nn.Module):
 
 Data = tuple[Tensor, Tensor, Tensor]  # features [M, N, D], shapes [M, colors], boxes [M, colors, 4]
 
-# Name: what makes the tokens, and whether the tower knows where its patches lie.
-TRIALS: dict[str, tuple[Callable[[int], nn.Module], bool]] = {
-    "all 64, linear": (lambda width: nn.Linear(width, WIDTH), True),
-    "average pooling to 16": (lambda width: AveragePooling(width, 16), True),
-    "average pooling to 4": (lambda width: AveragePooling(width, 4), True),
-    "average pooling to 1": (lambda width: AveragePooling(width, 1), True),
-    "resampler, 16 queries": (lambda width: Resampler(width, 16), True),
-    "resampler, 4 queries": (lambda width: Resampler(width, 4), True),
-    "resampler, 1 query": (lambda width: Resampler(width, 1), True),
-    "16 queries, positions nowhere": (lambda width: Resampler(width, 16, "nowhere"), True),
-    "tower without positions: nowhere": (lambda width: Resampler(width, 16, "nowhere"), False),
-    "tower without positions: on keys": (lambda width: Resampler(width, 16, "keys"), False),
-    "tower without positions: on keys and values": (
-        lambda width: Resampler(width, 16, "keys and values"),
-        False,
+# Name: what makes the tokens, and of what: the tower's vectors, or the names of patches.
+TRIALS: dict[str, tuple[Callable[[int], nn.Module], str]] = {
+    "all 64, linear": (lambda width: nn.Linear(width, WIDTH), "tower"),
+    "average pooling to 16": (lambda width: AveragePooling(width, 16), "tower"),
+    "average pooling to 4": (lambda width: AveragePooling(width, 4), "tower"),
+    "average pooling to 1": (lambda width: AveragePooling(width, 1), "tower"),
+    "resampler, 16 queries": (lambda width: resampler(width, 16), "tower"),
+    "resampler, 4 queries": (lambda width: resampler(width, 4), "tower"),
+    "resampler, 1 query": (lambda width: resampler(width, 1), "tower"),
+    "16 queries, positions nowhere": (lambda width: resampler(width, 16, ()), "tower"),
+    "names of patches, positions nowhere": (lambda width: resampler(width, 16, ()), "names"),
+    "names of patches, positions on queries and keys": (lambda width: resampler(width, 16), "names"),
+    "names of patches, positions on values as well": (
+        lambda width: resampler(width, 16, ("queries", "keys", "values")),
+        "names",
     ),
 }
 
@@ -139,17 +122,25 @@ def labels_of(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def prepare(scenes: Sequence[Scene], knows_places: bool) -> Data:
-    """What the frozen tower makes of the pictures, and what is to be found in it."""
+def prepare(scenes: Sequence[Scene]) -> dict[str, Data]:
+    """What the frozen tower makes of the pictures, or the names of patches; and what is to be found."""
     model, processor = load()
-    if not knows_places:
-        table = model.vision_tower.embeddings.position_embedding.weight
-        table.copy_(table.mean(dim=0).expand_as(table))
     parts = [
         model.vision_tower(processor.image_processor([scene.draw(64) for scene in scenes[at : at + 100]]))
         for at in range(0, len(scenes), 100)
     ]
-    return torch.cat(parts), *labels_of(scenes)
+    labels = labels_of(scenes)
+    return {
+        "tower": (torch.cat(parts), *labels),
+        "names": (torch.stack([names_of_patches(scene) for scene in scenes]), *labels),
+    }
+
+
+def names_of_patches(scene: Scene) -> Tensor:
+    """For each of 64 patches, which color and which shape lie on it, and nothing of where it is: [64, 14]."""
+    labels = scene.patch_labels(8)
+    named = (("color", 1 + len(COLORS)), ("shape", 1 + len(SHAPES)))
+    return torch.cat([F.one_hot(torch.from_numpy(labels[kind]), n) for kind, n in named], dim=1).float()
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
@@ -193,12 +184,12 @@ def measure(network: nn.Module, data: Data) -> tuple[float, float]:
 def run(seed: int, steps: int = STEPS, scenes: int = SCENES) -> dict[str, tuple[float, float]]:
     """Share of right shapes and mean IoU of every trial."""
     trained, held_out = distinct_scenes(scenes, 2 * seed), distinct_scenes(HELD_OUT, 2 * seed + 1)
-    data = {knows: (prepare(trained, knows), prepare(held_out, knows)) for knows in (True, False)}
+    learned, measured = prepare(trained), prepare(held_out)
     found = {}
-    for name, (build, knows) in TRIALS.items():
+    for name, (build, seen) in TRIALS.items():
         torch.manual_seed(seed)
-        learned, measured = data[knows]
-        found[name] = measure(train(build(learned[0].shape[2]), learned, seed, steps), measured)
+        width = learned[seen][0].shape[2]
+        found[name] = measure(train(build(width), learned[seen], seed, steps), measured[seen])
     return found
 
 

@@ -132,6 +132,8 @@ def a_resampler(places: Sequence[str] = ("queries", "keys"), axes: bool = False)
             is_factor = name.startswith("ln_") and name.endswith("weight")
             weight.copy_(torch.randn_like(weight) * (0.2 if weight.dim() == 1 else weight.shape[1] ** -0.5))
             weight.add_(1.0 if is_factor else 0.0)
+        for proj in (resampler.attention.q_proj, resampler.attention.k_proj):
+            proj.weight.mul_(2.0)  # so that each query looks at few patches
     return resampler.requires_grad_(False)
 
 

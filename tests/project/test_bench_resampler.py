@@ -10,8 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from minivlm.vision.qwen_vl import QwenVLResampler
-
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -38,18 +36,15 @@ def test_a_run_and_its_table(bench: ModuleType, monkeypatch: pytest.MonkeyPatch)
     assert all("| 0.50 (0.25 to 0.75) | 0.50 (0.50 to 0.50) |" in line for line in table[2:])
 
 
-@torch.no_grad()
-def test_positions_on_keys_are_the_packages(bench: ModuleType) -> None:
-    torch.manual_seed(0)
-    ours, patches = bench.Resampler(96, 16), torch.randn(2, 64, 96)
-    published = QwenVLResampler(
-        bench.QwenVLVisionConfig(96, num_attention_heads=3, num_queries=16, output_dim=128)
-    )
-    published.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(ours(patches), published(patches))
-    for places in ("nowhere", "keys and values"):
-        ours.places = places
-        assert not torch.allclose(ours(patches), published(patches), atol=1e-2)
+def test_names_of_patches_say_what_and_not_where(bench: ModuleType) -> None:
+    (scene,) = bench.distinct_scenes(1, 0)
+    named = bench.names_of_patches(scene)
+    assert named.shape == (64, 14)
+    assert named.sum(dim=1).tolist() == [2.0] * 64
+    found = {(int(row[:9].argmax()), int(row[9:].argmax())) for row in named if not row[0]}
+    colors, shapes = list(bench.COLORS), bench.SHAPES
+    expected = {(1 + colors.index(t.color), 1 + shapes.index(t.shape)) for t in scene.things}
+    assert found == expected
 
 
 def test_boxes_overlap(bench: ModuleType) -> None:
