@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from notebooks_and_sources import ROOT, read_cells
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -57,3 +59,12 @@ def test_scenes_have_no_color_twice(bench: ModuleType) -> None:
     shapes, boxes = bench.labels_of(scenes)
     assert (shapes > 0).sum(dim=1).tolist() == [len(scene.things) for scene in scenes]
     assert torch.equal(boxes.sum(dim=2) > 0, shapes > 0)
+
+
+def test_the_notebook_repeats_the_stored_table(bench: ModuleType) -> None:
+    stored = (BENCH / "results" / "resampler.txt").read_text(encoding="utf-8")
+    cells = read_cells(ROOT / "notebooks" / "15_qwen_vl.ipynb")
+    prose = "\n".join(cell.source for cell in cells if cell.kind == "markdown")
+    for name in bench.TRIALS:
+        (row,) = re.findall(rf"^\| {re.escape(name)} \|.*$", stored, re.MULTILINE)
+        assert row in prose
