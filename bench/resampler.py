@@ -6,9 +6,6 @@ The shipped tower is frozen. Something makes fewer tokens of its 64, and a small
 decoder, asks these for each color: which shape is it, and where? Both are trained together, for a fixed
 number of steps, on drawn scenes whose things all have different colors. Three seeds: of the weights, of the
 scenes and of their order. Measured on held-out scenes.
-
-A tower that knows where its patches lie hides what a resampler's positions do. So in the last rows there is
-no tower: for each patch the resampler gets the name of what lies on it, and nothing of where it is.
 """
 
 from __future__ import annotations
@@ -80,22 +77,16 @@ class Reader(nn.Module):
 
 Data = tuple[Tensor, Tensor, Tensor]  # features [M, N, D], shapes [M, colors], boxes [M, colors, 4]
 
-# Name: what makes the tokens, and of what: the tower's vectors, or the names of patches.
-TRIALS: dict[str, tuple[Callable[[int], nn.Module], str]] = {
-    "all 64, linear": (lambda width: nn.Linear(width, WIDTH), "tower"),
-    "average pooling to 16": (lambda width: AveragePooling(width, 16), "tower"),
-    "average pooling to 4": (lambda width: AveragePooling(width, 4), "tower"),
-    "average pooling to 1": (lambda width: AveragePooling(width, 1), "tower"),
-    "resampler, 16 queries": (lambda width: resampler(width, 16), "tower"),
-    "resampler, 4 queries": (lambda width: resampler(width, 4), "tower"),
-    "resampler, 1 query": (lambda width: resampler(width, 1), "tower"),
-    "16 queries, positions nowhere": (lambda width: resampler(width, 16, ()), "tower"),
-    "names of patches, positions nowhere": (lambda width: resampler(width, 16, ()), "names"),
-    "names of patches, positions on queries and keys": (lambda width: resampler(width, 16), "names"),
-    "names of patches, positions on values as well": (
-        lambda width: resampler(width, 16, ("queries", "keys", "values")),
-        "names",
-    ),
+# Name: what makes the tokens, from vectors of which width.
+TRIALS: dict[str, Callable[[int], nn.Module]] = {
+    "all 64, linear": lambda width: nn.Linear(width, WIDTH),
+    "average pooling to 16": lambda width: AveragePooling(width, 16),
+    "average pooling to 4": lambda width: AveragePooling(width, 4),
+    "average pooling to 1": lambda width: AveragePooling(width, 1),
+    "resampler, 16 queries": lambda width: resampler(width, 16),
+    "resampler, 4 queries": lambda width: resampler(width, 4),
+    "resampler, 1 query": lambda width: resampler(width, 1),
+    "16 queries, positions nowhere": lambda width: resampler(width, 16, ()),
 }
 
 
@@ -122,25 +113,14 @@ def labels_of(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def prepare(scenes: Sequence[Scene]) -> dict[str, Data]:
-    """What the frozen tower makes of the pictures, or the names of patches; and what is to be found."""
+def prepare(scenes: Sequence[Scene]) -> Data:
+    """What the frozen tower makes of the pictures, and what is to be found in it."""
     model, processor = load()
     parts = [
         model.vision_tower(processor.image_processor([scene.draw(64) for scene in scenes[at : at + 100]]))
         for at in range(0, len(scenes), 100)
     ]
-    labels = labels_of(scenes)
-    return {
-        "tower": (torch.cat(parts), *labels),
-        "names": (torch.stack([names_of_patches(scene) for scene in scenes]), *labels),
-    }
-
-
-def names_of_patches(scene: Scene) -> Tensor:
-    """For each of 64 patches, which color and which shape lie on it, and nothing of where it is: [64, 14]."""
-    labels = scene.patch_labels(8)
-    named = (("color", 1 + len(COLORS)), ("shape", 1 + len(SHAPES)))
-    return torch.cat([F.one_hot(torch.from_numpy(labels[kind]), n) for kind, n in named], dim=1).float()
+    return torch.cat(parts), *labels_of(scenes)
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
@@ -186,10 +166,10 @@ def run(seed: int, steps: int = STEPS, scenes: int = SCENES) -> dict[str, tuple[
     trained, held_out = distinct_scenes(scenes, 2 * seed), distinct_scenes(HELD_OUT, 2 * seed + 1)
     learned, measured = prepare(trained), prepare(held_out)
     found = {}
-    for name, (build, seen) in TRIALS.items():
+    for name, build in TRIALS.items():
         torch.manual_seed(seed)
-        width = learned[seen][0].shape[2]
-        found[name] = measure(train(build(width), learned[seen], seed, steps), measured[seen])
+        network = train(build(learned[0].shape[2]), learned, seed, steps)
+        found[name] = measure(network, measured)
     return found
 
 

@@ -193,8 +193,8 @@ def _resampled_wrongly(whole: PlacedResampler, patches: Tensor) -> Iterator[tupl
 
     def look(q: Tensor, k: Tensor, v: Tensor, width: int = 128, scale: float = 128**-0.5) -> Tensor:
         projected = (ask.q_proj(q), ask.k_proj(k), ask.v_proj(v))
-        heads = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in projected)
-        return attend(*heads, None, scale).transpose(1, 2).flatten(2)
+        q, k, v = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in projected)
+        return attend(q, k, v, None, scale).transpose(1, 2).flatten(2)
 
     def end(x: Tensor) -> Tensor:
         return whole.proj(whole.ln_post(x))

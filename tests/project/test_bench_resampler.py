@@ -38,17 +38,6 @@ def test_a_run_and_its_table(bench: ModuleType, monkeypatch: pytest.MonkeyPatch)
     assert all("| 0.50 (0.25 to 0.75) | 0.50 (0.50 to 0.50) |" in line for line in table[2:])
 
 
-def test_names_of_patches_say_what_and_not_where(bench: ModuleType) -> None:
-    (scene,) = bench.distinct_scenes(1, 0)
-    named = bench.names_of_patches(scene)
-    assert named.shape == (64, 14)
-    assert named.sum(dim=1).tolist() == [2.0] * 64
-    found = {(int(row[:9].argmax()), int(row[9:].argmax())) for row in named if not row[0]}
-    colors, shapes = list(bench.COLORS), bench.SHAPES
-    expected = {(1 + colors.index(t.color), 1 + shapes.index(t.shape)) for t in scene.things}
-    assert found == expected
-
-
 def test_boxes_overlap(bench: ModuleType) -> None:
     box, half, apart = torch.tensor([[0, 0, 2, 2], [0, 0, 1, 2], [3, 3, 4, 4]]).float()
     assert bench.overlap(box, torch.stack([box, half, apart])).tolist() == [1.0, 0.5, 0.0]
