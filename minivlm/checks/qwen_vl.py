@@ -344,9 +344,13 @@ def _compare_edges(boxes: Sequence[Any], good: Sequence[NamedBox], width: float,
             x0, y0, x1, y1 = box[0] / width, box[1] / height, box[2] / width, box[3] / height
             scaled = (x0 * across * factor, y0 * down * factor, x1 * across * factor, y1 * down * factor)
             wrong.append([scaled[int(index)] for index in order])
-        return torch.allclose(torch.tensor(edges), torch.tensor(wrong), atol=1e-3, rtol=0)
+        return torch.allclose(torch.tensor(edges), torch.tensor(wrong), atol=1e-3, rtol=1e-6)
 
     expect(not are(1000 / 999), "you divide by 999: a place n is the share n / 1000 of the side")
+    expect(
+        not are(1000),
+        "these are another thousand times too large: a place is a thousandth of the side",
+    )
     expect(
         not are(1000 / 1024) and not are(1000 / 1023),
         "you divide by 1024 or 1023, PaliGemma's bins: here a place is a thousandth of the side",
