@@ -161,9 +161,10 @@ def _windows(seed: int) -> Parts:
 def _no_windows(seed: int) -> Parts:
     model, processor = build("qwen2_5_vl", seed)
     blocks = tuple(range(model.config.vision.depth))
-    vision = replace(model.config.vision, fullatt_block_indexes=blocks)
+    config: Any = model.config
+    vision = replace(config.vision, fullatt_block_indexes=blocks)
     torch.manual_seed(seed)
-    return Qwen2_5_VL(replace(model.config, vision=vision)), processor
+    return Qwen2_5_VL(replace(config, vision=vision)), processor
 
 
 TOWERS: dict[str, Callable[[int], Parts]] = {

@@ -26,6 +26,7 @@ from minivlm.processing import (
     AnswerProcessor,
     BaseTokenizer,
     ImageProcessor,
+    Video,
     box_to_tokens,
     text_to_boxes,
     to_device,
@@ -147,7 +148,7 @@ def _examine(
 def answer_all(
     model: Answers,
     processor: AnswerProcessor,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Image.Image | Video],
     prompts: Sequence[str],
     batch_size: int = 64,
     progress: bool | None = None,

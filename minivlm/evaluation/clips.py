@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
+from typing import cast
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from minivlm.evaluation.answers import answer_all
 from minivlm.evaluation.baselines import majority_answers
 from minivlm.evaluation.tables import Metric
 from minivlm.models.protocols import Answers
-from minivlm.processing import AnswerProcessor, video_of
+from minivlm.models.qwen2_vl import Qwen2VL
+from minivlm.processing import AnswerProcessor, Qwen2VLProcessor, video_of
 from minivlm.world.clip_batches import CLIP_SIDES, CLIP_TASKS, FRAMES, RATES, training_clip
 from minivlm.world.clip_questions import ask
 from minivlm.world.clips import Clip
@@ -41,8 +43,8 @@ def make_clip_questions(
 
 
 def evaluate_clips(
-    model: Answers,
-    processor: AnswerProcessor,
+    model: Qwen2VL,
+    processor: Qwen2VLProcessor,
     clips: int = 500,
     seed: int = 1,
     tasks: Sequence[str] = CLIP_TASKS,
@@ -55,8 +57,8 @@ def evaluate_clips(
     examples = [example for _, example in asked]
     videos = {id(clip): video_of([*clip.frames(int(clip.width))], clip.fps) for clip, _ in asked}
     answers = answer_all(
-        model,
-        processor,
+        cast(Answers, model),
+        cast(AnswerProcessor, processor),
         [videos[id(clip)] for clip, _ in asked],
         [example.prefix for example in examples],
         progress=progress,

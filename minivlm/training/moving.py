@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ def build(system: str, seed: int) -> tuple[Qwen2VL, Qwen2VLProcessor]:
         mrope_section=SECTIONS,
         tie_word_embeddings=True,
     )
-    sizes = {"depth": TOWER_LAYERS, "num_heads": TOWER_HEADS, "patch_size": PATCH}
+    sizes: dict[str, Any] = {"depth": TOWER_LAYERS, "num_heads": TOWER_HEADS, "patch_size": PATCH}
     ids: dict[str, Any] = {
         "image_token_id": tokenizer.image_id,
         "video_token_id": tokenizer.video_id,
@@ -130,7 +130,7 @@ def build(system: str, seed: int) -> tuple[Qwen2VL, Qwen2VLProcessor]:
             fullatt_block_indexes=(TOWER_LAYERS - 1,),
             **sizes,
         )
-        model = Qwen2_5_VL(Qwen2_5_VLConfig(vision=windows, text=text, **ids))
+        model = Qwen2_5_VL(cast(Any, Qwen2_5_VLConfig(vision=windows, text=text, **ids)))
         processor = Qwen2_5_VLProcessor(tokenizer, pictures, budget, system="")
     return model, processor
 
@@ -184,7 +184,7 @@ class MovingRun(Trainable):
 
     losses = ("cells", "answer")
     measure_every = 500
-    batch_class: ClassVar[type[ClipBatches]] = ClipBatches
+    batch_class: type[ClipBatches] = ClipBatches
     masters: nn.ModuleDict
 
     def __init__(self, config: MovingConfig, device: torch.device | str = "cpu", workers: int = 1) -> None:

@@ -19,13 +19,14 @@ from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from minivlm import masks
 from minivlm.processing import Qwen2VLProcessor, Video, video_of
-from minivlm.processing.inputs import IGNORE, Inputs, Picture
+from minivlm.processing.inputs import IGNORE, Inputs
 from minivlm.world import clip_questions, questions
 from minivlm.world.augmentations import as_photographed, varied
 from minivlm.world.clip_making import make_clip
@@ -127,7 +128,7 @@ class ClipBatches(Dataset[ClipBatch]):
         )
 
     def _of_pictures(self, rng: np.random.Generator) -> ClipBatch:
-        width, height = self.sides[rng.integers(len(self.sides))]
+        width, height = self.sides[int(rng.integers(len(self.sides)))]
         scenes = [
             varied(make_scene(rng, "train", bool(rng.random() < 0.1), width, height), rng)
             for _ in range(self.rows)
@@ -183,7 +184,7 @@ def picture_cells(scene: Scene, rows: int, columns: int) -> dict[str, np.ndarray
 
 def pack(
     processor: Qwen2VLProcessor,
-    shown: Sequence[Picture | Video],
+    shown: Sequence[Image.Image | Video],
     asked: Sequence[Sequence[Example]],
     cells: Sequence[dict[str, np.ndarray]],
 ) -> ClipBatch:
@@ -204,7 +205,7 @@ def pack(
 
 
 def _row(
-    processor: Qwen2VLProcessor, shown: Picture | Video, examples: Sequence[Example]
+    processor: Qwen2VLProcessor, shown: Image.Image | Video, examples: Sequence[Example]
 ) -> dict[str, list[float]]:
     end, eos = processor.tokenizer.vision_end_id, processor.tokenizer.eos_id
     ids = processor.make_room(processor.encode_row("?"), [shown]).ids
