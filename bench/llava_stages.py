@@ -120,7 +120,11 @@ def run(seed: int, text: int = TEXT, align: int = ALIGN, tune: int = TUNE) -> di
     }
     found = {
         "text": learn(
-            model, ("language_model.",), rows("text", text, stream=TEXT_STREAM, rows=TEXT_ROWS), held_out, text
+            model,
+            ("language_model.",),
+            rows("text", text, stream=TEXT_STREAM, rows=TEXT_ROWS),
+            held_out,
+            text,
         )
     }
     aligned, direct, linear = (copy.deepcopy(model) for _ in range(3))
