@@ -382,6 +382,7 @@ def _why(name: str, said: Any, count: int, grid: tuple[int, int]) -> str:
     parts = without_padding(rows, columns, width, height)
     down, across = (len(range(size)[part]) for size, part in zip((rows, columns), parts, strict=True))
     known = (
+        (base, "That is the base view alone, or one tile: there is no grid of a single tile"),
         (count - base, "The base view is missing"),
         (down * across, "The base view is missing, and each row ends with a newline"),
         (base + down * across, "Every row ends with a newline"),
@@ -392,7 +393,6 @@ def _why(name: str, said: Any, count: int, grid: tuple[int, int]) -> str:
         ),
         (base + down * (across + grid[1]), "A row of the whole picture has one newline, not each tile"),
         (count + PATCHES, "The base view has no newlines"),
-        (base, "That is the base view alone, or one tile: there is no grid of a single tile"),
         (base + across * (down + 1), "The newline stands at the end of each row, not of each column"),
     )
     for number, hint in known:

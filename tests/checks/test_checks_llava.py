@@ -191,7 +191,7 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("640 x 480: you say 2880. The tokens that show only padding are cut off, and", predicted(at_3=2880)),
         ("640 x 480: you say 2304. Every row ends", predicted(at_3=2304)),
         ("100 x 100: you say 576. That is the base view", predicted(at_4=576)),
-        ("100 x 100: you say 1776. The tokens that show", predicted(at_4=1776)),
+        ("100 x 100: you say 1752. The tokens that show", predicted(at_4=1752)),
         ("100 x 100: you say 77, on a grid of 1 x 2", predicted(at_4=77)),
         (
             "no prediction yet for: 1008 x 336",
