@@ -1,6 +1,6 @@
 """Which layer of a CLIP tower says most about single places?
 
-Run: python bench/llava_layers.py --out bench/results/llava_layers
+Run: python bench/llava_layers.py --out bench/results/llava_layers.txt --json minivlm/assets/llava_layers.json
 
 Trains small CLIP towers on drawn pictures with their captions: the loss reads the class token of the last
 layer alone, and the text tower is as plain as can be, a sum of one vector for each kind of thing and each
@@ -99,18 +99,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--out", type=Path, help="a file's name without its ending")
+    parser.add_argument("--out", type=Path, help="a file for the table")
+    parser.add_argument("--json", type=Path, help="a file for all numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = []
     for seed in options.seeds:
-        results.append(
-            {name: probe(train(seed, steps), seed) for name, steps in (("untrained", 0), ("trained", STEPS))}
-        )
+        trained = {name: train(seed, steps) for name, steps in (("untrained", 0), ("trained", STEPS))}
+        results.append({name: probe(tower, seed) for name, tower in trained.items()})
         print(as_text(results), flush=True)
     if options.out:
-        options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        options.out.with_suffix(".txt").write_text(as_text(results) + "\n", encoding="utf-8")
+        options.out.write_text(as_text(results) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

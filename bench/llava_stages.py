@@ -1,7 +1,7 @@
 """What does LLaVA's first stage do, what does it buy, and does an MLP align better than one linear layer?
 
-Run: python bench/llava_stages.py --out bench/results/llava_stages
-     python bench/llava_stages.py --runs runs/systems --out bench/results/llava_runs
+Run: python bench/llava_stages.py --out bench/results/llava_stages.txt --json minivlm/assets/llava_stages.json
+     python bench/llava_stages.py --runs runs/systems --json minivlm/assets/llava_runs.json
 
 Each seed trains a small Llama on the world's sentences, without a picture. From there, all else begins:
 
@@ -175,7 +175,8 @@ def main() -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--runs", type=Path, help="copy these runs instead")
-    parser.add_argument("--out", type=Path, help="a file's name without its ending")
+    parser.add_argument("--out", type=Path, help="a file for the table")
+    parser.add_argument("--json", type=Path, help="a file for all numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: Any = collect(options.runs) if options.runs else []
@@ -183,10 +184,9 @@ def main() -> None:
         results.append(run(seed))
         print(as_text(results), flush=True)
     if options.out:
-        text = json.dumps(results, indent=1) + "\n"
-        options.out.with_suffix(".json").write_text(text, encoding="utf-8")
-        if not options.runs:
-            options.out.with_suffix(".txt").write_text(as_text(results) + "\n", encoding="utf-8")
+        options.out.write_text(as_text(results) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
