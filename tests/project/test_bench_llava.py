@@ -1,4 +1,4 @@
-"""bench/llava_stages.py and bench/llava_layers.py train, measure and make their tables. Numbers are not tested."""
+"""bench/llava_stages.py and bench/llava_layers.py train, and make their tables."""
 
 from __future__ import annotations
 
