@@ -31,10 +31,7 @@ TAUGHT = [
     "processing/boxes",
 ]
 # Public names of these files that wait for a later notebook, and which one that is.
-LATER = {
-    "LlamaRMSNorm": "13_four_ways, where the first Llama decoder appears",
-    "SwiGLU": "13_four_ways, with the rest of that decoder",
-}
+LATER: dict[str, str] = {}
 # Public names of these files that no notebook shows, and why. Configs are lists of numbers: no reason needed.
 NOT_SHOWN = {
     "build_decoder": "chooses between two classes",
