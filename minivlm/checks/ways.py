@@ -300,7 +300,8 @@ def build_gated_block(answer: Callable[[int, int, int, int], Any]) -> None:
         x, media = torch.randn(2, 7, 32), torch.randn(2, 2, 3, 24)
     is_image = torch.tensor([[0, 0, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0, 0]]).bool()
 
-    result = call(block, x.clone(), media.clone(), is_image.clone())
+    with torch.enable_grad():  # the notebook has switched it off
+        result = call(block, x.clone(), media.clone(), is_image.clone())
     expect(isinstance(result, Tensor), f"the block should return a tensor, not a {type(result).__name__}")
     expect(
         result.shape == x.shape, f"words go in as [2, 7, 32], and come out as {list(result.shape)}: keep both"
@@ -314,7 +315,8 @@ def build_gated_block(answer: Callable[[int, int, int, int], Any]) -> None:
         "an untrained block should return the words bit for bit. Yours changes them, so it damages the "
         "language model before it has learned anything: both gates start at 0, and tanh(0) is 0",
     )
-    result.square().sum().backward()
+    with torch.enable_grad():
+        result.square().sum().backward()
     expect(
         bool(block.attn_gate.grad) and bool(block.ff_gate.grad),
         "a gate gets no gradient, so the block stays closed for ever: only the gates start at zero, not "

@@ -262,8 +262,10 @@ def test_build_gated_block(answer: Callable[..., nn.Module], hint: str) -> None:
         checks.ways.build_gated_block(answer)
 
 
-def test_the_gated_block_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    checks.ways.build_gated_block(solutions.build_gated_block)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_gated_block_is_right(gradients: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.set_grad_enabled(gradients):
+        checks.ways.build_gated_block(solutions.build_gated_block)
     assert capsys.readouterr().out.startswith("Right: ")
 
 
