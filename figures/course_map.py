@@ -56,6 +56,7 @@ PARTS = {
     "09": ("Looking inside", ("patches", "blocks", "decoder", "answer")),
     "10": ("Contrastive training", ("patches", "blocks", "loss")),
     "11": ("Real checkpoints", ("patches", "blocks", "projector", "embedding", "decoder")),
+    "13": ("Four ways", ("projector", "merge", "decoder")),
 }
 
 

@@ -21,7 +21,7 @@ def result(way: str, **values: float) -> dict[str, Any]:
     return {"config": {"system": way}, **values}
 
 
-TABLE = [
+TABLE: list[dict[str, Any]] = [
     {
         "config": {"system": way},
         "all questions": questions,
