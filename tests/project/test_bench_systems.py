@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from minivlm.generate import generate
-from minivlm.models.load import load
+from minivlm.models.load import SHIPPED, load
 from minivlm.training.systems import SystemConfig
 from minivlm.training.ways import WAYS
 from minivlm.world.scenes import make_scene
@@ -108,3 +108,12 @@ def test_what_is_shipped_answers_in_half_the_bytes(
     assert torch.equal(ours.generate(**inputs), trained.generate(**inputs))
     stored = load_file(tmp_path / "out" / "clipcap" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_the_table_that_ships_is_the_one_that_was_made(bench: ModuleType) -> None:
+    """The notebooks read the package's; the text beside the other is what people read."""
+    made, shipped = (BENCH / "results" / "systems.json", SHIPPED.parent / "systems.json")
+    assert made.read_bytes() == shipped.read_bytes()
+    results = json.loads(shipped.read_text(encoding="utf-8"))
+    assert made.with_suffix(".txt").read_text(encoding="utf-8") == bench.as_text(results) + "\n"
+    assert {one["config"]["system"] for one in results} == {*WAYS, bench.MAGIC}
