@@ -66,7 +66,7 @@ ANSWER = 8  # words
 RESULT = "result.json"
 MAGIC = "magic"
 LONGEST_CAPTION = 40  # words and punctuation of five things
-SHIPPED_SYSTEMS = ("visualbert", "clipcap", "visualgpt", "flamingo", "llava", MAGIC)
+SHIPPED_SYSTEMS = ("clipcap", "visualgpt", "flamingo", "llava", MAGIC)
 FILES = (
     "config.json",
     "generation_config.json",
