@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import tokenizers
-from qwen2_backends import PIECES, TEXTS
+from qwen2_backends import TEXTS
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from minivlm.processing.llama3_tokens import BEGIN, CONTROLS, IMAGE, PAD, TURN_END
+from minivlm.processing.qwen2_tokens import PIECES
 
 
 def llama3_backend() -> tokenizers.Tokenizer:
