@@ -33,7 +33,7 @@ class solutions:
     def image_features(tower: Any, projector: nn.Module, pixel_values: Tensor, layer: int = -2) -> Tensor:
         """pixel_values [B, C, H, W] -> what the decoder reads, [B, N, D]."""
         states = list(tower.hidden_states(pixel_values))
-        return projector(states[layer][:, 1:])  # type: ignore[no-any-return]
+        return projector(states[layer][:, 1:])
 
     @staticmethod
     def chat_row(
