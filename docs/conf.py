@@ -52,7 +52,10 @@ OTHERS = (
 )
 nitpick_ignore_regex = [
     # All but the last are for type checkers only. Sphinx cuts it, the type of an attribute, at its comma.
-    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Kind|Grid|tqdm|(int \| )?tuple\[int")
+    (
+        r"py:.*",
+        rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Image\.Image|Kind|Grid|tqdm|(int \| )?tuple\[(int|str)",
+    )
 ]
 
 html_theme = "furo"
