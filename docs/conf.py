@@ -51,11 +51,9 @@ OTHERS = (
     "abc|argparse|collections|contextlib|dataclasses|matplotlib|numpy|np|pathlib|PIL|tokenizers|torch|tqdm"
 )
 nitpick_ignore_regex = [
-    # All but the last are for type checkers only. Sphinx cuts it, the type of an attribute, at its comma.
-    (
-        r"py:.*",
-        rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Image\.Image|Kind|Grid|tqdm|(int \| )?tuple\[(int|str)",
-    )
+    # For type checkers only; then types of attributes, which Sphinx cuts at their comma.
+    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Image\.Image|Kind|Grid|tqdm"),
+    (r"py:.*", r"(int \| )?tuple\[(int|str)"),
 ]
 
 html_theme = "furo"
