@@ -190,14 +190,14 @@ class PatchMerger(nn.Module):
 
     def __init__(self, norm: nn.Module, hidden_size: int, out_size: int, merge_size: int) -> None:
         super().__init__()
-        merged = hidden_size * merge_size**2
+        self.merged_size = hidden_size * merge_size**2
         self.norm = norm
-        self.fc1 = nn.Linear(merged, merged)
-        self.fc2 = nn.Linear(merged, out_size)
+        self.fc1 = nn.Linear(self.merged_size, self.merged_size)
+        self.fc2 = nn.Linear(self.merged_size, out_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [P, D_image] -> [P / merge_size^2, D]."""
-        x = self.norm(x).view(-1, self.fc1.in_features)  # neighbors in the row
+        x = self.norm(x).view(-1, self.merged_size)  # neighbors in the row
         return self.fc2(F.gelu(self.fc1(x)))
 
 
