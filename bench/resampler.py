@@ -54,6 +54,18 @@ def resampler(patches_width: int, tokens: int, places: Sequence[str] = ("queries
     return PlacedResampler(config, places)
 
 
+class Numbered(nn.Module):
+    """Adds a learned vector to each token: a reader takes tokens as a set, and can tell which is which."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter(0.1 * torch.randn(tokens, WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, n, D] -> [B, n, D]."""
+        return tokens + self.numbers
+
+
 class Reader(nn.Module):
     """Asks tokens about each color: which shape is it (0 for none), and where is its box?"""
 
@@ -87,6 +99,10 @@ TRIALS: dict[str, Callable[[int], nn.Module]] = {
     "resampler, 4 queries": lambda width: resampler(width, 4),
     "resampler, 1 query": lambda width: resampler(width, 1),
     "16 queries, positions nowhere": lambda width: resampler(width, 16, ()),
+    "16 numbered queries": lambda width: nn.Sequential(resampler(width, 16), Numbered(16)),
+    "16 numbered queries, positions nowhere": lambda width: nn.Sequential(
+        resampler(width, 16, ()), Numbered(16)
+    ),
 }
 
 

@@ -469,12 +469,12 @@ def _expect_box(
     read = [float(number) for number in text.split()]
     across, down = page[0] / seen[0], page[1] / seen[1]
 
-    def scaled(*factors: float) -> Box:
-        x1, y1, x2, y2 = (edge * factor for edge, factor in zip(read, factors, strict=True))
+    def scaled(*factors: float, box: Sequence[float] = read) -> Box:
+        x1, y1, x2, y2 = (edge * factor for edge, factor in zip(box, factors, strict=True))
         return x1, y1, x2, y2
 
-    def cut(box: Box, size: tuple[int, int] = page) -> Box:
-        x1, y1, x2, y2 = (min(max(edge, 0.0), float(size[i % 2])) for i, edge in enumerate(box))
+    def cut(box: Sequence[float], size: tuple[int, int] = page, least: float = 0.0) -> Box:
+        x1, y1, x2, y2 = (min(max(edge, least), float(size[i % 2])) for i, edge in enumerate(box))
         return x1, y1, x2, y2
 
     good = solutions.to_page(text, page, seen)
@@ -503,6 +503,12 @@ def _expect_box(
         "y comes first in your box: keep the order x1, y1, x2, y2": (y1, x1, y2, x2),
         "the box is cut off at the sides of what the model saw: scale first, then cut at the page": cut(
             scaled(across, down, across, down), seen
+        ),
+        "the box is cut off before it is scaled: scale first, then cut at the page": scaled(
+            across, down, across, down, box=cut(read)
+        ),
+        "the box begins left of the page or above it: cut it off at 0 as well": cut(
+            scaled(across, down, across, down), least=-math.inf
         ),
         "the box reaches beyond the page: cut it off at 0 and at the page's sides": scaled(
             across, down, across, down

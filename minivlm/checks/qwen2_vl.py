@@ -153,6 +153,9 @@ def merger_order(answer: Callable[..., Any]) -> None:
         "each square is right, and the squares go down first: after the first one comes the one to its "
         "right": [number for block in by_column for number in block],
         "you took rows for columns: patch number n stands in row n // columns": solutions.merger_order(6, 4),
+        "you multiply by rows: the patch in row r and column c has the number r * columns + c": [
+            number // 6 * 4 + number % 6 for number in good
+        ],
         "this is the way back: for each patch, its place in the row. Asked is, for each place of the row, "
         "its patch": [good.index(number) for number in range(24)],
         "each patch stands four times or not at all: add the row and the column inside of the square": [

@@ -246,6 +246,10 @@ def _resampled_wrongly(whole: PlacedResampler, patches: Tensor) -> Iterator[tupl
         "the scores are not divided by the root of a head's width",
         end(ask.o_proj(look(queries, keys, values, scale=1.0))),
     )
+    yield (
+        "the scores are divided by a head's width: divide by its root",
+        end(ask.o_proj(look(queries, keys, values, scale=1 / 128))),
+    )
     yield "attention.o_proj is missing: it mixes what the heads have found", end(look(queries, keys, values))
     yield "ln_post is missing", whole.proj(seen)
     yield "the last matrix, proj, is missing", whole.ln_post(seen)
@@ -254,6 +258,10 @@ def _resampled_wrongly(whole: PlacedResampler, patches: Tensor) -> Iterator[tupl
     yield "both norm and proj at the end are missing", seen
     projected = (ask.q_proj(queries), ask.k_proj(keys), ask.v_proj(values))
     q, k, v = (x.unflatten(-1, (-1, 128)).transpose(1, 2) for x in projected)
+    yield (
+        "keys and values are exchanged: `attend` takes queries, keys, values",
+        end(ask.o_proj(attend(q, v, k, None, 128**-0.5).transpose(1, 2).flatten(2))),
+    )
     spread = (q @ k.mT * 128**-0.5).softmax(dim=-2) @ v
     yield (
         "the softmax runs over the queries: the weights of one query sum to 1 over the patches",
@@ -374,9 +382,16 @@ def _compare_edges(boxes: Sequence[Any], good: Sequence[NamedBox], width: float,
         not torch.allclose(torch.tensor(edges), torch.tensor(sizes), atol=1e-3),
         "the last two numbers are width and height of the box: return its far edges",
     )
+    differences = (torch.tensor(edges) - torch.tensor(expected)).abs().amax(dim=1)
+    first = int((differences > 1e-3).int().argmax())
     expect(
-        torch.allclose(torch.tensor(edges), torch.tensor(expected), atol=1e-3, rtol=0),
-        f"the first box is {edges[0]}, expected {expected[0]}: the first number of a corner counts "
+        not 1e-3 < float(differences.max()) < 1,
+        f"box {first} is {edges[first]}, expected {expected[first]}: do not round the edges, a place may lie "
+        "between two pixels",
+    )
+    expect(
+        bool((differences <= 1e-3).all()),
+        f"box {first} is {edges[first]}, expected {expected[first]}: the first number of a corner counts "
         f"thousandths of the width, {width:g}, the second those of the height, {height:g}",
     )
 

@@ -206,6 +206,14 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ),
         ("y comes first", box(lambda n, x, y, *_: [n[1] * y, n[0] * x, n[3] * y, n[2] * x])),
         ("reaches beyond the page", box(lambda n, x, y, *_: by(x, y)(n))),
+        (
+            "at 0 as well",
+            box(lambda n, x, y, page, _: [min(e, page[i % 2]) for i, e in enumerate(by(x, y)(n))]),
+        ),
+        (
+            "cut off before it is scaled",
+            box(lambda n, x, y, page, _: by(x, y)([min(max(e, 0), page[i % 2]) for i, e in enumerate(n)])),
+        ),
         ("do not round them", box(lambda n, x, y, *_: [int(edge) for edge in by(x, y)(n)])),
         ("return four numbers", box(lambda n, *_: 3)),
         ("you return 2 numbers", box(lambda n, x, y, *_: by(x, y)(n)[:2])),

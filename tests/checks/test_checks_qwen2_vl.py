@@ -47,6 +47,10 @@ def way_back(rows: int, columns: int, side: int = 2) -> list[int]:
     return [order.index(number) for number in range(len(order))]
 
 
+def times_rows(rows: int, columns: int, side: int = 2) -> list[int]:
+    return [n // columns * rows + n % columns for n in good.merger_order(rows, columns, side)]
+
+
 def only_twos(rows: int, columns: int, side: int = 2) -> list[int]:
     return good.merger_order(rows, columns)
 
@@ -161,6 +165,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("merger_order", ordered("top", "left", "across", "down"), "inside of each you go down first"),
     ("merger_order", ordered("left", "top", "down", "across"), "the squares go down first"),
     ("merger_order", lambda r, c, side=2: good.merger_order(c, r, side), "rows for columns"),
+    ("merger_order", times_rows, "you multiply by rows"),
     ("merger_order", way_back, "the way back"),
     ("merger_order", by_column, "strips"),
     ("merger_order", corners, "four times or not at all"),

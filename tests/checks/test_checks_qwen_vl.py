@@ -40,6 +40,7 @@ def resampled(
     over_queries: bool = False,
     stretched: bool = True,
     turned: bool = True,
+    exchanged: bool = False,
 ) -> Callable[[Any, Tensor], Tensor]:
     """`resample` with one of its parts replaced."""
 
@@ -59,6 +60,7 @@ def resampled(
             x.unflatten(-1, (-1, width)).transpose(1, 2)
             for x in (ask.q_proj(queries), ask.k_proj(keys), ask.v_proj(values))
         )
+        k, v = (v, k) if exchanged else (k, v)
         out = (q @ k.mT * scale).softmax(dim=-2 if over_queries else -1) @ v
         out = out.transpose(1, 2).flatten(2) if turned else out.reshape(*queries.shape)
         out = ask.o_proj(out) if mixed else out
@@ -122,6 +124,10 @@ def from_other_side(text: str, width: float, height: float) -> list[Any]:
     return [(n, a, height - b, c, height - d) for n, a, b, c, d in good.read_boxes(text, width, height)]
 
 
+def rounded(text: str, width: float, height: float) -> list[Any]:
+    return [(name, *map(round, edges)) for name, *edges in good.read_boxes(text, width, height)]
+
+
 def mistaken(fault: str, found: str) -> Callable[..., str]:
     """The right diagnosis with one fault taken for another."""
 
@@ -153,6 +159,8 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("resample", resampled(width=256, scale=256**-0.5), "there is one head"),
     ("resample", resampled(scale=256**-0.5), "root of the whole width"),
     ("resample", resampled(scale=1.0), "not divided by the root"),
+    ("resample", resampled(scale=1 / 128), "divide by its root"),
+    ("resample", resampled(exchanged=True), "keys and values are exchanged"),
     ("resample", resampled(mixed=False), "o_proj is missing"),
     ("resample", resampled(last=False), "proj, is missing"),
     ("resample", resampled(swapped=True), "proj comes after ln_post"),
@@ -188,6 +196,7 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("read_boxes", returned("0213"), "the order is x0, y0, x1, y1"),
     ("read_boxes", read(sizes=True), "width and height of the box"),
     ("read_boxes", from_other_side, "thousandths of the width"),
+    ("read_boxes", rounded, r"box 2 is \(140\.0, 0\.0, 200\.0, 10\.0\).*do not round"),
     ("diagnose", lambda *args: 3, "return one of"),
     ("diagnose", lambda *args: "value", "is no fault of the list"),
     ("diagnose", lambda *args: "axes", "taken for 'axes'"),
