@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -152,6 +154,20 @@ def _tokenizer() -> LlamaTokenizer:
     return LlamaTokenizer.from_pretrained(SHIPPED)
 
 
+@cache
+def _with_spaces() -> tuple[LlamaTokenizer, LlamaTokenizer]:
+    """The shipped words with a space in front of every piece, or of the first, as in Llama's files."""
+    shipped = _tokenizer()
+    state = json.loads(shipped.backend.to_str())
+    every = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, state["normalizer"]]}
+    first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    one, other = (
+        LlamaTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state | change)), shipped.names)
+        for change in ({"normalizer": every}, {"pre_tokenizer": first})
+    )
+    return one, other
+
+
 TURNS = [("what color is the star?", "red"), ("how many circles are there?", "2")]
 
 
@@ -181,7 +197,20 @@ def chat_row(answer: Callable[..., Any]) -> None:
     )
     ids, order = _read_back(vectors, table, features, image)
     _content(ids, order, row.ids, tokenizer)
+    expect(
+        not labels.dtype.is_floating_point,
+        f"the labels are {labels.dtype}: cross-entropy wants whole numbers, the ids of tokens",
+    )
     _labels(labels.tolist(), row.ids, row.written, tokenizer)
+    for llama in _with_spaces():
+        wanted = encode_chat(llama, TURNS, len(features), 1, system="").ids
+        vectors, _ = call(answer, list(TURNS), features.clone(), llama, partial(F.embedding, weight=table))
+        expect(
+            _read_back(vectors, table, features, image)[0] == wanted,
+            "the row is right with the tokenizer of this course. Llama's puts a space in front of a text, "
+            "and with it your row has one too many or too few. A piece is one call: of `encode` for the "
+            "first only, of `encode_later` behind the picture or </s>, of `encode_after` for the answer",
+        )
     right("each answer and its </s> have a loss; the picture, the questions and the form have none.")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minivlm import masks
 from minivlm.attention import additive
 from minivlm.checkpoints.hub import SHIPPED
-from minivlm.checks import call, expect, right, same
+from minivlm.checks import NotYet, call, expect, right, same
 from minivlm.models.miniatures.cm3 import move_spans
 from minivlm.models.miniatures.flamingo import Flamingo, FlamingoConfig, MaskedCrossAttention
 from minivlm.text.gpt2 import GPT2Config
@@ -164,18 +164,21 @@ def run_block(
     residual: bool = True,
     parallel: bool = False,
     ff_everywhere: bool = True,
+    ff_normed: bool = False,
+    to_scores: Callable[[Tensor, torch.dtype], Tensor] = additive,
     flat: Callable[[Tensor], Tensor] = lambda media: media.flatten(1, 2),
 ) -> Tensor:
     """The block from its parts, or with one of the usual mistakes."""
     if mask is None:
         mask = may_look(is_image, *media.shape[1:3])
     has_picture = mask.any(dim=-1, keepdim=True)
-    seen = block.cross.look(block.norm(x) if normed else x, flat(media), additive(mask[:, None], x.dtype))
+    seen = block.cross.look(block.norm(x) if normed else x, flat(media), to_scores(mask[:, None], x.dtype))
     if zeros:
         seen = seen.masked_fill(~has_picture, 0.0)
     first, second = (getattr(block, name) for name in gates)
     y = gate(first) * seen + (x if residual else 0)
-    added = gate(second) * block.ff(x if parallel else y)
+    read = x if parallel else y
+    added = gate(second) * block.ff(block.norm(read) if ff_normed else read)
     return y + (added if ff_everywhere else added.masked_fill(~has_picture, 0.0))
 
 
@@ -234,6 +237,14 @@ def read_back(answer: Callable[[list[int], list[int], int], list[int]]) -> None:
             not spans or result != moved,
             "nothing has moved: the words behind the second copy of a sentinel belong in the place of the "
             "first",
+        )
+        expect(
+            bool(spans) or result == words,
+            f"nothing is cut out of a document without a sentinel: give back all of its words. {case}",
+        )
+        expect(
+            all(isinstance(number, int) for number in result),
+            f"a list stands among the ids: put the words of a piece in one by one. {case}",
         )
         expect(END not in result, f"the id that ends a span is still there: {case}")
         left = [number for number in result if number in SENTINELS]
@@ -315,8 +326,14 @@ def build_gated_block(answer: Callable[[int, int, int, int], Any]) -> None:
         "an untrained block should return the words bit for bit. Yours changes them, so it damages the "
         "language model before it has learned anything: both gates start at 0, and tanh(0) is 0",
     )
-    with torch.enable_grad():
-        result.square().sum().backward()
+    try:
+        with torch.enable_grad():
+            result.square().sum().backward()
+    except RuntimeError as error:
+        raise NotYet(
+            "the block has no gradient. Does something overwrite a tensor that the gradient needs, such as "
+            f"`x += ...`? Make a new one, `x = x + ...`. PyTorch says: {error}"
+        ) from None
     expect(
         bool(block.attn_gate.grad) and bool(block.ff_gate.grad),
         "a gate gets no gradient, so the block stays closed for ever: only the gates start at zero, not "
@@ -335,11 +352,12 @@ def _check_open_block(block: Any, x: Tensor, media: Tensor, is_image: Tensor) ->
             weight += 0.2 * torch.randn(weight.shape, generator=generator)
         block.attn_gate.fill_(0.8)
         block.ff_gate.fill_(-1.5)
-        result = call(block, x, media, is_image)
+        result = call(block, x.clone(), media.clone(), is_image.clone())
         reference = run_block(block, x, media, is_image)
         P, n = media.shape[1:3]
         numbers, of_latent = is_image.cumsum(dim=1)[..., None], torch.arange(P).repeat_interleave(n) + 1
         before, after = is_image.cumsum(dim=1) - is_image.long(), numbers + 1
+        across, in_turns = is_image.cumsum(dim=0)[..., None], torch.arange(P).repeat(n) + 1
         mistakes: dict[str, dict[str, Any]] = {
             "the gates are not bounded: what is added is tanh(gate) times what was found": {"gate": _as_is},
             "you squash the gates with a sigmoid: that is 0.5 at zero; take tanh": {"gate": torch.sigmoid},
@@ -362,11 +380,22 @@ def _check_open_block(block: Any, x: Tensor, media: Tensor, is_image: Tensor) ->
             "pictures from 1, too": {"mask": after == of_latent},
             "the words before the first picture are not zero. A softmax over nothing is the mean of "
             "everything, so they see all the pictures to come: set what they found to zero": {"zeros": False},
+            "the mask is turned around: True means that a word may look": {"mask": numbers != of_latent},
+            "the pictures are counted over the rows of the batch: `cumsum` along the words, dim=1": {
+                "mask": across == of_latent
+            },
+            "the latents of a picture stand together, 1 1 1 2 2 2: `repeat_interleave`, not `repeat`": {
+                "mask": numbers == in_turns
+            },
+            "`cross.look` got a mask of numbers, and adds them to the scores: leave it boolean": {
+                "to_scores": Tensor.to
+            },
             "the latents are in the wrong order: the n latents of a picture stand together, so flatten "
             "[B, P, n, D] at axes 1 and 2": {"flat": lambda media: media.transpose(1, 2).flatten(1, 2)},
             "the norm is missing: the queries are made of norm(x)": {"normed": False},
             "the residual path around the look is missing: add to x": {"residual": False},
             "both parts read x. The MLP comes second, and reads what the look has made": {"parallel": True},
+            "`ff` has its own norm already: give it x": {"ff_normed": True},
             "the MLP leaves out the words before the first picture. Only the look knows pictures: the MLP is "
             "for all words": {"ff_everywhere": False},
         }
@@ -487,7 +516,7 @@ def leaks(answer: Callable[[Flamingo, Tensor, Tensor], Collection[tuple[int, int
         expect(
             not missing,
             f"you miss {len(missing)} of {len(truth[leak])} leaks, such as {min(missing, default=None)}: "
-            "try every picture, and every word before it",
+            "try every picture, and every word before it, and compare exactly, with !=",
         )
     right("no word may answer to a picture that comes after it, and you can prove it of any model.")
 

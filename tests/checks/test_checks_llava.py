@@ -162,6 +162,11 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ),
         ("0 is a token", labelled(lambda x: x.clamp(min=0))),
         ("labels are marks", labelled(lambda x: (x >= 0).long())),
+        ("whole numbers", labelled(lambda x: x.float())),
+        ("Llama's puts a space", row(("encode_later", "encode"))),
+        ("Llama's puts a space", row(('encode("USER: ")', 'encode_later("USER: ")'))),
+        ("Llama's puts a space", row(('encode_after(":", f" {answer}")', 'encode(f" {answer}")'))),
+        ("Llama's puts a space", row(('encode_after(":", f" {answer}")', 'encode_later(f" {answer}")'))),
         ("has the label", labelled(lambda x: torch.where(torch.arange(len(x)) == 3, 5, x))),
     ],
     "diagnose": [

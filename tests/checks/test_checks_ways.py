@@ -113,6 +113,18 @@ def in_the_other_order(ids: list[int], sentinels: list[int], end: int) -> list[i
     )
 
 
+def as_lists(ids: list[int], sentinels: list[int], end: int) -> list[Any]:
+    if 90 not in ids:
+        return ids
+    body = body_of(ids, sentinels)
+    pieces = {n: [word for word in ids[len(body) :] if word not in [*sentinels, end]] for n in sentinels}
+    return [pieces.get(number, number) for number in body]
+
+
+def nothing_without_a_sentinel(ids: list[int], sentinels: list[int], end: int) -> list[int]:
+    return solutions.read_back(ids, sentinels, end) if 90 in ids else []
+
+
 def once_each(ids: list[int], sentinels: list[int], end: int) -> list[int]:
     return list(dict.fromkeys(solutions.read_back(ids, sentinels, end)))
 
@@ -135,6 +147,8 @@ def once_each(ids: list[int], sentinels: list[int], end: int) -> list[int]:
         (forgets_the_tail, "words are lost"),
         (in_the_other_order, "in each other's blanks|stops with"),
         (once_each, "a word may stand in it twice"),
+        (as_lists, "a list stands among the ids"),
+        (nothing_without_a_sentinel, "without a sentinel"),
         (lambda ids, sentinels, end: sorted(solutions.read_back(ids, sentinels, end))[::-1], "another order"),
         (lambda ids, sentinels, end: ids[: ids.index(90)] + ids[ids.index(90) :], "nothing has moved"),
     ],
@@ -191,6 +205,18 @@ def from_zero(*given: Any) -> Tensor:
     return words == of_latent - 1
 
 
+def turned_around(*given: Any) -> Tensor:
+    return ~may_look(*given)
+
+
+def over_the_rows(is_image: Tensor, *sizes: int) -> Tensor:
+    return is_image.cumsum(dim=0)[..., None] == numbers(is_image, *sizes)[1]
+
+
+def in_turns(is_image: Tensor, pictures: int, latents: int) -> Tensor:
+    return is_image.cumsum(dim=1)[..., None] == torch.arange(pictures).repeat(latents) + 1
+
+
 def everything(*given: Any) -> Tensor:
     return torch.ones_like(may_look(*given))
 
@@ -218,6 +244,13 @@ def without_norm(*sizes: int) -> nn.Module:
     block = GatedBlock(*sizes)
     del block.norm
     return block
+
+
+class InPlace(GatedBlock):
+    def forward(self, x: Tensor, media: Tensor, is_image: Tensor) -> Tensor:
+        x += self.attn_gate.tanh() * self.cross.look(self.norm(x), media.flatten(1, 2))
+        x += self.ff_gate.tanh() * self.ff(x)
+        return x
 
 
 class Zeros(GatedBlock):
@@ -249,6 +282,12 @@ class Twice(GatedBlock):
         (wrong(mask=after_the_token), "its own picture already"),
         (wrong(mask=from_zero), "number pictures from 1"),
         (wrong(zeros=False), "mean of everything"),
+        (InPlace, "x = x \\+ "),
+        (wrong(mask=turned_around), "turned around"),
+        (wrong(mask=over_the_rows), "along the words"),
+        (wrong(mask=in_turns), "stand together"),
+        (wrong(to_scores=Tensor.to), "leave it boolean"),
+        (wrong(ff_normed=True), "its own norm"),
         (wrong(flat=lambda media: media.transpose(1, 2).flatten(1, 2)), "wrong order"),
         (wrong(normed=False), "norm is missing"),
         (wrong(residual=False), "is \\*added\\*|residual path"),
@@ -322,7 +361,7 @@ def changed(change: Callable[[set[tuple[int, int]]], Any]) -> Callable[..., Any]
         (with_the_token, "may see its own picture"),
         (with_later_words, "these may see it"),
         (all_at_once, "several pictures|one picture at a time"),
-        (changed(lambda pairs: set(sorted(pairs)[:1])), "you miss"),
+        (changed(lambda pairs: set(sorted(pairs)[:1])), "you miss .* exactly"),
         (changed(lambda pairs: {pair for pair in pairs if pair[1] == 0}), "try every picture"),
     ],
 )
