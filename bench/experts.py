@@ -8,8 +8,8 @@ from one start: one is trained with the balancing loss, one without it, and one,
 MLP that multiplies as much for a token. Three seeds. Measured on held-out scenes:
 
     loss         of the answers
-    load         the share of tokens that have an expert as their first choice
-    information  in bits, how much the first choice tells about the kind of a token (KINDS)
+    load         the share of all choices, two for a token, that fall on an expert
+    information  in bits, how much a token's first choice tells about its kind (KINDS)
 """
 
 from __future__ import annotations
@@ -154,21 +154,21 @@ def table_of(kinds: Tensor, experts: Tensor) -> list[list[float]]:
 
 @torch.no_grad()
 def measure(model: Answerer, views: Views, processor: Processor) -> dict[str, Any]:
-    """Loss, and for each layer with experts what its first choices are."""
-    losses, kinds, first = [], [], []
+    """Loss, and for each layer with experts what its choices are."""
+    losses, kinds, chosen = [], [], []
     for batch, patches in views:
         with record_routing() as routings:
             losses.append(model.loss(batch, patches).item())
         kinds.append(kinds_of(batch, processor).flatten())
-        first.append([routing.experts[..., 0].flatten() for routing in routings])
+        chosen.append([routing.experts.flatten(0, 1) for routing in routings])
     real = torch.cat(kinds) >= 0
-    of_layers = [torch.cat(layer)[real] for layer in zip(*first, strict=True)]
+    of_layers = [torch.cat(layer)[real] for layer in zip(*chosen, strict=True)]
     of_tokens = torch.cat(kinds)[real]
     return {
         "loss": mean(losses),
-        "load": [(layer.bincount(minlength=4) / len(layer)).tolist() for layer in of_layers],
-        "information": [information(of_tokens, layer) for layer in of_layers],
-        "kinds": [table_of(of_tokens, layer) for layer in of_layers],
+        "load": [(layer.flatten().bincount(minlength=4) / layer.numel()).tolist() for layer in of_layers],
+        "information": [information(of_tokens, layer[:, 0]) for layer in of_layers],
+        "kinds": [table_of(of_tokens, layer[:, 0]) for layer in of_layers],
     }
 
 
