@@ -133,8 +133,8 @@ def which_grids(answer: Callable[..., Any]) -> None:
         )
         expect(
             (rows, columns) != best,
-            f"{name}: you give (rows, columns): a grid is (columns, rows), and the picture is {width} wide and "
-            f"{height} high",
+            f"{name}: you give (rows, columns): a grid is (columns, rows), and the picture is {width} wide "
+            f"and {height} high",
         )
         kept, wasted = _kept_and_wasted(width, height, (columns, rows))
         most, fewest = _kept_and_wasted(width, height, best)
@@ -144,8 +144,8 @@ def which_grids(answer: Callable[..., Any]) -> None:
             f"exists that keeps {most:,}",
         )
         raise NotYet(
-            f"{name}: {columns} x {rows} tiles keep as many pixels as any grid, but waste {wasted:,}: another "
-            f"that keeps as many wastes {fewest:,}. A picture that is enlarged gains none"
+            f"{name}: {columns} x {rows} tiles keep as many pixels as any grid, but waste {wasted:,}: "
+            f"another that keeps as many wastes {fewest:,}. A picture that is enlarged gains none"
         )
     right("most pixels kept first, fewest wasted second; 16 pixels too many can double the tiles.")
 
@@ -162,7 +162,7 @@ def _kept_and_wasted(width: int, height: int, grid: Grid) -> tuple[int, int]:
 
 def layout(answer: Callable[..., Any]) -> None:
     """Grids whose columns, rows and sides differ."""
-    for columns, rows, n in ((2, 1, 2), (1, 1, 2), (3, 2, 2), (1, 3, 3)):
+    for columns, rows, n in ((3, 2, 2), (2, 1, 2), (1, 1, 2), (1, 3, 3)):
         result = call(answer, columns, rows, n)
         case = f"for {columns} x {rows} tiles and n = {n}"
         expect(isinstance(result, list), f"return a list, not a {type(result).__name__}")
@@ -491,8 +491,8 @@ def absorbed(answer: Callable[..., Any]) -> None:
         for last, what in ((width, "keys"), (value, "values")):
             expect(
                 not (len(made) >= 3 and sorted(made[-3:]) == sorted((heads, keys, last))),
-                f"the numbers are right, but you make the {what} of every head, a tensor {list(made)}: bring the "
-                "queries to the latents instead, and the values' matrix to their weighted sum",
+                f"the numbers are right, but you make the {what} of every head, a tensor {list(made)}: bring "
+                "the queries to the latents instead, and the values' matrix to their weighted sum",
             )
     right("queries come to the latents, and all heads share what the cache keeps.")
 
@@ -511,14 +511,14 @@ def _expect_attention(result: Any, good: Tensor, parts: Sequence[Tensor], mask: 
 
     right_scale = width + turned
     mistakes = {
-        "the turned part is missing: add q_rope with k_rope to the scores, or nobody knows where a word stands": (
-            finish(plain, right_scale)
+        "the turned part is missing: add the product of q_rope and k_rope to the scores": finish(
+            plain, right_scale
         ),
         "the turned part is missing, and so is its width in the scale": finish(plain, width),
         "only the turned part is in your scores": finish(both - plain, right_scale),
         "you scale by the width of q_nope alone: the score sums over Dn + Dr numbers": finish(both, width),
-        "you scale by the width of the latents: bringing the query to them changes no score, so the scale stays "
-        "that of Dn + Dr": finish(both, rank),
+        "you scale by the width of the latents: bringing the query to them changes no score, so the scale "
+        "stays that of Dn + Dr": finish(both, rank),
         "you scale by R + Dr: the score is the one of Dn + Dr numbers, in whatever form": finish(
             both, rank + turned
         ),
