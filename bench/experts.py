@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -197,9 +198,15 @@ def run(seed: int, steps: int = STEPS, measured: int = MEASURED) -> dict[str, An
     """What is measured, for each variant and before training; and the routes through one picture."""
     paligemma, processor = load()
     tower = paligemma.vision_tower
-    settings = {"pictures": PICTURES, "questions": QUESTIONS, "row_tokens": ROW}
-    drawn = SceneBatches(processor, tower.config.patch_size, seed=seed, steps=steps, **settings)
-    held_out = SceneBatches(processor, tower.config.patch_size, seed=1000 + seed, steps=measured, **settings)
+    draw = partial(
+        SceneBatches,
+        processor,
+        tower.config.patch_size,
+        pictures=PICTURES,
+        questions=QUESTIONS,
+        row_tokens=ROW,
+    )
+    drawn, held_out = draw(seed=seed, steps=steps), draw(seed=1000 + seed, steps=measured)
     learned, asked = prepare(drawn, steps, tower), prepare(held_out, measured, tower)
     batch = shown(processor)
     with torch.no_grad():

@@ -485,7 +485,8 @@ def absorbed(answer: Callable[..., Any]) -> None:
     mask[0, :, :, 0] = False  # padding
     with _Shapes() as shapes_made:
         result = call(answer, *parts, mask)
-    good = solutions.absorbed(*parts, mask)
+    q_nope, q_rope, latents, k_rope, w_k, w_v = parts
+    good = solutions.absorbed(q_nope, q_rope, latents, k_rope, w_k, w_v, mask)
     _expect_attention(result, good, parts, mask)
     for made in shapes_made.seen:
         for last, what in ((width, "keys"), (value, "values")):

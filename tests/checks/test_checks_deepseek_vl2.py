@@ -92,7 +92,7 @@ def token_by_token(tokens: Tensor, chosen: Tensor, weights: Tensor, experts: Any
         rows.append(
             sum(w * experts[number](token[None])[0] for number, w in zip(numbers, counts, strict=True))
         )
-    return torch.stack(rows)  # type: ignore[arg-type]
+    return torch.stack(rows)
 
 
 def idle_ones_too(tokens: Tensor, chosen: Tensor, weights: Tensor, experts: Any) -> Tensor:
