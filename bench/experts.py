@@ -261,12 +261,12 @@ def main() -> None:
     torch.set_num_threads(1)
     results = []
     for seed in options.seeds:
-        results.append(run(seed))
+        results.append(rounded(run(seed)))
         print(as_text(results), flush=True)
         if options.out:
             options.out.write_text(as_text(results) + "\n", encoding="utf-8")
         if options.json:
-            stored = {"kinds": KINDS, "seeds": rounded(results)}
+            stored = {"kinds": KINDS, "seeds": results}
             options.json.write_text(json.dumps(stored) + "\n", encoding="utf-8")
 
 
