@@ -54,7 +54,7 @@ class Augment:
         return Opened([picture], prefix, suffix)
 
 
-def check_kinds(kinds: Sequence[str], samples: Sequence[Sample]) -> None:
+def check_kinds(kinds: Sequence[str], samples: Sequence[Sample] = ()) -> None:
     """Raises InputError: an unknown kind, or boxes that could not be moved along."""
     for kind in kinds:
         if kind == "flip":
