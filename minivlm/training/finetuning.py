@@ -91,7 +91,7 @@ class Finetuning(Trainable):
     losses = ("loss",)
     log_every, measure_every = 10, 50
     starts_trained = True
-    grows: ClassVar[dict[str, int | None]] = {"epochs": EPOCHS, "steps": None}
+    grows: ClassVar[dict[str, int | None]] = {"epochs": EPOCHS, "steps": None, "patience": None}
     rates = (1e-3, 2e-5)  # of small models, and of large ones
 
     def __init__(
@@ -170,6 +170,11 @@ class Finetuning(Trainable):
         """What the learning rate will do. A run that goes on beyond its old end starts from a higher one."""
         if self.step >= self.total_steps:
             return None
+        if self.choice is not None and self.choice.ran_out(lines):
+            return (
+                f"The run ended at step {self.step} of {self.total_steps} after {self.choice.patience} "
+                "measurements that were no better: with a larger patience it goes on."
+            )
         last = next((line["adamw_lr"] for line in reversed(lines) if line.get("adamw_lr")), None)
         was = "" if last is None else f" was {last:.2g} and"
         return (

@@ -239,6 +239,8 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
         folder.resume()
         if loop.tell is not None and (said := run.how_it_goes_on(folder.lines)):
             loop.tell(said)
+    else:
+        remove_weights(out, but=[])  # of a run that was killed before its first save
     if loop.log == "tensorboard":
         folder.events = Events(out, run.step)
     bar = Bar(run.batches(), initial=run.step, total=run.total_steps, unit="step", progress=loop.progress)

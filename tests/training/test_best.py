@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from small_run import CONFIG, Stop, assert_same_end, files
 
 import minivlm
+from minivlm.adapters import LoraConfig
 from minivlm.data.samples import make_inputs, read_samples
 from minivlm.errors import InputError
 from minivlm.training.best import Choice
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
 from minivlm.training.loop import Loop, read_log
+from minivlm.training.lora import finetune_adapter
 from minivlm.training.memory import estimate
 from minivlm.training.recipe import build
 
@@ -63,7 +65,7 @@ def write(path: Path, lines: list[dict[str, str]]) -> None:
 
 
 def config(data: Path, **changes: Any) -> FinetuningConfig:
-    """Six pairs of steps, at a rate that is far too high in the end."""
+    """Twelve steps."""
     values: dict[str, Any] = {"steps": 12, "batch_size": 3, "lr": 0.05, "best": "loss"}
     return FinetuningConfig(model=str(data / "start"), bf16=False, **values | changes)
 
@@ -81,8 +83,8 @@ def run(data: Path, out: Path, loop: Loop = EVERY, **changes: Any) -> Any:
         return _run(data, out, loop, **changes)
 
 
-def _run(data: Path, out: Path, loop: Loop, **changes: Any) -> Any:
-    return finetune(out, config(data, **changes), data / "train.jsonl", data / "validation.jsonl", loop=loop)
+def _run(data: Path, out: Path, loop: Loop, make: Any = finetune, **changes: Any) -> Any:
+    return make(out, config(data, **changes), data / "train.jsonl", data / "validation.jsonl", loop=loop)
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +156,14 @@ def test_patience_ends_a_run_and_resuming_does_not_go_on(data: Path, tmp_path: P
     done = run(data, tmp_path, best="exact", patience=2, lr=1e-9)
     assert (done.step, done.total_steps) == (4, 12)
     assert [line["step"] for line in read_log(tmp_path / "log.csv")] == [0, 2, 4]
-    again = run(data, tmp_path, replace(EVERY, resume=True), best="exact", patience=2, lr=1e-9)
+    told: list[str] = []
+    on = replace(EVERY, resume=True, tell=told.append)
+    again = run(data, tmp_path, on, best="exact", patience=2, lr=1e-9)
     assert again.step == 4
+    assert told[-1].startswith("The run ended at step 4 of 12 after 2 measurements that were no better")
     start, end = (load_file(folder / "model.safetensors") for folder in (data / "start", tmp_path))
     assert all(torch.equal(start[name], end[name]) for name in start)  # step 0 was as good
+    assert run(data, tmp_path, on, best="exact", patience=3, lr=1e-9).step == 6
 
 
 def test_boxes_are_measured_in_the_middle_of_training(data: Path, tmp_path: Path) -> None:
@@ -170,6 +176,30 @@ def test_boxes_are_measured_in_the_middle_of_training(data: Path, tmp_path: Path
     assert measured[0] < 0.5
     assert max(measured) == 1  # of the two lines that have boxes
     assert done.choice.best_step(lines) > 0
+
+
+def test_an_adapter_is_left_at_its_best_as_well(data: Path, tmp_path: Path) -> None:
+    def make(*args: Any, **options: Any) -> Any:
+        return finetune_adapter(args[0], args[1], LoraConfig(r=2, lora_alpha=4), *args[2:], **options)
+
+    run(data, tmp_path, make=make)
+    kept = load_file(tmp_path / "best-6.safetensors")
+    ours = load_file(tmp_path / "adapter_model.safetensors")
+    assert sorted(float(one.sum()) for one in ours.values()) == sorted(
+        float(one.sum()) for one in kept.values()
+    )
+
+
+def test_one_line_to_learn_and_one_to_measure(data: Path, tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        line = (data / f"{name}.jsonl").read_text().splitlines()[0]
+        (data / f"one_{name}.jsonl").write_text(line + "\n")
+    paths = (data / "one_train.jsonl", data / "one_validation.jsonl")
+    finetune(tmp_path / "one", config(data, steps=3), *paths, loop=EVERY)
+    assert read_log(tmp_path / "one" / "log.csv")[-1]["best step"] in (0, 2, 3)
+    paths[0].write_text("")
+    with pytest.raises(InputError, match="contains nothing to train on: it is empty"):
+        finetune(tmp_path / "none", config(data), *paths, loop=EVERY)
 
 
 def test_what_is_refused(data: Path, tmp_path: Path) -> None:
