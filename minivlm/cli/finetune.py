@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -232,7 +232,7 @@ def _suggest(options: argparse.Namespace) -> None:
     shared.say(f"All of them:\n  {typed}")
 
 
-def _tell_best(done: Finetuning, measured: Sequence[Mapping[str, Any]]) -> None:
+def _tell_best(done: Finetuning, measured: Sequence[dict[str, Any]]) -> None:
     """Which state the folder holds, and whether the run ended before its last step."""
     if done.choice is None:
         return

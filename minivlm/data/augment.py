@@ -81,8 +81,7 @@ def choose_window(kinds: Sequence[str], texts: Sequence[str], rng: np.random.Gen
     corners = []
     for first, last in (("x0", "x1"), ("y0", "y1")):
         # A larger window lies anywhere around the picture, a smaller one anywhere inside.
-        ends = sorted((0.0, 1.0 - side))
-        corner = rng.uniform(*ends)
+        corner = rng.uniform(min(0.0, 1.0 - side), max(0.0, 1.0 - side))
         if "shift" in kinds:
             corner += rng.uniform(-FARTHEST, FARTHEST)
         if boxes:

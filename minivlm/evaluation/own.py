@@ -217,10 +217,10 @@ def _mean_boxes(samples: Sequence[Sample]) -> dict[str, list[Box]]:
         for box in text_to_boxes(sample.suffix, 1, 1):
             of_name[box.name].append(box)
             names[sample.prefix][box.name] = None
-    mean = {
-        name: Box(*np.mean([box[:4] for box in boxes], axis=0).tolist(), name)
-        for name, boxes in of_name.items()
-    }
+    mean = {}
+    for name, boxes in of_name.items():
+        x0, y0, x1, y1 = np.mean([box[:4] for box in boxes], axis=0).tolist()
+        mean[name] = Box(x0, y0, x1, y1, name)
     return {sample.prefix: [mean[name] for name in names[sample.prefix]] for sample in samples}
 
 

@@ -26,7 +26,7 @@ def checkpoint_blocks(model: nn.Module) -> int:
     count = 0
     for block in blocks_of(model):
         # On the instance: `copy.deepcopy` would keep a tie to this very block, so copy first.
-        block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block.forward)
         count += 1
     return count
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ class Finetuning(Trainable):
     losses = ("loss",)
     log_every, measure_every = 10, 50
     starts_trained = True
-    grows: ClassVar[dict[str, int | None]] = {"epochs": EPOCHS, "steps": None, "patience": None}
+    grows: Mapping[str, Any] = {"epochs": EPOCHS, "steps": None, "patience": None}
     rates = (1e-3, 2e-5)  # of small models, and of large ones
 
     def __init__(

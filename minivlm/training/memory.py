@@ -24,7 +24,10 @@ from minivlm.speed.checkpointing import blocks_of
 class Learns(Protocol):
     """What is asked of a run of fine-tuning."""
 
-    model: Answers
+    @property
+    def model(self) -> Answers:
+        """What answers."""
+
     masters: nn.Module
     working: nn.Module
     processor: AnswerProcessor
