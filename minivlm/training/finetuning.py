@@ -21,16 +21,16 @@ from torch import nn
 
 from minivlm.data.augment import Augment, check_kinds
 from minivlm.data.lines import BadLines
-from minivlm.data.overlap import name_overlap, overlap
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.errors import InputError
 from minivlm.evaluation.own import answer_own_words, box_iou_of
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.protocols import Answers
-from minivlm.processing import AnswerProcessor, text_to_boxes
+from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import IGNORE, Inputs, to_device
 from minivlm.speed.checkpointing import checkpoint_blocks
 from minivlm.training.best import METRICS, Choice
+from minivlm.training.choosing import check_choice, has_boxes
 from minivlm.training.digest import digest_of_lines
 from minivlm.training.limits import check_numbers, check_warmup, require_room
 from minivlm.training.log import Line
@@ -257,28 +257,6 @@ class Finetuning(Trainable):
         """The trained model so far, as a checkpoint folder in fp32."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-
-
-def has_boxes(sample: Sample) -> bool:
-    """Whether its answer has boxes, as words."""
-    return bool(text_to_boxes(sample.suffix, 1, 1))
-
-
-def check_choice(metric: str, samples: Sequence[Sample], validation: Sequence[Sample]) -> None:
-    """Raises InputError: the best state cannot be chosen by this metric on these lines."""
-    if not validation:
-        raise InputError(f"the best state by {metric} is chosen on validation lines: add a file of them")
-    if metric == "iou" and not any(map(has_boxes, validation)):
-        raise InputError(
-            "the best state by iou needs boxes, and no validation answer has one in <loc> words: choose loss "
-            "or exact"
-        )
-    shared = overlap(validation, samples)
-    if shared:
-        raise InputError(
-            f"training shows pictures of {len(shared)} validation lines, {name_overlap(shared)}, so the best "
-            "state would be the one that knows them by heart: divide the file with `minivlm data split`"
-        )
 
 
 def computes_in_bf16(config: FinetuningConfig, device: torch.device) -> bool:
