@@ -55,6 +55,8 @@ examples:
   minivlm data split my.jsonl --validation 0.1
   minivlm finetune --data my-train.jsonl --validation my-validation.jsonl --out runs/tuned
   minivlm finetune --data my-train.jsonl --lora 8 --out runs/adapter
+  minivlm finetune --data my-train.jsonl --validation my-validation.jsonl --suggest
+  minivlm eval --model runs/tuned --data my-validation.jsonl --worst worst.html
   minivlm merge --adapter runs/adapter --out runs/merged
   minivlm train-contrastive --objective siglip --out runs/siglip
   minivlm train-codebook --out runs/masks.npz

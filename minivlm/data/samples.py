@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -166,6 +167,8 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         rows: in the whole run.
         batch_size: rows per batch.
         accumulate: batches per step.
+        change: what becomes of a row, from its number in the run.
+        more: rows that come on top in a batch, from the first of its rows to below the last.
     """
 
     def __init__(
@@ -177,7 +180,10 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         rows: int,
         batch_size: int,
         accumulate: int,
+        change: Callable[[Opened, int], Opened] | None = None,
+        more: Callable[[int, int], Sequence[Opened]] | None = None,
     ) -> None:
+        self.change, self.more = change, more
         self.samples, self.processor = samples, processor
         self.seed, self.rows, self.batch_size, self.accumulate = seed, rows, batch_size, accumulate
         self._order: tuple[int, list[int]] = (-1, [])  # the epoch used last, and its order
@@ -188,12 +194,23 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
     def __getitem__(self, step: int) -> list[Inputs] | InputError:
         first = step * self.batch_size * self.accumulate
         last = min(first + self.batch_size * self.accumulate, self.rows)
-        samples = [self.sample(row) for row in range(first, last)]
-        pieces = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
+        starts = range(first, last, self.batch_size)
         try:
-            return [make_inputs(self.processor, piece) for piece in pieces]
+            return [self._inputs(start, min(start + self.batch_size, last)) for start in starts]
         except InputError as error:  # returned: raised in a worker process it would come with a traceback
             return error
+
+    def _inputs(self, first: int, last: int) -> Inputs:
+        """The batch of these rows. Raises InputError: as `make_inputs`."""
+        samples = [self.sample(row) for row in range(first, last)]
+        if self.change is None and self.more is None:
+            return make_inputs(self.processor, samples)
+        opened = [open_sample(sample) for sample in samples]
+        if self.change is not None:
+            opened = [self.change(one, row) for row, one in enumerate(opened, start=first)]
+        if self.more is not None:
+            opened += self.more(first, last)
+        return inputs_of(self.processor, opened)
 
     def sample(self, row: int) -> Sample:
         """The sample in a row of the run."""
@@ -209,16 +226,30 @@ def make_inputs(processor: AnswerProcessor, samples: Sequence[Sample]) -> Inputs
 
     Raises InputError: a picture turns out to be damaged, or is gone since it was checked.
     """
+    return inputs_of(processor, [open_sample(sample) for sample in samples])
+
+
+class Opened(NamedTuple):
+    """A sample whose pictures are open."""
+
+    pictures: list[Image.Image]
+    prefix: str
+    suffix: str
+
+
+def inputs_of(processor: AnswerProcessor, opened: Sequence[Opened]) -> Inputs:
+    """`make_inputs`, once pictures are open."""
     return processor(
-        [_open(sample) for sample in samples],
-        [sample.prefix for sample in samples],
-        suffixes=[sample.suffix for sample in samples],
+        [one.pictures for one in opened],
+        [one.prefix for one in opened],
+        suffixes=[one.suffix for one in opened],
         padding_side="right",
     )
 
 
-def _open(sample: Sample) -> list[Image.Image]:
+def open_sample(sample: Sample) -> Opened:
+    """Raises InputError: a picture turns out to be damaged, or is gone since it was checked."""
     try:
-        return [to_rgb(load_picture(path)) for path in sample.paths]
+        return Opened([to_rgb(load_picture(path)) for path in sample.paths], sample.prefix, sample.suffix)
     except InputError as error:
         raise InputError(f"line {sample.line}: {error}") from error

@@ -8,11 +8,12 @@ them stands what can be reached without looking (baselines.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.evaluation.baselines import text_only_answers
@@ -31,9 +32,12 @@ from minivlm.processing import (
     text_to_boxes,
     to_device,
 )
+from minivlm.processing.inputs import Picture
 from minivlm.world.questions import TASKS, Example, ask
 from minivlm.world.renderers import find_browser
 from minivlm.world.scenes import Scene, Split, make_scene
+
+Shown = Picture | Video | Sequence[Picture | Video]  # what a prompt is about
 
 MOST_DRAWN = 448  # pixels of a scene's side, for a model that reads pictures of any size
 LONGEST_ANSWER = 96  # tokens; three things to segment take 69
@@ -148,13 +152,14 @@ def _examine(
 def answer_all(
     model: Answers,
     processor: AnswerProcessor,
-    pictures: Sequence[Image.Image | Video],
+    pictures: Sequence[Shown],
     prompts: Sequence[str],
     batch_size: int = 64,
     progress: bool | None = None,
     label: str | None = None,
     rounds: int = 1,
     expected: Sequence[str] | None = None,
+    write: Callable[..., Tensor] | None = None,
 ) -> list[str]:
     """Greedy answers to many prompts, in batches of rows of about equal length.
 
@@ -164,7 +169,9 @@ def answer_all(
         rounds: as in `Bar`.
         expected: answers of about the same length, where they are known. A batch takes as long as its longest
             answer, so rows are sorted by them; nothing but the time depends on it.
+        write: inputs -> new tokens [B, n]; None: up to LONGEST_ANSWER of the model's own.
     """
+    write = partial(model.generate, max_new_tokens=LONGEST_ANSWER) if write is None else write
     answer_lengths = [0] * len(prompts) if expected is None else [len(answer) for answer in expected]
     order = sorted(
         range(len(prompts)), key=lambda i: (prompts[i].split()[0], answer_lengths[i], len(prompts[i]))
@@ -174,7 +181,7 @@ def answer_all(
     for start in Bar(starts, label, unit="batch", progress=progress, rounds=rounds):
         rows = order[start : start + batch_size]
         inputs = to_device(processor([pictures[i] for i in rows], [prompts[i] for i in rows]), model.device)
-        texts = processor.decode(model.generate(**inputs, max_new_tokens=LONGEST_ANSWER))
+        texts = processor.decode(write(**inputs))
         for i, text in zip(rows, texts, strict=True):
             answers[i] = text
     return answers
@@ -184,7 +191,7 @@ def answer_all(
 def box_scores(
     model: Answers,
     processor: AnswerProcessor,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Shown],
     prompts: Sequence[str],
     answers: Sequence[str],
     batch_size: int = 64,

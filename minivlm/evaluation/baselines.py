@@ -69,11 +69,11 @@ def _most_frequent(examples: Sequence[Example]) -> dict[str, str]:
         if boxes:
             x0, y0, x1, y1 = np.mean(boxes, axis=0).tolist()
             guesses[task] = box_to_tokens((x0, y0, x1, y1), WORLD, WORLD)
-            guesses[task] += _filled() if task == "segment" else ""
+            guesses[task] += filled_mask() if task == "segment" else ""
     return guesses
 
 
 @cache
-def _filled() -> str:
+def filled_mask() -> str:
     """The `<seg>` tokens of a mask that fills its box."""
     return codes_to_text(load_codebook().encode(torch.ones(1, MASK_SIDE, MASK_SIDE))[0])

@@ -57,18 +57,18 @@ def _values(
         right[example.task].append(answer == example.suffix)
         if example.task in WITH_BOXES and not example.things:
             nothing.append(not text_to_boxes(answer, WORLD, WORLD))
-    values = {task: _mean(right[task]) for task in QUESTION_TASKS}
-    values["all questions"] = _mean([hit for task in QUESTION_TASKS for hit in right[task]])
-    values["exact caption"] = _mean(right["caption"])
-    values |= _box_values(examples, answers, sureness)
-    values["nothing to detect"] = _mean(nothing)
-    values["mask mean IoU"] = _mean(_mask_ious(examples, answers))
+    values = {task: mean_of(right[task]) for task in QUESTION_TASKS}
+    values["all questions"] = mean_of([hit for task in QUESTION_TASKS for hit in right[task]])
+    values["exact caption"] = mean_of(right["caption"])
+    values |= box_values(_detections(examples, answers, sureness))
+    values["nothing to detect"] = mean_of(nothing)
+    values["mask mean IoU"] = mean_of(_mask_ious(examples, answers))
     return values
 
 
-def _box_values(
+def _detections(
     examples: Sequence[Example], answers: Sequence[str], sureness: Sequence[Sequence[float]] | None
-) -> dict[str, tuple[float, int]]:
+) -> list[Detection]:
     detections = []
     for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
         if example.task == "detect":
@@ -76,12 +76,17 @@ def _box_values(
             scores = [1.0] * len(found) if sureness is None else sureness[number]
             wanted = [thing.box for thing in example.things]
             detections.append(Detection(example.prefix, wanted, found, scores))
+    return detections
+
+
+def box_values(detections: Sequence[Detection]) -> dict[str, tuple[float, int]]:
+    """Of boxes, by row, the value and the number of cases."""
     ious = [iou for detection in detections for iou in match_boxes(detection.wanted, detection.found)]
     hits = [iou >= 0.5 for iou in ious]
     found_boxes = sum(len(detection.found) for detection in detections)
     return {
-        "box mean IoU": _mean(ious),
-        "box recall at 0.5": _mean(hits),
+        "box mean IoU": mean_of(ious),
+        "box recall at 0.5": mean_of(hits),
         "box precision at 0.5": (sum(hits) / max(found_boxes, 1), found_boxes),
         "average precision at 0.5": (average_precision(detections, [0.5]), len(ious)),
         "average precision 0.5:0.95": (average_precision(detections), len(ious)),
@@ -104,5 +109,6 @@ def _masks(answer: str) -> list[np.ndarray]:
     return [found.mask for found in text_to_masks(answer, MASK_SIDE, MASK_SIDE)]
 
 
-def _mean(values: Sequence[float]) -> tuple[float, int]:
+def mean_of(values: Sequence[float]) -> tuple[float, int]:
+    """The mean, 0 of nothing, and the number of cases."""
     return float(sum(values) / max(len(values), 1)), len(values)

@@ -52,8 +52,13 @@ def as_text(table: Table, baseline: str = "majority") -> str:
     for row, metric in first.items():
         decimals = 0 if row.endswith("rank") else 3  # ranks are whole numbers
         cells = [f"{column[row]:.{decimals}f}" for column in columns.values()]
-        lines.append(f"| {row} | {' | '.join(cells)} | {metric.cases} |")
+        lines.append(f"| {in_a_cell(row)} | {' | '.join(cells)} | {metric.cases} |")
     if table.get("browser") == {}:
         names = ", ".join(BROWSERS)
         lines += ["", f"The column browser is left out: no {names} was found, and {CHROMIUM} is not set."]
     return "\n".join(lines)
+
+
+def in_a_cell(text: str) -> str:
+    """A text that does not end its cell."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,20 +19,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from minivlm.data.augment import Augment, check_kinds
 from minivlm.data.lines import BadLines
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.errors import InputError
+from minivlm.evaluation.own import answer_own_words, box_iou_of
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import IGNORE, Inputs, to_device
+from minivlm.speed.checkpointing import checkpoint_blocks
+from minivlm.training.best import METRICS, Choice
+from minivlm.training.choosing import check_choice, has_boxes
 from minivlm.training.digest import digest_of_lines
 from minivlm.training.limits import check_numbers, check_warmup, require_room
+from minivlm.training.log import Line
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.memory import estimate
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
+from minivlm.training.replay import Scores, check_known, rows_of_the_world, world_scores
 from minivlm.training.schedule import warm_up_then_fall
 
+EPOCHS = 10  # where neither epochs nor steps are given
 MAX_GRADIENT_NORM = 1.0
+MOST_REPLAY = 0.9
 # What can be frozen; only some models have a second tower.
 PARTS = {"tower": ("vision_tower", "high_res_tower"), "decoder": ("language_model",)}
 
@@ -53,6 +63,10 @@ class FinetuningConfig:
     max_length: int | None = None  # tokens of a row; None: the model's context
     empty_answer: str | None = None  # what an empty answer stands for; None: it is refused
     bf16: bool | None = None  # None: where the device has instructions for it
+    best: str | None = None  # of METRICS; None: the last state is what is left
+    patience: int | None = None  # measurements without a better state, after which the run ends
+    augment: tuple[str, ...] | None = None  # of `minivlm.data.augment.KINDS`; None: pictures as they are
+    replay: float | None = None  # share of rows of the drawn world; None: none, and it is not measured
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that nothing can be trained with, or both epochs and steps."""
@@ -62,6 +76,13 @@ class FinetuningConfig:
         unknown = set(self.freeze) - set(PARTS)
         if unknown:
             raise InputError(f"{unknown.pop()!r} cannot be frozen: choose from {', '.join(PARTS)}")
+        check_kinds(self.augment or ())
+        if self.best is not None and self.best not in METRICS:
+            raise InputError(f"best is {self.best!r}: choose from {', '.join(METRICS)}")
+        if self.patience is not None and self.best is None:
+            raise InputError(f"patience is {self.patience}, for a better state by no metric: choose `best`")
+        if self.replay is not None and not 0 <= self.replay <= MOST_REPLAY:
+            raise InputError(f"replay is {self.replay}: choose a share from 0 to {MOST_REPLAY}")
 
 
 class Finetuning(Trainable):
@@ -70,6 +91,7 @@ class Finetuning(Trainable):
     losses = ("loss",)
     log_every, measure_every = 10, 50
     starts_trained = True
+    grows: Mapping[str, Any] = {"epochs": EPOCHS, "steps": None, "patience": None}
     rates = (1e-3, 2e-5)  # of small models, and of large ones
 
     def __init__(
@@ -84,7 +106,12 @@ class Finetuning(Trainable):
         self.config, self.processor, self.workers = config, processor, workers
         self.samples, self.validation = samples, validation
         assert isinstance(model, nn.Module)  # as every model that is loaded
+        if config.best is not None:
+            check_choice(config.best, samples, validation)
+            self.choice = Choice(config.best, config.patience)
+        check_kinds(config.augment or (), samples)
         self.measures = len(validation) > 0
+        self.world: tuple[Scores, Scores] | None = None  # the drawn world before and after, with replay
         self.model = model
         self.step = 0
         self.told = {"data": _told(samples), "validation": _told(validation)}
@@ -97,7 +124,7 @@ class Finetuning(Trainable):
         if config.steps is not None:
             self.rows = config.steps * self.rows_per_step
         else:
-            self.rows = (config.epochs or 10) * len(samples)
+            self.rows = (config.epochs or EPOCHS) * len(samples)
         check_warmup(config.warmup_steps or 1, self.total_steps)
 
     def prepare(self) -> tuple[nn.Module, nn.Module]:
@@ -124,6 +151,11 @@ class Finetuning(Trainable):
         return (self.working if learning else self.masters)(**to_device(part, self.model.device))
 
     @property
+    def rows_at_once(self) -> int:
+        """Rows of a batch, those of the drawn world included."""
+        return math.ceil(self.config.batch_size / (1 - (self.config.replay or 0)))
+
+    @property
     def total_steps(self) -> int:
         return math.ceil(self.rows / self.rows_per_step)
 
@@ -134,11 +166,28 @@ class Finetuning(Trainable):
         rows = min(self.step * self.rows_per_step, self.rows)
         return {"epoch": round(rows / len(self.samples), 2)}
 
+    def how_it_goes_on(self, lines: Sequence[Line]) -> str | None:
+        """What the learning rate will do. A run that goes on beyond its old end starts from a higher one."""
+        if self.step >= self.total_steps:
+            return None
+        if self.choice is not None and self.choice.ran_out(lines):
+            return (
+                f"The run ended at step {self.step} of {self.total_steps} after {self.choice.patience} "
+                "measurements that were no better: with a larger patience it goes on."
+            )
+        last = next((line["adamw_lr"] for line in reversed(lines) if line.get("adamw_lr")), None)
+        was = "" if last is None else f" was {last:.2g} and"
+        return (
+            f"The run goes on after step {self.step} of {self.total_steps}: its learning rate{was} is now "
+            f"{self.learning_rate():.2g}, and falls in a straight line to 0 at the end."
+        )
+
     def advice(self) -> str:
         return f"try a lower learning rate in a new folder, such as --lr {self.lr / 2:g}"
 
     def batches(self) -> Iterator[list[Inputs]]:
         """The batches of each step, from the present one on. Raises InputError: as `make_inputs`."""
+        replay = self.config.replay
         data = SampleBatches(
             self.samples,
             self.processor,
@@ -146,6 +195,8 @@ class Finetuning(Trainable):
             rows=self.rows,
             batch_size=self.config.batch_size,
             accumulate=self.config.accumulate,
+            change=Augment(kinds, self.config.seed) if (kinds := self.config.augment) else None,
+            more=rows_of_the_world(replay, self.config.seed, self.processor) if replay else None,
         )
         for batches in in_order(data, range(self.step, self.total_steps), self.workers):
             if isinstance(batches, InputError):
@@ -195,7 +246,12 @@ class Finetuning(Trainable):
             right += int(hits.all(dim=1).sum())
             loss += output.loss.item() * _answer_tokens(part)
             tokens += _answer_tokens(part)
-        return {"validation loss": loss / tokens, "exact match": right / len(self.validation)}
+        metrics = {"validation loss": loss / tokens, "exact match": right / len(self.validation)}
+        if self.config.best == "iou":
+            boxed = [sample for sample in self.validation if has_boxes(sample)]
+            answers = answer_own_words(self.model, self.processor, boxed, progress=False)
+            metrics["box IoU"] = box_iou_of(boxed, answers)
+        return metrics
 
     def save(self, folder: Path) -> None:
         """The trained model so far, as a checkpoint folder in fp32."""
@@ -257,5 +313,20 @@ def finetune(
         )
         samples, others = read(data), [] if validation is None else read(validation)
         run = make(config, model, processor, samples, others, loop.workers)
+        if config.best is not None:
+            if loop.measure_every == 0:
+                raise InputError("measure_every is 0, and the best state is measured: choose another number")
+            run.told["measure every"] = f"{loop.measure_every or run.measure_every} steps"
+        before = (
+            None if config.replay is None else world_scores(run.model, processor)
+        )  # nothing is learned yet
+        if before is not None:
+            check_known(before, config.model)
+        if loop.tell is not None:
+            loop.tell(estimate(run, loop.checkpointing).told(run.model.device))
+        if loop.checkpointing:
+            checkpoint_blocks(run.working) or checkpoint_blocks(run.model)
         run_to_end(run, out, loop)
+        if before is not None:
+            run.world = (before, world_scores(run.model, processor))
         return run

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minivlm.errors import InputError
 from minivlm.files import remove_leftovers
+from minivlm.training.best import NAME as BEST
 from minivlm.training.log import is_log
 
 if sys.platform == "win32":
@@ -58,8 +59,9 @@ def _check(out: Path, resume: bool) -> None:
     if resume and not exists:
         raise InputError(f"{out} holds no training run to resume: leave out --resume to start one")
     taken = sorted(path for pattern in CHECKPOINT for path in out.glob(pattern))
-    # A run that ended before its first save has left a log, which nobody needs.
-    taken = [path for path in taken if not (path.name == LOG and is_log(path))]
+    # A run that ended before its first save has left a log and weights, which nobody needs.
+    left = is_log(out / LOG)
+    taken = [path for path in taken if not (left and (path.name == LOG or BEST.fullmatch(path.name)))]
     if taken and not resume:
         raise InputError(
             f"{out} already holds {taken[0].name}, which training replaces: choose another folder"

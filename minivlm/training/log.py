@@ -86,7 +86,7 @@ def _as_value(cell: str) -> int | float | str | None:
     return cell or None
 
 
-NOT_DRAWN = ("step", "stage", "epoch", "temperature", "bias")
+NOT_DRAWN = ("step", "stage", "epoch", "temperature", "bias", "best step")
 
 
 def plot_log(lines: Sequence[Line], path: Path, losses: Sequence[str]) -> None:

@@ -4,6 +4,8 @@ Each run defines its own step (`Trainable`). The loop leaves in the run's folder
 
     state.safetensors       weights, optimizers and step, every `save_every` steps: what --resume needs
     log.csv                 losses, learning rates and metrics, every `log_every` steps
+    tensorboard/            the same once more, with `log="tensorboard"`
+    best-STEP.safetensors   weights, where a run is told to choose its best state (best.py)
     loss.png                the log, drawn, at the end
     config.json, ...        the checkpoint, at the end
 
@@ -17,9 +19,9 @@ import math
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -33,6 +35,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from minivlm.errors import InputError
 from minivlm.evaluation.waiting import Bar
+from minivlm.training.best import (
+    COLUMN,
+    Choice,
+    check_weights,
+    keep_weights,
+    put_back_weights,
+    remove_weights,
+)
+from minivlm.training.events import Events, check_tensorboard
 from minivlm.training.folder import LOG, PLOT, STATE, run_folder
 from minivlm.training.interrupts import ignore_interrupts, note_interrupts
 from minivlm.training.limits import MOST_AT_ONCE
@@ -67,6 +78,9 @@ class Loop:
     workers: int = 1  # processes that prepare batches ahead; 0 prepares them in this one
     device: torch.device | str = "cpu"
     progress: bool | None = None  # True: a bar, False: nothing, None: a bar on a terminal, else lines
+    log: str = "csv"  # or "tensorboard", beside it
+    checkpointing: bool = False  # compute blocks twice instead of keeping what they computed
+    tell: Callable[[str], object] | None = field(default=None, compare=False)  # sentences about the run
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that nothing can be carried out with."""
@@ -74,6 +88,10 @@ class Loop:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}: choose a number of steps from {least}")
+        if self.log not in ("csv", "tensorboard"):
+            raise InputError(f"log is {self.log!r}: choose csv or tensorboard")
+        if self.log == "tensorboard":
+            check_tensorboard()
         if not 0 <= self.workers <= MOST_AT_ONCE:
             raise InputError(f"workers is {self.workers}: choose a number from 0 to {MOST_AT_ONCE} here")
 
@@ -97,6 +115,8 @@ class Trainable(ABC):
     measure_every: int = 500  # likewise
     measures: bool = True  # whether there is something to measure on
     starts_trained: bool = False  # then it is worth measuring before the first step
+    choice: Choice | None = None  # how its best state is chosen; None: it ends with its last one
+    grows: Mapping[str, Any] = {}  # settings that may be larger when it is resumed, with their defaults
 
     @property
     @abstractmethod
@@ -130,6 +150,10 @@ class Trainable(ABC):
     @abstractmethod
     def advice(self) -> str:
         """What to try when the numbers are no longer finite."""
+
+    def how_it_goes_on(self, lines: Sequence[Line]) -> str | None:
+        """A sentence about a run that is resumed with this log, if there is something to say."""
+        return None
 
     def check_finite(self, what: str, value: float) -> None:
         """Raises Diverged: the value is NaN or infinite."""
@@ -213,11 +237,19 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
     folder = RunFolder(run, out)
     if loop.resume:
         folder.resume()
+        if loop.tell is not None and (said := run.how_it_goes_on(folder.lines)):
+            loop.tell(said)
+    else:
+        remove_weights(out, but=[])  # of a run that was killed before its first save
+    if loop.log == "tensorboard":
+        folder.events = Events(out, run.step)
     bar = Bar(run.batches(), initial=run.step, total=run.total_steps, unit="step", progress=loop.progress)
     with bar, _stops_explained(folder), note_interrupts() as interrupted:
         if measures and run.starts_trained and run.step == 0:
             folder.log(bar, measure=True)
         for batch in bar:
+            if folder.ran_out():
+                break
             folder.unlogged.append(run.advance(batch))
             measure = measures and is_due(measure_every)
             if measure or is_due(log_every):
@@ -225,8 +257,9 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
             if interrupted():
                 folder.save()
                 raise KeyboardInterrupt(f"after step {run.step} of {run.total_steps}")
-            if is_due(loop.save_every):
+            if is_due(loop.save_every) or folder.ran_out():
                 folder.save()
+    folder.put_back_best()
     run.save(out)
     plot_log(folder.lines, out / PLOT, run.losses)
 
@@ -237,17 +270,24 @@ class RunFolder:
     def __init__(self, run: Trainable, out: Path) -> None:
         self.run, self.out = run, out
         self.saved = 0  # the step of the last state
+        self.events: Events | None = None  # the log once more, for TensorBoard
         self.lines: list[Line] = []  # of the log
         self.unlogged: list[dict[str, float]] = []  # losses of the steps since the last line
 
     def resume(self) -> None:
         """Put the run back to where it was saved. Raises InputError: as `load_state` and `read_log`."""
         run = self.run
-        run.step, self.unlogged = load_state(self.out / STATE, run.masters, run.optimizers, run.settings())
+        run.step, self.unlogged = load_state(
+            self.out / STATE, run.masters, run.optimizers, run.settings(), run.grows
+        )
         run.working.load_state_dict(run.masters.state_dict())
         self.saved = run.step
         log_so_far = read_log(self.out / LOG) if (self.out / LOG).is_file() else []
         self.lines = [line for line in log_so_far if line["step"] <= run.step]
+        best = self.best_step()
+        if best is not None:
+            check_weights(self.out, best)
+            remove_weights(self.out, but=[best])
 
     def log(self, bar: Bar, measure: bool) -> None:
         """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
@@ -256,8 +296,17 @@ class RunFolder:
         bar.set_postfix({name: value for name, value in here.items() if value is not None})
         self.lines.append({"step": run.step, **here, **_rates(run), **(_metrics(run) if measure else {})})
         self.unlogged.clear()
+        best = self.best_step()
+        if measure and best is not None:
+            self.lines[-1][COLUMN] = best
+            if best == run.step:
+                keep_weights(self.out, best, run.masters)
+                # A run that is killed now goes on from the last state, which had another best one.
+                remove_weights(self.out, but=[best, self.best_step(self.saved)])
         # Before the state: a run killed in between has too many lines, which are easily left out.
         write_log(self.out / LOG, self.lines)
+        if self.events is not None:
+            self.events.write(self.lines[-1])
 
     def save(self) -> None:
         """Write the state. Raises InputError: as `save_state`. Raises Diverged: as `_check_weights`."""
@@ -265,6 +314,23 @@ class RunFolder:
         _check_weights(run)
         save_state(self.out / STATE, run.step, run.masters, run.optimizers, run.settings(), self.unlogged)
         self.saved = run.step
+        if run.choice is not None:
+            remove_weights(self.out, but=[self.best_step()])
+
+    def best_step(self, until: int | None = None) -> int | None:
+        """The step of the best state, of those up to a step; None: none is chosen, or none was measured."""
+        lines = [line for line in self.lines if until is None or line["step"] <= until]
+        return None if self.run.choice is None else self.run.choice.best_step(lines)
+
+    def ran_out(self) -> bool:
+        """Whether the run has waited long enough for a better state."""
+        return self.run.choice is not None and self.run.choice.ran_out(self.lines)
+
+    def put_back_best(self) -> None:
+        """Give the run its best weights. Raises InputError: as `load_state`."""
+        best = self.best_step()
+        if best is not None:
+            put_back_weights(self.out, best, self.run.masters)
 
     def how_to_go_on(self) -> str:
         """For a message about a stop."""

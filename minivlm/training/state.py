@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,9 +61,16 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def load_state(
-    path: Path, modules: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], config: Mapping[str, Any]
+    path: Path,
+    modules: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    config: Mapping[str, Any],
+    grows: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[int, list[dict[str, float]]]:
     """Put the state back and return the step and the unlogged losses.
+
+    Args:
+        grows: names of settings that may be larger than in the file, and what None stands for in each.
 
     Raises InputError: the file is damaged, or belongs to a run with another config.
     """
@@ -77,6 +85,7 @@ def load_state(
     step, saved = int(metadata["step"]), json.loads(metadata["config"])
     wanted = json.loads(json.dumps(dict(config)))  # as it comes back from the file: tuples are lists
     differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    differing = [name for name in differing if not _grew(name, saved.get(name), wanted.get(name), grows)]
     if differing:
         changes = ", ".join(f"{name} {saved.get(name)} -> {wanted.get(name)}" for name in differing)
         raise InputError(
@@ -96,6 +105,12 @@ def load_state(
             state.setdefault(int(index), {})[slot] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return step, json.loads(metadata["unlogged"])
+
+
+def _grew(name: str, before: Any, after: Any, grows: Mapping[str, Any]) -> bool:
+    """Whether a setting is one that may grow, and has."""
+    before, after = (grows.get(name) if value is None else value for value in (before, after))
+    return name in grows and None not in (before, after) and after > before
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from PIL import Image
 from small_run import CONFIG, files, step_of
 
 import minivlm
-from minivlm.cli import main
+from minivlm.cli import _parse, main
+from minivlm.cli import finetune as cli_finetune
 from minivlm.evaluation.tables import Metric
+from minivlm.training import best as best_module
 from minivlm.training import codebook, finetuning, scratch
 from minivlm.training.finetuning import FinetuningConfig
 from minivlm.training.loop import Loop, read_log
@@ -218,6 +221,10 @@ def test_every_option_for_your_own_pictures(start: Path, data: Path, monkeypatch
         (["--measure-every", "5"], "--measure-every has nothing to measure on: add --validation"),
         (["--validation", "missing.jsonl"], "missing.jsonl cannot be read .No such file"),
         (["--model", "nowhere/nothing/x"], "is neither a folder nor a repo id"),
+        (["--best", "loss"], "--best loss has nothing to measure on: add --validation"),
+        (["--patience", "3"], "--patience waits for a better state: add --best"),
+        (["--augment", "flip"], "flip is no choice: it exchanges left and right"),
+        (["--replay", "1"], "replay is 1.0: choose a share from 0"),
         (["--device", "nonsense"], "device 'nonsense' cannot be used .*--device cpu"),
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--max-length", "5"], "has 6 bad lines"),
@@ -305,7 +312,7 @@ def test_ctrl_c_and_kill_while_training(tune: list[str], data: Path) -> None:
             process.kill()
         steps.append(step_of(out))
         assert steps[-1] > steps[-2]
-        assert printed == ""
+        assert "Trained for" not in printed
         if number == signal.SIGINT:
             assert process.returncode == 130
             assert err.endswith(  # before it, about how long the run would have taken
@@ -319,6 +326,51 @@ def test_ctrl_c_and_kill_while_training(tune: list[str], data: Path) -> None:
     lines = read_log(out / "log.csv")
     assert [line["step"] for line in lines] == [10 * n for n in range(1, len(lines) + 1)]
     assert len(lines) == steps[-1] // 10
+
+
+def test_the_best_state_by_command(tune: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With every other option of its kind: other pictures to measure on, which have another name."""
+    for name in ("red", "blue"):
+        Image.new("RGB", (30, 21), name).save(data.parent / f"other {name}.png")
+    other = data.with_name("other.jsonl")
+    other.write_text(data.read_text().replace('"image": "', '"image": "other '))
+    best = ["--validation", str(other), "--best", "exact", "--measure-every", "3", "--patience", "2"]
+    assert main([*tune, *best, "--augment", "shift,color", "--checkpointing", "--lr", "1e-9"]) == 0
+    printed, err = capsys.readouterr()
+    assert err == ""
+    assert printed.startswith("Training takes about ")
+    assert "The folder holds the state of step 0, the best by exact match: 0.\n" in printed
+    assert "The run ended at step 6 of 9: 2 measurements in a row were no better." in printed
+    assert "too good" not in printed
+    out = data.parent / "tuned"
+    assert main(["eval", "--model", str(out), "--data", str(other)]) == 0
+    assert "| exact, all lines | 0.000 | 0.500 | 6 |" in capsys.readouterr().out
+    assert tuple(best_module.METRICS) == cli_finetune.BEST
+
+
+def test_validation_that_training_shows_is_named(
+    tune: list[str], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tune, "--validation", str(data), "--measure-every", "9", "--epochs", "1"]) == 0
+    assert (
+        "These numbers are too good: training showed the pictures of 6 of 6 validation lines, line 1 "
+        "(red.png), line 2 (blue.png), line 3 (red.png) and 3 more."
+    ) in capsys.readouterr().out
+
+
+def test_suggestions_are_a_command(
+    tune: list[str], data: Path, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which names the model, and is understood."""
+    asked = ["finetune", "--data", str(data), "--model", str(start), "--suggest"]
+    assert main([*asked, "--validation", "v.jsonl"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"For 6 lines and \d\.\d million weights, to begin with:\n  --batch-size 8 ", printed)
+    typed = shlex.split(printed.splitlines()[-1])
+    parsed = _parse(typed[typed.index("finetune") :])
+    assert (parsed.data, parsed.model, parsed.best) == (data, str(start), "exact")
+    assert parsed.replay is None  # this is not the shipped model
+    assert not (data.parent / "runs").exists()
 
 
 # The codebook of masks

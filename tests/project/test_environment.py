@@ -80,8 +80,9 @@ def test_conda_installs_what_pyproject_lists() -> None:
 
     index = re.search(r"^TORCH_INDEX\s*\?=\s*(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert index, "the Makefile gives TORCH_INDEX no default"
-    # Hugging Face's datasets is large, and nothing of the course needs it.
-    extras = ",".join(name for name in project()["optional-dependencies"] if name != "datasets")
+    # Hugging Face's datasets and TensorBoard are large, and nothing of the course needs them.
+    large = ("datasets", "tensorboard")
+    extras = ",".join(name for name in project()["optional-dependencies"] if name not in large)
     assert pip_part == ["-c constraints.txt", f"--extra-index-url {index[1]}", f"-e .[{extras}]"]
 
 

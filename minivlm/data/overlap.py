@@ -1,0 +1,34 @@
+"""Which lines of one file show a picture of another: a model that has learned it would look good on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from minivlm.data.samples import Sample
+
+
+def overlap(samples: Sequence[Sample], learned: Sequence[Sample]) -> list[Sample]:
+    """Those of `samples` that show a picture of `learned`, by whatever name: files with the same bytes.
+
+    Copies that were saved again are not found here; `minivlm data split` compares pixels.
+    """
+    known = {_content(path) for sample in learned for path in sample.paths}
+    return [sample for sample in samples if any(_content(path) in known for path in sample.paths)]
+
+
+def name_overlap(shared: Sequence[Sample], most: int = 3) -> str:
+    """For a message."""
+    named = ", ".join(f"line {one.line} ({one.images[0]})" for one in shared[:most])
+    return named + (f" and {len(shared) - most} more" if len(shared) > most else "")
+
+
+@cache
+def _content(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # gone since it was checked: its batch will say so
+        return f"{path}"
