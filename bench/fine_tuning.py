@@ -3,11 +3,11 @@
 Run: OMP_NUM_THREADS=1 python bench/fine_tuning.py --out bench/results/fine_tuning
 
 The shipped model learns a new question, for the number of corners of a thing, also of pentagons, which it
-never saw. All ways get the same pictures in the same order, and 40 steps of 8 rows. The learning rates are the
-defaults of `minivlm finetune`, 5e-3 for adapters and 1e-3 for weights; the projector, which is small, has that
-of adapters. Measured on other pictures: the new question, and the six kinds of questions that the model knew.
-Three seeds: of the pictures, their order, and the adapters' random weights. Also four learning curves, with
-the loss on other pictures.
+never saw. All ways get the same pictures in the same order, and 40 steps of 8 rows. The learning rates are
+the defaults of `minivlm finetune`, 5e-3 for adapters and 1e-3 for weights; the projector, which is small, has
+that of adapters. Measured on other pictures: the new question, and the six kinds of questions that the model
+knew. Three seeds: of the pictures, their order, and the adapters' random weights. Also four learning curves,
+with the loss on other pictures.
 """
 
 from __future__ import annotations
