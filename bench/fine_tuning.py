@@ -137,7 +137,7 @@ def main() -> None:
         for way in WAYS:
             results[name_of(way)].append(run(way, seed))
             print(name_of(way), results[name_of(way)][-1], flush=True)
-        for name in CURVES.keys() - curves.keys():
+        for name in [name for name in CURVES if name not in curves]:
             curves[name] = curve(*CURVES[name])
         stored = {"ways": results, "curves": curves, "every": EVERY}
         options.out.with_suffix(".txt").write_text(as_text(results) + "\n", encoding="utf-8")

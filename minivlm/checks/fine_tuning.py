@@ -430,10 +430,10 @@ def name_curves(answer: Callable[..., Any]) -> None:
 
 
 _CURVE_HINTS = {
-    "good": "both lines fall far, and end close together",
+    "good": "both lines fall far below the loss of guessing, and end close together",
     "too slow": "both lines fall together, and are still far up at the end: nothing is wrong but the pace",
-    "too fast": "a line that stays up from the first steps on was thrown somewhere, and does not come back",
-    "too few pictures": "one line goes to zero, and the other one turns around: look at the gap",
+    "too fast": "both lines stop together at the loss of guessing among four answers, 0.7 a token",
+    "too few pictures": "one line goes to zero, the other one stays at the loss of guessing: look at the gap",
 }
 
 
