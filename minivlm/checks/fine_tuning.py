@@ -165,7 +165,7 @@ FAULTS = ("none", "off", "untrained", "twice", "scale")
 VERDICTS = ("good", "too slow", "too fast", "too few pictures")
 
 
-class LoraLinear(nn.Module):
+class _LoraLinear(nn.Module):
     """The solution of `low_rank_layer`."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
@@ -177,7 +177,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.base(x) + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
+        y: Tensor = self.base(x)
+        return y + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
 
     def merged(self) -> Tensor:
         """The weight of a plain layer that gives the same."""
@@ -187,7 +188,7 @@ class LoraLinear(nn.Module):
 class solutions:
     """The solutions that the notebook continues with."""
 
-    LoraLinear = LoraLinear
+    LoraLinear = _LoraLinear
 
     @staticmethod
     def expected_start() -> dict[str, bool]:
