@@ -32,10 +32,10 @@ def test_a_run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "ROWS", 8)
     monkeypatch.setattr(bench, "HELD_OUT", 4)
     monkeypatch.setattr(bench, "OLD_SCENES", 1)
-    found = bench.run(2, 0, steps=1)
+    found = bench.run(4, 0, steps=1)
     assert 0 <= found["new"] <= 1
     assert 0 <= found["old"] <= 1
-    assert found["trained"] == 2 * bench.trained_numbers(bench.prepare(1, 0)[0])
+    assert found["trained"] == 4 * bench.trained_numbers(bench.prepare(1, 0)[0])
 
 
 def test_what_is_trained(bench: ModuleType) -> None:
