@@ -56,6 +56,7 @@ PARTS = {
     "09": ("Looking inside", ("patches", "blocks", "decoder", "answer")),
     "10": ("Contrastive training", ("patches", "blocks", "loss")),
     "11": ("Real checkpoints", ("patches", "blocks", "projector", "embedding", "decoder")),
+    "12": ("Fine-tuning", ("projector", "decoder", "answer")),
     "13": ("Four ways", ("projector", "merge", "decoder")),
     "14": ("LLaVA", ("image processor", "tokenizer", "projector", "merge", "answer")),
     "15": ("Qwen-VL", ("projector", "tokenizer", "answer")),
