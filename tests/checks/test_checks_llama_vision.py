@@ -58,9 +58,9 @@ def nearest_shape(scales: Any, width: int, height: int, most: int) -> Any:
     return min(scales, key=lambda c: abs(math.log(c[1] / c[0]) - math.log(width / height)))
 
 
-def by_sides(scales: Any, width: int, height: int, most: int) -> Any:
+def by_sides(width: int, height: int, side: int, most: int) -> Any:
     """As if every side could have so many tiles."""
-    return min(most, math.ceil(height / 560)), min(most, math.ceil(width / 560))
+    return (min(most, math.ceil(height / side)), min(most, math.ceil(width / side))), (width, height)
 
 
 def covering(scales: Any, width: int, height: int, most: int) -> Any:
@@ -126,7 +126,7 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("without reducing it", canvas(lambda scales, *_: (1, 1))),
         ("with fewer tiles", canvas(lambda scales, *_: max(best(scales), key=math.prod))),
         ("with fewer tiles", canvas(lambda scales, *_: best(scales)[-1])),
-        ("more than 4 tiles", canvas(by_sides)),
+        ("more than 4 tiles", by_sides),
         ("without reducing it|the smaller of two ratios", canvas(covering)),
         (
             "reduces it least",
@@ -138,7 +138,7 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("until it touches", size(lambda r, s, w, h, *_: (int(w * min(s, 1)), int(h * min(s, 1))))),
         ("the picture lies at", size(lambda right, *_: (right[0], right[1] - 5))),
         ("return two pairs", lambda *s: good.place(*s)[0]),
-        ("the canvas should be a pair", lambda *s: (3, good.place(*s)[1])),
+        ("return two pairs", lambda *s: (3, good.place(*s)[1])),
         ("your code stops", lambda width, height, side, most: width / 0),
     ],
     "states_of": [
