@@ -16,7 +16,7 @@ from minivlm.models.llama_vision import LlamaVision, LlamaVisionConfig
 from minivlm.models.pictures_in_rows import pictures_in_view
 from minivlm.processing.canvases import Canvas, choose_canvas, size_on_canvas
 from minivlm.text.llama_vision import CrossAttentionBlock, LlamaVisionTextConfig
-from minivlm.vision.llama_vision import MULTIPLE, LlamaVisionTower, LlamaVisionTowerConfig
+from minivlm.vision.llama_vision import MULTIPLE, GatedTileBlock, LlamaVisionTower, LlamaVisionTowerConfig
 
 FAULTS = ("blocks", "one late", "positions", "padding", "gates")
 STD, GATE = 0.2, 0.8
@@ -489,6 +489,7 @@ class Patient(nn.Module):
         x = tower.layernorm_post(states[-1]).unflatten(1, (tiles, n))
         x = (x + tower.post_tile_embedding(aspect_ratio_ids)).flatten(1, 2)
         for layer in tower.global_layers:
+            assert isinstance(layer, GatedTileBlock)
             gates = (layer.gate_attn, layer.gate_ffn)
             attention, mlp = (gate if fault == "gates" else gate.tanh() for gate in gates)
             x = x + attention * layer.self_attn(layer.input_layernorm(x), mask)

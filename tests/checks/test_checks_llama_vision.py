@@ -225,7 +225,8 @@ def test_every_exercise_meets_ten_wrong_answers() -> None:
 
 def by_hand(is_image: Tensor) -> Tensor:
     """Word by word."""
-    mask, run, number = [], [], 0
+    mask, number = [], 0
+    run: list[int] = []
     total = int(is_image.sum())
     for place, image in enumerate(is_image.tolist()):
         if image:
