@@ -63,6 +63,7 @@ PARTS = {
     "16": ("Qwen2-VL", ("image processor", "patches", "blocks", "projector", "merge", "decoder")),
     "17": ("Qwen2.5-VL", ("blocks", "decoder", "answer")),
     "19": ("DeepSeek-VL2", ("image processor", "merge", "decoder")),
+    "20": ("Llama 3.2 Vision", ("image processor", "blocks", "projector", "decoder")),
 }
 
 
