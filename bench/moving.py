@@ -2,6 +2,7 @@
 
 Run: python bench/moving.py --compare time --out bench/results/moving_time
      python bench/moving.py --compare towers --out bench/results/moving_towers
+     python bench/moving.py --ship minivlm/assets/miniatures
 
 time     One tower, trained once for each seed, and two decoders that differ in what a position in time means:
          seconds, as in Qwen2.5-VL, or the number of the step, as in Qwen2-VL. Both learn from the same clips,
@@ -13,6 +14,9 @@ towers   Towers alone, which learn from pictures of eight shapes what lies in th
          those of a tower of these sizes on a picture of 96 x 96 pixels, and on one of 480 x 480.
 
 Three seeds. Results are kept in --runs, so a table may be made in pieces (--seeds).
+
+The third command trains both systems with seed 0, as `minivlm train --system` does, and copies them into
+folders that notebooks open.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from systems import ship_folder
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +43,7 @@ from minivlm.models.qwen2_5_vl import Qwen2_5_VL
 from minivlm.models.qwen2_vl import Qwen2VL
 from minivlm.processing import Qwen2VLImageProcessor, Qwen2VLProcessor
 from minivlm.training.loop import Loop, run_folder, run_to_end
-from minivlm.training.moving import MovingConfig, MovingRun, build
+from minivlm.training.moving import SYSTEMS, MovingConfig, MovingRun, build, train_moving
 from minivlm.vision.qwen2_vl import Qwen2VLVisionConfig, Qwen2VLVisionModel, grid_positions
 from minivlm.world.clip_batches import PICTURE_SIDES, ClipBatches
 from minivlm.world.scenes import COLORS, SHAPES, make_scene
@@ -234,6 +239,18 @@ def operations(model: Qwen2VL, side: int) -> float:
     return float(counter.get_total_flops())
 
 
+# ---- what ships --------------------------------------------------------------------------------------------
+
+
+def ship(runs: Path, out: Path, **changes: Any) -> None:
+    """Train both systems where that is not done yet, and copy what notebooks open."""
+    for system in SYSTEMS:
+        folder = runs / system
+        loop = Loop(resume=(folder / "state.safetensors").is_file(), save_every=100)
+        train_moving(folder, MovingConfig(system, **changes), loop=loop)
+        ship_folder(folder, out / system)
+
+
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
@@ -263,11 +280,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compare", choices=("time", "towers"), required=True)
+    parser.add_argument("--compare", choices=("time", "towers"))
     parser.add_argument("--runs", type=Path, default=Path("runs/moving"), help="where results are kept")
     parser.add_argument("--out", type=Path, help="write the table to OUT.txt and the numbers to OUT.json")
+    parser.add_argument("--ship", type=Path, help="train both systems and copy them there, and stop")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
+    if options.ship:
+        ship(options.runs, options.ship)
+        return
+    if not options.compare:
+        parser.error("choose --compare time, --compare towers, or --ship")
     results = []
     for seed in options.seeds:
         kept = options.runs / f"{options.compare}-{seed}.json"

@@ -9,6 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from minivlm.models.load import load
+from minivlm.models.qwen2_vl import Qwen2VL
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -54,6 +58,18 @@ def test_towers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert windows["operations, large"] < 0.7 * full["operations, large"]
     assert all(0.0 <= value <= 1.0 for name, value in full.items() if "sides" in name)
     assert "million" in bench.as_text([found])
+
+
+def test_what_ships_reads_clips(bench: ModuleType, tmp_path: Path) -> None:
+    bench.ship(tmp_path, tmp_path / "out", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
+    for system in bench.SYSTEMS:
+        _, trained = load(tmp_path / system)
+        model, processor = load(tmp_path / "out" / system)
+        assert isinstance(model, Qwen2VL)
+        assert processor.video_budget == trained.video_budget  # the published one sees 4 times the pixels
+        stored = load_file(tmp_path / "out" / system / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        assert sum(path.stat().st_size for path in (tmp_path / "out" / system).iterdir()) <= 1_500_000
 
 
 def test_each_tower_is_what_its_name_says(bench: ModuleType) -> None:
