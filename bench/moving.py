@@ -16,13 +16,14 @@ towers   Towers alone, which learn from pictures of eight shapes what lies in th
 Three seeds. Results are kept in --runs, so a table may be made in pieces (--seeds).
 
 The third command trains both systems with seed 0, as `minivlm train --system` does, and copies them into
-folders that notebooks open.
+folders that notebooks open. Qwen2.5-VL is the decoder of seconds in the first table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -43,7 +44,7 @@ from minivlm.models.qwen2_5_vl import Qwen2_5_VL
 from minivlm.models.qwen2_vl import Qwen2VL
 from minivlm.processing import Qwen2VLImageProcessor, Qwen2VLProcessor
 from minivlm.training.loop import Loop, run_folder, run_to_end
-from minivlm.training.moving import SYSTEMS, MovingConfig, MovingRun, build, train_moving
+from minivlm.training.moving import MovingConfig, MovingRun, build
 from minivlm.vision.qwen2_vl import Qwen2VLVisionConfig, Qwen2VLVisionModel, grid_positions
 from minivlm.world.clip_batches import PICTURE_SIDES, ClipBatches
 from minivlm.world.scenes import COLORS, SHAPES, make_scene
@@ -69,20 +70,27 @@ class Numbered(Qwen2_5_VL):
 CLOCKS: dict[str, type[Qwen2_5_VL]] = {"seconds": Qwen2_5_VL, "numbers of steps": Numbered}
 
 
+class TowerRun(MovingRun):
+    """The first stage alone."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.tower_steps
+
+
 def compare_time(seed: int, runs: Path, config: MovingConfig, clips: int = CLIPS) -> dict[str, Result]:
-    """The tower once, then a decoder for each clock."""
+    """The tower once, then a decoder for each clock, which goes on with a copy of the tower's run."""
     config = replace(config, seed=seed)
-    parts = _trained_tower(config, runs / f"tower-{seed}.pt")
+    tower = runs / f"tower-{seed}"
+    finish(TowerRun(config), tower)
     found = {}
     for name, clock in CLOCKS.items():
-        run = MovingRun(replace(config, tower_steps=0))
-        run.model.vision_tower.load_state_dict(parts["tower"])
-        run.head.load_state_dict(parts["head"])
-        run.model.__class__ = clock
         folder = runs / f"{name.replace(' ', '-')}-{seed}"
-        resume = (folder / "state.safetensors").is_file()
-        with run_folder(folder, resume):
-            run_to_end(run, folder, Loop(resume=resume, save_every=100, measure_every=0))
+        if not folder.exists():
+            shutil.copytree(tower, folder)
+        run = MovingRun(config)
+        run.model.__class__ = clock
+        finish(run, folder)
         known = evaluate_clips(run.model, run.processor, clips)
         other = evaluate_clips(run.model, run.processor, clips, frames=(6,), rates=OTHER_RATE)
         found[name] = {task: metric.value for task, metric in known.items()}
@@ -92,19 +100,11 @@ def compare_time(seed: int, runs: Path, config: MovingConfig, clips: int = CLIPS
     return found
 
 
-def _trained_tower(config: MovingConfig, file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        run = MovingRun(config)
-        _learn_cells(run)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"tower": run.model.vision_tower.state_dict(), "head": run.head.state_dict()}, file)
-    parts: dict[str, Any] = torch.load(file, weights_only=True)
-    return parts
-
-
-def _learn_cells(run: MovingRun) -> None:
-    for batch in islice(run.batches(), run.config.tower_steps):
-        run.advance(batch)
+def finish(run: MovingRun, folder: Path) -> None:
+    """Carry a run to its end, from where it was saved if it was."""
+    resume = (folder / "state.safetensors").is_file()
+    with run_folder(folder, resume):
+        run_to_end(run, folder, Loop(resume=resume, save_every=50, measure_every=0))
 
 
 # ---- towers ------------------------------------------------------------------------------------------------
@@ -189,7 +189,8 @@ def compare_towers(seed: int, steps: int = TOWER_STEPS, scenes: int = SCENES) ->
         run.model, run.processor = parts(seed)
         run.batch_class = PictureBatches
         run.prepare("cpu")
-        _learn_cells(run)
+        for batch in islice(run.batches(), steps):
+            run.advance(batch)
         found[name] = {
             **things_named(run, PICTURE_SIDES, "known", scenes),
             **things_named(run, OTHER_SIDES, "other", scenes),
@@ -203,7 +204,7 @@ class PictureBatches(ClipBatches):
     """Without clips."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, clips=0, **kwargs)
+        super().__init__(*args, **kwargs, pictures=1)
 
 
 @torch.no_grad()
@@ -242,13 +243,14 @@ def operations(model: Qwen2VL, side: int) -> float:
 # ---- what ships --------------------------------------------------------------------------------------------
 
 
+SHIPPED = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "seconds-0"}  # the names of runs
+
+
 def ship(runs: Path, out: Path, **changes: Any) -> None:
     """Train both systems where that is not done yet, and copy what notebooks open."""
-    for system in SYSTEMS:
-        folder = runs / system
-        loop = Loop(resume=(folder / "state.safetensors").is_file(), save_every=100)
-        train_moving(folder, MovingConfig(system, **changes), loop=loop)
-        ship_folder(folder, out / system)
+    for system, folder in SHIPPED.items():
+        finish(MovingRun(MovingConfig(system, **changes)), runs / folder)
+        ship_folder(runs / folder, out / system)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
