@@ -80,7 +80,7 @@ SYSTEM_RECIPE: shared.Recipe = {  # the other fields of `SystemConfig`
 }
 
 
-# The fields of `MovingConfig` beside those that every run has. The defaults are the same, but of steps and rows.
+# The fields of `MovingConfig` beside those that every run has. Steps and rows have other defaults here.
 MOVING_RECIPE = ("tower_steps", "steps", "rows", "questions", "dense_weight", "clip")
 
 
