@@ -118,8 +118,8 @@ def test_the_first_layer_begins_where_motion_is_loud() -> None:
 
     before = share()
     whiten(embeddings, patches)
-    assert before < 0.15
-    assert share() > 0.3
+    assert before < 0.25
+    assert share() > 0.35
     out = embeddings(patches)
     assert out.var(0).max() < 1.0
     off = out.T.cov() - out.T.cov().diag().diag()
