@@ -13,7 +13,8 @@ towers   Towers alone, which learn from pictures of eight shapes what lies in th
          token in whose cell a thing has its middle, on shapes of training and on others. Operations are
          those of a tower of these sizes on a picture of 96 x 96 pixels, and on one of 480 x 480.
 
-Three seeds. Results are kept in --runs, so a table may be made in pieces (--seeds).
+Three seeds. Results and runs are kept in --runs: a table may be made in pieces (--seeds), and what was stopped
+goes on.
 
 The third command trains both systems with seed 0, as `minivlm train --system` does, and copies them into
 folders that notebooks open. Qwen2.5-VL is the decoder of seconds in the first table.
@@ -50,12 +51,12 @@ from minivlm.world.clip_batches import PICTURE_SIDES, ClipBatches
 from minivlm.world.scenes import COLORS, SHAPES, make_scene
 
 Result = dict[str, float]
-CLIPS = 500
+CLIPS = 300
 SCENES = 100  # of each shape
 OTHER_SIDES = ((128, 32), (32, 128), (112, 112), (96, 96), (112, 48), (48, 112))
 OTHER_RATE = (3,)  # frames a second
 OTHER_TASKS = ("seconds", "first", "direction")
-TOWER_STEPS = 400
+TOWER_STEPS = 300
 
 
 # ---- time --------------------------------------------------------------------------------------------------
