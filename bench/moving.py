@@ -13,8 +13,8 @@ towers   Towers alone, which learn from pictures of eight shapes what lies in th
          token in whose cell a thing has its middle, on shapes of training and on others. Operations are
          those of a tower of these sizes on a picture of 96 x 96 pixels, and on one of 480 x 480.
 
-Three seeds. Results and runs are kept in --runs: a table may be made in pieces (--seeds), and what was stopped
-goes on.
+Three seeds. Results and runs are kept in --runs: a table may be made in pieces (--seeds), and what was
+stopped goes on.
 
 The third command trains both systems with seed 0, as `minivlm train --system` does, and copies them into
 folders that notebooks open. Qwen2.5-VL is the decoder of seconds in the first table.
