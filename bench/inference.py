@@ -5,6 +5,8 @@ Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out /tmp/paligemma-3b
      python bench/make_checkpoint.py paligemma2-3b-pt-224 --out /tmp/paligemma2-3b-pt-224
      python bench/inference.py /tmp/paligemma-3b-pt-224 --large /tmp/paligemma-3b-pt-896 \
          --second /tmp/paligemma2-3b-pt-224 --out bench/results/inference.txt
+     python bench/make_checkpoint.py qwen2-vl-2b --out /tmp/qwen2-vl-2b
+     python bench/inference.py --only qwen --qwen /tmp/qwen2-vl-2b --out bench/results/inference_qwen2_vl.txt
 
 Both sides open the same folder in bf16, with the same number of threads, and read the same picture and
 prompt. They take turns, each time in a process of its own (inference_worker.py), so that what else the
@@ -46,7 +48,8 @@ from minivlm.speed.one_row import linear, onednn_has_bf16
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-PARTS = ("answers", "load", "eight", "second", "context", "towers", "large")
+PARTS = ("answers", "load", "eight", "second", "context", "towers", "large", "qwen")
+QWEN_SIZE = (1120, 700)  # pixels: 40 x 25 = 1,000 image tokens
 OURS, PACKED, PEER = "minivlm", "minivlm packed", "transformers"
 Rounds = dict[str, list[dict[str, Any]]]  # by side, one result per round
 
@@ -243,9 +246,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a PaliGemma folder, for instance by make_checkpoint.py")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="a PaliGemma folder, for instance by make_checkpoint.py"
+    )
     parser.add_argument("--large", type=Path, help="the same for pictures of 896 pixels")
     parser.add_argument("--second", type=Path, help="a PaliGemma 2 folder")
+    parser.add_argument("--qwen", type=Path, help="a folder of Qwen2-VL or Qwen2.5-VL")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the tables (default: all)")
@@ -253,6 +259,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="written after the first one (default: 16)")
     parser.add_argument("--out", type=Path, help="write the tables there as well, and the figure beside it")
     options = parser.parse_args()
+    parts = options.only or PARTS
+    if options.folder is None and set(parts) - {"qwen"}:
+        parser.error("give a PaliGemma folder, or --only qwen")
     lines: list[str] = []
 
     def say(*more: str) -> None:
@@ -284,7 +293,6 @@ def main() -> None:
         }
         few = {**job, "repeats": 1}
         two = min(2, options.rounds)
-        parts = options.only or PARTS
         if "answers" in parts:
             before = ceilings(options.threads, options.device)
             table, results = answers("One picture, one prompt", [*ours, *peers], options.rounds, job)
@@ -311,6 +319,9 @@ def main() -> None:
         if "large" in parts and options.large:
             large = {**few, "folder": str(options.large), "tokens": 4}
             say("", *answers("896 pixels", [OURS, *packed, PEER], 1, large)[0])
+        if "qwen" in parts and options.qwen:
+            asked = {**job, "folder": str(options.qwen), "size": QWEN_SIZE}
+            say("", *answers(options.qwen.name, [OURS, *packed, PEER], options.rounds, asked)[0])
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
 

@@ -49,30 +49,49 @@ def memory(name: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+READ = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")  # what our models read of a batch
+
+
+def family(folder: Path) -> tuple[Any, Any, str]:
+    """The class of a folder's model, its processor, and the name of transformers' class."""
+    from minivlm.checkpoints.hub import read_config
+    from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
+    from minivlm.models.qwen2_5_vl import Qwen2_5_VL
+    from minivlm.models.qwen2_vl import Qwen2VL
+    from minivlm.processing import Processor, Qwen2_5_VLProcessor, Qwen2VLProcessor
+
+    values = read_config(folder)
+    if values["model_type"] == "qwen2_vl":
+        return Qwen2VL, Qwen2VLProcessor.from_pretrained(folder), "Qwen2VLForConditionalGeneration"
+    if values["model_type"] == "qwen2_5_vl":
+        return Qwen2_5_VL, Qwen2_5_VLProcessor.from_pretrained(folder), "Qwen2_5_VLForConditionalGeneration"
+    patches = PaliGemmaConfig.from_dict(values).vision.num_patches
+    processor = Processor.from_pretrained(folder, image_seq_length=patches)
+    return PaliGemma, processor, "PaliGemmaForConditionalGeneration"
+
+
 class Ours:
     """minivlm: bf16, `int8`, either of them compiled, and bf16 packed."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import minivlm
-        from minivlm.processing import Processor
         from minivlm.speed import speed_up
 
         quantize = "int8" if "int8" in job["side"] else None
         dtype, folder = dtype_of(job), job["folder"]
         pack = "packed" in job["side"]
+        model_class, self.processor, _ = family(Path(folder))
         before, start = memory("RssAnon"), time.perf_counter()
         if quantize or pack:  # by `load`, which also reads the tokenizer: half a second
             self.model, _ = minivlm.load(
                 folder, dtype=dtype, device=job["device"], quantize=quantize, pack=pack
             )
         else:
-            model = minivlm.PaliGemma.from_pretrained(folder, dtype=dtype, device=job["device"])
-            self.model = cast(minivlm.PaliGemma, speed_up(model))
+            model = model_class.from_pretrained(folder, dtype=dtype, device=job["device"])
+            self.model = cast(Any, speed_up(model))
         self.load_seconds = time.perf_counter() - start
         self.copied = memory("RssAnon") - before
-        patches = self.model.config.vision.num_patches
-        self.processor = Processor.from_pretrained(Path(folder), image_seq_length=patches)
-        self.size = self.model.config.vision.image_size
+        self.size = self.processor.image_processor.image_size
         if "compiled" in job["side"]:
             from minivlm.speed.compiled import compile_parts
 
@@ -84,16 +103,14 @@ class Ours:
 
     def first_logits(self, inputs: dict[str, Tensor]) -> Tensor:
         with torch.inference_mode():
-            hidden, _ = self.model.prefill(
-                **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-            )
+            hidden, _ = self.model.prefill(**{name: inputs[name] for name in READ if name in inputs})
             return self.model.logits(hidden).float()
 
     def tokens(self, inputs: dict[str, Tensor], count: int) -> Iterator[float]:
         """Seconds of each new token."""
         from minivlm.generate import stream
 
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        inputs = {name: inputs[name] for name in READ if name in inputs}
         start = time.perf_counter()
         for token in stream(self.model, **inputs, max_new_tokens=count, eos_token_id=NEVER):
             token.tolist()
@@ -129,15 +146,12 @@ class Theirs:
     def __init__(self, job: dict[str, Any]) -> None:
         import transformers
 
-        from minivlm.checkpoints.hub import read_config
-        from minivlm.models.paligemma import PaliGemmaConfig
-        from minivlm.processing import Processor
-
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         attention = "eager" if "eager" in job["side"] else None
+        _, self.processor, name = family(Path(job["folder"]))
         before, start = memory("RssAnon"), time.perf_counter()
-        self.model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        self.model = getattr(transformers, name).from_pretrained(
             job["folder"], dtype=dtype_of(job), attn_implementation=attention
         )
         self.load_seconds = time.perf_counter() - start
@@ -147,10 +161,7 @@ class Theirs:
         self.model.generation_config.pad_token_id = 0
         if "static" in job["side"]:
             self.model.generation_config.cache_implementation = "static"
-        folder = Path(job["folder"])
-        config = PaliGemmaConfig.from_dict(read_config(folder))
-        self.processor = Processor.from_pretrained(folder, image_seq_length=config.vision.num_patches)
-        self.size = config.vision.image_size
+        self.size = self.processor.image_processor.image_size
 
     @property
     def tower(self) -> Any:
@@ -158,11 +169,13 @@ class Theirs:
         return lambda pixels: tower(pixel_values=pixels).last_hidden_state
 
     def first_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        inputs = self.told(inputs)
         with torch.inference_mode():
             return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
     def tokens(self, inputs: dict[str, Tensor], count: int) -> Iterator[float]:
         """Seconds of each new token."""
+        inputs = self.told(inputs)
         times: list[float] = []
         start = time.perf_counter()
 
@@ -177,6 +190,13 @@ class Theirs:
         with torch.inference_mode():
             self.model.generate(**inputs, max_new_tokens=count, do_sample=False, stopping_criteria=[stop_at])
         yield from times
+
+    def told(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same batch; of Qwen's, with which tokens stand for pictures."""
+        if "image_grid_thw" not in inputs:
+            return inputs
+        types = (inputs["input_ids"] == self.model.config.image_token_id).long()
+        return {**inputs, "mm_token_type_ids": types}
 
     def step_after(self, context: int) -> Any:
         """A function that reads one token with so many tokens before it."""
@@ -230,10 +250,10 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
     from PIL import Image
 
     processor = side.processor
-    size = processor.image_processor.image_size
+    width, height = job.get("size") or [side.size, side.size]
     pictures, prompts = [], []
     for row in range(job["batch"]):
-        noise = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8).numpy()
+        noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy()
         pictures.append(Image.fromarray(noise))
         prompts.append("what is it " * (1 + 2 * row))
     inputs: dict[str, Tensor] = processor(pictures, prompts)

@@ -2,6 +2,7 @@
 
 Run: python bench/moving.py --compare time --out bench/results/moving_time
      python bench/moving.py --compare towers --out bench/results/moving_towers
+     python bench/moving.py --ship minivlm/assets/miniatures
 
 time     One tower, trained once for each seed, and two decoders that differ in what a position in time means:
          seconds, as in Qwen2.5-VL, or the number of the step, as in Qwen2-VL. Both learn from the same clips,
@@ -12,13 +13,18 @@ towers   Towers alone, which learn from pictures of eight shapes what lies in th
          token in whose cell a thing has its middle, on shapes of training and on others. Operations are
          those of a tower of these sizes on a picture of 96 x 96 pixels, and on one of 480 x 480.
 
-Three seeds. Results are kept in --runs, so a table may be made in pieces (--seeds).
+Three seeds. Results and runs are kept in --runs: a table may be made in pieces (--seeds), and what was
+stopped goes on.
+
+The third command trains both systems with seed 0, as `minivlm train --system` does, and copies them into
+folders that notebooks open. Qwen2.5-VL is the decoder of seconds in the first table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -29,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from systems import ship_folder
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,12 +51,12 @@ from minivlm.world.clip_batches import PICTURE_SIDES, ClipBatches
 from minivlm.world.scenes import COLORS, SHAPES, make_scene
 
 Result = dict[str, float]
-CLIPS = 500
+CLIPS = 300
 SCENES = 100  # of each shape
 OTHER_SIDES = ((128, 32), (32, 128), (112, 112), (96, 96), (112, 48), (48, 112))
 OTHER_RATE = (3,)  # frames a second
 OTHER_TASKS = ("seconds", "first", "direction")
-TOWER_STEPS = 400
+TOWER_STEPS = 300
 
 
 # ---- time --------------------------------------------------------------------------------------------------
@@ -64,20 +71,27 @@ class Numbered(Qwen2_5_VL):
 CLOCKS: dict[str, type[Qwen2_5_VL]] = {"seconds": Qwen2_5_VL, "numbers of steps": Numbered}
 
 
+class TowerRun(MovingRun):
+    """The first stage alone."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.tower_steps
+
+
 def compare_time(seed: int, runs: Path, config: MovingConfig, clips: int = CLIPS) -> dict[str, Result]:
-    """The tower once, then a decoder for each clock."""
+    """The tower once, then a decoder for each clock, which goes on with a copy of the tower's run."""
     config = replace(config, seed=seed)
-    parts = _trained_tower(config, runs / f"tower-{seed}.pt")
+    tower = runs / f"tower-{seed}"
+    finish(TowerRun(config), tower)
     found = {}
     for name, clock in CLOCKS.items():
-        run = MovingRun(replace(config, tower_steps=0))
-        run.model.vision_tower.load_state_dict(parts["tower"])
-        run.head.load_state_dict(parts["head"])
-        run.model.__class__ = clock
         folder = runs / f"{name.replace(' ', '-')}-{seed}"
-        resume = (folder / "state.safetensors").is_file()
-        with run_folder(folder, resume):
-            run_to_end(run, folder, Loop(resume=resume, save_every=100, measure_every=0))
+        if not folder.exists():
+            shutil.copytree(tower, folder)
+        run = MovingRun(config)
+        run.model.__class__ = clock
+        finish(run, folder)
         known = evaluate_clips(run.model, run.processor, clips)
         other = evaluate_clips(run.model, run.processor, clips, frames=(6,), rates=OTHER_RATE)
         found[name] = {task: metric.value for task, metric in known.items()}
@@ -87,19 +101,11 @@ def compare_time(seed: int, runs: Path, config: MovingConfig, clips: int = CLIPS
     return found
 
 
-def _trained_tower(config: MovingConfig, file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        run = MovingRun(config)
-        _learn_cells(run)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"tower": run.model.vision_tower.state_dict(), "head": run.head.state_dict()}, file)
-    parts: dict[str, Any] = torch.load(file, weights_only=True)
-    return parts
-
-
-def _learn_cells(run: MovingRun) -> None:
-    for batch in islice(run.batches(), run.config.tower_steps):
-        run.advance(batch)
+def finish(run: MovingRun, folder: Path) -> None:
+    """Carry a run to its end, from where it was saved if it was."""
+    resume = (folder / "state.safetensors").is_file()
+    with run_folder(folder, resume):
+        run_to_end(run, folder, Loop(resume=resume, save_every=50, measure_every=0))
 
 
 # ---- towers ------------------------------------------------------------------------------------------------
@@ -184,7 +190,8 @@ def compare_towers(seed: int, steps: int = TOWER_STEPS, scenes: int = SCENES) ->
         run.model, run.processor = parts(seed)
         run.batch_class = PictureBatches
         run.prepare("cpu")
-        _learn_cells(run)
+        for batch in islice(run.batches(), steps):
+            run.advance(batch)
         found[name] = {
             **things_named(run, PICTURE_SIDES, "known", scenes),
             **things_named(run, OTHER_SIDES, "other", scenes),
@@ -198,7 +205,7 @@ class PictureBatches(ClipBatches):
     """Without clips."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, clips=0, **kwargs)
+        super().__init__(*args, **kwargs, pictures=1)
 
 
 @torch.no_grad()
@@ -234,6 +241,19 @@ def operations(model: Qwen2VL, side: int) -> float:
     return float(counter.get_total_flops())
 
 
+# ---- what ships --------------------------------------------------------------------------------------------
+
+
+SHIPPED = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "seconds-0"}  # the names of runs
+
+
+def ship(runs: Path, out: Path, **changes: Any) -> None:
+    """Train both systems where that is not done yet, and copy what notebooks open."""
+    for system, folder in SHIPPED.items():
+        finish(MovingRun(MovingConfig(system, **changes)), runs / folder)
+        ship_folder(runs / folder, out / system)
+
+
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
@@ -263,11 +283,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compare", choices=("time", "towers"), required=True)
+    parser.add_argument("--compare", choices=("time", "towers"))
     parser.add_argument("--runs", type=Path, default=Path("runs/moving"), help="where results are kept")
     parser.add_argument("--out", type=Path, help="write the table to OUT.txt and the numbers to OUT.json")
+    parser.add_argument("--ship", type=Path, help="train both systems and copy them there, and stop")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
+    if options.ship:
+        ship(options.runs, options.ship)
+        return
+    if not options.compare:
+        parser.error("choose --compare time, --compare towers, or --ship")
     results = []
     for seed in options.seeds:
         kept = options.runs / f"{options.compare}-{seed}.json"

@@ -71,6 +71,7 @@ FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "chat_template.jinja",
     "tokenizer.json",
@@ -155,16 +156,20 @@ def magic(seed: int, runs: Path, scenes: int = SCENES, pair: ContrastiveConfig =
 
 
 def ship(runs: Path, out: Path) -> None:
-    """Copy the checkpoints of seed 0 in bf16, without what only training needs."""
+    """Copy the checkpoints of seed 0."""
     for system in SHIPPED_SYSTEMS:
-        folder = runs / f"{system}-0"
-        (out / system).mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, out / system / name)
-        tensors = load_file(folder / WEIGHTS)
-        halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-        save_file(halves, out / system / WEIGHTS, metadata={"format": "pt"})
+        ship_folder(runs / f"{system}-0", out / system)
+
+
+def ship_folder(folder: Path, out: Path) -> None:
+    """Copy one checkpoint in bf16, without what only training needs."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    tensors = load_file(folder / WEIGHTS)
+    halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(halves, out / WEIGHTS, metadata={"format": "pt"})
 
 
 def costs(config: SystemConfig) -> dict[str, int]:

@@ -27,7 +27,7 @@ RECIPE: shared.Recipe = {
         "text_heads": (4, ""),
     },
     "steps of each stage": {
-        "tower_steps": (1500, "the image tower alone"),
+        "tower_steps": (1500, "the image tower alone; of qwen2_vl and qwen2_5_vl 500"),
         "packed_steps": (5000, "many questions in a row"),
         "review_steps": (2200, "the same with more relations, at lower rates"),
         "prefix_steps": (900, "rows as in use, one question each"),
@@ -73,14 +73,14 @@ RATES = ("muon_lr", "adamw_lr", "weight_decay")  # of both recipes, with the sam
 SYSTEM_RECIPE: shared.Recipe = {  # the other fields of `SystemConfig`
     "with --system": {
         "text_steps": (500, "steps of the language model alone"),
-        "steps": (1500, "steps with pictures"),
+        "steps": (1500, "steps with pictures; of qwen2_vl and qwen2_5_vl 500"),
         "text_rows": (96, "rows of a step without pictures"),
         "rows": (48, "rows of a step with pictures; of qwen2_vl and qwen2_5_vl 24"),
     }
 }
 
 
-# The fields of `MovingConfig` beside those that every run has. The defaults are the same, but of `rows`.
+# The fields of `MovingConfig` beside those that every run has. Steps and rows have other defaults here.
 MOVING_RECIPE = ("tower_steps", "steps", "rows", "questions", "dense_weight", "clip")
 
 

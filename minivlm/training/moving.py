@@ -3,7 +3,9 @@
 Two stages:
 
 1. tower: a linear head on each image token learns what lies in its cell, and where that moves. Without it
-   nothing is learned about motion: an answer is one word, and says little about 64 tokens.
+   nothing is learned about motion: an answer is one word, and says little about 64 tokens. A tower of this
+   kind sees two frames at once, so two frames of each clip are enough. What differs between them is faint
+   beside what does not; the first layer begins where both are equally loud (`whiten`).
 2. answers: the decoder learns from several questions about each clip or picture, packed into one row. The
    blocks of the tower stay as they are; its merger goes on learning, with the head.
 
@@ -39,7 +41,7 @@ from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_f
 from minivlm.training.muon import Muon
 from minivlm.training.schedule import warm_up_then_fall
 from minivlm.vision.qwen2_5_vl import Qwen2_5_VLVisionConfig
-from minivlm.vision.qwen2_vl import Qwen2VLVisionConfig
+from minivlm.vision.qwen2_vl import PatchEmbeddings, Qwen2VLVisionConfig
 from minivlm.world import clip_questions, questions
 from minivlm.world.clip_batches import CLASSES, PICTURE_SIDES, ClipBatch, ClipBatches
 
@@ -63,8 +65,8 @@ class MovingConfig:
 
     system: str
     seed: int = 0
-    tower_steps: int = 1500
-    steps: int = 1500
+    tower_steps: int = 500
+    steps: int = 500
     rows: int = 24  # clips or pictures of a step
     questions: int = 9  # about each
     muon_lr: float = 0.02
@@ -140,6 +142,22 @@ def texts() -> Iterator[str]:
     yield from questions.vocabulary()
     yield from clip_questions.vocabulary()
     yield "user\nassistant\nsystem\n"
+
+
+QUIET = 0.1  # numbers of a pixel are -1 to 1, and noise is half as loud
+
+
+@torch.no_grad()
+def whiten(embeddings: PatchEmbeddings, patches: Tensor) -> None:
+    """Let a tower's first layer begin with the principal components of patches [P, C * T * P * P].
+
+    Each is divided by its spread (and QUIET, so that noise stays quiet). A patch is mostly its mean color;
+    which of its two frames has the color where is a small part of it, and is all that tells of motion.
+    """
+    weight = embeddings.patch_embedding.weight
+    spread, components = torch.linalg.eigh(patches.float().T.cov())  # ascending
+    scale = spread[-len(weight) :].clamp(min=0.0).sqrt() + QUIET
+    weight.copy_((components[:, -len(weight) :] / scale).T.view_as(weight))
 
 
 class CellHead(nn.Linear):
@@ -231,8 +249,8 @@ class MovingRun(Trainable):
         config = self.config
         draw = partial(self.batch_class, self.processor, seed=config.seed, rows=config.rows)
         stages = [
-            draw(steps=config.tower_steps, questions=0, sides=PICTURE_SIDES),
-            draw(steps=config.steps, questions=config.questions, first_step=config.tower_steps),
+            draw(steps=config.tower_steps, questions=0, pairs=True, sides=PICTURE_SIDES),
+            draw(steps=config.steps, questions=config.questions, first_step=config.tower_steps, pictures=4),
         ]
         return in_order(ConcatDataset(stages), range(self.step, self.total_steps), self.workers)
 
@@ -247,6 +265,9 @@ class MovingRun(Trainable):
         batch = _on(batch, self.model.device)
         losses = {}
         if stage == "tower":
+            if self.step == 0:
+                patches = next(tensor for name, tensor in batch.pixels.items() if name.startswith("pixel"))
+                whiten(self.model.vision_tower.embeddings, patches)
             media = self.model.encode_images(batch.input_ids, **batch.pixels)
             losses["cells"] = loss = self.head.loss(media[0].features, batch)
         else:

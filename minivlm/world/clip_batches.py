@@ -79,14 +79,15 @@ class ClipBatch:
 
 
 class ClipBatches(Dataset[ClipBatch]):
-    """Batch number `step` of a run: clips and pictures by turns.
+    """Batch number `step` of a run: clips, and pictures from time to time.
 
     Args:
         seed: of the run.
         first_step, steps: which batches there are.
         rows: of a batch.
         questions: of a row; 0 for the labels of cells alone.
-        clips: every so many steps there is a batch of clips; 1 for clips alone, 0 for pictures alone.
+        pictures: every so many steps there is a batch of pictures; 1 for pictures alone, 0 for clips alone.
+        pairs: two neighboring frames of each clip in place of all. A tower sees no more of it at once.
         sides: what pictures measure, width and height.
     """
 
@@ -99,20 +100,22 @@ class ClipBatches(Dataset[ClipBatch]):
         rows: int,
         questions: int,
         first_step: int = 0,
-        clips: int = 2,
+        pictures: int = 2,
+        pairs: bool = False,
         sides: Sequence[tuple[int, int]] = PICTURE_SIDES,
     ) -> None:
         self.processor, self.seed, self.first_step, self.steps = processor, seed, first_step, steps
-        self.rows, self.questions, self.clips, self.sides = rows, questions, clips, sides
+        self.rows, self.questions, self.pictures, self.sides = rows, questions, pictures, sides
+        self.pairs = pairs
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> ClipBatch:
         rng = np.random.default_rng([self.seed, self.first_step + step])
-        if self.clips and step % self.clips == 0:
-            return self._of_clips(rng)
-        return self._of_pictures(rng)
+        if self.pictures and step % self.pictures == self.pictures - 1:
+            return self._of_pictures(rng)
+        return self._of_clips(rng)
 
     def _of_clips(self, rng: np.random.Generator) -> ClipBatch:
         width, height = CLIP_SIDES[rng.integers(len(CLIP_SIDES))]
@@ -123,9 +126,19 @@ class ClipBatches(Dataset[ClipBatch]):
             for clip in clips
         ]
         cells = [clip_cells(clip, *self._grid(width, height)) for clip in clips]
-        return pack(
-            self.processor, [video_of([*clip.frames(width)], clip.fps) for clip in clips], asked, cells
-        )
+        times = [clip.times for clip in clips]
+        if self.pairs:
+            chosen = rng.integers(frames // 2, size=self.rows)
+            times = [clip.times[2 * pair : 2 * pair + 2] for clip, pair in zip(clips, chosen, strict=True)]
+            cells = [
+                {name: of_clip.reshape(frames // 2, -1)[pair] for name, of_clip in labels.items()}
+                for labels, pair in zip(cells, chosen, strict=True)
+            ]
+        shown = [
+            video_of([clip.at(second).draw(width) for second in seconds], clip.fps)
+            for clip, seconds in zip(clips, times, strict=True)
+        ]
+        return pack(self.processor, shown, asked, cells)
 
     def _of_pictures(self, rng: np.random.Generator) -> ClipBatch:
         width, height = self.sides[int(rng.integers(len(self.sides)))]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from qwen2_folders import write_folder
 
 from minivlm.models.load import SHIPPED
 from minivlm.speed.one_row import onednn_has_bf16
@@ -52,6 +53,19 @@ def test_both_sides_read_the_same_and_agree(tmp_path: Path, batch: int):
         assert (logits["minivlm packed"] - logits["minivlm"]).abs().max() < 0.1 * spread
     if "minivlm int8" in sides:
         assert (logits["minivlm int8"] - logits["transformers"]).abs().max() < 0.3 * spread
+
+
+@pytest.mark.parametrize("system", ["qwen2_vl", "qwen2_5_vl"])
+def test_qwens_are_asked_alike(tmp_path: Path, system: str):
+    folder = str(write_folder(tmp_path / "folder", system))
+    results, logits = [], []
+    for side in ("minivlm", "transformers"):
+        changes = {"folder": folder, "size": [24, 16], "dtype": "float32", "batch": 1}
+        results.append(work(tmp_path, side, **changes))
+        logits.append(torch.load(tmp_path / f"{side}.pt"))
+    assert results[0]["prompt"] == results[1]["prompt"]
+    assert len(results[0]["decode"]) == len(results[1]["decode"]) == 6
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4 * float(logits[1].std()))
 
 
 @pytest.mark.parametrize("side", ["minivlm", "transformers"])

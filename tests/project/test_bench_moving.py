@@ -9,6 +9,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from minivlm.models.load import load
+from minivlm.models.qwen2_vl import Qwen2VL
+from minivlm.training.loop import Loop
+from minivlm.training.moving import train_moving
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -25,15 +31,22 @@ def bench() -> Iterator[ModuleType]:
         sys.modules.pop("moving", None)
 
 
-def test_two_clocks(bench: ModuleType, tmp_path: Path) -> None:
+def assert_same_weights(folder: Path, other: Path) -> None:
+    one, two = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_two_clocks(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = bench.MovingConfig("qwen2_5_vl", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
+    train_moving(tmp_path / "whole", config, loop=Loop(workers=0, measure_every=0, progress=False))
     found = bench.compare_time(0, tmp_path, config, clips=3)
     assert found.keys() == {*bench.CLOCKS, "always the most frequent answer"}
     assert found["seconds"].keys() == found["numbers of steps"].keys()
     assert any(column.endswith("at 3 a second") for column in found["seconds"])
-    kept = (tmp_path / "tower-0.pt").stat().st_mtime_ns
-    assert bench.compare_time(0, tmp_path, config, clips=3) == found  # nothing is trained again
-    assert (tmp_path / "tower-0.pt").stat().st_mtime_ns == kept
+    monkeypatch.setattr(bench.MovingRun, "advance", lambda *_: pytest.fail("trained again"))
+    assert bench.compare_time(0, tmp_path, config, clips=3) == found
+    assert_same_weights(tmp_path / "seconds-0", tmp_path / "whole")
     assert bench.as_text([found, found]).endswith("2 seeds")
 
 
@@ -54,6 +67,18 @@ def test_towers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert windows["operations, large"] < 0.7 * full["operations, large"]
     assert all(0.0 <= value <= 1.0 for name, value in full.items() if "sides" in name)
     assert "million" in bench.as_text([found])
+
+
+def test_what_ships_reads_clips(bench: ModuleType, tmp_path: Path) -> None:
+    bench.ship(tmp_path, tmp_path / "out", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
+    for system, run in bench.SHIPPED.items():
+        _, trained = load(tmp_path / run)
+        model, processor = load(tmp_path / "out" / system)
+        assert isinstance(model, Qwen2VL)
+        assert processor.video_budget == trained.video_budget  # the published one sees 4 times the pixels
+        stored = load_file(tmp_path / "out" / system / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        assert sum(path.stat().st_size for path in (tmp_path / "out" / system).iterdir()) <= 1_500_000
 
 
 def test_each_tower_is_what_its_name_says(bench: ModuleType) -> None:

@@ -9,20 +9,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from gemma2 import TINY2
 from helpers import TINY, assert_differs, assert_equal
 from PIL import Image
+from qwen2_5_vl import reference_qwen2_5_vl
+from qwen2_vl import TEXT, reference_qwen2_vl
 from safetensors import safe_open
-from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, PaliGemmaForConditionalGeneration
 from transformers import PaliGemmaConfig as ReferenceConfig
 
 import minivlm
 from minivlm import InputError, PaliGemma, PaliGemmaConfig
 from minivlm.checkpoints import layouts, weights
 from minivlm.checkpoints.weights import INDEX
+from minivlm.models.qwen2_5_vl import Qwen2_5_VLConfig
+from minivlm.models.qwen2_vl import Qwen2VLConfig
 
 BENCH = Path(__file__).parents[2] / "bench"
 SMALL = {  # with room for a tokenizer: bytes, letters, 200 longer words, <loc>, <seg>
@@ -173,6 +178,67 @@ def test_transformers_builds_the_same_shapes(bench: ModuleType, name: str):
         key: tensor.shape for key, tensor in reference.state_dict().items() if key != "lm_head.weight"
     }
     assert shapes == expected
+
+
+# Qwen2-VL and Qwen2.5-VL
+
+
+def small_qwen(name: str) -> Any:
+    """256 letters, 200 words, and what controls the model."""
+    names = ("vision_start", "vision_end", "", "image", "video")  # in the order of ids, as published
+    ids = {f"{name}_token_id": 456 + 9 + place for place, name in enumerate(names) if name}
+    ids |= {"bos_token_id": 456, "pad_token_id": 456, "eos_token_id": 458}
+    reference = reference_qwen2_vl if name == "qwen2_vl" else reference_qwen2_5_vl
+    values = reference(text=TEXT | {"vocab_size": 480}, ids={}).config.to_dict()
+    config = Qwen2VLConfig if name == "qwen2_vl" else Qwen2_5_VLConfig
+    return replace(config.from_dict(values), **ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_both_libraries_load_a_qwen_and_agree(bench: ModuleType, name: str, tmp_path: Path):
+    config = small_qwen(name)
+    bench.make_checkpoint(config, tmp_path / "made", shard=SMALL_SHARD)
+    model, processor = minivlm.load(tmp_path / "made")
+    assert model.config == config
+    kind = AutoModelForImageTextToText
+    reference, info = kind.from_pretrained(
+        tmp_path / "made", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values())
+    batch = processor([Image.new("RGB", (24, 16), "red")], ["what is it?"])
+    types = (batch["input_ids"] == config.image_token_id).long()
+    ours, theirs = model(**batch).logits, reference(**batch, mm_token_type_ids=types).logits
+    assert torch.isfinite(ours).all()
+    assert_equal(ours, theirs)
+    assert_differs(ours, ours.roll(1, 1))
+    tensors = weights.read_tensors(tmp_path / "made")
+    norms = [value for key, value in tensors.items() if value.ndim == 1 and key.endswith("weight")]
+    assert len(norms) >= 10
+    assert all(0.9 < norm.float().mean() < 1.1 for norm in norms)
+
+
+def test_qwens_published_shapes(bench: ModuleType):
+    """Weights in millions; 2B and 3B keep one table for words in and out."""
+    for name, millions in {"qwen2-vl-2b": 2209.0, "qwen2-vl-7b": 8291.4, "qwen2.5-vl-3b": 3754.6}.items():
+        config = bench.PUBLISHED[name]
+        with torch.device("meta"):
+            model = bench.FAMILIES[type(config)][0](config)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+        written = json.loads(json.dumps(bench.published_config(config)))
+        assert type(config).from_dict(written) == config
+        assert "rope_parameters" not in written
+    assert bench._known_name("Qwen/Qwen2.5-VL-3B-Instruct") == "qwen2.5-vl-3b"
+
+
+def test_qwens_full_tokenizer(bench: ModuleType):
+    backend = bench.make_qwen2_tokenizer(151643)
+    places = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|box_start|>": 151648}
+    places |= {"<|vision_start|>": 151652, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
+    assert {token: backend.token_to_id(token) for token in places} == places
+    text = "what is in the picture? ☃\n"
+    assert backend.decode(backend.encode(text).ids) == text
+    assert 6 <= len(backend.encode("what is in the picture?\n").ids) <= 14
 
 
 def test_the_full_tokenizer(bench: ModuleType):

@@ -17,7 +17,7 @@ from minivlm.models.load import load
 from minivlm.processing import video_of
 from minivlm.processing.inputs import IGNORE
 from minivlm.training.loop import Loop
-from minivlm.training.moving import SYSTEMS, MovingConfig, MovingRun, answer_loss, build, train_moving
+from minivlm.training.moving import SYSTEMS, MovingConfig, MovingRun, answer_loss, build, train_moving, whiten
 from minivlm.world.clip_batches import CLIP_SIDES, ClipBatches, clip_cells, of_tasks, pack, training_clip
 from minivlm.world.clip_files import save_clip
 from minivlm.world.clip_questions import examples
@@ -85,6 +85,45 @@ def test_cells_say_what_lies_there_and_where_it_moves() -> None:
             seen += 1
     assert seen > 4
     assert (cells["color"] == 0).any()
+
+
+def test_a_tower_sees_two_frames_of_each_clip() -> None:
+    """Each pair, with its labels, is one of the whole clip's."""
+    _, processor = build("qwen2_vl", 0)
+    batches = ClipBatches(processor, seed=5, steps=1, rows=3, questions=0, pictures=0, pairs=True)
+    whole = ClipBatches(processor, seed=5, steps=1, rows=3, questions=0, pictures=0)
+    pairs, clips = batches[0], whole[0]
+    grids = clips.pixels["video_grid_thw"]
+    assert torch.equal(pairs.pixels["video_grid_thw"], grids.clamp(max=torch.tensor([1, 99, 99])))
+    steps = int(grids[0, 0])
+    shown = pairs.pixels["pixel_values_videos"].unflatten(0, (3, 1, -1))
+    same = (clips.pixels["pixel_values_videos"].unflatten(0, (3, steps, -1)) == shown).flatten(2).all(2)
+    assert same.sum(1).tolist() == [1, 1, 1]
+    for name, cells in pairs.cells.items():
+        of_clips = clips.cells[name].view(3, steps, -1)
+        assert torch.equal(cells.view(3, -1), of_clips[same]), name
+
+
+def test_the_first_layer_begins_where_motion_is_loud() -> None:
+    """Of what it gives out, the part that is 0 where both frames are alike is as large as the rest."""
+    run = MovingRun(replace(SMALL, rows=12), workers=0)
+    batch = next(iter(run.batches()))
+    patches, embeddings = batch.pixels["pixel_values_videos"], run.model.vision_tower.embeddings
+    frames = patches.unflatten(1, (3, 2, -1))
+    still = frames.mean(2, keepdim=True).expand_as(frames).flatten(1)
+
+    def share() -> float:
+        out, of_still = embeddings(patches), embeddings(still)
+        return float(((out - of_still).var(0).sum() / out.var(0).sum()).detach())
+
+    before = share()
+    whiten(embeddings, patches)
+    assert before < 0.25
+    assert share() > 0.35
+    out = embeddings(patches)
+    assert out.var(0).max() < 1.0
+    off = out.T.cov() - out.T.cov().diag().diag()
+    assert off.abs().max() < 1e-3
 
 
 def test_clips_have_every_rate_and_no_boxes() -> None:
@@ -160,11 +199,18 @@ def test_the_command_names_every_system_and_number() -> None:
     assert MOVING == SYSTEMS
     told = {name: default for numbers in RECIPE.values() for name, (default, _) in numbers.items()}
     told |= {name: default for name, (default, _) in SYSTEM_RECIPE["with --system"].items()}
+    about = {
+        name: text
+        for numbers in (*RECIPE.values(), *SYSTEM_RECIPE.values())
+        for name, (_, text) in numbers.items()
+    }
     config = asdict(MovingConfig("qwen2_vl"))
-    assert config.pop("rows") == 24
-    for name in {*MOVING_RECIPE, *RATES} - {"rows"}:
-        assert config[name] == told[name], name
-    assert config.keys() - {"system", "seed", "warmup_steps"} == {*MOVING_RECIPE, *RATES} - {"rows"}
+    assert config.keys() - {"system", "seed", "warmup_steps"} == {*MOVING_RECIPE, *RATES}
+    for name in (*MOVING_RECIPE, *RATES):
+        if name in ("tower_steps", "steps", "rows"):
+            assert about[name].endswith(f"of qwen2_vl and qwen2_5_vl {config[name]}"), name
+        else:
+            assert config[name] == told[name], name
 
 
 def test_what_is_not_of_these_systems_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,12 @@ import pytest
 
 import minivlm
 from minivlm.evaluation import answer_all, make_questions, score
+from minivlm.evaluation.clips import evaluate_clips
 from minivlm.models.load import SHIPPED
 from minivlm.models.miniatures.magic import match_with
+from minivlm.models.qwen2_vl import Qwen2VL
+from minivlm.processing import Qwen2VLProcessor
+from minivlm.training.moving import SYSTEMS as MOVING
 
 MINIATURES = SHIPPED.parent / "miniatures"
 LARGEST = 1_500_000  # bytes of the weights, the image tower left out
@@ -44,6 +48,20 @@ def test_it_answers_better_than_without_a_picture(folder: Path) -> None:
     for name in ("color", "shape"):
         found = score(questions, answers)[name]
         assert found.value > found.baseline, name
+
+
+@pytest.mark.parametrize(
+    "folder", [path for path in FOLDERS if path.name in MOVING], ids=lambda path: path.name
+)
+def test_it_answers_about_clips(folder: Path) -> None:
+    """The whole folder is small, and answers are better than the most frequent ones."""
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= LARGEST
+    model, processor = minivlm.load(folder)
+    assert isinstance(model, Qwen2VL)
+    assert isinstance(processor, Qwen2VLProcessor)
+    table = evaluate_clips(model, processor, 40, seed=6, tasks=("direction", "color"), progress=False)
+    for name in ("direction", "color"):
+        assert table[name].value > table[name].baseline + 0.1, name
 
 
 def test_the_towers_of_magic_find_the_caption() -> None:
