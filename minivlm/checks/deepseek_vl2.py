@@ -169,7 +169,7 @@ def layout(answer: Callable[..., Any]) -> None:
         for token in result:
             expect(
                 isinstance(token, str) or (isinstance(token, Sequence) and len(token) == 3),
-                f"{case} your list has {token!r}: tokens are tuples (view, line, place), and marks are strings",
+                f"{case} you have {token!r}: tokens are tuples (view, line, place), and marks are strings",
             )
         found = [token if isinstance(token, str) else tuple(token) for token in result]
         good = solutions.layout(columns, rows, n)
