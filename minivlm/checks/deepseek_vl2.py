@@ -166,6 +166,11 @@ def layout(answer: Callable[..., Any]) -> None:
         result = call(answer, columns, rows, n)
         case = f"for {columns} x {rows} tiles and n = {n}"
         expect(isinstance(result, list), f"return a list, not a {type(result).__name__}")
+        for token in result:
+            expect(
+                isinstance(token, str) or (isinstance(token, Sequence) and len(token) == 3),
+                f"{case} you have {token!r}: tokens are tuples (view, line, place), and marks are strings",
+            )
         found = [token if isinstance(token, str) else tuple(token) for token in result]
         good = solutions.layout(columns, rows, n)
         if found == good:
@@ -227,6 +232,10 @@ def _layouts(columns: int, rows: int, n: int) -> dict[str, list[Token]]:
     from_one = [t if isinstance(t, str) else (t[0], t[1] + 1, t[2] + 1) for t in good]
     turned = [t if isinstance(t, str) else (t[0], t[2], t[1]) for t in good]
     exchanged = solutions.layout(rows, columns, n)
+    of_picture = [
+        t if isinstance(t, str) else (t[0], t[1] + (t[0] - 1) // columns * n, t[2] + (t[0] - 1) % columns * n)
+        for t in tiles
+    ]
     return {
         "the tiles are read one after the other: a line goes through all tiles that lie side by side": [
             *whole,
@@ -263,6 +272,11 @@ def _layouts(columns: int, rows: int, n: int) -> dict[str, list[Token]]:
         "lines and places count from 1: they count from 0": from_one,
         "line and place are exchanged in your tuples: (view, line, place)": turned,
         "columns and rows are exchanged": exchanged,
+        "lines and places of the tiles count through all tiles: they count inside of each view": [
+            *whole,
+            "separator",
+            *of_picture,
+        ],
         "the whole is missing": ["separator", *tiles],
         "the tiles are missing": [*whole, "separator"],
     }
@@ -511,6 +525,7 @@ def _expect_attention(result: Any, good: Tensor, parts: Sequence[Tensor], mask: 
         return scores.softmax(dim=dim) @ latents[:, None]
 
     right_scale = width + turned
+    scaled = both / right_scale**0.5
     mistakes = {
         "the turned part is missing: add the product of q_rope and k_rope to the scores": finish(
             plain, right_scale
@@ -528,6 +543,17 @@ def _expect_attention(result: Any, good: Tensor, parts: Sequence[Tensor], mask: 
         "the mask is ignored": finish(both, right_scale, None),
         "the mask is the wrong way around: True is where a query may look": finish(both, right_scale, ~mask),
         "the softmax runs over the queries: over the keys, the last axis": finish(both, right_scale, dim=-2),
+        "the mask comes after the softmax, so hidden keys still count in its sum: mask the scores": (
+            scaled.softmax(dim=-1) * mask
+        )
+        @ latents[:, None],
+        "hidden scores become 0, which still counts: they have to be -inf": scaled.masked_fill(
+            ~mask, 0.0
+        ).softmax(dim=-1)
+        @ latents[:, None],
+        "each part is scaled by its own width: add them, and divide the sum by the square root of Dn + Dr": (
+            finish(plain / width**0.5 + (both - plain) / turned**0.5, 1)
+        ),
     }
     weightless = {hint: wrong @ w_v.mT for hint, wrong in mistakes.items()}
     expect(

@@ -59,6 +59,20 @@ def without(mark: str, tokens: list[Any]) -> list[Any]:
     return [token for token in tokens if token != mark]
 
 
+def counted_through(columns: int, rows: int, n: int) -> list[Any]:
+    """Lines and places of tiles as in the picture."""
+    return [
+        token
+        if isinstance(token, str) or token[0] == 0
+        else (
+            token[0],
+            token[1] + (token[0] - 1) // columns * n,
+            token[2] + (token[0] - 1) % columns * n,
+        )
+        for token in good.layout(columns, rows, n)
+    ]
+
+
 def chosen_of(outs: Tensor, chosen: Tensor) -> Tensor:
     return outs.gather(1, chosen[..., None].expand(-1, -1, outs.shape[-1]))
 
@@ -142,6 +156,20 @@ def attended(
     return answer
 
 
+def weights_masked(
+    q: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor
+) -> Tensor:
+    scores = (q @ w_k @ latents[:, None].mT + q_rope @ k_rope[:, None].mT) / math.sqrt(15)
+    return (scores.softmax(dim=-1) * mask) @ latents[:, None] @ w_v.mT
+
+
+def scores_zeroed(
+    q: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor
+) -> Tensor:
+    scores = (q @ w_k @ latents[:, None].mT + q_rope @ k_rope[:, None].mT) / math.sqrt(15)
+    return scores.masked_fill(~mask, 0.0).softmax(dim=-1) @ latents[:, None] @ w_v.mT
+
+
 def expanded(
     q: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor
 ) -> Tensor:
@@ -212,6 +240,9 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
             lambda c, r, n: [x if isinstance(x, str) else (x[0], x[2], x[1]) for x in good.layout(c, r, n)],
         ),
         ("columns and rows are exchanged", lambda c, r, n: good.layout(r, c, n)),
+        ("count inside of each view", counted_through),
+        ("you have 1: tokens are tuples", lambda c, r, n: [1, 2, 3]),
+        ("you have None", laid(lambda w, t, *_: [*w, None, *t])),
         ("the whole is missing", laid(lambda w, t, *_: ["separator", *t])),
         ("the tiles are missing", laid(lambda w, t, *_: [*w, "separator"])),
         ("you use the marks", laid(lambda w, t, *_: [*w, "sep", *t])),
@@ -269,6 +300,9 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("mask is ignored", attended(allowed=lambda mask: None)),
         ("wrong way around", attended(allowed=lambda mask: ~mask)),
         ("runs over the queries", attended(dim=-2)),
+        ("mask comes after the softmax", weights_masked),
+        ("hidden scores become 0", scores_zeroed),
+        ("each part is scaled by its own width", attended(lambda *_: 1.0, plain=11**-0.5, turned=4**-0.5)),
         ("sum of the latents", attended(finish=lambda sums, w_v: sums)),
         ("axes of heads and queries", attended(finish=lambda sums, w_v: (sums @ w_v.mT).transpose(1, 2))),
         ("you make the keys of every head", expanded),
