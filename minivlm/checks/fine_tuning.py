@@ -275,8 +275,7 @@ class _Matrices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and sorted(result.shape) == sorted(self.weight.shape):
-            with torch._C.DisableTorchFunction():
-                self.made |= result.data_ptr() != self.weight.data_ptr()
+            self.made |= result.data_ptr() != self.weight.data_ptr()
         return result
 
 
