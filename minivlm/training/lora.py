@@ -30,7 +30,7 @@ class AdapterFinetuning(Finetuning):
     rates = (
         5e-3,
         2e-4,
-    )  # ten times those of all weights: B starts at zero, and is multiplied by small numbers
+    )  # five and ten times those of all weights: B starts at zero, and is multiplied by small numbers
 
     def __init__(self, *args: Any, lora: LoraConfig) -> None:
         self.lora = lora

@@ -47,6 +47,7 @@ def layer(
     bias: bool = False,
     idle: bool = False,
     in_place: bool = False,
+    dense: bool = False,
     named: str = "lora_A",
 ) -> type[nn.Module]:
     """`LoraLinear` with one mistake."""
@@ -65,6 +66,7 @@ def layer(
             change = self.scale * (x @ self.lora_A.T @ self.lora_B.T)
             out = change if alone and bool(self.lora_B.any()) else self.base(x) + change
             out = self.base(x) if idle else out
+            out = nn.functional.linear(x, self.merged(), self.base.bias) if dense else out
             return out + self.base.bias if bias and bool(self.lora_B.any()) else out
 
         def merged(self) -> Tensor:
@@ -90,6 +92,7 @@ LAYERS: dict[str, tuple[Any, str]] = {
     "the change alone": (layer(alone=True), "the change alone"),
     "bias twice": (layer(bias=True), "bias is added twice"),
     "nothing": (layer(idle=True), "change nothing in forward"),
+    "a whole matrix": (layer(dense=True), "builds a matrix of out by in"),
     "in place": (layer(in_place=True), "changes the weight of the base"),
 }
 
@@ -127,6 +130,26 @@ def test_a_missed_fault_is_named(missed: str) -> None:
     hint = hint_of(checks.fine_tuning.diagnose, answer)
     assert "taken for" in hint
     assert (missed in hint) or missed == "none"
+
+
+def test_a_comparison_without_rounding_is_told_so() -> None:
+    def answer(layer: Any, weight: Tensor, alpha: float, x: Tensor) -> str:
+        change = layer.changes["default"]
+        expected = alpha / 16 * (x @ change.lora_A.T @ change.lora_B.T)
+        return "none" if torch.equal(layer(x) - x @ weight.T, expected) else "scale"
+
+    hint = hint_of(checks.fine_tuning.diagnose, answer)
+    assert "s B A x" in hint
+    assert "rounding" in hint
+
+
+def test_a_layer_may_use_the_weight_of_its_base() -> None:
+    class Layer(layer()):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x @ self.base.weight.T + self.base.bias
+            return out + self.scale * (self.lora_B @ (self.lora_A @ x.mT)).mT
+
+    checks.fine_tuning.low_rank_layer(Layer)
 
 
 def test_patients_are_left_alone() -> None:
@@ -198,6 +221,7 @@ SPLITS: dict[str, tuple[Any, str]] = {
     "blank": (blank, "still blank"),
     "by row": (split(alike=lambda a, b: False), "equal looks"),
     "equal looks": (split(alike=lambda a, b: a == b), "look alike"),
+    "fewer bits": (split(alike=lambda a, b: (a ^ b).bit_count() < ALIKE), "look alike"),
     "as numbers": (split(alike=lambda a, b: abs(a - b) <= ALIKE), "look alike"),
     "no chains": (split(chains=False), "look alike"),
     "copies dropped": (split(drop=True), "neither part"),
@@ -210,6 +234,10 @@ SPLITS: dict[str, tuple[Any, str]] = {
     "global state": (split(unseeded=True), "the same seed gives another"),
     "one list": (lambda looks, share, seed: [1, 2], "two lists"),
 }
+
+
+def test_the_two_parts_of_a_split_may_be_in_a_list() -> None:
+    checks.fine_tuning.split_by_look(lambda *given: list(good.split_by_look(*given)))
 
 
 @pytest.mark.parametrize("mistake", SPLITS)
