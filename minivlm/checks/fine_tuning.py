@@ -166,30 +166,27 @@ FAULTS = ("none", "off", "untrained", "twice", "scale")
 VERDICTS = ("good", "too slow", "too fast", "too few pictures")
 
 
-class _LoraLinear(nn.Module):
-    """The solution of `low_rank_layer`."""
-
-    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scale = alpha / r
-        self.lora_A = nn.Parameter(torch.randn(r, base.in_features) / base.in_features**0.5)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        y: Tensor = self.base(x)
-        return y + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
-
-    def merged(self) -> Tensor:
-        """The weight of a plain layer that gives the same."""
-        return self.base.weight + self.scale * self.lora_B @ self.lora_A
-
-
 class solutions:
     """The solutions that the notebook continues with."""
 
-    LoraLinear = _LoraLinear
+    class LoraLinear(nn.Module):
+        """A linear layer with a change of low rank beside it."""
+
+        def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
+            super().__init__()
+            self.base = base.requires_grad_(False)
+            self.scale = alpha / r
+            self.lora_A = nn.Parameter(torch.randn(r, base.in_features) / base.in_features**0.5)
+            self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
+
+        def forward(self, x: Tensor) -> Tensor:
+            """x [..., in] -> [..., out]."""
+            y: Tensor = self.base(x)
+            return y + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
+
+        def merged(self) -> Tensor:
+            """The weight of a plain layer that gives the same."""
+            return self.base.weight + self.scale * self.lora_B @ self.lora_A
 
     @staticmethod
     def expected_start() -> dict[str, bool]:
