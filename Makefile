@@ -51,10 +51,8 @@ unit: $(DEV) ## build the book, then run the tests
 	$(BIN)/python docs/book/build.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Those that train longest come first, so that at the end no core waits for one of them.
-LONG := $(wildcard notebooks/07_*.ipynb notebooks/10_*.ipynb notebooks/12_*.ipynb)
 nbval: $(DEV) ## run every notebook and compare what comes out with what is stored
-	$(NBVAL) --no-loadscope-reorder $(LONG) $(filter-out $(LONG),$(wildcard notebooks/*.ipynb))
+	$(NBVAL) notebooks/
 
 # BROWSER_ARGS="-m 'not slow'" leaves out the notebooks that take longest.
 test-browser: $(BROWSER) ## run notebooks, book and hover page in Chromium (skipped where there is none)

@@ -205,7 +205,7 @@ class PictureBatches(ClipBatches):
     """Without clips."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, pictures=1)
+        super().__init__(*args, **kwargs | {"pictures": 1})
 
 
 @torch.no_grad()

@@ -166,27 +166,33 @@ FAULTS = ("none", "off", "untrained", "twice", "scale")
 VERDICTS = ("good", "too slow", "too fast", "too few pictures")
 
 
+class _LoraLinear(nn.Module):
+    """A linear layer with a change of low rank beside it."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = alpha / r
+        self.lora_A = nn.Parameter(torch.randn(r, base.in_features) / base.in_features**0.5)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        y: Tensor = self.base(x)
+        return y + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
+
+    def merged(self) -> Tensor:
+        """The weight of a plain layer that gives the same."""
+        return self.base.weight + self.scale * self.lora_B @ self.lora_A
+
+
 class solutions:
     """The solutions that the notebook continues with."""
 
-    class LoraLinear(nn.Module):
-        """A linear layer with a change of low rank beside it."""
-
-        def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
-            super().__init__()
-            self.base = base.requires_grad_(False)
-            self.scale = alpha / r
-            self.lora_A = nn.Parameter(torch.randn(r, base.in_features) / base.in_features**0.5)
-            self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
-
-        def forward(self, x: Tensor) -> Tensor:
-            """x [..., in] -> [..., out]."""
-            y: Tensor = self.base(x)
-            return y + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
-
-        def merged(self) -> Tensor:
-            """The weight of a plain layer that gives the same."""
-            return self.base.weight + self.scale * self.lora_B @ self.lora_A
+    @staticmethod
+    def low_rank_layer(base: nn.Linear, r: int, alpha: float) -> nn.Module:
+        """The base with a change of rank r beside it."""
+        return _LoraLinear(base, r, alpha)
 
     @staticmethod
     def expected_start() -> dict[str, bool]:
@@ -282,7 +288,7 @@ def low_rank_layer(answer: Callable[..., Any]) -> None:
     weight, bias = base.weight.detach().clone(), base.bias.detach().clone()
     layer = call(answer, base, 4, 12.0)
     expect(
-        isinstance(layer, nn.Module), f"LoraLinear(...) is a {type(layer).__name__}: derive it from nn.Module"
+        isinstance(layer, nn.Module), f"low_rank_layer returns a {type(layer).__name__}: return an nn.Module"
     )
     named = dict(layer.named_parameters())
     for name, shape in (("lora_A", [4, 12]), ("lora_B", [20, 4])):

@@ -65,7 +65,7 @@ def check_kinds(kinds: Sequence[str], samples: Sequence[Sample] = ()) -> None:
         if kind not in KINDS:
             raise InputError(f"{kind!r} is unknown: choose from {', '.join(KINDS)}")
     foreign = [one.line for one in samples if _FOREIGN.search(one.prefix) or _FOREIGN.search(one.suffix)]
-    if foreign and set(kinds) != {"color"}:
+    if foreign and set(kinds) - {"color"}:
         raise InputError(
             f"line {foreign[0]} has a box in other words than <loc>, which would not move along with its "
             "picture: choose color alone, or nothing"

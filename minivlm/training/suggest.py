@@ -1,7 +1,7 @@
 """Settings to begin with, from how many lines there are and how large the model is, each with its reason.
 
 They are rules of thumb, no more: a first run that is likely to learn something and to end in time. What such
-settings do to two small sets of pictures, bench/own_pictures.py measures.
+settings do to two small sets of pictures, bench/tuning_settings.py measures.
 """
 
 from __future__ import annotations

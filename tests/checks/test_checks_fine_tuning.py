@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from minivlm import checks, load
 from minivlm.adapters import LoraConfig, new_adapter
 from minivlm.checks import NotYet
-from minivlm.checks.fine_tuning import FAULTS, Row, corner_rows, exact, tune
+from minivlm.checks.fine_tuning import FAULTS, VERDICTS, Row, corner_rows, exact, tune
 from minivlm.data.fingerprints import ALIKE, perceptual_hash
 
 NOTEBOOK = ROOT / "notebooks" / "12_fine_tuning.ipynb"
@@ -97,9 +99,8 @@ LAYERS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", LAYERS)
-def test_mistakes_in_a_layer_are_named(mistake: str) -> None:
-    answer, hint = LAYERS[mistake]
+@pytest.mark.parametrize(("answer", "hint"), LAYERS.values(), ids=LAYERS)
+def test_mistakes_in_a_layer_are_named(answer: Any, hint: str) -> None:
     torch.manual_seed(0)
     assert re.search(hint, hint_of(checks.fine_tuning.low_rank_layer, answer))
 
@@ -107,11 +108,14 @@ def test_mistakes_in_a_layer_are_named(mistake: str) -> None:
 # ---- predictions, patients, curves -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("statement", checks.fine_tuning.STATEMENTS)
-def test_a_wrong_prediction_is_explained(statement: str) -> None:
-    wrong = good.expected_start() | {statement: not good.expected_start()[statement]}
+FLIPPED = [*combinations(checks.fine_tuning.STATEMENTS, 1), *combinations(checks.fine_tuning.STATEMENTS, 2)]
+
+
+@pytest.mark.parametrize("answer", FLIPPED)
+def test_a_wrong_prediction_is_explained(answer: tuple[str, ...]) -> None:
+    wrong = good.expected_start() | {one: not good.expected_start()[one] for one in answer}
     hint = hint_of(checks.fine_tuning.expected_start, lambda: wrong)
-    assert hint.startswith(f"{statement}: you say {wrong[statement]}")
+    assert hint.startswith(f"{answer[0]}: you say {wrong[answer[0]]}")
     assert "\n" not in hint
 
 
@@ -121,13 +125,16 @@ def test_a_missing_prediction_is_named() -> None:
     assert "expected True or False" in hint_of(checks.fine_tuning.expected_start, lambda: asked)
 
 
-@pytest.mark.parametrize("missed", FAULTS)
-def test_a_missed_fault_is_named(missed: str) -> None:
-    def answer(*given: Any) -> str:
-        found = good.diagnose(*given)
-        return {"none": "off"}.get(found, "none") if found == missed else found
+TAKEN_FOR = [(missed, answer) for missed in FAULTS for answer in FAULTS if missed != answer]
 
-    hint = hint_of(checks.fine_tuning.diagnose, answer)
+
+@pytest.mark.parametrize(("missed", "answer"), TAKEN_FOR)
+def test_a_missed_fault_is_named(missed: str, answer: str) -> None:
+    def diagnose(*given: Any) -> str:
+        found: str = good.diagnose(*given)
+        return answer if found == missed else found
+
+    hint = hint_of(checks.fine_tuning.diagnose, diagnose)
     assert "taken for" in hint
     assert (missed in hint) or missed == "none"
 
@@ -169,12 +176,14 @@ def test_the_patients_of_the_notebook_have_all_faults() -> None:
     assert sorted(found) == sorted(FAULTS)
 
 
-@pytest.mark.parametrize("letter", "ABCD")
-def test_a_wrong_verdict_gets_a_hint(letter: str) -> None:
+@pytest.mark.parametrize(
+    ("letter", "answer"),
+    [(letter, wrong) for letter in "ABCD" for wrong in VERDICTS if wrong != good.name_curves({})[letter]],
+)
+def test_a_wrong_verdict_gets_a_hint(letter: str, answer: str) -> None:
     right = good.name_curves({})
-    wrong = next(verdict for verdict in right.values() if verdict != right[letter])
     assert f"curve {letter} is not" in hint_of(
-        checks.fine_tuning.name_curves, lambda curves: right | {letter: wrong}
+        checks.fine_tuning.name_curves, lambda curves: right | {letter: answer}
     )
     assert "no verdict of the list" in hint_of(
         checks.fine_tuning.name_curves, lambda curves: right | {letter: "fine"}
@@ -240,9 +249,8 @@ def test_the_two_parts_of_a_split_may_be_in_a_list() -> None:
     checks.fine_tuning.split_by_look(lambda *given: list(good.split_by_look(*given)))
 
 
-@pytest.mark.parametrize("mistake", SPLITS)
-def test_mistakes_in_a_split_are_named(mistake: str) -> None:
-    answer, hint = SPLITS[mistake]
+@pytest.mark.parametrize(("answer", "hint"), SPLITS.values(), ids=SPLITS)
+def test_mistakes_in_a_split_are_named(answer: Any, hint: str) -> None:
     assert hint in hint_of(checks.fine_tuning.split_by_look, answer)
 
 
@@ -280,51 +288,59 @@ class Tuned:
         }
 
 
-@pytest.fixture(scope="module")
+@cache
 def tuned() -> Tuned:
     return Tuned()
 
 
-def test_a_whole_tuning_is_right(tuned: Tuned, capsys: pytest.CaptureFixture[str]) -> None:
-    checks.fine_tuning.fine_tune(tuned.answer)
+def test_a_whole_tuning_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    checks.fine_tuning.fine_tune(tuned().answer)
     assert capsys.readouterr().out.startswith("Right: ")
 
 
-def test_mistakes_in_a_tuning_are_named(tuned: Tuned) -> None:
-    def but(**instead: Any) -> Callable[..., Result]:
-        named = {name.replace("_", " "): value for name, value in instead.items()}
-        return lambda *given: tuned.answer(*given) | named
+Tuning = Callable[..., Any]
 
-    def unsaved(rows: Sequence[Row], old: Sequence[Row], folder: Path) -> Result:
-        return tuned.answer(rows, old, folder.parent / "elsewhere")
 
-    def untrained(rows: Sequence[Row], old: Sequence[Row], folder: Path) -> Result:
-        result = tuned.answer(rows, old, folder)
-        model, _ = load()
-        new_adapter(model, LoraConfig(r=4)).save(folder)
-        return result
+def but(change: Callable[[Result], Result]) -> Tuning:
+    """A right tuning that tells something else."""
+    return lambda *given: change(tuned().answer(*given))
 
-    def without(key: str) -> Callable[..., Result]:
-        return lambda *given: {k: v for k, v in tuned.answer(*given).items() if k != key}
 
-    count = len(tuned.rows)
-    by_row = np.random.default_rng(0).permutation(count).tolist()
-    mistakes: dict[str, tuple[Callable[..., Any], str]] = {
-        "blank": (blank, "still blank"),
-        "by row": (but(train=by_row[20:], test=by_row[:20]), "look alike across the parts"),
-        "overlap": (but(train=list(range(count))), "in both parts"),
-        "small test": (but(train=tuned.train, test=tuned.test[:2]), "less than a tenth"),
-        "small train": (but(train=tuned.train[:9], test=tuned.test), "less than half"),
-        "unsaved": (unsaved, "no adapter in the folder"),
-        "untrained": (untrained, "before"),
-        "no number": (without("old after"), "no key 'old after'"),
-        "other new": (but(new=0.1), '"new" is 0.1'),
-        "old with the adapter": (but(old_before=0.1), '"old before" is 0.1'),
-        "old after": (but(old_after=0.05), '"old after" is 0.05'),
-        "not a dict": (lambda *given: [1], "return a dict"),
-    }
-    for mistake, (answer, hint) in mistakes.items():
-        assert hint in hint_of(checks.fine_tuning.fine_tune, answer), mistake
+def unsaved(rows: Sequence[Row], old: Sequence[Row], folder: Path) -> Result:
+    return tuned().answer(rows, old, folder.parent / "elsewhere")
+
+
+def untrained(rows: Sequence[Row], old: Sequence[Row], folder: Path) -> Result:
+    result = tuned().answer(rows, old, folder)
+    model, _ = load()
+    new_adapter(model, LoraConfig(r=4)).save(folder)
+    return result
+
+
+def by_row(result: Result) -> Result:
+    rows = np.random.default_rng(0).permutation(len(tuned().rows)).tolist()
+    return result | {"train": rows[20:], "test": rows[:20]}
+
+
+TUNINGS: dict[str, tuple[Tuning, str]] = {
+    "blank": (blank, "still blank"),
+    "by row": (but(by_row), "look alike across the parts"),
+    "overlap": (but(lambda r: r | {"train": list(range(len(tuned().rows)))}), "in both parts"),
+    "small test": (but(lambda r: r | {"test": r["test"][:2]}), "less than a tenth"),
+    "small train": (but(lambda r: r | {"train": r["train"][:9]}), "less than half"),
+    "unsaved": (unsaved, "no adapter in the folder"),
+    "untrained": (untrained, "before"),
+    "no number": (but(lambda r: {k: v for k, v in r.items() if k != "old after"}), "no key 'old after'"),
+    "other new": (but(lambda r: r | {"new": 0.1}), '"new" is 0.1'),
+    "old with the adapter": (but(lambda r: r | {"old before": 0.1}), '"old before" is 0.1'),
+    "old after": (but(lambda r: r | {"old after": 0.05}), '"old after" is 0.05'),
+    "not a dict": (lambda *given: [1], "return a dict"),
+}
+
+
+@pytest.mark.parametrize(("answer", "hint"), TUNINGS.values(), ids=TUNINGS)
+def test_mistakes_in_a_tuning_are_named(answer: Tuning, hint: str) -> None:
+    assert hint in hint_of(checks.fine_tuning.fine_tune, answer)
 
 
 def test_pentagons_are_new_and_the_question_is_exact() -> None:

@@ -1,4 +1,4 @@
-"""bench/own_pictures.py draws the same pictures every time, with true boxes, and keeps its results."""
+"""bench/tuning_settings.py draws the same pictures every time, with true boxes, and keeps its results."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BENCH = Path(__file__).parents[2] / "bench"
 def bench() -> Iterator[ModuleType]:
     sys.path.insert(0, str(BENCH))
     try:
-        import own_pictures
+        import tuning_settings
 
-        yield own_pictures
+        yield tuning_settings
     finally:
         sys.path.remove(str(BENCH))
-        sys.modules.pop("own_pictures", None)
+        sys.modules.pop("tuning_settings", None)
 
 
 @pytest.mark.parametrize(("name", "lines"), [("digits", (300, 100)), ("shapes", (120, 120))])

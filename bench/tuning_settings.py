@@ -1,6 +1,6 @@
 """What settings of `minivlm finetune` do to the shipped model, on two small sets of pictures.
 
-Run: python bench/own_pictures.py --runs runs/own --out bench/results/own_pictures.txt
+Run: python bench/tuning_settings.py --runs runs/own --out bench/results/tuning_settings.txt
 
 digits    300 pictures of one digit each, of ten kinds; 100 others to measure on.
 shapes    60 pictures of one cross or ring each, which the drawn world does not have, asked for its name and
