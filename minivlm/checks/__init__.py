@@ -8,7 +8,7 @@ the likely mistake. It also has a reference solution in `solutions`, which the n
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -96,3 +96,33 @@ def same(result: Any, reference: Tensor, tolerance: float = 1e-5) -> bool:
         and result.shape == reference.shape
         and torch.allclose(result.double(), reference.double(), atol=tolerance, rtol=tolerance)
     )
+
+
+def expect_faults(
+    said: Mapping[str, Any],
+    signs: Mapping[str, str],
+    patient: str,
+    patients: str,
+    otherwise: str = "that is not so",
+) -> None:
+    """Compare what a reader says about patients with their faults.
+
+    Args:
+        said: for each fault, by its name, the name that the reader gives it.
+        signs: how each fault shows, as "the weights would add up to 1".
+        patient: what is broken, as "router"; and several of them.
+        otherwise: what a wrong name means for the patient.
+    """
+    for guess in said.values():
+        expect(guess in said, f"you answer {guess!r}: return one of the five names, {', '.join(said)}")
+    only = next(iter(said.values()))
+    expect(
+        len(set(said.values())) > 1,
+        f"you answer {only!r} for all five {patients}. With this fault, {signs[only]}: measure that",
+    )
+    for fault, guess in said.items():
+        expect(
+            guess == fault,
+            f"for a {patient} with another fault you answer {guess!r}. With {guess!r}, {signs[guess]}. "
+            f"In this {patient} {otherwise}",
+        )

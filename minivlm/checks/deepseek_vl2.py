@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
+from minivlm.checks import NotYet, call, expect, expect_faults, expect_tensor, right, same
 from minivlm.processing.deepseek_vl2_tiles import candidates, choose_candidate
 from minivlm.text.moe import Gate, MoEConfig, Routing
 
@@ -447,19 +447,8 @@ def diagnose(answer: Callable[..., Any]) -> None:
     """The five faults in a router with weights and biases of its own."""
     intact = small_router(seed=1)
     said = {fault: call(answer, Patient(intact, fault), intact) for fault in FAULTS}
-    for guess in said.values():
-        expect(guess in FAULTS, f"you answer {guess!r}: return one of the five names, {', '.join(FAULTS)}")
-    if len(set(said.values())) == 1:
-        only = said[FAULTS[0]]
-        raise NotYet(
-            f"you answer {only!r} for all five routers. With this fault, {_SIGNS[only]}: measure that"
-        )
-    for fault, guess in said.items():
-        expect(
-            guess == fault,
-            f"for a router with another fault you answer {guess!r}. With {guess!r}, {_SIGNS[guess]}. In this "
-            "router that is not so, or another fault shows it as well",
-        )
+    otherwise = "that is not so, or another fault shows it as well"
+    expect_faults(said, _SIGNS, "router", "routers", otherwise)
     right("sums of scores, sums of weights, and the experts that are chosen tell all five apart.")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import minivlm
 from minivlm.attention import Attention, attend
 from minivlm.cache import KVCache
-from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
+from minivlm.checks import NotYet, call, expect, expect_faults, expect_tensor, right, same
 from minivlm.masks import causal
 from minivlm.text.gemma import GemmaConfig, GemmaDecoder
 
@@ -365,21 +365,7 @@ def diagnose(answer: Callable[..., Any]) -> None:
     said = {}
     for fault in FAULTS:
         said[fault] = call(answer, _broken(intact, fault), intact, tokens.clone())
-        expect(
-            said[fault] in FAULTS,
-            f"you answer {said[fault]!r}: return one of the five names, {', '.join(FAULTS)}",
-        )
-    if len(set(said.values())) == 1:
-        only = said[FAULTS[0]]
-        raise NotYet(
-            f"you answer {only!r} for all five decoders. With this fault, {_SIGNS[only]}: measure that"
-        )
-    for fault, guess in said.items():
-        expect(
-            guess == fault,
-            f"for a decoder with another fault you answer {guess!r}. With {guess!r}, {_SIGNS[guess]}. "
-            "In this decoder that is not so",
-        )
+    expect_faults(said, _SIGNS, "decoder", "decoders")
     right("each fault has a measurement that no other one passes, and the smallest row comes first.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.attention import additive
-from minivlm.checks import NotYet, call, expect, right, same
+from minivlm.checks import NotYet, call, expect, expect_faults, right, same
 from minivlm.models.llama_vision import LlamaVision, LlamaVisionConfig
 from minivlm.models.pictures_in_rows import pictures_in_view
 from minivlm.processing.canvases import Canvas, choose_canvas, size_on_canvas
@@ -522,18 +522,5 @@ def diagnose(answer: Callable[..., Any]) -> None:
     """The five faults in a tower with weights of its own."""
     intact = small_model(seed=1).vision_tower
     said = {fault: call(answer, Patient(intact, fault), intact) for fault in FAULTS}
-    for guess in said.values():
-        expect(guess in FAULTS, f"you answer {guess!r}: return one of the five names, {', '.join(FAULTS)}")
-    guesses: Sequence[str] = list(said.values())
-    if len(set(guesses)) == 1:
-        raise NotYet(
-            f"you answer {guesses[0]!r} for all five towers. With this fault, {_SIGNS[guesses[0]]}: "
-            "measure that"
-        )
-    for fault, guess in said.items():
-        expect(
-            guess == fault,
-            f"for a tower with another fault you answer {guess!r}. With {guess!r}, {_SIGNS[guess]}. In this "
-            "tower that is not so",
-        )
+    expect_faults(said, _SIGNS, "tower", "towers")
     right("the early states are windows into the tower: the first one that is wrong says where to look.")

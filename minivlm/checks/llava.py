@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.checks import NotYet, call, expect, expect_tensor, right, same
+from minivlm.checks import NotYet, call, expect, expect_faults, expect_tensor, right, same
 from minivlm.models.llava import LlavaConfig, LlavaProjector
 from minivlm.models.load import SHIPPED
 from minivlm.processing.chat import encode_chat
@@ -367,21 +367,7 @@ def diagnose(answer: Callable[..., Any]) -> None:
     for fault in FAULTS:
         given = ids.clone(), is_answer.clone(), attention_mask.clone()
         said[fault] = call(answer, partial(_loss, fault), *given)
-        expect(
-            said[fault] in FAULTS,
-            f"you answer {said[fault]!r}: return one of the five names, {', '.join(FAULTS)}",
-        )
-    if len(set(said.values())) == 1:
-        only = said[FAULTS[0]]
-        raise NotYet(
-            f"you answer {only!r} for all five losses. With this fault, {_SIGNS[only]}: measure that"
-        )
-    for fault, guess in said.items():
-        expect(
-            guess == fault,
-            f"for a loss with another fault you answer {guess!r}. With {guess!r}, {_SIGNS[guess]}. In this "
-            "loss that is not so",
-        )
+    expect_faults(said, _SIGNS, "loss", "losses")
     right("the gradient of the scores says which rows are asked, and for what. It works with any loss.")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm.checks import NotYet, call, expect, right
+from minivlm.checks import NotYet, call, expect, expect_faults, right
 from minivlm.rope import apply_rotary
 from minivlm.vision.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel, by_windows
 from minivlm.vision.qwen2_vl import frames_of, grid_angles, grid_positions
@@ -357,19 +357,7 @@ def diagnose(answer: Callable[..., Any]) -> None:
     """The five faults in a tower with weights of its own."""
     intact = small_tower(seed=1)
     said = {fault: call(answer, Patient(intact, fault), intact) for fault in FAULTS}
-    for guess in said.values():
-        expect(guess in FAULTS, f"you answer {guess!r}: return one of the five names, {', '.join(FAULTS)}")
-    if len(set(said.values())) == 1:
-        only = said[FAULTS[0]]
-        raise NotYet(
-            f"you answer {only!r} for all five towers. With this fault, {_SIGNS[only]}: measure that"
-        )
-    for fault, guess in said.items():
-        expect(
-            guess == fault,
-            f"for a tower with another fault you answer {guess!r}. With {guess!r}, {_SIGNS[guess]}. In this "
-            "tower that is not so",
-        )
+    expect_faults(said, _SIGNS, "tower", "towers")
     right("one picture of whole windows, its order, and one changed patch tell all five apart.")
 
 

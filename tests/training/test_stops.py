@@ -36,14 +36,7 @@ from minivlm.training.loop import Loop
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import Run, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums may come out otherwise with another number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
