@@ -9,8 +9,9 @@ The definition is that of COCO (https://arxiv.org/abs/1405.0312), whose program 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,16 +22,7 @@ RECALLS = np.linspace(0.0, 1.0, 101)  # where precision is read off
 MOST_BOXES = 100  # for one name in one picture; less sure ones are left out
 
 AnyBox = Sequence[float] | Box
-
-
-@dataclass(frozen=True)
-class Detection:
-    """What was asked for in one picture, what was found, and how sure the model was of each found box."""
-
-    name: str
-    wanted: Sequence[AnyBox]
-    found: Sequence[AnyBox]
-    scores: Sequence[float]  # one for each found box
+Overlap = Callable[[Any, Any], float]  # intersection over union of two things
 
 
 def box_iou(a: AnyBox, b: AnyBox) -> float:
@@ -61,6 +53,24 @@ def match(ious: Sequence[Sequence[float]]) -> list[float]:
 def match_boxes(wanted: Sequence[AnyBox], found: Sequence[AnyBox]) -> list[float]:
     """IoU of each wanted box with its match, as in `match`."""
     return match([[box_iou(box, other) for other in found] for box in wanted])
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was asked for in one picture, what was found, and how sure the model was of each found thing."""
+
+    name: str
+    wanted: Sequence[Any]
+    found: Sequence[Any]
+    scores: Sequence[float]  # one for each found thing
+    overlap: Overlap = box_iou  # another for things that are no boxes
+
+
+def best_overlaps(detection: Detection) -> list[float]:
+    """IoU of each wanted thing with its match, as in `match`."""
+    return match(
+        [[detection.overlap(thing, other) for other in detection.found] for thing in detection.wanted]
+    )
 
 
 def average_precision(
@@ -96,7 +106,7 @@ def _hits(detection: Detection, threshold: float) -> list[tuple[float, bool]]:
     hits = []
     surest_first = sorted(range(len(detection.found)), key=lambda i: -detection.scores[i])
     for i in surest_first[:MOST_BOXES]:
-        ious = [box_iou(box, detection.found[i]) for box in free]
+        ious = [detection.overlap(thing, detection.found[i]) for thing in free]
         best = max(range(len(free)), key=lambda k: (ious[k], k), default=None)  # of equals the last, as COCO
         hit = best is not None and ious[best] >= threshold
         if best is not None and hit:

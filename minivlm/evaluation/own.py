@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ import torch
 from minivlm.data.samples import Sample, make_inputs
 from minivlm.evaluation.answers import Shown, answer_all, box_scores
 from minivlm.evaluation.baselines import filled_mask
-from minivlm.evaluation.detection import Detection, match, match_boxes
+from minivlm.evaluation.detection import Detection, Overlap, best_overlaps, box_iou
 from minivlm.evaluation.kinds import kinds_of
 from minivlm.evaluation.repeats import write_until_repeats
-from minivlm.evaluation.scoring import MASK_SIDE, box_values, mean_of
+from minivlm.evaluation.scoring import MASK_SIDE, box_values, mask_values, mean_of
 from minivlm.evaluation.tables import Metric
 from minivlm.models.protocols import Answers
 from minivlm.processing import (
@@ -37,6 +38,8 @@ from minivlm.processing import (
     to_device,
 )
 from minivlm.processing.inputs import IGNORE
+
+Named = tuple[Box, Any]  # a thing, and the box that says where it is and what it is called
 
 MORE_TOKENS = 8  # than the longest true answer has; whoever needs them is wrong already
 
@@ -120,10 +123,10 @@ def score_of(wanted: str, answer: str) -> float:
 
     The mean is over the boxes that are wanted, or those that were found if these are more.
     """
-    boxes, found = text_to_boxes(wanted, 1, 1), text_to_boxes(answer, 1, 1)
+    boxes, found = _boxes(wanted), _boxes(answer)
     if answer == wanted or not boxes:
         return float(answer == wanted)
-    ious = [iou for one in _by_name(boxes, found, []) for iou in match_boxes(one.wanted, one.found)]
+    ious = [iou for one in _by_name(boxes, found, []) for iou in best_overlaps(one)]
     return sum(ious) / max(len(boxes), len(found))
 
 
@@ -169,10 +172,10 @@ def _box_metrics(given: OwnAnswers) -> dict[str, Metric]:
     ours, theirs, nothing, never = [], [], [], []
     for i in lines:
         sample = given.samples[i]
-        wanted = text_to_boxes(sample.suffix, 1, 1)
-        found, guessed = text_to_boxes(given.answers[i], 1, 1), constant[sample.prefix]
+        wanted, found = _boxes(sample.suffix), _boxes(given.answers[i])
+        guessed = [(box, box) for box in constant[sample.prefix]]
         ours += _by_name(wanted, found, given.sureness[i])
-        theirs += _by_name(wanted, guessed, [1.0] * len(guessed))
+        theirs += _by_name(wanted, guessed, [])
         if not wanted:
             nothing.append(not found)
             never.append(not guessed)
@@ -190,23 +193,31 @@ def box_iou_of(samples: Sequence[Sample], answers: Sequence[str]) -> float:
     pairs = [
         one
         for sample, answer in zip(samples, answers, strict=True)
-        for one in _by_name(text_to_boxes(sample.suffix, 1, 1), text_to_boxes(answer, 1, 1), [])
+        for one in _by_name(_boxes(sample.suffix), _boxes(answer), [])
     ]
-    return mean_of([iou for one in pairs for iou in match_boxes(one.wanted, one.found)])[0]
+    return mean_of([iou for one in pairs for iou in best_overlaps(one)])[0]
 
 
-def _by_name(wanted: Sequence[Box], found: Sequence[Box], sureness: Sequence[float]) -> list[Detection]:
-    """One for each name in a picture. Without sureness, all boxes are equally sure."""
+def _by_name(
+    wanted: Sequence[Named], found: Sequence[Named], sureness: Sequence[float], overlap: Overlap = box_iou
+) -> list[Detection]:
+    """One for each name in a picture. Without sureness, all that was found is equally sure."""
     scores = list(sureness) or [1.0] * len(found)
     return [
         Detection(
             name,
-            [box for box in wanted if box.name == name],
-            [box for box in found if box.name == name],
-            [score for box, score in zip(found, scores, strict=True) if box.name == name],
+            [thing for box, thing in wanted if box.name == name],
+            [thing for box, thing in found if box.name == name],
+            [score for (box, _), score in zip(found, scores, strict=True) if box.name == name],
+            overlap,
         )
-        for name in dict.fromkeys(box.name for box in (*wanted, *found))
+        for name in dict.fromkeys(box.name for box, _ in (*wanted, *found))
     ]
+
+
+def _boxes(text: str) -> list[Named]:
+    """The boxes in an answer, each as the thing that its name stands for."""
+    return [(box, box) for box in text_to_boxes(text, 1, 1)]
 
 
 def _mean_boxes(samples: Sequence[Sample]) -> dict[str, list[Box]]:
@@ -236,23 +247,22 @@ def _mask_metrics(given: OwnAnswers, codebook: MaskCodebook | None) -> dict[str,
     constant = _mean_boxes([given.samples[i] for i in lines])
     ours, theirs = [], []
     for i in lines:
-        sample = given.samples[i]
+        sample, answer = given.samples[i], given.answers[i]
         guessed = " ; ".join(
             boxes_to_text([box._replace(name="")], 1, 1) + f"{filled_mask()} {box.name}"
             for box in constant[sample.prefix]
         )
-        wanted = masks(sample.suffix)
-        ours += _mask_ious(wanted, masks(given.answers[i]))
-        theirs += _mask_ious(wanted, text_to_masks(guessed, MASK_SIDE, MASK_SIDE))
-    value, cases = mean_of(ours)
-    return {"mask mean IoU": Metric(value, mean_of(theirs)[0], cases)}
+        wanted, found = masks(sample.suffix), masks(answer)
+        ours += _by_name(wanted, found, _sureness_of(found, answer, given.sureness[i]), mask_iou)
+        theirs += _by_name(wanted, text_to_masks(guessed, MASK_SIDE, MASK_SIDE), [], mask_iou)
+    majority = mask_values(theirs)
+    return {
+        name: Metric(value, majority[name][0], cases) for name, (value, cases) in mask_values(ours).items()
+    }
 
 
-def _mask_ious(wanted: Sequence[Mask], found: Sequence[Mask]) -> list[float]:
-    """One for each wanted mask, 0 where none of its name was found for it."""
-    return match(
-        [
-            [mask_iou(mask, other) if box.name == other_box.name else 0.0 for other_box, other in found]
-            for box, mask in wanted
-        ]
-    )
+def _sureness_of(masks: Sequence[Mask], answer: str, of_boxes: Sequence[float]) -> list[float]:
+    """How sure the model was of each mask: as sure as of its box. Not every box of an answer has one."""
+    boxes = text_to_boxes(answer, MASK_SIDE, MASK_SIDE)
+    both = iter(zip(boxes, list(of_boxes) or [1.0] * len(boxes), strict=True))
+    return [next(score for box, score in both if box == mask.box) for mask in masks]

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from minivlm.evaluation.baselines import WITH_BOXES, majority_answers
-from minivlm.evaluation.detection import Detection, average_precision, match, match_boxes
+from minivlm.evaluation.detection import Detection, average_precision, best_overlaps, match
 from minivlm.evaluation.tables import Metric
 from minivlm.processing import mask_iou, text_to_boxes, text_to_masks
 from minivlm.world.questions import QUESTION_TASKS, TASKS, Example
@@ -81,7 +81,7 @@ def _detections(
 
 def box_values(detections: Sequence[Detection]) -> dict[str, tuple[float, int]]:
     """Of boxes, by row, the value and the number of cases."""
-    ious = [iou for detection in detections for iou in match_boxes(detection.wanted, detection.found)]
+    ious = [iou for detection in detections for iou in best_overlaps(detection)]
     hits = [iou >= 0.5 for iou in ious]
     found_boxes = sum(len(detection.found) for detection in detections)
     return {
@@ -90,6 +90,16 @@ def box_values(detections: Sequence[Detection]) -> dict[str, tuple[float, int]]:
         "box precision at 0.5": (sum(hits) / max(found_boxes, 1), found_boxes),
         "average precision at 0.5": (average_precision(detections, [0.5]), len(ious)),
         "average precision 0.5:0.95": (average_precision(detections), len(ious)),
+    }
+
+
+def mask_values(detections: Sequence[Detection]) -> dict[str, tuple[float, int]]:
+    """Of masks, by row, the value and the number of cases."""
+    ious = [iou for detection in detections for iou in best_overlaps(detection)]
+    return {
+        "mask mean IoU": mean_of(ious),
+        "mask average precision at 0.5": (average_precision(detections, [0.5]), len(ious)),
+        "mask average precision 0.5:0.95": (average_precision(detections), len(ious)),
     }
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import area, encode
 
 import minivlm
 from minivlm.evaluation import make_questions
@@ -24,7 +25,7 @@ from minivlm.evaluation.detection import (
     match,
     match_boxes,
 )
-from minivlm.processing import Box, text_to_boxes
+from minivlm.processing import Box, mask_iou, text_to_boxes
 from minivlm.world.scenes import WORLD
 
 # Overlap
@@ -164,14 +165,18 @@ def test_every_name_counts_alike() -> None:
 # Average precision, by COCO's program
 
 
-def coco_average_precision(detections: list[tuple[int, Detection]]) -> tuple[float, float]:
+def coco_average_precision(
+    detections: list[tuple[int, Detection]], kind: str = "bbox"
+) -> tuple[float, float]:
     """AP over all thresholds and at .5 of detections with the number of their picture."""
     names = sorted({one.name for _, one in detections})
 
-    def row(picture: int, name: str, box: Any) -> dict[str, Any]:
-        x0, y0, x1, y1 = (float(edge) for edge in box[:4])
-        bbox = [x0, y0, x1 - x0, y1 - y0]
-        return {"image_id": picture, "category_id": names.index(name) + 1, "bbox": bbox}
+    def row(picture: int, name: str, thing: Any) -> dict[str, Any]:
+        about = {"image_id": picture, "category_id": names.index(name) + 1}
+        if kind == "segm":
+            return about | {"segmentation": encode(np.asfortranarray(thing, dtype=np.uint8))}
+        x0, y0, x1, y1 = (float(edge) for edge in thing[:4])
+        return about | {"bbox": [x0, y0, x1 - x0, y1 - y0]}
 
     truth = [row(picture, one.name, box) for picture, one in detections for box in one.wanted]
     found = [
@@ -181,28 +186,32 @@ def coco_average_precision(detections: list[tuple[int, Detection]]) -> tuple[flo
     ]
     for rows in (truth, found):
         for number, one in enumerate(rows, start=1):
-            one |= {"id": number, "iscrowd": 0, "area": one["bbox"][2] * one["bbox"][3]}
+            size = area(one["segmentation"]) if kind == "segm" else one["bbox"][2] * one["bbox"][3]
+            one |= {"id": number, "iscrowd": 0, "area": float(size)}
     both = []
     with contextlib.redirect_stdout(io.StringIO()):
         for rows in (truth, found):
             coco = COCO()
             coco.dataset = {
-                "images": [{"id": picture} for picture in sorted({picture for picture, _ in detections})],
+                "images": [
+                    {"id": picture, "height": 48, "width": 48}  # of masks
+                    for picture in sorted({picture for picture, _ in detections})
+                ],
                 "categories": [{"id": number} for number, _ in enumerate(names, start=1)],
                 "annotations": rows,
             }
             coco.createIndex()
             both.append(coco)
-        run = COCOeval(*both, "bbox")
+        run = COCOeval(*both, kind)
         run.evaluate()
         run.accumulate()
         run.summarize()
     return float(run.stats[0]), float(run.stats[1])
 
 
-def assert_equals_coco(detections: list[tuple[int, Detection]]) -> None:
+def assert_equals_coco(detections: list[tuple[int, Detection]], kind: str = "bbox") -> None:
     ours = [one for _, one in detections]
-    wanted, wanted_at_half = coco_average_precision(detections)
+    wanted, wanted_at_half = coco_average_precision(detections, kind)
     if not any(one.wanted for one in ours):
         assert (wanted, wanted_at_half) == (-1, -1)  # COCO's way to say that nothing was wanted
         wanted = wanted_at_half = 0.0
@@ -263,6 +272,31 @@ def test_average_precision_is_that_of_coco_on_many_pictures(seed: int) -> None:
             detections.append((picture, Detection(str(name), wanted, found, scores)))
     assert 0.2 < average_precision([one for _, one in detections]) < 0.8
     assert_equals_coco(detections)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_average_precision_of_masks_is_that_of_coco(seed: int) -> None:
+    """Of ellipses. Overlaps of their boxes would give another number."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:48, :48]
+
+    def blob(middle: Any, radius: Any) -> np.ndarray:
+        return ((x - middle[0]) / radius[0]) ** 2 + ((y - middle[1]) / radius[1]) ** 2 <= 1
+
+    detections, of_boxes = [], []
+    for picture in range(40):
+        places = [(rng.uniform(12, 36, size=2), rng.uniform(4, 10, size=2)) for _ in range(rng.integers(4))]
+        near = [(m + rng.normal(0, 1, size=2), r * rng.uniform(0.9, 1.1, size=2)) for m, r in places]
+        far = [(rng.uniform(12, 36, size=2), rng.uniform(4, 10, size=2)) for _ in range(rng.integers(2))]
+        wanted, found = [blob(*one) for one in places], [blob(*one) for one in (*near, *far)]
+        scores = rng.random(len(found)).round(1).tolist()
+        detections.append((picture, Detection("blob", wanted, found, scores, mask_iou)))
+        boxes = [[(*(m - r), *(m + r)) for m, r in some] for some in (places, [*near, *far])]
+        of_boxes.append(Detection("blob", *boxes, scores))
+    ap = average_precision([one for _, one in detections])
+    assert 0.2 < ap < 0.8
+    assert abs(ap - average_precision(of_boxes)) > 1e-3
+    assert_equals_coco(detections, "segm")
 
 
 @pytest.mark.parametrize("other", [(4.0, 0.0, 14.0, 10.0), (0.0, 4.0, 10.0, 14.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_masks_are_compared_as_their_words_draw_them() -> None:
     assert 0.6 < right.baseline < 0.9  # the box of a circle, filled: pi / 4
     named = own_metrics(given([("segment it", wanted, wanted.replace("red circle", "moon"))]))
     assert named["mask mean IoU"].value == 0
+
+
+def test_masks_stand_in_the_order_of_their_boxes_sureness() -> None:
+    """Of two masks the wrong one is the surer. A box without a mask comes first, and is none of theirs."""
+    thing = Thing("circle", "red", "large", 32.0, 32.0, 16.0, COLORS["red"])
+    elsewhere = replace(thing, x=14.0, y=14.0, radius=8.0)
+    wanted, wrong = segmentation_text([thing]), segmentation_text([elsewhere])
+    bare = boxes((0, 0, 50, 100, "red circle"))
+
+    def ap(sureness: list[float]) -> float:
+        one = given([("segment it", wanted, f"{bare} ; {wrong} ; {wanted}")])
+        return own_metrics(replace(one, sureness=[sureness]))["mask average precision at 0.5"].value
+
+    assert ap([0.9, 0.1, 0.5]) == pytest.approx(1)
+    assert ap([0.1, 0.9, 0.5]) == pytest.approx(1 / 2)
 
 
 def test_scores_for_the_order_of_the_worst() -> None:
