@@ -293,6 +293,12 @@ def _expect_size(found: Size, good: Size, canvas: Canvas, case: str, sizes: Size
 
     if near(good):
         return
+    expect(
+        scale >= 1 or not near((width, height)),
+        f"the canvas is right, but not the size: {case} the picture is larger than its canvas and has to be "
+        "reduced. The scale of the canvas is the most that it gets",
+    )
+    in_tile = min(side / width, side / height)
     mistakes: dict[str, tuple[float, float]] = {
         "the size comes as width and height, and yours is the other way around": good[::-1],
         "the picture keeps its shape: do not stretch it over the whole canvas": (columns * side, rows * side),
@@ -304,6 +310,8 @@ def _expect_size(found: Size, good: Size, canvas: Canvas, case: str, sizes: Size
             width,
             height,
         ),
+        "one tile is a measure for small pictures only. A picture that is larger is reduced by its canvas, "
+        "or not at all": (width * in_tile, height * in_tile),
     }
     for hint, wrong in mistakes.items():
         expect(not near(wrong), f"the canvas is right, but not the size: {case} {hint}")

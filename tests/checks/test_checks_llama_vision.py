@@ -136,6 +136,14 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("do not stretch", size(lambda right, scale, w, h, side, c: (c[1] * side, c[0] * side))),
         ("not enlarged, even", size(lambda right, scale, w, h, *_: (int(w * scale), int(h * scale)))),
         ("until it touches", size(lambda r, s, w, h, *_: (int(w * min(s, 1)), int(h * min(s, 1))))),
+        (
+            "has to be reduced",
+            size(lambda r, s, w, h, side, c: [int(x * max(1, min(side / w, side / h))) for x in (w, h)]),
+        ),
+        (
+            "for small pictures only",
+            size(lambda r, s, w, h, side, c: [int(x * min(s, side / w, side / h)) for x in (w, h)]),
+        ),
         ("the picture lies at", size(lambda right, *_: (right[0], right[1] - 5))),
         ("return two pairs", lambda *s: good.place(*s)[0]),
         ("return two pairs", lambda *s: (3, good.place(*s)[1])),
