@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision (https://arxiv.org/abs/2407.21783, section 7): Flamingo's idea at scale.
+"""Llama 3.2 Vision (https://arxiv.org/abs/2407.21783, section 7): Flamingo's idea in a Llama.
 
     picture -> up to 4 tiles -> tower -> one linear layer -> 1,601 image tokens a tile ---┐
                                                                                           v
