@@ -117,3 +117,8 @@ def test_the_table_that_ships_is_the_one_that_was_made(bench: ModuleType) -> Non
     results = json.loads(shipped.read_text(encoding="utf-8"))
     assert made.with_suffix(".txt").read_text(encoding="utf-8") == bench.as_text(results) + "\n"
     assert {one["config"]["system"] for one in results} == {*WAYS, bench.MAGIC}
+
+
+def test_the_page_of_results_has_this_table(bench: ModuleType) -> None:
+    table = (BENCH / "results" / "systems.txt").read_text(encoding="utf-8")
+    assert table in (BENCH.parent / "docs" / "results.md").read_text(encoding="utf-8")
