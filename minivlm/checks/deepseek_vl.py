@@ -33,8 +33,8 @@ class solutions:
     def on_the_way() -> dict[str, int]:
         """What a picture of 1,024 pixels is cut into."""
         return {
-            "patches": 4096,
             "windows": 25,
+            "windows without filling": 16,
             "keys of a patch": 196,
             "places in all windows": 4900,
             "empty in the last window": 132,
@@ -89,13 +89,6 @@ class solutions:
 # ---- exercise: numbers on the way --------------------------------------------------------------------------
 
 _LIKELY: Mapping[str, Mapping[int, str]] = {
-    "patches": {
-        64: "that is a row of patches: the picture has as many rows",
-        576: "that is the small view's, 24 x 24: this one has 1,024 pixels a side",
-        1024: "that is its side in pixels: a patch has 16 x 16 of them",
-        1024**2: "that is its pixels: a patch has 16 x 16 of them",
-        65536: "you divide the pixels by 16 once: a patch is 16 wide and 16 high",
-    },
     "windows": {
         5: "that is a row of windows: there are as many rows",
         16: "those are the whole ones: 64 is no multiple of 14, and what is left over is filled up",
@@ -103,6 +96,13 @@ _LIKELY: Mapping[str, Mapping[int, str]] = {
         21: "the area of the grid divided by a window's: windows at the edges are not whole",
         73: "you count 14 pixels for a window's side: it has 14 patches",
         64: "that is a row of patches: a window is 14 of them wide",
+    },
+    "windows without filling": {
+        25: "that is all windows: those at the right and lower edge are filled up",
+        15: "count again: four in a row hold 56 patches, and there are as many rows",
+        20: "those of the last row have filling, too",
+        9: "those that do not touch the edge are more: four in a row hold 56 of 64 patches",
+        4: "that is a row of them",
     },
     "keys of a patch": {
         14: "that is a row of the window: it is 14 wide and 14 high",
@@ -140,8 +140,8 @@ def _counted() -> dict[str, int]:
     config = SamVisionConfig()
     windows = cut_into_windows(torch.ones(1, config.side, config.side, 1), config.window_size)
     return {
-        "patches": config.side**2,
         "windows": len(windows),
+        "windows without filling": int((windows > 0).flatten(1).all(dim=1).sum()),
         "keys of a patch": windows[0].numel(),
         "places in all windows": windows.numel(),
         "empty in the last window": int((windows[-1] == 0).sum()),

@@ -142,12 +142,11 @@ def joined(
 
 WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     "on_the_way": [
-        ("patches: 64 is not it: that is a row", numbers(patches=64)),
-        ("patches: 1,024 is not it: that is its side", numbers(patches=1024)),
-        ("patches: 576 is not it: that is the small view's", numbers(patches=576)),
         ("windows: 16 is not it: those are the whole ones", numbers(windows=16)),
         ("windows: 21 is not it: the area", numbers(windows=21)),
         ("windows: 5 is not it", numbers(windows=5)),
+        ("windows without filling: 25 is not it", numbers(windows_without_filling=25)),
+        ("those of the last row have filling", numbers(windows_without_filling=20)),
         ("that is a layer without windows", numbers(keys_of_a_patch=4096)),
         ("a patch looks at itself", numbers(keys_of_a_patch=195)),
         ("those are the patches: all windows are whole", numbers(places_in_all_windows=4096)),
@@ -158,8 +157,8 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("SigLIP has no class token", numbers(image_tokens=577)),
         ("you give 26, and that is too many", numbers(windows=26)),
         ("which is no number", numbers(windows="25")),
-        ("return a dictionary with the keys", lambda: {"patches": 4096}),
-        ("return a dictionary", lambda: [4096, 25, 196, 4900, 132, 576]),
+        ("return a dictionary with the keys", lambda: {"windows": 25}),
+        ("return a dictionary", lambda: [25, 16, 196, 4900, 132, 576]),
     ],
     "relative_scores": [
         ("only rows are in your result", asked(lambda q, rows, columns: rows)),
