@@ -178,7 +178,6 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("the places of q are taken column by column", columns_of_queries),
         ("the mean of rows and columns", asked(lambda q, rows, columns: (rows + columns) / 2)),
         ("flatten those of the query", unflattened),
-        ("has the right shape, but is off", asked(lambda q, rows, columns: rows + columns + 1)),
         ("your code calls PyTorch", pair_by_pair()),
         ("a `return` missing", lambda q, h, w: None),
     ],
