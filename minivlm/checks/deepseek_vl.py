@@ -291,12 +291,12 @@ class Patient(nn.Module):
         height, width = x.shape[1:3]
         windows = cut_into_windows(x, WINDOW)
         real = cut_into_windows(torch.ones_like(x[..., :1]), WINDOW).flatten(1) > 0
-        tables = {
+        changed = {
             "no positions": (0 * attention.rel_pos_h, 0 * attention.rel_pos_w),
             "exchanged": (attention.rel_pos_w, attention.rel_pos_h),
             "mirrored": (attention.rel_pos_h.flip(0), attention.rel_pos_w.flip(0)),
         }
-        tables = tables.get(self.fault, (attention.rel_pos_h, attention.rel_pos_w))
+        tables = changed.get(self.fault, (attention.rel_pos_h, attention.rel_pos_w))
         rows = windows.flatten(1, 2)
         q, k, v = (
             proj(rows).unflatten(-1, (2, -1)).transpose(1, 2)
