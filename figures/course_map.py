@@ -62,6 +62,7 @@ PARTS = {
     "15": ("Qwen-VL", ("projector", "tokenizer", "answer")),
     "16": ("Qwen2-VL", ("image processor", "patches", "blocks", "projector", "merge", "decoder")),
     "17": ("Qwen2.5-VL", ("blocks", "decoder", "answer")),
+    "18": ("DeepSeek-VL", ("image processor", "blocks", "projector")),
     "19": ("DeepSeek-VL2", ("image processor", "merge", "decoder")),
     "20": ("Llama 3.2 Vision", ("image processor", "blocks", "projector", "decoder")),
 }
