@@ -103,11 +103,13 @@ _LIKELY: Mapping[str, Mapping[int, str]] = {
         20: "those of the last row have filling, too",
         9: "those that do not touch the edge are more: four in a row hold 56 of 64 patches",
         4: "that is a row of them",
+        24: "it is not the corner alone: the whole last row and the whole last column are filled up",
     },
     "keys of a patch": {
         14: "that is a row of the window: it is 14 wide and 14 high",
         4096: "that is a layer without windows: here a patch looks at its own window",
         195: "a patch looks at itself, too",
+        4900: "those are the places of all windows: a patch looks at its own window",
         576: "a window has nothing to do with the small view: it is 14 x 14",
         64: "no window is smaller: one that holds 8 x 8 patches is filled up, and the filling counts as keys",
     },
@@ -127,8 +129,9 @@ _LIKELY: Mapping[str, Mapping[int, str]] = {
         1152: "that is both towers' tokens one after the other: they are joined in width, place by place",
         4096: "those are the patches of the large view: they are made as few as the small tower's",
         4672: "that is both towers' patches: each place of the small tower's grid gets one token",
-        2304: "that is 48 x 48, half of the way",
-        9216: "that is 96 x 96, where the halving begins",
+        2304: "that is 48 x 48, more than the small tower has",
+        256: "that is 64 x 64, halved twice: a token is a place of the small tower's grid",
+        9216: "that is 96 x 96, more than the small tower has",
         577: "SigLIP has no class token",
         24: "that is a row of them",
     },
@@ -229,6 +232,14 @@ def _relative_mistakes(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> dict[
     result = good(q, rel_pos_h, rel_pos_w)
     product = good(q, rel_pos_h, none) * good(q, none, rel_pos_w)
     turned = q.unflatten(2, (side, side)).transpose(2, 3).flatten(2, 3)
+    grid = q.unflatten(2, (side, side))
+    by_row, by_column = (table[distances] for table in (rel_pos_h, rel_pos_w))
+    of_row = torch.einsum("bhyxd,ykd->bhyxk", grid, by_row)
+    of_column = torch.einsum("bhyxd,xkd->bhyxk", grid, by_column)
+
+    def joined(of_row: Tensor, of_column: Tensor) -> Tensor:
+        return (of_row[..., None] + of_column[..., None, :]).flatten(4).flatten(2, 3)
+
     return {
         "only rows are in your result: add what the distance of columns says": good(q, rel_pos_h, none),
         "only columns are in your result: add what the distance of rows says": good(q, none, rel_pos_w),
@@ -255,6 +266,15 @@ def _relative_mistakes(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> dict[
             turned, rel_pos_h, rel_pos_w
         ),
         "you take the mean of rows and columns: add them": result / 2,
+        "the keys' axes are exchanged where you add: [B, H, y, x, r, c], r before c": joined(
+            of_column, of_row
+        ),
+        "distances of columns start from the query's row y: they start from its column x": joined(
+            of_row, torch.einsum("bhyxd,ykd->bhyxk", grid, by_column)
+        ),
+        "distances of rows start from the query's column x: they start from its row y": joined(
+            torch.einsum("bhyxd,xkd->bhyxk", grid, by_row), of_column
+        ),
     }
 
 
@@ -321,7 +341,8 @@ _SIGNS = {
     "exchanged": "a whole window, laid on its side and the result laid back, would be as in the intact block",
     "mirrored": "a whole window, turned upside down and the result turned back, would be as in the intact "
     "block",
-    "scaled query": "none of the other four signs would be there",
+    "scaled query": "none of the other four signs would be there, on one whole window and with the result "
+    "turned or moved back",
     "hidden filling": "one whole window would be as in the intact block, since nothing is filled up in it",
 }
 
@@ -417,7 +438,7 @@ def _token_mistakes(
 
     top, detail = neck(last), early(first)
     grid = both(top, detail)
-    reshaped = grid.reshape(len(grid), side * side, -1)
+    reshaped, tokens = grid.reshape(len(grid), side * side, -1), grid.flatten(2).transpose(1, 2)
     return {
         "the small tower stands first: it is the large one, then the small one": join(grid, low_first=True),
         "the necks are exchanged: `tower.sam.neck` is for the last state": join(
@@ -447,6 +468,13 @@ def _token_mistakes(
         "the GELU is missing, between the two towers' layers and `proj`": join(grid, gelu=lambda x: x),
         "this is the GELU's approximation by tanh: here it is the exact one": join(
             grid, gelu=lambda x: F.gelu(x, approximate="tanh")
+        ),
+        "the GELU stands behind `proj`: it stands before it": F.gelu(join(grid, gelu=lambda x: x)),
+        "the GELU stands before the layers `high` and `low`: it stands behind them": aligner.proj(
+            torch.cat([aligner.high(F.gelu(tokens)), aligner.low(F.gelu(low))], dim=-1)
+        ),
+        "the GELU is for both halves, and you use it for the large tower's alone": aligner.proj(
+            torch.cat([F.gelu(aligner.high(tokens)), aligner.low(low)], dim=-1)
         ),
         "`proj` is missing at the end": join(grid, proj=lambda x: x),
         "the places of SAM's grid are read column by column: row by row, as SigLIP's": join(

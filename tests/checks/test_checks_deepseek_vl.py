@@ -63,6 +63,25 @@ def unflattened(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
     return good.relative_scores(q, rel_pos_h, rel_pos_w).unflatten(3, (side, side)).unflatten(2, (side, side))
 
 
+def with_letters(
+    rows: str = "bhyxd,ykd->bhyxk", columns: str = "bhyxd,xkd->bhyxk", exchanged: bool = False
+) -> Callable[..., Any]:
+    """As the solution, with other letters in einsum, or with the two parts added the wrong way around."""
+
+    def answer(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+        side = (len(rel_pos_h) + 1) // 2
+        distances = torch.arange(side)[:, None] - torch.arange(side) + side - 1
+        q = q.unflatten(2, (side, side))
+        down, along = (
+            torch.einsum(rows, q, rel_pos_h[distances]),
+            torch.einsum(columns, q, rel_pos_w[distances]),
+        )
+        down, along = (along, down) if exchanged else (down, along)
+        return (down[..., None] + along[..., None, :]).flatten(4).flatten(2, 3)
+
+    return answer
+
+
 def vectors_alone(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
     return good.relative_scores(torch.ones_like(q), rel_pos_h, rel_pos_w)
 
@@ -79,6 +98,29 @@ def measured(instead: dict[str, str]) -> Callable[..., Any]:
     def answer(patient: Any, intact: Any) -> str:
         name = good.diagnose(patient, intact)
         return instead.get(name, name)
+
+    return answer
+
+
+def turned(back: bool = True, against_itself: bool = False) -> Callable[..., Any]:
+    """The right turns, but what comes out is not turned back, or is compared with the patient itself."""
+
+    def answer(patient: Any, intact: Any) -> str:
+        x = torch.randn(1, 6, 6, 32, generator=torch.Generator().manual_seed(0))
+        good, theirs = intact(x), patient(x)
+        moves: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+            "exchanged": (lambda x: x.transpose(1, 2), lambda x: x.transpose(1, 2)),
+            "mirrored": (lambda x: x.flip(1, 2), lambda x: x.flip(1, 2)),
+            "no positions": (lambda x: x.roll(1, dims=2), lambda x: x.roll(-1, dims=2)),
+        }
+        if torch.allclose(theirs, good, atol=1e-4):
+            return "hidden filling"
+        for name, (move, undo) in moves.items():
+            out = patient(move(x))
+            right = theirs if name == "no positions" or against_itself else good
+            if torch.allclose(undo(out) if back else out, right, atol=1e-4):
+                return name
+        return "scaled query"
 
     return answer
 
@@ -140,6 +182,24 @@ def joined(
     return answer
 
 
+def gelu_at(place: str) -> Callable[..., Any]:
+    """The GELU at the start, behind one of the halves, or at the end."""
+
+    def answer(
+        low: Tensor, last: Tensor, first: Tensor, tower: HighResolutionTower, aligner: HybridAligner
+    ) -> Tensor:
+        x = tower.shrink(tower.sam.neck(last)) + tower.alpha * tower.shrink(tower.early_neck(first))
+        high = x.flatten(2).transpose(1, 2)
+        if place == "start":
+            high, low = F.gelu(high), F.gelu(low)
+        high, low = aligner.high(high), aligner.low(low)
+        high = F.gelu(high) if place == "high" else high
+        x = aligner.proj(torch.cat([high, low], dim=-1))
+        return F.gelu(x) if place == "end" else x
+
+    return answer
+
+
 WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     "on_the_way": [
         ("windows: 16 is not it: those are the whole ones", numbers(windows=16)),
@@ -154,6 +214,9 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("not a corner of 6 x 6", numbers(empty_in_the_last_window=36)),
         ("both towers' tokens one after the other", numbers(image_tokens=1152)),
         ("each place of the small tower's grid gets one token", numbers(image_tokens=4672)),
+        ("64 x 64, halved twice", numbers(image_tokens=256)),
+        ("it is not the corner alone", numbers(windows_without_filling=24)),
+        ("those are the places of all windows", numbers(keys_of_a_patch=4900)),
         ("SigLIP has no class token", numbers(image_tokens=577)),
         ("you give 26, and that is too many", numbers(windows=26)),
         ("which is no number", numbers(windows="25")),
@@ -177,6 +240,9 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("or places are read column by column", pair_by_pair(down_first=True)),
         ("the places of q are taken column by column", columns_of_queries),
         ("the mean of rows and columns", asked(lambda q, rows, columns: (rows + columns) / 2)),
+        ("the keys' axes are exchanged where you add", with_letters(exchanged=True)),
+        ("columns start from the query's row", with_letters(columns="bhyxd,ykd->bhyxk")),
+        ("rows start from the query's column", with_letters(rows="bhyxd,xkd->bhyxk")),
         ("flatten those of the query", unflattened),
         ("your code calls PyTorch", pair_by_pair()),
         ("a `return` missing", lambda q, h, w: None),
@@ -193,6 +259,8 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("With 'hidden filling', one whole window", measured({"scaled query": "hidden filling"})),
         ("With 'mirrored', a whole window, turned", by_difference),
         ("for all five blocks", on_a_ragged_grid),
+        ("with the result turned or moved back", turned(back=False)),
+        ("With 'exchanged', a whole window, laid on its side", turned(against_itself=True)),
         ("your code stops", lambda patient, intact: patient(torch.randn(6, 6, 32))),
     ],
     "image_tokens": [
@@ -213,6 +281,9 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("bicubic", joined(mode="bicubic")),
         ("you resize after the convolutions", joined(late=True)),
         ("the GELU is missing", joined(gelu=lambda x: x)),
+        ("the GELU stands behind `proj`", gelu_at("end")),
+        ("the GELU stands before the layers", gelu_at("start")),
+        ("the GELU is for both halves", gelu_at("high")),
         ("approximation by tanh", joined(gelu=lambda x: F.gelu(x, approximate="tanh"))),
         ("`proj` is missing", joined(proj=False)),
         ("column by column", joined(finish=lambda grid: grid.mT.flatten(2).transpose(1, 2))),
