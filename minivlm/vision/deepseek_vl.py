@@ -9,7 +9,7 @@ was trained to outline things and sees them at 1,024. Both give a token to each 
 the decoder reads as many image tokens as with one tower.
 
 Of SAM, two states are used: the last, and that of the first global block, with a neck of its own and a weight
-`alpha` that training starts at 0. The last says what belongs together, the early one still how it looks.
+`alpha` that training starts at 0. The last may say what belongs together, the early one still how it looks.
 """
 
 from __future__ import annotations
