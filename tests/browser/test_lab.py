@@ -25,7 +25,16 @@ from playwright.sync_api import Page, expect
 from minivlm.classroom.workshop import BLANK
 
 TRAIN_FOR_MINUTES = {"07_training", "10_contrastive_training"}
-TAKE_LONG = {"03_attention", "05_gemma", "06_merging", "08_boxes_and_masks", "11_real_checkpoints"}
+TAKE_LONG = {
+    "03_attention",
+    "05_gemma",
+    "06_merging",
+    "08_boxes_and_masks",
+    "11_real_checkpoints",
+    "12_fine_tuning",
+    "13_four_ways",
+    "14_llava",
+}
 SLOW = TRAIN_FOR_MINUTES | TAKE_LONG  # nbval spends minutes on them already
 WITH_HOVER = {"09_looking_inside"}
 
