@@ -185,8 +185,8 @@ def _llama(tokenizer: Tokenizer | LlamaTokenizer) -> LlamaConfig:
 
 
 def _with_experts(tokenizer: Tokenizer | LlamaTokenizer) -> DeepseekV2Config:
-    sizes = _sizes(tokenizer) | {"intermediate_size": DENSE, "num_key_value_heads": HEADS}
-    return replace(DeepseekV2Config(moe=MOE), **sizes, mla=None, tie_word_embeddings=True)
+    sizes: dict[str, Any] = {**_sizes(tokenizer), "num_key_value_heads": HEADS}
+    return DeepseekV2Config(**sizes, tie_word_embeddings=True, mla=None, moe=MOE)
 
 
 MASK_ID = 3  # <unk>: no text here has it
