@@ -3,9 +3,9 @@
 All stand between the shipped image tower and a language model of one size: GPT-2 for those that had one, BERT
 for VisualBERT, Llama for LLaVA and what came after it. `systems.py` trains them.
 
-LLaVA without its first stage is what three others change one thing of: `cross-attention` where the picture
-is, `experts` the MLPs, `small-one-view` the world, whose things are half as large. The last one is then what
-`small-tiles` and `small-two-towers` change.
+Three ways begin from LLaVA without its first stage. In `cross-attention`, the picture stands beside the row,
+so the language model can stay frozen; `experts` has other MLPs; and `small-one-view` another world, whose
+things are half as large. What it cannot see there, `small-tiles` and `small-two-towers` can.
 """
 
 from __future__ import annotations
