@@ -115,12 +115,15 @@ def test_all_llamas_know_the_same_after_the_text(name: str) -> None:
 def test_a_few_pictures_can_be_known_by_heart(name: str) -> None:
     config = replace(SMALL, system=name, text_steps=0, steps=30, rows=4)
     run = SystemRun(config, workers=0)
-    tower = weights_of(run.model.vision_tower)
+    tower, words = weights_of(run.model.vision_tower), weights_of(run.model.language_model)
     batch = next(run.batches())
     losses = [run.advance(batch)["answer"] for _ in range(30)]
     # Words are hard to get out of a language model that is frozen before it knows any.
     assert losses[-1] < losses[0] * (0.95 if name == "cross-attention" else 0.5)
     assert all(torch.equal(tensor, tower[key]) for key, tensor in run.model.vision_tower.state_dict().items())
+    after = run.model.language_model.state_dict()
+    is_frozen = all(torch.equal(tensor, words[key]) for key, tensor in after.items())
+    assert is_frozen == (name == "cross-attention")
 
 
 @pytest.mark.parametrize("name", LATER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_equal, randomize
@@ -73,9 +75,7 @@ def test_cross_attention_is_that_of_llama_vision(name: str) -> None:
 def test_tiles_are_those_of_deepseek_vl2() -> None:
     model = randomize(tiny("tiles"))
     assert isinstance(model, Tiles)
-    text = DeepseekV2Config(
-        hidden_size=32, num_hidden_layers=1, vocab_size=120, mla=None, num_attention_heads=4
-    )
+    text = replace(TINY_EXPERTS, moe=None)
     sizes = ((28, 28), (56, 56))
     large = DeepseekVL2(DeepseekVL2Config(TINY_VISION, text, candidate_resolutions=sizes))
     shared = {key: tensor for key, tensor in model.state_dict().items() if "language_model" not in key}
