@@ -1,6 +1,7 @@
 """What does each way to let a language model see buy, in one world and on one budget?
 
 Run: python bench/systems.py --runs runs/systems --out bench/results/systems
+     python bench/systems.py --runs runs/systems --world small --out bench/results/systems_small
      python bench/systems.py --runs runs/systems --ship minivlm/assets/miniatures
 
 Every way of `minivlm train --system` is trained with three seeds: the shipped tower, frozen; a language model
@@ -10,7 +11,9 @@ language model of clipcap, guided by two towers, whose image tower is the shippe
 goes on where it was, and one that is done is not done again, so the table may be made in pieces (--systems,
 --seeds).
 
-The second command copies what the first has trained with seed 0 into folders that notebooks open.
+The second command makes a table of its own, of the ways for things that are small in their picture: the same
+scenes with things half as large, and pictures of 128 pixels. The third copies what was trained with seed 0
+into folders that notebooks open.
 
 Columns: answers by task (exact), captions word for word, mean IoU of the boxes; weights that learn from
 pictures; tokens of the decoder's row that a picture takes; operations of a training step and of an answer of
@@ -65,6 +68,10 @@ SHORT = {"all questions": "all", "exact caption": "caption", "box mean IoU": "Io
 ANSWER = 8  # words
 RESULT = "result.json"
 MAGIC = "magic"
+WORLDS = {  # what is compared: ways that saw the same pictures
+    "usual": (*(name for name, way in WAYS.items() if way.column == "held_out"), MAGIC),
+    "small": tuple(name for name, way in WAYS.items() if way.column == "small_things"),
+}
 LONGEST_CAPTION = 40  # words and punctuation of five things
 SHIPPED_SYSTEMS = ("clipcap", "visualgpt", "flamingo", "llava", MAGIC)
 FILES = (
@@ -94,7 +101,8 @@ def run(config: SystemConfig, folder: Path, scenes: int = SCENES) -> Result:
     )
     train_system(folder, config, loop=loop)
     model, processor = load(folder)
-    table = evaluate(model, processor, scenes=scenes, columns=("held_out",), progress=False)["held_out"]
+    column = WAYS[config.system].column
+    table = evaluate(model, processor, scenes=scenes, columns=(column,), progress=False)[column]
     losses = [line["text loss"] for line in read_log(folder / "log.csv") if line.get("text loss") is not None]
     found = {
         "config": asdict(config),
@@ -229,7 +237,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/systems"), help="where the runs are kept")
     parser.add_argument("--out", type=Path, help="write the table to OUT.txt and the numbers to OUT.json")
     parser.add_argument("--ship", type=Path, help="copy checkpoints of seed 0 into folders there, and stop")
-    parser.add_argument("--systems", nargs="+", choices=[*WAYS, MAGIC], default=[*WAYS, MAGIC])
+    parser.add_argument("--world", choices=WORLDS, default="usual", help="all its ways (default: usual)")
+    parser.add_argument("--systems", nargs="+", choices=[*WAYS, MAGIC], help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
     if options.ship:
@@ -237,7 +246,7 @@ def main() -> None:
         return
     results = []
     for seed in options.seeds:
-        for system in options.systems:
+        for system in options.systems or WORLDS[options.world]:
             if system == MAGIC:
                 results.append(magic(seed, options.runs))
             else:

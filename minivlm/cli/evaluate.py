@@ -22,6 +22,7 @@ COLUMNS = (
     "held_out", "unseen_pairs", "other_grays", "tinted", "black", "turned", "jpeg", "matplotlib", "browser",
     "text_only",
 )  # fmt: skip
+MORE_COLUMNS = ("small_things",)
 
 
 def add_to(commands: Commands) -> None:
@@ -33,9 +34,10 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--columns",
         nargs="+",
-        choices=COLUMNS,
+        choices=(*COLUMNS, *MORE_COLUMNS),
         metavar="COLUMN",
-        help=f"some of: {', '.join(COLUMNS)} (default: all; of CLIP and SigLIP, all but text_only)",
+        help=f"some of: {', '.join(COLUMNS)} (default: all; of CLIP and SigLIP, all but text_only); "
+        f"and, of a model that answers, {', '.join(MORE_COLUMNS)}",
     )
     parser.add_argument(
         "--data",

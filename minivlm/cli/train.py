@@ -64,6 +64,11 @@ SYSTEMS = {  # the names of `WAYS` in minivlm/training/systems.py
     "flamingo": "gated blocks ask 16 latents, between frozen ones of the language model",
     "llava": "patches inside of a chat, in two stages: first the projector, then the language model, too",
     "llava-direct": "the same without the first stage: both learn from the first step on",
+    "cross-attention": "gated blocks ask all patches, between frozen ones of llava's language model",
+    "experts": "llava-direct with experts for MLPs, five of 17 for a word, together as wide",
+    "small-one-view": "llava-direct for things half as large: its pictures of 128 pixels are shrunk to 64",
+    "small-tiles": "the same pictures shrunk, and in four tiles",
+    "small-two-towers": "the same pictures shrunk, and as they are in a second tower, which learns, too",
 }
 MOVING = {  # the names of `SYSTEMS` in minivlm/training/moving.py
     "qwen2_vl": "Qwen2-VL in small: pictures of any shape, and clips, in a world that moves",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.evaluation.baselines import text_only_answers
-from minivlm.evaluation.columns import COLUMNS, Column
+from minivlm.evaluation.columns import ALL_COLUMNS, COLUMNS, Column
 from minivlm.evaluation.scoring import Question, score
 from minivlm.evaluation.tables import Metric, Table
 from minivlm.evaluation.waiting import Bar, evenly_spread
@@ -83,14 +83,14 @@ def evaluate(
 
     Raises InputError: a column of another name, or a browser that fails.
     """
-    unknown = [name for name in columns if name not in COLUMNS]
+    unknown = [name for name in columns if name not in ALL_COLUMNS]
     if unknown:
-        raise InputError(f"there is no column {unknown[0]!r}: choose from {', '.join(COLUMNS)}")
+        raise InputError(f"there is no column {unknown[0]!r}: choose from {', '.join(ALL_COLUMNS)}")
     pixels = drawn_side(processor.image_processor)
     missing = ["browser"] if "browser" in columns and find_browser() is None else []
     # All pictures come first: what a browser refuses is refused before minutes are spent on answers.
     asked = {
-        name: questions_of(COLUMNS[name], scenes, seed, pixels) for name in columns if name not in missing
+        name: questions_of(ALL_COLUMNS[name], scenes, seed, pixels) for name in columns if name not in missing
     }
     table: Table = {name: {} for name in columns}
     # Columns take about as long as each other: the first says how long all of them take.
@@ -99,7 +99,7 @@ def evaluate(
         if name == "text_only":
             table[name] = score(questions, text_only_answers([question.example for question in questions]))
         else:
-            table[name] = _examine(model, processor, questions, progress, COLUMNS[name].title, rounds)
+            table[name] = _examine(model, processor, questions, progress, ALL_COLUMNS[name].title, rounds)
             rounds = 0
     return table
 

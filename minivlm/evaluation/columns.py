@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
-from minivlm.world.augmentations import as_jpeg, on_gray, on_tint, turned
+from minivlm.world.augmentations import as_jpeg, half_as_large, on_gray, on_tint, turned
 from minivlm.world.renderers import draw_with_browser, draw_with_matplotlib
 from minivlm.world.scenes import Scene, Split
 
@@ -66,3 +66,7 @@ COLUMNS = {
     "browser": Column("browser", draw=draw_with_browser),
     "text_only": Column("text only"),  # answered without the model
 }
+
+# Measured only where it is asked for: a model that reads small pictures cannot know these things.
+MORE_COLUMNS = {"small_things": Column("small things", change=half_as_large)}
+ALL_COLUMNS = COLUMNS | MORE_COLUMNS

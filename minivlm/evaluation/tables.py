@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from minivlm.evaluation.columns import COLUMNS
+from minivlm.evaluation.columns import ALL_COLUMNS
 from minivlm.world.renderers import BROWSERS, CHROMIUM
 
 
@@ -46,7 +46,9 @@ def as_text(table: Table, baseline: str = "majority") -> str:
     first = next(iter(shown.values()), {})
     values = {name: {row: metric.value for row, metric in metrics.items()} for name, metrics in shown.items()}
     text_only = {"text only": values.pop("text_only")} if "text_only" in values else {}
-    columns = {COLUMNS[name].title if name in COLUMNS else name: column for name, column in values.items()}
+    columns = {
+        ALL_COLUMNS[name].title if name in ALL_COLUMNS else name: column for name, column in values.items()
+    }
     columns |= {baseline: {row: metric.baseline for row, metric in first.items()}} | text_only
     lines = [f"| | {' | '.join(columns)} | cases |", "|---" * (len(columns) + 2) + "|"]
     for row, metric in first.items():

@@ -30,8 +30,13 @@ from minivlm.models import (
 )
 from minivlm.models.miniatures.clipcap import ClipCap
 from minivlm.models.miniatures.cm3 import CM3
+from minivlm.models.miniatures.cross_attention import CrossAttentionLlama
+from minivlm.models.miniatures.experts import LlavaExperts
 from minivlm.models.miniatures.flamingo import Flamingo
+from minivlm.models.miniatures.one_view import OneView
 from minivlm.models.miniatures.simvlm import SimVLM
+from minivlm.models.miniatures.tiles import Tiles
+from minivlm.models.miniatures.two_towers import TwoTowers
 from minivlm.models.miniatures.visualbert import VisualBERT
 from minivlm.models.miniatures.visualgpt import VisualGPT
 from minivlm.models.protocols import Answers, Matches
@@ -91,6 +96,11 @@ SYSTEMS = {  # model_type, as `describe` reads it -> what opens its folder
     "cm3": System(CM3.open_folder, "answers"),
     "simvlm": System(SimVLM.open_folder, "answers"),
     "visualgpt": System(VisualGPT.open_folder, "answers"),
+    "llama_cross_attention": System(CrossAttentionLlama.open_folder, "answers"),
+    "llava_experts": System(LlavaExperts.open_folder, "answers"),
+    "llava_one_view": System(OneView.open_folder, "answers"),
+    "llava_tiles": System(Tiles.open_folder, "answers"),
+    "llava_two_towers": System(TwoTowers.open_folder, "answers"),
 }
 
 

@@ -26,6 +26,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from minivlm.errors import InputError
 from minivlm.evaluation import evaluate
+from minivlm.evaluation.columns import ALL_COLUMNS
 from minivlm.models.miniatures.base import Miniature
 from minivlm.models.protocols import Answers
 from minivlm.processing import LlavaProcessor
@@ -92,6 +93,7 @@ class SystemRows(Dataset[Inputs]):
     first: int = field(default=0, kw_only=True)  # number in the stream
     steps: int = field(kw_only=True)
     rows: int = field(kw_only=True)
+    column: str = field(default="held_out", kw_only=True)  # whose scenes the pictures show
 
     def __len__(self) -> int:
         return self.steps
@@ -99,6 +101,9 @@ class SystemRows(Dataset[Inputs]):
     def __getitem__(self, step: int) -> Inputs:
         rng = np.random.default_rng([self.seed, self.stream, self.first + step])
         scenes = [varied(make_scene(rng, "train"), rng) for _ in range(self.rows)]
+        change = ALL_COLUMNS[self.column].change
+        if change is not None and self.stage != "text":
+            scenes = [change(scene, rng) for scene in scenes]
         asked = [_one_question(examples(scene, rng)) for scene in scenes]
         pictures = None
         if self.stage != "text":
@@ -186,6 +191,7 @@ class SystemRun(Trainable):
                     first=first,
                     steps=steps,
                     rows=rows,
+                    column=self.way.column,
                 )
             )
             first += steps if stage != "text" else 0
@@ -231,10 +237,10 @@ class SystemRun(Trainable):
                 cast(Answers, self.model),
                 self.processor,
                 scenes=MEASURED_SCENES,
-                columns=("held_out",),
+                columns=(self.way.column,),
                 progress=False,
             )
-            found |= {name: metric.value for name, metric in table["held_out"].items()}
+            found |= {name: metric.value for name, metric in table[self.way.column].items()}
         self.model.train()
         return found
 

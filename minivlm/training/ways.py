@@ -1,7 +1,11 @@
 """The ways to let a language model see, as they are trained: how each is built, what learns, and from what.
 
 All stand between the shipped image tower and a language model of one size: GPT-2 for those that had one, BERT
-for VisualBERT, Llama for LLaVA. `systems.py` trains them.
+for VisualBERT, Llama for LLaVA and what came after it. `systems.py` trains them.
+
+Three ways begin from LLaVA without its first stage. In `cross-attention`, the picture stands beside the row,
+so the language model can stay frozen; `experts` has other MLPs; and `small-one-view` another world, whose
+things are half as large. What it cannot see there, `small-tiles` and `small-two-towers` can.
 """
 
 from __future__ import annotations
@@ -20,10 +24,16 @@ from minivlm import masks
 from minivlm.models.llava import Llava, LlavaConfig
 from minivlm.models.load import SHIPPED, load
 from minivlm.models.miniatures.base import Miniature
+from minivlm.models.miniatures.chats import LlamaMiniature
 from minivlm.models.miniatures.clipcap import ClipCap, ClipCapConfig
 from minivlm.models.miniatures.cm3 import CM3, CM3Config, causally_masked
+from minivlm.models.miniatures.cross_attention import CrossAttentionConfig, CrossAttentionLlama
+from minivlm.models.miniatures.experts import ExpertsConfig, LlavaExperts
 from minivlm.models.miniatures.flamingo import Flamingo, FlamingoConfig
+from minivlm.models.miniatures.one_view import OneView, OneViewConfig
 from minivlm.models.miniatures.simvlm import SimVLM, SimVLMConfig
+from minivlm.models.miniatures.tiles import Tiles, TilesConfig
+from minivlm.models.miniatures.two_towers import TwoTowers, TwoTowersConfig
 from minivlm.models.miniatures.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.models.miniatures.visualgpt import VisualGPT, VisualGPTConfig
 from minivlm.models.paligemma import PaliGemma
@@ -33,14 +43,29 @@ from minivlm.processing.inputs import IGNORE, Inputs
 from minivlm.processing.llama_tokens import LlamaTokenizer
 from minivlm.processing.llava import LlavaImageProcessor
 from minivlm.text.bert import BertConfig, BertEncoder
+from minivlm.text.deepseek_v2 import DeepseekV2Config, DeepseekV2Decoder
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
 from minivlm.text.llama import LlamaConfig, LlamaDecoder
+from minivlm.text.moe import MoEConfig, balancing_loss, record_routing
 from minivlm.training.masked_words import mask_words, one_word_each
 from minivlm.vision.conv_stem import ConvStemConfig
 from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
 
 WIDTH, LAYERS, HEADS = 64, 4, 4  # of the language model
 CONTEXT = 192  # positions: a picture of 64 patches, and the longest question with its answer
+DENSE = 8 * WIDTH // 3  # width of Llama's MLP: three matrices for GPT-2's two, and as many weights
+
+# Four of sixteen and the shared one are five pieces of an MLP as wide as Llama's. Where the gate has no
+# preference, each counts 1, as in one MLP.
+MOE = MoEConfig(
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_shared_experts=1,
+    moe_intermediate_size=DENSE // 5,
+    norm_topk_prob=True,
+    routed_scaling_factor=4.0,
+    aux_loss_alpha=0.01,
+)
 
 System = Miniature | VisualBERT | Llava
 SystemProcessor = Processor | LlavaProcessor
@@ -50,13 +75,15 @@ Loss = Callable[[Any, Inputs, Generator], Tensor]
 # What is learned from text alone
 
 
-def next_word_loss(decoder: GPT2Decoder | LlamaDecoder, inputs: Inputs, generator: Generator) -> Tensor:
+def next_word_loss(
+    decoder: GPT2Decoder | LlamaDecoder | DeepseekV2Decoder, inputs: Inputs, generator: Generator
+) -> Tensor:
     """Mean cross-entropy of every word of text rows, prompts too, as a language model reads them.
 
     The first word has a random position, since a way may put a picture before it.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    room = decoder.config.max_position_embeddings - ids.shape[1]
+    room = CONTEXT - ids.shape[1]
     shift = int(torch.randint(room, (), generator=generator))
     position_ids, seen = place(mask, None)
     hidden = decoder(decoder.embed(ids), position_ids + shift, seen)
@@ -107,6 +134,18 @@ def moved_spans_loss(model: CM3, inputs: Inputs, generator: Generator) -> Tensor
     return model.loss(hidden, pad([labels for _, labels in moved], padding_value=IGNORE))
 
 
+def balanced(loss: Loss) -> Loss:
+    """The same loss, whose gradient also keeps the experts of each layer equally busy."""
+
+    def total(model: Any, inputs: Inputs, generator: Generator) -> Tensor:
+        with record_routing() as routings:
+            found = loss(model, inputs, generator)
+        uneven = torch.stack([balancing_loss(routing, MOE.seq_aux) for routing in routings]).sum()
+        return found + MOE.aux_loss_alpha * (uneven - uneven.detach())
+
+    return total
+
+
 # The language models
 
 
@@ -117,6 +156,7 @@ class LanguageModel:
     config: Callable[[Tokenizer | LlamaTokenizer], Any]
     build: Callable[[Any], nn.Module]
     loss: Loss = next_word_loss
+    chats: bool = False  # whether its rows are LLaVA's, of Llama's tokens
 
 
 def _sizes(tokenizer: Tokenizer | LlamaTokenizer) -> dict[str, int]:
@@ -140,15 +180,20 @@ def _bert(tokenizer: Tokenizer | LlamaTokenizer) -> BertConfig:
 
 
 def _llama(tokenizer: Tokenizer | LlamaTokenizer) -> LlamaConfig:
-    # Three matrices for GPT-2's two, and as many weights.
-    sizes = _sizes(tokenizer) | {"intermediate_size": 8 * WIDTH // 3, "num_key_value_heads": HEADS}
+    sizes = _sizes(tokenizer) | {"intermediate_size": DENSE, "num_key_value_heads": HEADS}
     return LlamaConfig(**sizes, tie_word_embeddings=True)
+
+
+def _with_experts(tokenizer: Tokenizer | LlamaTokenizer) -> DeepseekV2Config:
+    sizes: dict[str, Any] = {**_sizes(tokenizer), "num_key_value_heads": HEADS}
+    return DeepseekV2Config(**sizes, tie_word_embeddings=True, mla=None, moe=MOE)
 
 
 MASK_ID = 3  # <unk>: no text here has it
 GPT2 = LanguageModel(_gpt2, GPT2Decoder)
 BERT = LanguageModel(_bert, BertEncoder, partial(masked_word_loss, mask_id=MASK_ID))
-LLAMA = LanguageModel(_llama, LlamaDecoder)
+LLAMA = LanguageModel(_llama, LlamaDecoder, chats=True)
+EXPERTS = LanguageModel(_with_experts, DeepseekV2Decoder, balanced(next_word_loss), chats=True)
 
 
 # The ways
@@ -164,6 +209,7 @@ class Way:
     loss: Loss = answer_loss
     language_model: LanguageModel = GPT2
     aligns: tuple[str, ...] = ()  # what learns alone first, from captions, in a quarter of the steps
+    column: str = "held_out"  # of COLUMNS or MORE_COLUMNS: the world in which it learns and is measured
 
 
 def _visualbert(tokenizer: Tokenizer, vision: SiglipVisionConfig, **parts: Any) -> System:
@@ -210,6 +256,29 @@ def _simvlm(tokenizer: Tokenizer, vision: SiglipVisionConfig, **parts: Any) -> S
 
 def _llava(tokenizer: LlamaTokenizer, **parts: Any) -> System:
     return Llava(LlavaConfig(vision_feature_select_strategy="full", **parts))
+
+
+def _cross_attention(tokenizer: LlamaTokenizer, **parts: Any) -> System:
+    return CrossAttentionLlama(CrossAttentionConfig(cross_attention_layers=tuple(range(LAYERS)), **parts))
+
+
+def _experts(tokenizer: LlamaTokenizer, **parts: Any) -> System:
+    return LlavaExperts(ExpertsConfig(**parts))
+
+
+def _one_view(tokenizer: LlamaTokenizer, **parts: Any) -> System:
+    return OneView(OneViewConfig(**parts))
+
+
+def _tiles(tokenizer: LlamaTokenizer, text: LlamaConfig, **parts: Any) -> System:
+    more = replace(text, max_position_embeddings=CONTEXT + 32)  # for 93 image tokens instead of 64
+    return Tiles(TilesConfig(text=more, **parts))
+
+
+def _two_towers(tokenizer: LlamaTokenizer, vision: SiglipVisionConfig, **parts: Any) -> System:
+    size, patch = 2 * vision.image_size, vision.patch_size
+    stem = ConvStemConfig(layers=(1, 1, 1), width=WIDTH // 16, image_size=size, patch_size=patch)
+    return TwoTowers(TwoTowersConfig(vision=vision, high_res_vision=stem, **parts))
 
 
 WAYS = {
@@ -262,6 +331,40 @@ WAYS = {
         "the same without the first stage: both learn from the first step on",
         language_model=LLAMA,
     ),
+    "cross-attention": Way(
+        _cross_attention,
+        ("multi_modal_projector.", "cross_attention_layers."),
+        "gated blocks ask all patches, between frozen ones of llava's language model",
+        language_model=LLAMA,
+    ),
+    "experts": Way(
+        _experts,
+        ("multi_modal_projector.", "language_model."),
+        "llava-direct with experts for MLPs, five of 17 for a word, together as wide",
+        balanced(answer_loss),
+        language_model=EXPERTS,
+    ),
+    "small-one-view": Way(
+        _one_view,
+        ("multi_modal_projector.", "language_model."),
+        "llava-direct for things half as large: its pictures of 128 pixels are shrunk to 64",
+        language_model=LLAMA,
+        column="small_things",
+    ),
+    "small-tiles": Way(
+        _tiles,
+        ("projector.", "image_newline", "view_separator", "language_model."),
+        "the same pictures shrunk, and in four tiles",
+        language_model=LLAMA,
+        column="small_things",
+    ),
+    "small-two-towers": Way(
+        _two_towers,
+        ("high_res_tower.", "downsample.", "aligner.", "language_model."),
+        "the same pictures shrunk, and as they are in a second tower, which learns, too",
+        language_model=LLAMA,
+        column="small_things",
+    ),
 }
 
 
@@ -274,7 +377,8 @@ def build(name: str, seed: int) -> tuple[System, SystemProcessor]:
     shipped, processor = load()
     assert isinstance(shipped, PaliGemma)
     vision = shipped.config.vision
-    tokenizer = LlamaTokenizer.from_pretrained(SHIPPED) if way.build is _llava else processor.tokenizer
+    chats = way.language_model.chats
+    tokenizer = LlamaTokenizer.from_pretrained(SHIPPED) if chats else processor.tokenizer
     text = way.language_model.config(tokenizer)
     torch.manual_seed(seed)
     language_model = way.language_model.build(text)
@@ -293,9 +397,12 @@ def build(name: str, seed: int) -> tuple[System, SystemProcessor]:
     if isinstance(model.vision_tower, SiglipVisionModel):  # and not a stem that learns with the rest
         model.vision_tower.load_state_dict(shipped.vision_tower.state_dict())
     if isinstance(tokenizer, LlamaTokenizer):
-        size, half = vision.image_size, (0.5, 0.5, 0.5)
+        size = model.config.image_size if isinstance(model, LlamaMiniature) else vision.image_size
+        half = (0.5, 0.5, 0.5)
         pictures = LlavaImageProcessor(image_size=size, image_mean=half, image_std=half)
-        chats = LlavaProcessor(tokenizer, pictures, vision.patch_size, "full", "", 0)
-        return model, chats
+        form = model.processor_class if isinstance(model, LlamaMiniature) else LlavaProcessor
+        chatting = form(tokenizer, pictures, vision.patch_size, "full", "", 0)
+        chatting.image_seq_length = model.config.num_image_tokens
+        return model, chatting
     pictures = replace(processor.image_processor, image_seq_length=model.config.num_image_tokens)
     return model, Processor(tokenizer, pictures)

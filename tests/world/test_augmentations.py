@@ -17,6 +17,7 @@ from minivlm.world.augmentations import (
     STRONGEST_TINT,
     as_jpeg,
     as_photographed,
+    half_as_large,
     on_gray,
     on_tint,
     turned,
@@ -105,6 +106,15 @@ def test_a_jpeg_is_the_picture_with_flaws() -> None:
     pictures = np.stack([levels(scene.draw(64)) for scene in QUIET])
     jpegs = np.stack([levels(as_jpeg(scene.draw(64), 50)) for scene in QUIET])
     assert np.abs(shift(pictures, jpegs)).max() < 0.02
+
+
+def test_things_half_as_large_have_as_many_pixels_in_a_picture_twice_as_wide() -> None:
+    for scene in PLAIN:
+        small = half_as_large(scene)
+        for thing, other in zip(scene.things, small.things, strict=True):
+            assert (other.x, other.y, other.name, other.size) == (thing.x, thing.y, thing.name, thing.size)
+            pixels, as_many = thing.mask(256).sum(), other.mask(512).sum()
+            assert 0.95 * pixels < as_many < 1.05 * pixels
 
 
 def test_half_of_the_varied_scenes_are_turned_and_half_have_another_ground() -> None:

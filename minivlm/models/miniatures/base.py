@@ -2,7 +2,7 @@
 
 A miniature is a way to let a language model see, at a size that trains in minutes. All stand between the same
 two parts, SigLIP's image tower and a decoder. What differs is in two methods: `encode_image` says what a
-picture becomes, and `read` says how the decoder gets it.
+picture becomes, and `read` says how the decoder gets it. The decoder is GPT-2 here, and Llama in chats.py.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from minivlm.checkpoints.hub import (
 from minivlm.checkpoints.layouts import Layout
 from minivlm.configs import known, part_of, require_system
 from minivlm.models.miniatures.shipped_tower import PREFIX, TOWER, left_out, require_shipped
-from minivlm.models.views import HasDecoder
+from minivlm.models.views import CacheShape, HasDecoder
 from minivlm.models.writing import ImageTokens
+from minivlm.processing.llava import LlavaProcessor
 from minivlm.processing.paligemma import Processor
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
 from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
@@ -46,26 +47,38 @@ class TowerConfig(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+class TextConfig(CacheShape, Protocol):
+    """What the config of a decoder has beside its own."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 class MiniatureConfig(ImageTokens, Protocol):
     """What the config of each miniature has beside its own: two parts, and the ids that are no words."""
 
     @property
     def vision(self) -> TowerConfig: ...
     @property
-    def text(self) -> GPT2Config: ...
+    def text(self) -> TextConfig: ...
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self: ...
     def to_dict(self) -> dict[str, Any]: ...
 
 
 def read_values(
-    cls: type, values: Mapping[str, Any], model_type: str, vision: type[Any] = SiglipVisionConfig
+    cls: type,
+    values: Mapping[str, Any],
+    model_type: str,
+    vision: type[Any] = SiglipVisionConfig,
+    text: type[Any] = GPT2Config,
 ) -> dict[str, Any]:
     """The fields of a miniature's config in a config.json. Raises InputError: it describes another system."""
     require_system(values, model_type)
     parts = {
         "vision": vision.from_dict(part_of(values, "vision_config")),
-        "text": GPT2Config.from_dict(part_of(values, "text_config")),
+        "text": text.from_dict(part_of(values, "text_config")),
     }
     return known(cls, {**values, **special_ids(values), **parts})
 
@@ -82,13 +95,14 @@ class Miniature(HasDecoder):
 
     config_class: ClassVar[type[MiniatureConfig]]
     tower_class: ClassVar[type[Any]] = SiglipVisionModel
+    decoder_class: ClassVar[type[Any]] = GPT2Decoder
     config: MiniatureConfig
 
     def __init__(self, config: MiniatureConfig) -> None:
         super().__init__()
         self.config = config
         self.vision_tower = self.tower_class(config.vision)
-        self.language_model = GPT2Decoder(config.text)
+        self.language_model = self.decoder_class(config.text)
 
     def patches(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] of any dtype -> the tower's tokens [B, N, D_image]."""
@@ -169,7 +183,7 @@ class Miniature(HasDecoder):
     @classmethod
     def open_folder(
         cls, folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str
-    ) -> tuple[Self, Processor]:
+    ) -> tuple[Self, Processor | LlavaProcessor]:
         """Load the model and processor of a folder whose config.json holds `values`.
 
         Raises InputError: the files do not match each other; otherwise as in `from_pretrained`.
