@@ -47,7 +47,6 @@ def main(arguments: list[str]) -> int:
         source = Path(folder) / "source"
         gather(source)
         strict = ["--fail-on-warning", "--keep-going", "--nitpicky", "--quiet"]
-        strict += ["--jobs", "auto"]
         places = ["-c", str(DOCS), "-d", str(Path(folder) / "doctrees"), str(source), str(output)]
         code = subprocess.call([sys.executable, "-m", "sphinx", *strict, *places])
     if code == 0:
