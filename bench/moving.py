@@ -5,8 +5,9 @@ Run: python bench/moving.py --compare time --out bench/results/moving_time
      python bench/moving.py --ship minivlm/assets/miniatures
 
 time     One tower, trained once for each seed, and two decoders that differ in what a position in time means:
-         seconds, as in Qwen2.5-VL, or the number of the step, as in Qwen2-VL. Both learn from the same clips,
-         and answer about held-out clips: at the frame rates of training, and at one that they never saw.
+         seconds, as in Qwen2.5-VL, or the number of the step, as in Qwen2-VL. Both learn from the same clips
+         to answer three kinds of questions, and are asked about held-out clips: at each of the two frame
+         rates of training, and at one that they never saw, in clips longer than any of training.
 towers   Towers alone, which learn from pictures of eight shapes what lies in the cell of each image token:
          with two-axis rotary positions (Qwen2-VL), with a learned table that is stretched to the picture's
          grid, on pictures squashed to a square; and Qwen2.5-VL's with windows and without them. Right is the
@@ -16,8 +17,8 @@ towers   Towers alone, which learn from pictures of eight shapes what lies in th
 Three seeds. Results and runs are kept in --runs: a table may be made in pieces (--seeds), and what was
 stopped goes on.
 
-The third command trains both systems with seed 0, as `minivlm train --system` does, and copies them into
-folders that notebooks open. Qwen2.5-VL is the decoder of seconds in the first table.
+The third command trains both systems with seed 0 on all kinds of questions, as `minivlm train --system` does,
+and copies them into folders that notebooks open.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from minivlm.models.qwen2_5_vl import Qwen2_5_VL
 from minivlm.models.qwen2_vl import Qwen2VL
 from minivlm.processing import Qwen2VLImageProcessor, Qwen2VLProcessor
 from minivlm.training.loop import Loop, run_folder, run_to_end
-from minivlm.training.moving import MovingConfig, MovingRun, build
+from minivlm.training.moving import SYSTEMS, MovingConfig, MovingRun, build
 from minivlm.vision.qwen2_vl import Qwen2VLVisionConfig, Qwen2VLVisionModel, grid_positions
 from minivlm.world.clip_batches import PICTURE_SIDES, ClipBatches
 from minivlm.world.scenes import COLORS, SHAPES, make_scene
@@ -54,8 +55,10 @@ Result = dict[str, float]
 CLIPS = 300
 SCENES = 100  # of each shape
 OTHER_SIDES = ((128, 32), (32, 128), (112, 112), (96, 96), (112, 48), (48, 112))
-OTHER_RATE = (3,)  # frames a second
-OTHER_TASKS = ("seconds", "first", "direction")
+CLOCK_TASKS = ("direction", "first", "seconds")
+CLOCK = MovingConfig("qwen2_5_vl", steps=500, questions=6)
+# Clips of each: frames, and how many of them a second.
+FILMED = {"at 1 a second": ((4, 6, 8), 1), "at 2 a second": ((4, 6, 8), 2), "at 3 a second": ((12,), 3)}
 TOWER_STEPS = 300
 
 
@@ -68,10 +71,25 @@ class Numbered(Qwen2_5_VL):
     intervals = Qwen2VL.intervals
 
 
+MOST_FREQUENT = "always the most frequent answer"
 CLOCKS: dict[str, type[Qwen2_5_VL]] = {"seconds": Qwen2_5_VL, "numbers of steps": Numbered}
 
 
-class TowerRun(MovingRun):
+class ClockBatches(ClipBatches):
+    """Three kinds of questions, about clips alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        alone = {"pictures": 0} if kwargs["questions"] else {}
+        super().__init__(*args, **kwargs | alone, tasks=CLOCK_TASKS)
+
+
+class ClockRun(MovingRun):
+    """A decoder that learns about time."""
+
+    batch_class = ClockBatches
+
+
+class TowerRun(ClockRun):
     """The first stage alone."""
 
     @property
@@ -79,26 +97,35 @@ class TowerRun(MovingRun):
         return self.config.tower_steps
 
 
-def compare_time(seed: int, runs: Path, config: MovingConfig, clips: int = CLIPS) -> dict[str, Result]:
+def compare_time(
+    seed: int, runs: Path, config: MovingConfig = CLOCK, clips: int = CLIPS
+) -> dict[str, Result]:
     """The tower once, then a decoder for each clock, which goes on with a copy of the tower's run."""
     config = replace(config, seed=seed)
     tower = runs / f"tower-{seed}"
     finish(TowerRun(config), tower)
-    found = {}
+    found: dict[str, Result] = {name: {} for name in (*CLOCKS, MOST_FREQUENT)}
     for name, clock in CLOCKS.items():
         folder = runs / f"{name.replace(' ', '-')}-{seed}"
         if not folder.exists():
             shutil.copytree(tower, folder)
-        run = MovingRun(config)
+        run = ClockRun(config)
         run.model.__class__ = clock
         finish(run, folder)
-        known = evaluate_clips(run.model, run.processor, clips)
-        other = evaluate_clips(run.model, run.processor, clips, frames=(6,), rates=OTHER_RATE)
-        found[name] = {task: metric.value for task, metric in known.items()}
-        at_other = f"at {OTHER_RATE[0]} a second"
-        found[name] |= {f"{task} {at_other}": m.value for task, m in other.items() if task in OTHER_TASKS}
-        found["always the most frequent answer"] = {task: metric.baseline for task, metric in known.items()}
+        see_all(run.processor)
+        for how, (frames, rate) in FILMED.items():
+            answered = evaluate_clips(
+                run.model, run.processor, clips, tasks=CLOCK_TASKS, frames=frames, rates=(rate,)
+            )
+            for task, metric in answered.items():
+                found[name][f"{task} {how}"] = metric.value
+                found[MOST_FREQUENT][f"{task} {how}"] = metric.baseline
     return found
+
+
+def see_all(processor: Qwen2VLProcessor) -> None:
+    """Let a processor read every frame of what is filmed at 3 a second: more than in training."""
+    processor.video_budget = replace(processor.video_budget, fps=4.0, max_frames=12)
 
 
 def finish(run: MovingRun, folder: Path) -> None:
@@ -244,14 +271,11 @@ def operations(model: Qwen2VL, side: int) -> float:
 # ---- what ships --------------------------------------------------------------------------------------------
 
 
-SHIPPED = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "seconds-0"}  # the names of runs
-
-
 def ship(runs: Path, out: Path, **changes: Any) -> None:
     """Train both systems where that is not done yet, and copy what notebooks open."""
-    for system, folder in SHIPPED.items():
-        finish(MovingRun(MovingConfig(system, **changes)), runs / folder)
-        ship_folder(runs / folder, out / system)
+    for system in SYSTEMS:
+        finish(MovingRun(MovingConfig(system, **changes)), runs / system)
+        ship_folder(runs / system, out / system)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -300,7 +324,7 @@ def main() -> None:
         if not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
             if options.compare == "time":
-                found = compare_time(seed, options.runs, MovingConfig("qwen2_5_vl"))
+                found = compare_time(seed, options.runs)
             else:
                 found = compare_towers(seed)
             kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """How good answers about clips are: exact match for each task, beside the most frequent answer.
 
-Clips come from seeds that training never uses. All have 4 to 8 frames, at 1, 2 or 4 a second.
+Clips come from seeds that training never uses. All have 4 to 8 frames, at 1 or 2 a second.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ Two stages:
    kind sees two frames at once, so two frames of each clip are enough. What differs between them is faint
    beside what does not; the first layer begins where both are equally loud (`whiten`).
 2. answers: the decoder learns from several questions about each clip or picture, packed into one row. The
-   blocks of the tower stay as they are; its merger goes on learning, with the head.
+   blocks of the tower stay as they are; its merger goes on learning, with the head. A second head asks each
+   image token where it stands, in time, row and column. A rotary position turns queries and keys, never
+   values, so nothing that a block passes on says where it comes from until some block has found out.
 
-Clips have 1, 2 or 4 frames a second, and pictures eight shapes. So both are learned: that time is no number
+Clips have 1 or 2 frames a second, and pictures eight shapes. So both are learned: that time is no number
 of frames, and that a place is no number of a patch.
 """
 
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,7 @@ from minivlm.world.clip_batches import CLASSES, PICTURE_SIDES, ClipBatch, ClipBa
 
 PATCH, MERGED, FRAMES_AT_ONCE = 8, 2, 2
 TOWER_WIDTH, TOWER_LAYERS, TOWER_HEADS = 64, 3, 4
-TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 96, 3, 3
+TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 96, 4, 3
 WINDOW = 32  # pixels
 # A published decoder's slow pairs turn with the columns of a picture: in 3 to 6 of them, by next to nothing.
 THETA = 30.0
@@ -73,7 +75,7 @@ class MovingConfig:
     adamw_lr: float = 3e-3
     weight_decay: float = 0.02
     warmup_steps: int = 50
-    dense_weight: float = 0.5  # of the loss on cells after its stage
+    dense_weight: float = 0.5  # of the losses on cells and on places, after the tower's stage
     clip: float = 1.0  # norm of the gradient
 
     def __post_init__(self) -> None:
@@ -90,10 +92,10 @@ def build(system: str, seed: int) -> tuple[Qwen2VL, Qwen2VLProcessor]:
     torch.manual_seed(seed)
     text = Qwen2Config(
         hidden_size=TEXT_WIDTH,
-        intermediate_size=8 * TEXT_WIDTH // 3,
+        intermediate_size=2 * TEXT_WIDTH,
         num_hidden_layers=TEXT_LAYERS,
         num_attention_heads=TEXT_HEADS,
-        num_key_value_heads=1,
+        num_key_value_heads=TEXT_HEADS,
         vocab_size=len(tokenizer.backend.get_vocab()),
         max_position_embeddings=512,
         rope_theta=THETA,
@@ -116,7 +118,7 @@ def build(system: str, seed: int) -> tuple[Qwen2VL, Qwen2VLProcessor]:
         image_mean=half, image_std=half, min_pixels=32 * 32, max_pixels=96 * 96, patch_size=PATCH
     )
     budget = VideoBudget(
-        fps=4.0, min_frames=2, max_frames=8, min_pixels=32 * 32, max_pixels=80 * 64, total_pixels=8 * 80 * 64
+        fps=2.0, min_frames=2, max_frames=8, min_pixels=32 * 32, max_pixels=80 * 64, total_pixels=8 * 80 * 64
     )
     model: Qwen2VL
     if system == "qwen2_vl":
@@ -130,6 +132,7 @@ def build(system: str, seed: int) -> tuple[Qwen2VL, Qwen2VLProcessor]:
             intermediate_size=8 * TOWER_WIDTH // 3,
             window_size=WINDOW,
             fullatt_block_indexes=(TOWER_LAYERS - 1,),
+            tokens_per_second=2,  # as in the published folders
             **sizes,
         )
         model = Qwen2_5_VL(cast(Any, Qwen2_5_VLConfig(vision=windows, text=text, **ids)))
@@ -160,6 +163,10 @@ def whiten(embeddings: PatchEmbeddings, patches: Tensor) -> None:
     weight.copy_((components[:, -len(weight) :] / scale).T.view_as(weight))
 
 
+# How far a token may stand behind the first of its clip: in time, rows and columns.
+PLACES = {"time": 16, "row": 8, "column": 8}
+
+
 class CellHead(nn.Linear):
     """One linear layer that says of each image token what lies in its cell. Discarded after training."""
 
@@ -171,7 +178,7 @@ class CellHead(nn.Linear):
         return dict(zip(CLASSES, self(tokens).float().split([*CLASSES.values()], dim=-1), strict=True))
 
     def loss(self, tokens: Tensor, batch: ClipBatch) -> Tensor:
-        """Sum of the cross-entropies of color, shape and motion."""
+        """Sum of the cross-entropies of all that CLASSES names."""
         parts = [
             F.cross_entropy(scores, batch.cells[name], ignore_index=IGNORE)
             for name, scores in self.scores(tokens).items()
@@ -180,27 +187,59 @@ class CellHead(nn.Linear):
         return torch.stack(parts).sum()
 
 
-def answer_loss(model: Qwen2VL, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy of the answers' tokens, and the image tokens [N, D]."""
+class PlaceHead(nn.Linear):
+    """One linear layer that says where an image token stands. Discarded after training."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, sum(PLACES.values()))
+
+    def loss(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Sum of the cross-entropies of time, row and column: tokens [N, D], places [3, N]."""
+        scores = self(tokens).float().split([*PLACES.values()], dim=-1)
+        parts = [F.cross_entropy(of_axis, place) for of_axis, place in zip(scores, places, strict=True)]
+        return torch.stack(parts).sum()
+
+
+class Reading(NamedTuple):
+    """What a batch's decoder has read."""
+
+    loss: Tensor  # weighted cross-entropy of the answers' tokens
+    tokens: Tensor  # [N, D], image tokens as the tower gives them
+    early: Tensor  # [N, D], image tokens after the decoder's first block
+    places: Tensor  # [3, N], how far each stands behind the first of its clip: in time, rows and columns
+
+
+def read(model: Qwen2VL, batch: ClipBatch) -> Reading:
+    """Read clips with all their questions."""
     start = batch.start
     before, of_questions = batch.input_ids[:, :start], batch.offsets[:, start:]
     media = model.encode_images(before, **batch.pixels)
     position_ids, deltas = model.positions(before, torch.ones_like(before), media)
+    image = before == media[0].placeholder  # [B, S], the same in each row
+    places = position_ids[:, image].unflatten(1, (len(before), -1))
+    places = places - places.amin(dim=2, keepdim=True)
     later = start + deltas[:, None] + of_questions  # each question begins where the clip ends
     position_ids = torch.cat([position_ids, later.expand(3, -1, -1)], dim=2)
     embeds = model.merge(batch.input_ids, media)
-    hidden = model.language_model(embeds, position_ids, batch.mask())
+    passed: list[Tensor] = []
+    first = model.language_model.layers[0]
+    hook = first.register_forward_hook(lambda module, arguments, output: passed.append(output))
+    try:
+        hidden = model.language_model(embeds, position_ids, batch.mask())
+    finally:
+        hook.remove()
     wanted = batch.labels[:, 1:] != IGNORE
     logits = model.logits(hidden[:, :-1][wanted]).float()
     losses = F.cross_entropy(logits, batch.labels[:, 1:][wanted], reduction="none")
     weights = batch.weights[:, 1:][wanted]
-    return (losses * weights).sum() / weights.sum(), media[0].features
+    loss = (losses * weights).sum() / weights.sum()
+    return Reading(loss, media[0].features, passed[0][:, :start][image], places.flatten(1).round().long())
 
 
 class MovingRun(Trainable):
     """A training run at some step."""
 
-    losses = ("cells", "answer")
+    losses = ("cells", "place", "answer")
     measure_every = 500
     batch_class: type[ClipBatches] = ClipBatches
     masters: nn.ModuleDict
@@ -212,13 +251,15 @@ class MovingRun(Trainable):
         self.prepare(device)
 
     def prepare(self, device: torch.device | str) -> None:
-        """A head for the cells, and the optimizers of both stages."""
+        """A head for the cells, one for places, and the optimizers of both stages."""
         config = self.config
-        self.head = CellHead(TEXT_WIDTH)
-        self.masters = self.working = nn.ModuleDict({"model": self.model, "head": self.head}).to(device)
+        self.head, self.places = CellHead(TEXT_WIDTH), PlaceHead(TEXT_WIDTH)
+        parts = {"model": self.model, "head": self.head, "places": self.places}
+        self.masters = self.working = nn.ModuleDict(parts).to(device)
         tower = [*self.model.vision_tower.parameters(), *self.head.parameters()]
         merger = [*self.model.vision_tower.merger.parameters(), *self.head.parameters()]
-        self.parts = {"tower": tower, "answers": [*merger, *self.model.language_model.parameters()]}
+        decoder = [*self.model.language_model.parameters(), *self.places.parameters()]
+        self.parts = {"tower": tower, "answers": [*merger, *decoder]}
         linear = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Linear)}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         for stage, weights in self.parts.items():
@@ -271,9 +312,11 @@ class MovingRun(Trainable):
             media = self.model.encode_images(batch.input_ids, **batch.pixels)
             losses["cells"] = loss = self.head.loss(media[0].features, batch)
         else:
-            losses["answer"], tokens = answer_loss(self.model, batch)
-            losses["cells"] = self.head.loss(tokens, batch)
-            loss = losses["answer"] + config.dense_weight * losses["cells"]
+            reading = read(self.model, batch)
+            losses["answer"] = reading.loss
+            losses["cells"] = self.head.loss(reading.tokens, batch)
+            losses["place"] = self.places.loss(reading.early, reading.places)
+            loss = losses["answer"] + config.dense_weight * (losses["cells"] + losses["place"])
         for name, value in losses.items():
             self.check_finite(f"the {name} loss", value.item())
         loss.backward()

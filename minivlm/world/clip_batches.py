@@ -46,12 +46,20 @@ PICTURE_SIDES = (
     (64, 96),
 )  # width, height
 CLIP_SIDES = ((64, 64), (80, 48), (48, 80))
-FRAMES, RATES = (4, 6, 8), (1, 2, 4)
+FRAMES = 4, 6, 8
+RATES = 1, 2  # at 4 a second, 8 frames are two seconds, and everything happens at second 1
 # Words, and no boxes: in the form of these models a box takes 20 tokens.
 CLIP_TASKS = (*clip_questions.QUESTION_TASKS, "caption")
 PICTURE_TASKS = (*questions.QUESTION_TASKS, "caption")
 
-CLASSES = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "motion": len(MOTIONS)}
+# A token of a clip shows two frames: what lies in its cell in the first of them, and what in the next.
+CLASSES = {
+    "color": 1 + len(COLORS),
+    "shape": 1 + len(SHAPES),
+    "next_color": 1 + len(COLORS),
+    "next_shape": 1 + len(SHAPES),
+    "motion": len(MOTIONS),
+}
 
 
 @dataclass
@@ -88,6 +96,7 @@ class ClipBatches(Dataset[ClipBatch]):
         questions: of a row; 0 for the labels of cells alone.
         pictures: every so many steps there is a batch of pictures; 1 for pictures alone, 0 for clips alone.
         pairs: two neighboring frames of each clip in place of all. A tower sees no more of it at once.
+        tasks: what is asked about clips.
         sides: what pictures measure, width and height.
     """
 
@@ -102,11 +111,12 @@ class ClipBatches(Dataset[ClipBatch]):
         first_step: int = 0,
         pictures: int = 2,
         pairs: bool = False,
+        tasks: Sequence[str] = CLIP_TASKS,
         sides: Sequence[tuple[int, int]] = PICTURE_SIDES,
     ) -> None:
         self.processor, self.seed, self.first_step, self.steps = processor, seed, first_step, steps
         self.rows, self.questions, self.pictures, self.sides = rows, questions, pictures, sides
-        self.pairs = pairs
+        self.pairs, self.tasks = pairs, tasks
 
     def __len__(self) -> int:
         return self.steps
@@ -122,7 +132,7 @@ class ClipBatches(Dataset[ClipBatch]):
         frames = int(rng.choice(FRAMES))
         clips = [training_clip(rng, frames, width, height) for _ in range(self.rows)]
         asked = [
-            list(islice(of_tasks(clip_questions.examples(clip, rng), CLIP_TASKS), self.questions))
+            list(islice(of_tasks(clip_questions.examples(clip, rng), self.tasks), self.questions))
             for clip in clips
         ]
         cells = [clip_cells(clip, *self._grid(width, height)) for clip in clips]
@@ -176,9 +186,13 @@ def of_tasks(endless: Iterator[Example], tasks: Sequence[str]) -> Iterator[Examp
 
 def clip_cells(clip: Clip, rows: int, columns: int) -> dict[str, np.ndarray]:
     """What lies in each cell of each step of two frames, [steps * rows * columns], by names in CLASSES."""
-    scenes = [clip.at(second) for second in clip.times[::2]]
-    found = [picture_cells(scene, rows, columns) for scene in scenes]
-    cells = {name: np.concatenate([of_step[name] for of_step in found]) for name in ("color", "shape")}
+    found = [picture_cells(clip.at(second), rows, columns) for second in clip.times]
+    frames = {"": found[::2], "next_": found[1::2]}
+    cells = {
+        f"{which}{name}": np.concatenate([of_frame[name] for of_frame in of_step])
+        for which, of_step in frames.items()
+        for name in ("color", "shape")
+    }
     return {**cells, "motion": clip.motion_labels(rows, columns).ravel()}
 
 
@@ -192,7 +206,8 @@ def picture_cells(scene: Scene, rows: int, columns: int) -> dict[str, np.ndarray
         deepest[mine] = depths[mine]
         labels["color"][mine] = 1 + list(COLORS).index(thing.color)
         labels["shape"][mine] = 1 + SHAPES.index(thing.shape)
-    return {**labels, "motion": np.full(rows * columns, IGNORE)}
+    both = {f"next_{name}": of_cells for name, of_cells in labels.items()}  # a picture is shown twice
+    return {**labels, **both, "motion": np.full(rows * columns, IGNORE)}
 
 
 def pack(

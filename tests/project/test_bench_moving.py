@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from minivlm.models.load import load
 from minivlm.models.qwen2_vl import Qwen2VL
-from minivlm.training.loop import Loop
-from minivlm.training.moving import train_moving
+from minivlm.processing import video_of
+from minivlm.world.clip_batches import training_clip
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -39,15 +40,42 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 
 def test_two_clocks(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = bench.MovingConfig("qwen2_5_vl", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
-    train_moving(tmp_path / "whole", config, loop=Loop(workers=0, measure_every=0, progress=False))
+    bench.finish(bench.ClockRun(config), tmp_path / "whole")
     found = bench.compare_time(0, tmp_path, config, clips=3)
-    assert found.keys() == {*bench.CLOCKS, "always the most frequent answer"}
-    assert found["seconds"].keys() == found["numbers of steps"].keys()
-    assert any(column.endswith("at 3 a second") for column in found["seconds"])
-    monkeypatch.setattr(bench.MovingRun, "advance", lambda *_: pytest.fail("trained again"))
+    assert found.keys() == {*bench.CLOCKS, bench.MOST_FREQUENT}
+    columns = {f"{task} {how}" for task in bench.CLOCK_TASKS for how in bench.FILMED}
+    assert all(set(of_trial) <= columns for of_trial in found.values())
+    assert (
+        {f"seconds {how}" for how in bench.FILMED}
+        <= found["seconds"].keys()
+        == found["numbers of steps"].keys()
+    )
+    monkeypatch.setattr(bench.ClockRun, "advance", lambda *_: pytest.fail("trained again"))
     assert bench.compare_time(0, tmp_path, config, clips=3) == found
     assert_same_weights(tmp_path / "seconds-0", tmp_path / "whole")
     assert bench.as_text([found, found]).endswith("2 seeds")
+
+
+def test_the_clocks_are_asked_about_time_alone(bench: ModuleType) -> None:
+    run = bench.ClockRun(bench.MovingConfig("qwen2_5_vl", tower_steps=4, steps=8, rows=2, warmup_steps=1))
+    batches = list(run.batches())
+    assert any("pixel_values" in batch.pixels for batch in batches[:4])
+    assert all("pixel_values_videos" in batch.pixels for batch in batches[4:])
+    ids = torch.cat([batch.input_ids.flatten() for batch in batches[4:]])
+    words = run.processor.tokenizer.backend.decode(ids.tolist())
+    assert "how many seconds until" in words
+    assert "how many objects" not in words
+
+
+def test_a_longer_clip_is_read_whole(bench: ModuleType) -> None:
+    """At a rate that training never had, no frame is left out."""
+    _, processor = bench.build("qwen2_5_vl", 0)
+    frames, rate = bench.FILMED["at 3 a second"]
+    clip = training_clip(np.random.default_rng(0), *frames, 64, 64, (rate,))
+    film = video_of([*clip.frames(64)], clip.fps)
+    assert len(processor.video_budget.choose(film)) == 8
+    bench.see_all(processor)
+    assert processor.video_budget.choose(film) == [*range(12)]
 
 
 def test_clocks_differ_where_rates_do(bench: ModuleType) -> None:
@@ -55,7 +83,7 @@ def test_clocks_differ_where_rates_do(bench: ModuleType) -> None:
     model = bench.build("qwen2_5_vl", 0)[0]
     by_time = model.intervals(grids, seconds)
     model.__class__ = bench.Numbered
-    assert by_time.tolist() == [2.0, 8.0]
+    assert by_time.tolist() == [1.0, 4.0]
     assert model.intervals(grids, seconds).tolist() == [1.0, 1.0]
 
 
@@ -71,8 +99,8 @@ def test_towers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_ships_reads_clips(bench: ModuleType, tmp_path: Path) -> None:
     bench.ship(tmp_path, tmp_path / "out", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
-    for system, run in bench.SHIPPED.items():
-        _, trained = load(tmp_path / run)
+    for system in bench.SYSTEMS:
+        _, trained = load(tmp_path / system)
         model, processor = load(tmp_path / "out" / system)
         assert isinstance(model, Qwen2VL)
         assert processor.video_budget == trained.video_budget  # the published one sees 4 times the pixels
