@@ -48,6 +48,7 @@ PICTURE_SIDES = (
 CLIP_SIDES = ((64, 64), (80, 48), (48, 80))
 FRAMES = 4, 6, 8
 RATES = 1, 2  # at 4 a second, 8 frames are two seconds, and everything happens at second 1
+EASY = 0.1  # share of easy clips and pictures
 # Words, and no boxes: in the form of these models a box takes 20 tokens.
 CLIP_TASKS = (*clip_questions.QUESTION_TASKS, "caption")
 PICTURE_TASKS = (*questions.QUESTION_TASKS, "caption")
@@ -97,6 +98,7 @@ class ClipBatches(Dataset[ClipBatch]):
         pictures: every so many steps there is a batch of pictures; 1 for pictures alone, 0 for clips alone.
         pairs: two neighboring frames of each clip in place of all. A tower sees no more of it at once.
         tasks: what is asked about clips.
+        easy_to: the share of easy clips and pictures falls from 1 to EASY until this step.
         sides: what pictures measure, width and height.
     """
 
@@ -112,11 +114,12 @@ class ClipBatches(Dataset[ClipBatch]):
         pictures: int = 2,
         pairs: bool = False,
         tasks: Sequence[str] = CLIP_TASKS,
+        easy_to: int = 0,
         sides: Sequence[tuple[int, int]] = PICTURE_SIDES,
     ) -> None:
         self.processor, self.seed, self.first_step, self.steps = processor, seed, first_step, steps
         self.rows, self.questions, self.pictures, self.sides = rows, questions, pictures, sides
-        self.pairs, self.tasks = pairs, tasks
+        self.pairs, self.tasks, self.easy_to = pairs, tasks, easy_to
 
     def __len__(self) -> int:
         return self.steps
@@ -124,13 +127,17 @@ class ClipBatches(Dataset[ClipBatch]):
     def __getitem__(self, step: int) -> ClipBatch:
         rng = np.random.default_rng([self.seed, self.first_step + step])
         if self.pictures and step % self.pictures == self.pictures - 1:
-            return self._of_pictures(rng)
-        return self._of_clips(rng)
+            return self._of_pictures(rng, self.easy_share(step))
+        return self._of_clips(rng, self.easy_share(step))
 
-    def _of_clips(self, rng: np.random.Generator) -> ClipBatch:
+    def easy_share(self, step: int) -> float:
+        """Probability that a clip or picture of this step is an easy one."""
+        return max(EASY, 1.0 - (1.0 - EASY) * step / self.easy_to) if self.easy_to else EASY
+
+    def _of_clips(self, rng: np.random.Generator, easy: float) -> ClipBatch:
         width, height = CLIP_SIDES[rng.integers(len(CLIP_SIDES))]
         frames = int(rng.choice(FRAMES))
-        clips = [training_clip(rng, frames, width, height) for _ in range(self.rows)]
+        clips = [training_clip(rng, frames, width, height, easy=easy) for _ in range(self.rows)]
         asked = [
             list(islice(of_tasks(clip_questions.examples(clip, rng), self.tasks), self.questions))
             for clip in clips
@@ -150,10 +157,10 @@ class ClipBatches(Dataset[ClipBatch]):
         ]
         return pack(self.processor, shown, asked, cells)
 
-    def _of_pictures(self, rng: np.random.Generator) -> ClipBatch:
+    def _of_pictures(self, rng: np.random.Generator, easy: float) -> ClipBatch:
         width, height = self.sides[int(rng.integers(len(self.sides)))]
         scenes = [
-            varied(make_scene(rng, "train", bool(rng.random() < 0.1), width, height), rng)
+            varied(make_scene(rng, "train", bool(rng.random() < easy), width, height), rng)
             for _ in range(self.rows)
         ]
         asked = [
@@ -171,12 +178,21 @@ class ClipBatches(Dataset[ClipBatch]):
 
 
 def training_clip(
-    rng: np.random.Generator, frames: int, width: float, height: float, rates: Sequence[int] = RATES
+    rng: np.random.Generator,
+    frames: int,
+    width: float,
+    height: float,
+    rates: Sequence[int] = RATES,
+    easy: float = EASY,
 ) -> Clip:
-    """A clip of so many frames, at one of these rates, at which it lasts whole seconds, at least two."""
+    """A clip of so many frames, at one of these rates, at which it lasts whole seconds, at least two.
+
+    Args:
+        easy: probability of an easy clip.
+    """
     fps = int(rng.choice([fps for fps in rates if frames % fps == 0 and frames // fps >= 2]))
-    easy = bool(rng.random() < 0.2)
-    return make_clip(rng, "train", easy, seconds=frames // fps, fps=fps, width=width, height=height)
+    is_easy = bool(rng.random() < easy)
+    return make_clip(rng, "train", is_easy, seconds=frames // fps, fps=fps, width=width, height=height)
 
 
 def of_tasks(endless: Iterator[Example], tasks: Sequence[str]) -> Iterator[Example]:
