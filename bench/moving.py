@@ -4,11 +4,10 @@ Run: python bench/moving.py --compare time --out bench/results/moving_time
      python bench/moving.py --compare towers --out bench/results/moving_towers
      python bench/moving.py --ship minivlm/assets/miniatures
 
-time     One model, trained on pictures once for each seed, goes on with clips twice. What differs is what a
-         position in time means: seconds, as in Qwen2.5-VL, or the number of the step, as in Qwen2-VL. Both
-         learn from the same clips to answer two kinds of questions, and are asked about held-out clips: at
-         each of the two frame rates of training, and at one that they never saw, in clips that have more
-         frames than any of training.
+time     One tower, trained once for each seed, and two decoders that differ in what a position in time means:
+         seconds, as in Qwen2.5-VL, or the number of the step, as in Qwen2-VL. Both learn from the same
+         pictures and clips. About clips they are asked two kinds of questions, held-out ones at each of the
+         two frame rates of training, and at one that they never saw, in clips that have more frames.
 towers   Towers alone, which learn from pictures of eight shapes what lies in the cell of each image token:
          with two-axis rotary positions (Qwen2-VL), with a learned table that is stretched to the picture's
          grid, on pictures squashed to a square; and Qwen2.5-VL's with windows and without them. Right is the
@@ -57,7 +56,7 @@ CLIPS = 300
 SCENES = 100  # of each shape
 OTHER_SIDES = ((128, 32), (32, 128), (112, 112), (96, 96), (112, 48), (48, 112))
 CLOCK_TASKS = ("direction", "seconds")
-CLOCK = MovingConfig("qwen2_5_vl", picture_steps=1000, steps=500)
+CLOCK = MovingConfig("qwen2_5_vl", steps=1500)
 # Clips of each: frames, and how many of them a second.
 FILMED = {"at 1 a second": ((4, 6, 8), 1), "at 2 a second": ((4, 6, 8), 2), "at 3 a second": ((12,), 3)}
 TOWER_STEPS = 300
@@ -77,11 +76,10 @@ CLOCKS: dict[str, type[Qwen2_5_VL]] = {"seconds": Qwen2_5_VL, "numbers of steps"
 
 
 class ClockBatches(ClipBatches):
-    """Two kinds of questions, about clips alone."""
+    """Two kinds of questions about clips."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        clips_alone = {"pictures": 0} if kwargs.get("pictures") == 4 else {}
-        super().__init__(*args, **kwargs | clips_alone, tasks=CLOCK_TASKS)
+        super().__init__(*args, **kwargs, tasks=CLOCK_TASKS)
 
 
 class ClockRun(MovingRun):
@@ -90,26 +88,26 @@ class ClockRun(MovingRun):
     batch_class = ClockBatches
 
 
-class TimelessRun(ClockRun):
-    """What comes before clips, and is the same for both clocks."""
+class TowerRun(ClockRun):
+    """The first stage alone."""
 
     @property
     def total_steps(self) -> int:
-        return self.config.tower_steps + self.config.picture_steps
+        return self.config.tower_steps
 
 
 def compare_time(
     seed: int, runs: Path, config: MovingConfig = CLOCK, clips: int = CLIPS
 ) -> dict[str, Result]:
-    """What knows no time once, then a decoder for each clock, which goes on with a copy of that run."""
+    """The tower once, then a decoder for each clock, which goes on with a copy of the tower's run."""
     config = replace(config, seed=seed)
-    timeless = runs / f"timeless-{seed}"
-    finish(TimelessRun(config), timeless)
+    tower = runs / f"tower-{seed}"
+    finish(TowerRun(config), tower)
     found: dict[str, Result] = {name: {} for name in (*CLOCKS, MOST_FREQUENT)}
     for name, clock in CLOCKS.items():
         folder = runs / f"{name.replace(' ', '-')}-{seed}"
         if not folder.exists():
-            shutil.copytree(timeless, folder)
+            shutil.copytree(tower, folder)
         run = ClockRun(config)
         run.model.__class__ = clock
         finish(run, folder)

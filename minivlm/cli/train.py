@@ -78,20 +78,15 @@ RATES = ("muon_lr", "adamw_lr", "weight_decay")  # of both recipes, with the sam
 SYSTEM_RECIPE: shared.Recipe = {  # the other fields of `SystemConfig`
     "with --system": {
         "text_steps": (500, "steps of the language model alone"),
-        "steps": (1500, "steps with pictures; with clips, of qwen2_vl and qwen2_5_vl, 1000"),
+        "steps": (1500, "steps with pictures; of qwen2_vl and qwen2_5_vl 2000"),
         "text_rows": (96, "rows of a step without pictures"),
         "rows": (48, "rows of a step with pictures; of qwen2_vl and qwen2_5_vl 24"),
     }
 }
 
-PICTURE_RECIPE: shared.Recipe = {
-    "with --system qwen2_vl or qwen2_5_vl": {
-        "picture_steps": (1000, "steps with pictures alone, before clips"),
-    }
-}
 
 # The fields of `MovingConfig` beside those that every run has. Steps and rows have other defaults here.
-MOVING_RECIPE = ("tower_steps", "picture_steps", "steps", "rows", "questions", "dense_weight", "clip")
+MOVING_RECIPE = ("tower_steps", "steps", "rows", "questions", "dense_weight", "clip")
 
 
 def add_to(commands: Commands) -> None:
@@ -109,21 +104,20 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--system", choices=systems, metavar="NAME", help=about)
     shared.add_run(parser, out="runs/tiny", measure_every=500, measured="100 held-out scenes")
     shared.add_recipe(parser, SYSTEM_RECIPE)
-    shared.add_recipe(parser, PICTURE_RECIPE)
     shared.add_recipe(parser, RECIPE)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say what to do with the model."""
-    own, others, of_pictures = _names(RECIPE), _names(SYSTEM_RECIPE), _names(PICTURE_RECIPE)
+    own, others = _names(RECIPE), _names(SYSTEM_RECIPE)
     if options.system is None:
-        shared.refuse(options, [*others, *of_pictures], "is of a system: add --system NAME, or leave it out")
+        shared.refuse(options, others, "is of a system: add --system NAME, or leave it out")
     else:
         known = MOVING_RECIPE if options.system in MOVING else others
         shared.refuse(
             options,
-            [*(name for name in {*own, *others, *of_pictures} - {*RATES, *known}), "bf16"],
+            [*(name for name in {*own, *others} - {*RATES, *known}), "bf16"],
             "is not of this system: leave it out, or choose another one with --system",
         )
     loop = shared.prepare_loop(options)

@@ -11,9 +11,10 @@ Two stages:
    image token where it stands, in time, row and column. A rotary position turns queries and keys, never
    values, so nothing that a block passes on says where it comes from until some block has found out.
 
-The second stage begins with pictures alone, which cost half as much: to find the thing that a question names
-is the same in both, and takes longest to learn. Clips have 1 or 2 frames a second, and pictures eight shapes.
-So both are learned: that time is no number of frames, and that a place is no number of a patch.
+Every other step of the second stage shows pictures, which cost half as much: to find the thing that a
+question names is the same in both, and takes longest to learn. Clips have 1 or 2 frames a second, and
+pictures eight shapes. So both are learned: that time is no number of frames, and that a place is no number of
+a patch.
 """
 
 from __future__ import annotations
@@ -69,8 +70,7 @@ class MovingConfig:
     system: str
     seed: int = 0
     tower_steps: int = 500
-    picture_steps: int = 1000  # of the second stage, before clips
-    steps: int = 1000
+    steps: int = 2000
     rows: int = 24  # clips or pictures of a step
     questions: int = 9  # about each
     muon_lr: float = 0.02
@@ -85,7 +85,7 @@ class MovingConfig:
         check_numbers(asdict(self))
         if self.system not in SYSTEMS:
             raise InputError(f"there is no system {self.system!r}: choose from {', '.join(SYSTEMS)}")
-        check_warmup(self.warmup_steps, self.picture_steps + self.steps)
+        check_warmup(self.warmup_steps, self.steps)
 
 
 def build(system: str, seed: int) -> tuple[Qwen2VL, Qwen2VLProcessor]:
@@ -276,7 +276,7 @@ class MovingRun(Trainable):
 
     @property
     def total_steps(self) -> int:
-        return self.config.tower_steps + self.config.picture_steps + self.config.steps
+        return self.config.tower_steps + self.config.steps
 
     def stage_of(self, step: int) -> str:
         """The stage that a step belongs to."""
@@ -292,21 +292,15 @@ class MovingRun(Trainable):
         config = self.config
         draw = partial(self.batch_class, self.processor, seed=config.seed, rows=config.rows)
         of_tower = draw(steps=config.tower_steps, questions=0, pairs=True, sides=PICTURE_SIDES)
-        asked = partial(draw, questions=config.questions)
-        pictures = asked(
-            steps=config.picture_steps,
-            first_step=config.tower_steps,
-            pictures=1,
-            easy_to=config.picture_steps // 4,
-        )
-        clips = asked(
+        of_answers = draw(
             steps=config.steps,
-            first_step=config.tower_steps + config.picture_steps,
-            pictures=4,
+            questions=config.questions,
+            first_step=config.tower_steps,
+            pictures=2,
             easy_to=config.steps // 4,
         )
         steps = range(self.step, self.total_steps)
-        return in_order(ConcatDataset([of_tower, pictures, clips]), steps, self.workers)
+        return in_order(ConcatDataset([of_tower, of_answers]), steps, self.workers)
 
     def advance(self, batch: ClipBatch) -> dict[str, float]:
         """One step of optimization. Returns the losses."""
@@ -334,9 +328,7 @@ class MovingRun(Trainable):
             self.check_finite(f"the {name} loss", value.item())
         loss.backward()
         self.check_finite("the gradient", nn.utils.clip_grad_norm_(weights, config.clip).item())
-        first, steps = 0, config.tower_steps
-        if stage == "answers":
-            first, steps = config.tower_steps, config.picture_steps + config.steps
+        first, steps = (0, config.tower_steps) if stage == "tower" else (config.tower_steps, config.steps)
         factor = warm_up_then_fall(self.step - first, steps, min(config.warmup_steps, max(steps // 4, 1)))
         for kind, optimizer in self.optimizers.items():
             peak = config.muon_lr if kind.endswith("_muon") else config.adamw_lr

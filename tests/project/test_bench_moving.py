@@ -39,9 +39,7 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 
 
 def test_two_clocks(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = bench.MovingConfig(
-        "qwen2_5_vl", tower_steps=1, picture_steps=1, steps=1, rows=2, questions=1, warmup_steps=1
-    )
+    config = bench.MovingConfig("qwen2_5_vl", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
     bench.finish(bench.ClockRun(config), tmp_path / "whole")
     found = bench.compare_time(0, tmp_path, config, clips=3)
     assert found.keys() == {*bench.CLOCKS, bench.MOST_FREQUENT}
@@ -59,14 +57,12 @@ def test_two_clocks(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_clocks_are_asked_about_time_alone(bench: ModuleType) -> None:
-    run = bench.ClockRun(
-        bench.MovingConfig("qwen2_5_vl", tower_steps=4, picture_steps=2, steps=8, rows=2, warmup_steps=1)
-    )
+    run = bench.ClockRun(bench.MovingConfig("qwen2_5_vl", tower_steps=4, steps=8, rows=2, warmup_steps=1))
     batches = list(run.batches())
     assert any("pixel_values" in batch.pixels for batch in batches[:4])
-    assert all("pixel_values" in batch.pixels for batch in batches[4:6])
-    assert all("pixel_values_videos" in batch.pixels for batch in batches[6:])
-    ids = torch.cat([batch.input_ids.flatten() for batch in batches[6:]])
+    clips = [batch for batch in batches[4:] if "pixel_values_videos" in batch.pixels]
+    assert len(clips) == 4
+    ids = torch.cat([batch.input_ids.flatten() for batch in clips])
     words = run.processor.tokenizer.backend.decode(ids.tolist())
     assert "how many seconds until" in words
     assert "how many objects" not in words
@@ -76,7 +72,7 @@ def test_a_longer_clip_is_read_whole(bench: ModuleType) -> None:
     """At a rate that training never had, no frame is left out."""
     _, processor = bench.build("qwen2_5_vl", 0)
     frames, rate = bench.FILMED["at 3 a second"]
-    clip = training_clip(np.random.default_rng(0), *frames, 64, 64, (rate,))
+    clip = training_clip(np.random.default_rng(0), frames[0], 64, 64, (rate,))
     film = video_of([*clip.frames(64)], clip.fps)
     assert len(processor.video_budget.choose(film)) == 8
     bench.see_all(processor)
@@ -103,16 +99,7 @@ def test_towers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_ships_reads_clips(bench: ModuleType, tmp_path: Path) -> None:
-    bench.ship(
-        tmp_path,
-        tmp_path / "out",
-        tower_steps=1,
-        picture_steps=1,
-        steps=1,
-        rows=2,
-        questions=1,
-        warmup_steps=1,
-    )
+    bench.ship(tmp_path, tmp_path / "out", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
     for system in bench.SYSTEMS:
         _, trained = load(tmp_path / system)
         model, processor = load(tmp_path / "out" / system)

@@ -11,7 +11,7 @@ import torch
 from small_run import assert_same_end
 
 from minivlm.cli import main
-from minivlm.cli.train import MOVING, MOVING_RECIPE, PICTURE_RECIPE, RATES, RECIPE, SYSTEM_RECIPE
+from minivlm.cli.train import MOVING, MOVING_RECIPE, RATES, RECIPE, SYSTEM_RECIPE
 from minivlm.errors import InputError
 from minivlm.models.load import load
 from minivlm.processing import video_of
@@ -24,9 +24,7 @@ from minivlm.world.clip_questions import examples
 from minivlm.world.clips import MOTIONS
 from minivlm.world.questions import Example
 
-SMALL = MovingConfig(
-    "qwen2_5_vl", tower_steps=2, picture_steps=1, steps=2, rows=2, questions=2, warmup_steps=1
-)
+SMALL = MovingConfig("qwen2_5_vl", tower_steps=2, steps=2, rows=2, questions=2, warmup_steps=1)
 QUIET = Loop(save_every=1, log_every=1, measure_every=0, workers=0, progress=False)
 
 
@@ -223,7 +221,7 @@ def test_the_command_trains_what_answers_about_a_file(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, clip = tmp_path / "run", tmp_path / "clip.gif"
-    small = "--tower-steps 1 --picture-steps 1 --steps 1 --rows 2 --questions 1 --warmup-steps 1"
+    small = "--tower-steps 1 --steps 1 --rows 2 --questions 1 --warmup-steps 1"
     small += " --workers 0 --measure-every 0"
     assert main(["train", "--system", name, "--out", str(out), *small.split()]) == 0
     assert (out / "model.safetensors").stat().st_size < 1.5e6
@@ -239,19 +237,17 @@ def test_the_command_trains_what_answers_about_a_file(
 def test_the_command_names_every_system_and_number() -> None:
     assert MOVING == SYSTEMS
     told = {name: default for numbers in RECIPE.values() for name, (default, _) in numbers.items()}
-    for recipe in (SYSTEM_RECIPE, PICTURE_RECIPE):
-        told |= {name: default for numbers in recipe.values() for name, (default, _) in numbers.items()}
+    told |= {name: default for name, (default, _) in SYSTEM_RECIPE["with --system"].items()}
     about = {
         name: text
-        for numbers in (*RECIPE.values(), *SYSTEM_RECIPE.values(), *PICTURE_RECIPE.values())
+        for numbers in (*RECIPE.values(), *SYSTEM_RECIPE.values())
         for name, (_, text) in numbers.items()
     }
     config = asdict(MovingConfig("qwen2_vl"))
     assert config.keys() - {"system", "seed", "warmup_steps"} == {*MOVING_RECIPE, *RATES}
     for name in (*MOVING_RECIPE, *RATES):
         if name in ("tower_steps", "steps", "rows"):
-            comma = "," if name == "steps" else ""
-            assert about[name].endswith(f" of qwen2_vl and qwen2_5_vl{comma} {config[name]}"), name
+            assert about[name].endswith(f"of qwen2_vl and qwen2_5_vl {config[name]}"), name
         else:
             assert config[name] == told[name], name
 
