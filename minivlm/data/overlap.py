@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from minivlm.data.samples import Sample
+from minivlm.errors import InputError
+from minivlm.processing.images import open_file
 
 
 def overlap(samples: Sequence[Sample], learned: Sequence[Sample]) -> list[Sample]:
@@ -28,7 +30,7 @@ def name_overlap(shared: Sequence[Sample], most: int = 3) -> str:
 @cache
 def _content(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_file(path, "picture") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # gone since it was checked: its batch will say so
+    except InputError:  # gone since it was checked: its batch will say so
         return f"{path}"

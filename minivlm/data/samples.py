@@ -20,15 +20,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from minivlm.data.lines import (
-    BadLines,
-    check_marks,
-    check_picture,
-    images_of,
-    read_lines,
-    read_object,
-    text_of,
-)
+from minivlm.data.lines import BadLines, check_picture, read_lines
+from minivlm.data.objects import check_marks, images_of, read_object, text_of
 from minivlm.errors import InputError
 from minivlm.processing import AnswerProcessor, load_picture, text_to_boxes, to_rgb
 from minivlm.processing.inputs import Inputs
@@ -169,6 +162,7 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         accumulate: batches per step.
         change: what becomes of a row, from its number in the run.
         more: rows that come on top in a batch, from the first of its rows to below the last.
+        order: the numbers of all samples as an epoch shows them; None: any order is as likely as any other.
     """
 
     def __init__(
@@ -182,11 +176,12 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         accumulate: int,
         change: Callable[[Opened, int], Opened] | None = None,
         more: Callable[[int, int], Sequence[Opened]] | None = None,
+        order: Callable[[np.random.Generator], np.ndarray] | None = None,
     ) -> None:
-        self.change, self.more = change, more
+        self.change, self.more, self.order = change, more, order
         self.samples, self.processor = samples, processor
         self.seed, self.rows, self.batch_size, self.accumulate = seed, rows, batch_size, accumulate
-        self._order: tuple[int, list[int]] = (-1, [])  # the epoch used last, and its order
+        self._order = (-1, np.arange(0))  # the epoch used last, and its order
 
     def __len__(self) -> int:
         return -(-self.rows // (self.batch_size * self.accumulate))
@@ -217,8 +212,9 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         epoch, place = divmod(row, len(self.samples))
         if self._order[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self._order = (epoch, rng.permutation(len(self.samples)).tolist())
-        return self.samples[self._order[1][place]]
+            order = rng.permutation(len(self.samples)) if self.order is None else self.order(rng)
+            self._order = (epoch, order)
+        return self.samples[int(self._order[1][place])]
 
 
 def make_inputs(processor: AnswerProcessor, samples: Sequence[Sample]) -> Inputs:

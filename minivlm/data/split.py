@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from minivlm.data.fingerprints import Fingerprint, fingerprint, look_alike
-from minivlm.data.lines import BadLines, check_picture, images_of, read_lines, read_object
+from minivlm.data.lines import BadLines, check_picture, read_lines
+from minivlm.data.objects import images_of, read_object
 from minivlm.errors import InputError
 from minivlm.files import check_output, write_aside
 

@@ -54,6 +54,17 @@ def load_picture(path: str | Path) -> Image.Image:
         return image
 
 
+@contextmanager
+def open_header(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file of which only the header is read: its size and mode, but no pixels yet.
+
+    Raises InputError: as `open_file`; it is no picture.
+    """
+    path = Path(path)
+    with open_file(path, "picture") as file, explained(path), Image.open(file) as image:
+        yield image
+
+
 def open_file(path: Path, kind: str) -> BinaryIO:
     """Open a picture, or a file of another kind, to read its bytes.
 
