@@ -273,6 +273,11 @@ def plain(text: str) -> str:
     return OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def counted(number: int, what: str) -> str:
+    """Such as 1 line, or 2,000 lines."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def say(text: str, end: str = "\n") -> None:
     """Print on standard output, at once."""
     print(plain(text), end=end, flush=True)

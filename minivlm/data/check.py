@@ -55,7 +55,7 @@ def kind_of_lines(path: Path) -> str:
     """
     for line in lines_of(path):
         try:
-            values = read_object(line.content, ())
+            values = read_object(line.read(), ())
         except InputError:
             continue
         return "pairs" if "text" in values and "suffix" not in values else "samples"

@@ -10,26 +10,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
-from minivlm.data.objects import object_of
+from minivlm.data.objects import Line, object_of
+from minivlm.data.shards import ShardItems, Spot, folder_of, is_shards, lines_in_shards
 from minivlm.errors import InputError
 from minivlm.processing import load_picture
 from minivlm.processing.images import check_sides, open_file
 
 MAX_REASONS = 10  # bad lines named in a message
+MOST_KNOWN = 10**5  # pictures whose names are kept while lines are checked
 
 Item = TypeVar("Item")
-
-
-class Line(NamedTuple):
-    """One that is not blank, as it is written."""
-
-    number: int  # from 1
-    place: str  # what a message calls it
-    content: bytes
 
 
 class BadLines(InputError):
@@ -49,21 +43,32 @@ def read_lines(
     read_line: Callable[[bytes, int, Path], Item],
     keys: Sequence[str],
     warn: Callable[[BadLines], object] | None = None,
-) -> list[Item]:
-    """Apply `read_line` to each line of a file; it gets the line, its number and the file's folder.
+    again: Callable[[bytes, int, Path], Item] | None = None,
+) -> Sequence[Item]:
+    """Apply `read_line` to each line of a file or of shards; it gets the line, its number and the folder.
 
     Args:
         read_line: raises InputError for a bad line.
         keys: of an object, for the message about a file without a good line.
         warn: as in `read_samples`; so are the errors.
+        again: reads a line that is known to be good. With it, lines of shards do not stay in memory.
     """
     path = Path(path)
-    good, bad = [], []
-    for line in lines_of(path):
+    folder = folder_of(path) if is_shards(path) else path.parent
+    good: list[Item] | ShardItems[Item] = (
+        ShardItems(path, again) if again is not None and is_shards(path) else []
+    )
+    bad = []
+    for spot, line in _spotted(path):
         try:
-            good.append(read_line(line.content, line.number, path.parent))
+            item = read_line(line.read(), line.number, folder)
         except InputError as error:
             bad.append(f"{line.place}: {error}")
+        else:
+            if isinstance(good, ShardItems):
+                good.add(spot, line.number)
+            else:
+                good.append(item)
     if bad and warn is None:
         raise BadLines(path, bad, "Fix them, or skip them with --on-bad-line skip")
     if not good:
@@ -78,6 +83,14 @@ def read_lines(
 
 def lines_of(path: Path) -> Iterator[Line]:
     """All lines but blank ones. Raises InputError: the file cannot be read."""
+    return (line for _, line in _spotted(path))
+
+
+def _spotted(path: Path) -> Iterator[tuple[Spot, Line]]:
+    """All lines and where they are, which is said of those in shards."""
+    if is_shards(path):
+        yield from lines_in_shards(path)
+        return
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
@@ -86,7 +99,7 @@ def lines_of(path: Path) -> Iterator[Line]:
         ) from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield Line(number, f"line {number}", line)
+            yield Spot(0, 0, 0), Line(number, f"line {number}", line)
 
 
 def check_picture(path: Path, known: set[Path]) -> None:
@@ -95,6 +108,8 @@ def check_picture(path: Path, known: set[Path]) -> None:
     Raises InputError: as `load_picture`.
     """
     if path not in known:
+        if len(known) >= MOST_KNOWN:
+            known.clear()
         if not _is_whole(path):
             load_picture(path)  # decodes it, and says what is wrong
         known.add(path)

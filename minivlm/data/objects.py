@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from minivlm.errors import InputError
+
+
+class Line(NamedTuple):
+    """One that is not blank, as it is written."""
+
+    number: int  # from 1
+    place: str  # what a message calls it
+    content: bytes | InputError  # or why it cannot be read
+
+    def read(self) -> bytes:
+        """Raises InputError: it cannot be read."""
+        if isinstance(self.content, InputError):
+            raise self.content
+        return self.content
 
 
 def read_texts(line: bytes, keys: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +60,8 @@ def read_samples(
     max_length: int,
     warn: Callable[[BadLines], object] | None = None,
     empty_answer: str | None = None,
-) -> list[Sample]:
-    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are skipped.
+) -> Sequence[Sample]:
+    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are skipped. Or those of shards.
 
     Args:
         processor: of the model that will be trained; it determines how many tokens a line has.
@@ -78,7 +79,7 @@ def read_samples(
     def read_line(line: bytes, number: int, folder: Path) -> Sample:
         return _read_line(line, number, folder, processor, max_length, known, empty_answer)
 
-    return read_lines(path, read_line, KEYS, warn)
+    return read_lines(path, read_line, KEYS, warn, partial(_sample_of, empty_answer=empty_answer))
 
 
 def _read_line(
@@ -92,17 +93,14 @@ def _read_line(
 ) -> Sample:
     """Read one line and check all of it.
 
-    Raises InputError: as `read_object`, `text_of` and `check_marks`; its text is too long, or has malformed
-    boxes; a picture is missing or damaged, or is one too many for the system.
+    Raises InputError: as `_sample_of` and `check_marks`; its text is too long, or has malformed boxes; a
+    picture is missing or damaged, or is one too many for the system.
     """
-    values = read_object(line, KEYS)
-    images = images_of(values)
-    prefix, suffix = text_of(values, "prefix"), text_of(values, "suffix", empty_answer)
-    for key, text in (("prefix", prefix), ("suffix", suffix)):
+    sample = _sample_of(line, number, folder, empty_answer)
+    for key, text in (("prefix", sample.prefix), ("suffix", sample.suffix)):
         check_marks(text, key, processor.tokenizer.specials.values())
         _check_words(text)
-    _check_boxes(suffix)
-    sample = Sample(number, images, tuple(folder / image for image in images), prefix, suffix)
+    _check_boxes(sample.suffix)
     for path in sample.paths:
         check_picture(path, known)
     length = length_of(sample, processor)
@@ -111,6 +109,14 @@ def _read_line(
             f"picture, prefix and suffix have {length} tokens, over the limit of {max_length}: shorten them"
         )
     return sample
+
+
+def _sample_of(line: bytes, number: int, folder: Path, empty_answer: str | None) -> Sample:
+    """What a line says. Raises InputError: as `read_object` and `text_of`."""
+    values = read_object(line, KEYS)
+    images = images_of(values)
+    prefix, suffix = text_of(values, "prefix"), text_of(values, "suffix", empty_answer)
+    return Sample(number, images, tuple(folder / image for image in images), prefix, suffix)
 
 
 def length_of(sample: Sample, processor: AnswerProcessor) -> int:

@@ -22,6 +22,7 @@ from torch import nn
 from minivlm.data.augment import Augment, check_kinds
 from minivlm.data.lines import BadLines
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
+from minivlm.data.shards import ShardItems
 from minivlm.errors import InputError
 from minivlm.evaluation.own import answer_own_words, box_iou_of
 from minivlm.models.load import SHIPPED, load_answering
@@ -197,6 +198,7 @@ class Finetuning(Trainable):
             accumulate=self.config.accumulate,
             change=Augment(kinds, self.config.seed) if (kinds := self.config.augment) else None,
             more=rows_of_the_world(replay, self.config.seed, self.processor) if replay else None,
+            order=self.samples.order if isinstance(self.samples, ShardItems) else None,
         )
         for batches in in_order(data, range(self.step, self.total_steps), self.workers):
             if isinstance(batches, InputError):
@@ -268,6 +270,8 @@ def _told(samples: Sequence[Sample]) -> str:
     """For `settings`."""
     if not samples:
         return "no file"
+    if isinstance(samples, ShardItems):
+        return f"{len(samples)} examples in shards, {samples.digest()}"
     lines = [(*sample.images, sample.prefix, sample.suffix) for sample in samples]
     return f"{len(samples)} examples, {digest_of_lines(lines, (p for one in samples for p in one.paths))}"
 
@@ -287,10 +291,10 @@ def finetune(
     make: Callable[..., Finetuning] = Finetuning,
     dtype: torch.dtype = torch.float32,
 ) -> Finetuning:
-    """Train a model on the pictures of a JSONL file, and leave a checkpoint folder in `out`.
+    """Train a model on the pictures of a JSONL file or of shards, and leave a checkpoint folder in `out`.
 
     Args:
-        data: see `minivlm.data.samples`.
+        data: see `minivlm.data.samples` and `minivlm.data.shards`.
         validation: a file like `data`, to measure on; without it nothing is measured.
         warn: told about bad lines, which are then skipped; without it they are refused.
         make: the kind of run, which learns in its own way.
