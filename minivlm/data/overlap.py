@@ -34,6 +34,6 @@ def name_overlap(shared: Sequence[Sample], most: int = 3) -> str:
 def _content(path: Path) -> str:
     try:
         with open_file(path, "picture") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.sha256(file.read()).hexdigest()
     except InputError:  # gone since it was checked: its batch will say so
         return f"{path}"

@@ -83,8 +83,9 @@ def _read(line: bytes, number: int, folder: Path, known: set[Path] | None) -> Li
     """A line, checked unless `known` is None. Raises InputError: as `read_object` and `check_picture`."""
     values = read_object(line, ("image",))
     pictures = tuple(folder / name for name in images_of(values))
-    for picture in pictures if known is not None else ():
-        check_picture(picture, known)
+    if known is not None:
+        for picture in pictures:
+            check_picture(picture, known)
     _as_json(values)
     return values, pictures
 

@@ -21,7 +21,7 @@ def digest_of_lines(lines: Sequence[object], pictures: Iterable[Path]) -> str:
     for path in dict.fromkeys(pictures):
         # One that is gone since it was checked: its batch will say so.
         with suppress(InputError, OSError), open_file(path, "picture") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+            total.update(hashlib.sha256(file.read()).digest())
     return total.hexdigest()[:8]
 
 
