@@ -50,7 +50,9 @@ def add_model(
     )
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add_device(group)
-    group.add_argument("--quantize", choices=("int8",), help="round the decoder's matrices (default: no)")
+    group.add_argument(
+        "--quantize", choices=("int8", "int4"), help="round the decoder's matrices (default: no)"
+    )
     group.add_argument(
         "--pack", action="store_true", help="a copy of the weights that is faster for prompts and batches"
     )
