@@ -68,6 +68,7 @@ class FinetuningConfig:
     patience: int | None = None  # measurements without a better state, after which the run ends
     augment: tuple[str, ...] | None = None  # of `minivlm.data.augment.KINDS`; None: pictures as they are
     replay: float | None = None  # share of rows of the drawn world; None: none, and it is not measured
+    quantize: str | None = None  # as in `minivlm.load`, of a model that an adapter is trained for
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that nothing can be trained with, or both epochs and steps."""
@@ -131,10 +132,15 @@ class Finetuning(Trainable):
     def prepare(self) -> tuple[nn.Module, nn.Module]:
         """What the optimizer changes, and the copy of it that computes.
 
-        Raises InputError: there is too little memory.
+        Raises InputError: there is too little memory; the weights are to be quantized.
         """
         config, model = self.config, self.model
         assert isinstance(model, nn.Module)
+        if config.quantize is not None:
+            raise InputError(
+                f"weights in {config.quantize} cannot be trained: train an adapter beside them, or leave "
+                "quantize out"
+            )
         self.require_room(model)
         for part in (part for name in config.freeze for part in PARTS[name] if hasattr(model, part)):
             getattr(model, part).requires_grad_(False)
@@ -309,7 +315,9 @@ def finetune(
     if str(out.resolve()) == config.model:
         raise InputError(f"{out} is the model that training starts from: choose another folder")
     with run_folder(out, loop.resume):
-        model, processor = load_answering(config.model, dtype=dtype, device=loop.device)
+        model, processor = load_answering(
+            config.model, dtype=dtype, device=loop.device, quantize=config.quantize
+        )
         context = model.language_model.config.max_position_embeddings
         limit = min(context, config.max_length or context)
         read = partial(

@@ -69,7 +69,9 @@ def estimate(run: Learns, checkpointing: bool = False) -> Memory:
     """
     model: Any = run.model
     modules = [model] if run.working in (model, run.masters) else [model, run.working]
-    weights = {id(one): one for module in (*modules, run.masters) for one in module.parameters()}
+    everything = (*modules, run.masters)
+    # Weights that are quantized are buffers.
+    weights = {id(one): one for module in everything for one in (*module.parameters(), *module.buffers())}
     trained = sum(one.numel() * 4 for one in run.masters.parameters() if one.requires_grad)
     kept, inputs, blocks = _activations(run)
     one_row = inputs + kept // max(blocks, 1) if checkpointing and blocks else kept
