@@ -128,7 +128,10 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         rows = x.flatten(0, -2)  # [B * T, in]
-        out: Tensor = _Product.apply(rows, self) if rows.requires_grad else self.multiply(rows)
+        if rows.requires_grad:
+            out: Tensor = _Product.apply(rows, self)  # type: ignore[no-untyped-call]
+        else:
+            out = self.multiply(rows)
         return out.unflatten(0, x.shape[:-1])
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -160,7 +163,7 @@ class _Product(torch.autograd.Function):
         return layer.multiply(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.plain(), None
 
 
