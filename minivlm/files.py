@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,6 +59,34 @@ def write_aside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # already renamed, or never created
             temporary.unlink()
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write files into; at the end of the block it becomes `path`, a new folder.
+
+    If the block raises, the temporary folder is removed.
+
+    Raises InputError: something is there already; it cannot be written.
+    """
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists: choose another name for a folder, or remove it first")
+    temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}. Free some space, check the permissions, or "
+            "choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # already renamed, or never made
 
 
 def check_output(path: Path, inputs: Iterable[str | Path] = (), replace: bool = True) -> None:

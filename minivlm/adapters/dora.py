@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from minivlm.adapters.lora import LowRank, Rows
 from minivlm.errors import InputError
+from minivlm.speed.int4 import Int4Linear
 from minivlm.speed.int8 import Int8Linear
 
 
 def plain_weight(layer: nn.Module) -> Tensor:
     """The weight of a linear layer in fp32, [out, in]. Raises InputError: it is packed."""
     weight: Any = layer.weight
+    if isinstance(layer, Int4Linear):
+        return layer.plain().float()
     if isinstance(layer, Int8Linear):
         return layer.weight.float() * layer.scale.float()[:, None]
     if weight.is_mkldnn:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.speed.int4 import Int4Linear
+
 Rows = slice | Tensor  # of a matrix: which of its outputs
 
 
@@ -62,6 +64,16 @@ class LowRank(nn.Module):
         return weight + self.change(rows)
 
 
+def shape_of(layer: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer, whose weight may hold two numbers in a byte."""
+    if isinstance(layer, AdaptedLinear):
+        return shape_of(layer.base)
+    if isinstance(layer, Int4Linear):
+        return layer.out_features, layer.in_features
+    out, into = layer.weight.shape
+    return out, into
+
+
 class AdaptedLinear(nn.Module):
     """A linear layer with the changes of several adapters beside it. One of them is active, or none."""
 
@@ -85,7 +97,7 @@ class AdaptedLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """Its width: towers ask for it."""
-        return self.weight.shape[1]
+        return shape_of(self.base)[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

@@ -18,7 +18,7 @@ from minivlm.errors import InputError
 def merge(model: nn.Module, name: str = "default") -> None:
     """Merge an adapter into the weights, until `unmerge`. Inference only.
 
-    Raises InputError: there is no such adapter; one is merged already; the weights are in int8 or packed.
+    Raises InputError: there is no such adapter; one is merged already; the weights are quantized or packed.
     """
     switch_to(model, name)
     layers = [layer for layer in adapted_layers(model).values() if layer.active == name]
@@ -53,8 +53,8 @@ def _check(layers: list[AdaptedLinear]) -> None:
     """Raises InputError: a layer has no weight that can be replaced."""
     if not all(isinstance(layer.base, nn.Linear) for layer in layers):
         raise InputError(
-            "the weights are in int8 or packed, and nothing can be merged into them: load the model without "
-            "quantizing or packing, merge, save, and quantize or pack when loading"
+            "the weights are quantized or packed, and nothing can be merged into them: load the model "
+            "without quantizing or packing, merge, save, and quantize or pack when loading"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minivlm.adapters.config import LoraConfig
-from minivlm.adapters.lora import AdaptedLinear, Rows
+from minivlm.adapters.lora import AdaptedLinear, Rows, shape_of
 from minivlm.checkpoints.layouts import (
     CLIP_LAYOUTS,
     DEEPSEEK_VL2_LAYOUTS,
@@ -34,10 +34,11 @@ from minivlm.checkpoints.layouts import (
     to_ours,
 )
 from minivlm.errors import InputError
+from minivlm.speed.int4 import Int4Linear
 from minivlm.speed.int8 import Int8Linear
 from minivlm.speed.packing import PackedLinear
 
-LINEAR = (nn.Linear, Int8Linear, PackedLinear, AdaptedLinear)
+LINEAR = (nn.Linear, Int8Linear, Int4Linear, PackedLinear, AdaptedLinear)
 OWN_NAMES: Layout = [("", "")]  # of a system that is in no other program
 
 # model_type -> the layout with the names of modules, then those that older files may use.
@@ -103,7 +104,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _place(parts: tuple[str, ...], ours: str, layers: list[Any]) -> Place:
-    shapes = [layer.weight.shape for layer in layers]
+    shapes = [shape_of(layer) for layer in layers]
     out = sum(shape[0] for shape in shapes)
     numbers = split(torch.arange(out)[:, None], ours)
     return Place(parts, tuple(_slice(one[:, 0]) for one in numbers), (out, shapes[0][1]))

@@ -53,6 +53,7 @@ examples:
   minivlm data convert coco instances.json --images photos --out my.jsonl
   minivlm data check my.jsonl --sheet my.html
   minivlm data split my.jsonl --validation 0.1
+  minivlm data shards my-train.jsonl shards
   minivlm finetune --data my-train.jsonl --validation my-validation.jsonl --out runs/tuned
   minivlm finetune --data my-train.jsonl --lora 8 --out runs/adapter
   minivlm finetune --data my-train.jsonl --validation my-validation.jsonl --suggest

@@ -1,4 +1,7 @@
-"""`minivlm data convert | check | split`: from pictures in other formats to lines that can be trained on."""
+"""`minivlm data convert | check | split`: from pictures in other formats to lines that can be trained on.
+
+`data shards` and `data unpack` are in shards.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.cli import options as shared
+from minivlm.cli import shards
+from minivlm.cli.options import counted
 from minivlm.cli.program import command
 from minivlm.errors import InputError
 
@@ -55,11 +60,11 @@ def add_to(commands: Commands) -> None:
     """Describe the command, which has commands of its own."""
     data = commands.add_parser(
         "data",
-        help="convert, check and split your own pictures for training",
+        help="convert, check, split and pack your own pictures for training",
         description="Make files for `minivlm finetune` and `minivlm train-contrastive`, and look at them.",
     )
     own = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_convert, _add_check, _add_split):
+    for add in (_add_convert, _add_check, _add_split, shards.add_shards, shards.add_unpack):
         parser = add(own)
         parser.set_defaults(parser=parser)
 
@@ -150,7 +155,7 @@ def _column(typed: str) -> tuple[str, str]:
 
 def _add_check(own: Commands) -> argparse.ArgumentParser:
     parser = _add(own, "check", "say what training would refuse in a file, and what is in it", CHECK_HELP)
-    parser.add_argument("file", type=shared.path, metavar="FILE.jsonl")
+    parser.add_argument("file", type=shared.path, metavar="FILE.jsonl", help="or shards, see data shards")
     parser.add_argument(
         "--sheet", type=shared.path, metavar="FILE.html", help="write a page with pictures and answers"
     )
@@ -249,16 +254,12 @@ def _open_source(kind: str, options: argparse.Namespace) -> Source:
 
 
 def _print_report(report: Report, out: Path) -> None:
-    shared.say(f"{out}: {_count(report.lines, 'line')} about {_count(report.pictures, 'picture')}")
+    shared.say(f"{out}: {counted(report.lines, 'line')} about {counted(report.pictures, 'picture')}")
     if report.objects:
         _print_table("objects", report.objects.most_common())
     if report.left_out:
         _print_table("left out", report.left_out.most_common())
     shared.say(f"Look at it:\n  {command('data', 'check', out, '--sheet', out.with_suffix('.html'))}")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _print_table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
@@ -328,7 +329,7 @@ def _read_pairs(options: argparse.Namespace, bad: list[Any]) -> list[Shown]:
 
 
 def _print_facts(facts: Facts, limit: int) -> None:
-    shared.say(f"{_count(facts.lines, 'good line')} about {_count(facts.pictures, 'picture')}")
+    shared.say(f"{counted(facts.lines, 'good line')} about {counted(facts.pictures, 'picture')}")
     if facts.tokens.most:
         least, median, most = facts.tokens
         most_allowed = f", of {limit:,} at most" if limit else ""
@@ -377,9 +378,9 @@ def _write_sheet(lines: Sequence[Shown], options: argparse.Namespace) -> None:
         names = ", ".join(map(str, line.paths))
         entries.append(Entry(pictures, f"line {line.line}: {names}", line.prompt, line.answer))
     with write_aside(options.sheet) as temporary:
-        page = sheet_page(entries, f"{count} of {_count(len(lines), 'line')} of {options.file}")
+        page = sheet_page(entries, f"{count} of {counted(len(lines), 'line')} of {options.file}")
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    shared.say(f"{options.sheet}: {_count(count, 'line')} to look at")
+    shared.say(f"{options.sheet}: {counted(count, 'line')} to look at")
 
 
 # ---- split -------------------------------------------------------------------------------------------------
@@ -402,7 +403,7 @@ def run_split(options: argparse.Namespace) -> None:
     watch = partial(Bar, label="pictures", unit="picture")
     divided = split_lines(options.file, shares, options.seed, warn, watch)
     for part in divided.parts:
-        lines, pictures = _count(part.lines, "line"), _count(part.pictures, "different picture")
+        lines, pictures = counted(part.lines, "line"), counted(part.pictures, "different picture")
         shared.say(f"{part.path}: {lines} about {pictures}")
     _print_alike("pictures that look alike, but are in different parts", divided.apart)
     train, validation = divided.parts[0].path, divided.parts[1].path

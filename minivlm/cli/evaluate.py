@@ -43,8 +43,8 @@ def add_to(commands: Commands) -> None:
         "--data",
         type=shared.path,
         metavar="FILE.jsonl",
-        help="your own lines instead of scenes, as for finetune; of CLIP and SigLIP: pairs, as for "
-        "train-contrastive",
+        help="your own lines or shards instead of scenes, as for finetune; of CLIP and SigLIP: pairs, as "
+        "for train-contrastive",
     )
     own = parser.add_argument_group("own lines", "With --data, of a model that answers.")
     own.add_argument(

@@ -21,15 +21,16 @@ HELP = """\
 Your pictures are described by lines of JSON, each with the path of a picture, a prompt and its answer:
   {"image": "photos/1.jpg", "prefix": "what is it?", "suffix": "a cup"}
   {"image": "photos/1.jpg", "prefix": "detect cup", "suffix": "<loc0256><loc0128><loc0767><loc0895> cup"}
-Paths are relative to the file. The four numbers of a box are y0 x0 y1 x1 in 1024ths of the picture's sides;
-minivlm.processing.box_to_tokens makes them from pixels, and `minivlm data convert` from COCO, YOLO and other
-formats. For a picture without the objects asked for, write a word such as none, or leave the suffix empty and
-choose the word with --empty-answer.
+Paths are relative to the file. A folder of shards, which `minivlm data shards` makes, can stand for a file.
+The four numbers of a box are y0 x0 y1 x1 in 1024ths of the picture's sides; minivlm.processing.box_to_tokens
+makes them from pixels, and `minivlm data convert` from COCO, YOLO and other formats. For a picture without
+the objects asked for, write a word such as none, or leave the suffix empty and choose the word with
+--empty-answer.
 
 Ctrl-C finishes the step and saves; the same command with --resume goes on.
 """
 
-LORA = ("lora_alpha", "lora_targets", "rslora", "dora")
+LORA = ("lora_alpha", "lora_targets", "rslora", "dora", "quantize")
 BEST = ("loss", "exact", "iou")  # of `minivlm.training.best`
 PARTS = ("tower", "decoder")  # of `minivlm.training.finetuning`, whose import takes seconds
 
@@ -141,6 +142,12 @@ def add_to(commands: Commands) -> None:
     )
     adapter.add_argument(
         "--dora", action="store_true", default=None, help="learn the length of each row on its own"
+    )
+    adapter.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="round the decoder that the adapter is trained for; in bf16, int4 takes a third of its memory "
+        "(default: no)",
     )
     parser.set_defaults(run=run)
 

@@ -50,7 +50,9 @@ def add_model(
     )
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add_device(group)
-    group.add_argument("--quantize", choices=("int8",), help="round the decoder's matrices (default: no)")
+    group.add_argument(
+        "--quantize", choices=("int8", "int4"), help="round the decoder's matrices (default: no)"
+    )
     group.add_argument(
         "--pack", action="store_true", help="a copy of the weights that is faster for prompts and batches"
     )
@@ -271,6 +273,11 @@ OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 def plain(text: str) -> str:
     """Names, prompts and answers without what a terminal would obey: escapes, and turns of the direction."""
     return OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def counted(number: int, what: str) -> str:
+    """Such as 1 line, or 2,000 lines."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def say(text: str, end: str = "\n") -> None:

@@ -72,6 +72,12 @@ def picture_endings() -> set[str]:
     return {ending for ending, kind in endings.items() if kind in Image.OPEN} - {".pdf"}
 
 
+def usual_ending(kind: str | None) -> str:
+    """Of a format as Pillow calls it."""
+    endings = [ending for ending, name in Image.registered_extensions().items() if name == kind]
+    return {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind or "") or (endings or [".png"])[0]
+
+
 def pictures_below(folder: Path) -> Iterator[Path]:
     """The files with the name of a picture in a folder and in its folders, in order, without hidden ones.
 

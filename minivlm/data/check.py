@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minivlm.data.fingerprints import Fingerprint, fingerprint, look_alike
-from minivlm.data.lines import read_object
+from minivlm.data.lines import lines_of
+from minivlm.data.objects import read_object
 from minivlm.errors import InputError
 from minivlm.processing import text_to_boxes
 
@@ -52,13 +53,9 @@ def kind_of_lines(path: Path) -> str:
 
     Raises InputError: the file cannot be read.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): expected lines of JSON") from error
-    for line in lines:
+    for line in lines_of(path):
         try:
-            values = read_object(line, ())
+            values = read_object(line.read(), ())
         except InputError:
             continue
         return "pairs" if "text" in values and "suffix" not in values else "samples"

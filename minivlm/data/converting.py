@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from minivlm.data import shapes
 from minivlm.data.annotated import Annotated, BadPicture, Corners, Entry, Source, Task, Thing
@@ -30,7 +30,7 @@ from minivlm.data.lines import MAX_REASONS, check_picture
 from minivlm.errors import InputError
 from minivlm.files import check_output, write_aside
 from minivlm.processing import Box, MaskCodebook, boxes_to_text, load_picture, mask_to_tokens
-from minivlm.processing.images import explained
+from minivlm.processing.images import open_header
 
 PROMPTS: dict[Task, str] = {
     "detect": "detect {classes}",
@@ -276,7 +276,7 @@ class Frame(NamedTuple):
 
 def read_frame(path: Path) -> Frame:
     """Raises InputError: it is no picture."""
-    with explained(path), Image.open(path) as image:
+    with open_header(path) as image:
         if image.format == "TIFF":  # Pillow turns these when they are loaded
             return Frame(*load_picture(path).size, 1)
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

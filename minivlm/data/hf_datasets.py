@@ -26,6 +26,7 @@ from minivlm.data.annotated import (
     find_inside,
     numbers,
     texts_of,
+    usual_ending,
 )
 from minivlm.data.tables import find_columns
 from minivlm.errors import InputError, extra
@@ -205,9 +206,7 @@ def _picture(value: object, pictures: Path, folder: Path) -> Path:
             kind = image.format
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise InputError("its picture is not a picture in a known format") from error
-    endings = [ending for ending, name in Image.registered_extensions().items() if name == kind]
-    usual = {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind or "") or (endings or [".png"])[0]
-    to = pictures / (hashlib.sha256(content).hexdigest()[:16] + usual)
+    to = pictures / (hashlib.sha256(content).hexdigest()[:16] + usual_ending(kind))
     if not to.exists() or to.read_bytes() != content:
         if to.exists():
             raise InputError(f"{to} exists and is another picture: choose another name with --out")

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minivlm.data.lines import BadLines, check_marks, check_picture, read_lines, read_texts
+from minivlm.data.lines import BadLines, check_picture, read_lines
+from minivlm.data.objects import check_marks, read_texts
 from minivlm.errors import InputError
 from minivlm.processing import CaptionTokenizer, PairProcessor, load_picture, to_rgb
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,15 +21,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from minivlm.data.lines import (
-    BadLines,
-    check_marks,
-    check_picture,
-    images_of,
-    read_lines,
-    read_object,
-    text_of,
-)
+from minivlm.data.lines import BadLines, check_picture, read_lines
+from minivlm.data.objects import check_marks, images_of, read_object, text_of
 from minivlm.errors import InputError
 from minivlm.processing import AnswerProcessor, load_picture, text_to_boxes, to_rgb
 from minivlm.processing.inputs import Inputs
@@ -66,8 +60,8 @@ def read_samples(
     max_length: int,
     warn: Callable[[BadLines], object] | None = None,
     empty_answer: str | None = None,
-) -> list[Sample]:
-    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are skipped.
+) -> Sequence[Sample]:
+    """All lines of a JSONL file in UTF-8, with or without a BOM; blank lines are skipped. Or those of shards.
 
     Args:
         processor: of the model that will be trained; it determines how many tokens a line has.
@@ -85,7 +79,7 @@ def read_samples(
     def read_line(line: bytes, number: int, folder: Path) -> Sample:
         return _read_line(line, number, folder, processor, max_length, known, empty_answer)
 
-    return read_lines(path, read_line, KEYS, warn)
+    return read_lines(path, read_line, KEYS, warn, partial(_sample_of, empty_answer=empty_answer))
 
 
 def _read_line(
@@ -99,17 +93,14 @@ def _read_line(
 ) -> Sample:
     """Read one line and check all of it.
 
-    Raises InputError: as `read_object`, `text_of` and `check_marks`; its text is too long, or has malformed
-    boxes; a picture is missing or damaged, or is one too many for the system.
+    Raises InputError: as `_sample_of` and `check_marks`; its text is too long, or has malformed boxes; a
+    picture is missing or damaged, or is one too many for the system.
     """
-    values = read_object(line, KEYS)
-    images = images_of(values)
-    prefix, suffix = text_of(values, "prefix"), text_of(values, "suffix", empty_answer)
-    for key, text in (("prefix", prefix), ("suffix", suffix)):
+    sample = _sample_of(line, number, folder, empty_answer)
+    for key, text in (("prefix", sample.prefix), ("suffix", sample.suffix)):
         check_marks(text, key, processor.tokenizer.specials.values())
         _check_words(text)
-    _check_boxes(suffix)
-    sample = Sample(number, images, tuple(folder / image for image in images), prefix, suffix)
+    _check_boxes(sample.suffix)
     for path in sample.paths:
         check_picture(path, known)
     length = length_of(sample, processor)
@@ -118,6 +109,14 @@ def _read_line(
             f"picture, prefix and suffix have {length} tokens, over the limit of {max_length}: shorten them"
         )
     return sample
+
+
+def _sample_of(line: bytes, number: int, folder: Path, empty_answer: str | None) -> Sample:
+    """What a line says. Raises InputError: as `read_object` and `text_of`."""
+    values = read_object(line, KEYS)
+    images = images_of(values)
+    prefix, suffix = text_of(values, "prefix"), text_of(values, "suffix", empty_answer)
+    return Sample(number, images, tuple(folder / image for image in images), prefix, suffix)
 
 
 def length_of(sample: Sample, processor: AnswerProcessor) -> int:
@@ -169,6 +168,7 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         accumulate: batches per step.
         change: what becomes of a row, from its number in the run.
         more: rows that come on top in a batch, from the first of its rows to below the last.
+        order: the numbers of all samples as an epoch shows them; None: any order is as likely as any other.
     """
 
     def __init__(
@@ -182,11 +182,12 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         accumulate: int,
         change: Callable[[Opened, int], Opened] | None = None,
         more: Callable[[int, int], Sequence[Opened]] | None = None,
+        order: Callable[[np.random.Generator], np.ndarray] | None = None,
     ) -> None:
-        self.change, self.more = change, more
+        self.change, self.more, self.order = change, more, order
         self.samples, self.processor = samples, processor
         self.seed, self.rows, self.batch_size, self.accumulate = seed, rows, batch_size, accumulate
-        self._order: tuple[int, list[int]] = (-1, [])  # the epoch used last, and its order
+        self._order = (-1, np.arange(0))  # the epoch used last, and its order
 
     def __len__(self) -> int:
         return -(-self.rows // (self.batch_size * self.accumulate))
@@ -217,8 +218,9 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         epoch, place = divmod(row, len(self.samples))
         if self._order[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self._order = (epoch, rng.permutation(len(self.samples)).tolist())
-        return self.samples[self._order[1][place]]
+            order = rng.permutation(len(self.samples)) if self.order is None else self.order(rng)
+            self._order = (epoch, order)
+        return self.samples[int(self._order[1][place])]
 
 
 def make_inputs(processor: AnswerProcessor, samples: Sequence[Sample]) -> Inputs:

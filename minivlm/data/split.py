@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from minivlm.data.fingerprints import Fingerprint, fingerprint, look_alike
-from minivlm.data.lines import BadLines, check_picture, images_of, read_lines, read_object
+from minivlm.data.lines import BadLines, check_picture, read_lines
+from minivlm.data.objects import images_of, read_object
+from minivlm.data.shards import is_shards
 from minivlm.errors import InputError
 from minivlm.files import check_output, write_aside
 
@@ -56,6 +58,11 @@ def split_lines(
         BadLines: a line is no object, or its picture is missing or damaged.
         InputError: the file cannot be read; there are fewer pictures than parts; a part exists already.
     """
+    if is_shards(path):
+        raise InputError(
+            f"{path} is shards: divide the file of lines before it is packed, or write one with "
+            "`minivlm data unpack`"
+        )
     names = ["train", *shares]
     outs = {name: path.with_name(f"{path.stem}-{name}.jsonl") for name in names}
     for out in outs.values():

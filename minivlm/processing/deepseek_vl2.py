@@ -30,6 +30,7 @@ from minivlm.processing.deepseek_vl2_tiles import (
     place_in,
 )
 from minivlm.processing.deepseek_vl2_tokens import PAD, DeepseekVL2Tokenizer
+from minivlm.processing.images import open_header
 from minivlm.processing.inputs import Inputs, Picture, Row
 from minivlm.processing.llava import SETTINGS
 from minivlm.processing.rows import Pictures, RowProcessor, open_rows
@@ -188,7 +189,7 @@ class DeepseekVL2Processor(RowProcessor):
         Raises InputError: as `choose_candidate`.
         """
         if isinstance(picture, str | Path):
-            with Image.open(picture) as opened:
+            with open_header(picture) as opened:
                 size = _upright(opened)
         else:
             size = _upright(picture)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minivlm.errors import InputError
 from minivlm.files import write_aside
+from minivlm.processing.tars import open_member, tar_of
 
 # 2 and 3 in preprocessor_config.json
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
@@ -54,11 +55,24 @@ def load_picture(path: str | Path) -> Image.Image:
         return image
 
 
+@contextmanager
+def open_header(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file of which only the header is read: its size and mode, but no pixels yet.
+
+    Raises InputError: as `open_file`; it is no picture.
+    """
+    path = Path(path)
+    with open_file(path, "picture") as file, explained(path), Image.open(file) as image:
+        yield image
+
+
 def open_file(path: Path, kind: str) -> BinaryIO:
-    """Open a picture, or a file of another kind, to read its bytes.
+    """Open a picture, or a file of another kind, to read its bytes. It may lie in a tar, see tars.py.
 
     Raises InputError: no such file, a folder, a device, an empty file, a file without read permission.
     """
+    if not os.path.exists(path) and (tar := tar_of(path)) is not None:
+        return open_member(tar, path.relative_to(tar).as_posix())
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder, not a {kind}: name one {kind} in it")
     if not os.path.exists(path):

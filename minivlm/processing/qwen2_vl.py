@@ -20,6 +20,7 @@ from torch import Tensor
 from minivlm.errors import InputError
 from minivlm.files import write_aside
 from minivlm.processing.chat import Turn
+from minivlm.processing.images import open_header
 from minivlm.processing.inputs import Inputs, Picture, Row
 from minivlm.processing.llava import SETTINGS, TEMPLATE, template_in
 from minivlm.processing.patches import Qwen2VLImageProcessor, cut_into_patches, join_patches
@@ -143,9 +144,11 @@ class Qwen2VLProcessor(RowProcessor):
         if isinstance(picture, Video):
             return self.video_budget.num_tokens(picture, pictures.factor)
         if isinstance(picture, str | Path):
-            with Image.open(picture) as opened:
-                return pictures.num_tokens(*opened.size)
-        return pictures.num_tokens(*picture.size)
+            with open_header(picture) as opened:
+                size = opened.size
+        else:
+            size = picture.size
+        return pictures.num_tokens(*size)
 
     def pixels(self, pictures: Sequence[Image.Image | Video]) -> Inputs:
         """What the tower reads of the pictures and videos of a batch, in order.

@@ -2,8 +2,8 @@
 
 The norm, the MLP and the int8 product are each compiled once for all layers, which takes seconds. Compiling
 the whole decoder would take minutes, and again for every length of the cache. Attention is not compiled: its
-cache grows, and it already runs on fast kernels. The computation is the same, in fewer passes over memory, so
-results agree up to rounding.
+cache grows, and it already runs on fast kernels. Nor are MLPs in int4. The computation is the same, in fewer
+passes over memory, so results agree up to rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from minivlm.errors import InputError
 from minivlm.layers import MLP, GatedMLP, LlamaRMSNorm, RMSNorm, SwiGLU
+from minivlm.speed.int4 import Int4Linear
 from minivlm.speed.int8 import Int8Linear
 from minivlm.speed.packing import PackedLinear
 from minivlm.speed.pieces import InPieces
@@ -35,6 +36,8 @@ def compile_parts(model: nn.Module) -> None:
     if on_cpu and not any(which(name) for name in COMPILERS):
         raise InputError("torch.compile needs a C++ compiler and found none: install one, or do not compile")
     for module in model.modules():
+        if any(isinstance(part, Int4Linear) for part in module.modules()):
+            continue  # its product is a kernel already, or many small steps that only take long to compile
         if isinstance(module, InPieces):
             # One piece, not the loop over pieces: their number varies from prompt to prompt.
             module.at_once = torch.compile(module.at_once, dynamic=True)  # type: ignore[method-assign]

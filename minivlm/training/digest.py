@@ -11,13 +11,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minivlm.errors import InputError
+from minivlm.processing.images import open_file
+
 
 def digest_of_lines(lines: Sequence[object], pictures: Iterable[Path]) -> str:
     """Changes with any text of the lines, and with any byte of a picture. JSON has to hold the lines."""
     total = hashlib.sha256(json.dumps(lines).encode())
     for path in dict.fromkeys(pictures):
-        with suppress(OSError), path.open("rb") as file:  # gone since it was checked: its batch will say so
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        # One that is gone since it was checked: its batch will say so.
+        with suppress(InputError, OSError), open_file(path, "picture") as file:
+            total.update(hashlib.sha256(file.read()).digest())
     return total.hexdigest()[:8]
 
 

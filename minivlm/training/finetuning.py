@@ -22,6 +22,7 @@ from torch import nn
 from minivlm.data.augment import Augment, check_kinds
 from minivlm.data.lines import BadLines
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
+from minivlm.data.shards import ShardItems
 from minivlm.errors import InputError
 from minivlm.evaluation.own import answer_own_words, box_iou_of
 from minivlm.models.load import SHIPPED, load_answering
@@ -67,6 +68,7 @@ class FinetuningConfig:
     patience: int | None = None  # measurements without a better state, after which the run ends
     augment: tuple[str, ...] | None = None  # of `minivlm.data.augment.KINDS`; None: pictures as they are
     replay: float | None = None  # share of rows of the drawn world; None: none, and it is not measured
+    quantize: str | None = None  # as in `minivlm.load`, of a model that an adapter is trained for
 
     def __post_init__(self) -> None:
         """Raises InputError: a number that nothing can be trained with, or both epochs and steps."""
@@ -130,10 +132,15 @@ class Finetuning(Trainable):
     def prepare(self) -> tuple[nn.Module, nn.Module]:
         """What the optimizer changes, and the copy of it that computes.
 
-        Raises InputError: there is too little memory.
+        Raises InputError: there is too little memory; the weights are to be quantized.
         """
         config, model = self.config, self.model
         assert isinstance(model, nn.Module)
+        if config.quantize is not None:
+            raise InputError(
+                f"weights in {config.quantize} cannot be trained: train an adapter beside them, or leave "
+                "quantize out"
+            )
         self.require_room(model)
         for part in (part for name in config.freeze for part in PARTS[name] if hasattr(model, part)):
             getattr(model, part).requires_grad_(False)
@@ -197,6 +204,7 @@ class Finetuning(Trainable):
             accumulate=self.config.accumulate,
             change=Augment(kinds, self.config.seed) if (kinds := self.config.augment) else None,
             more=rows_of_the_world(replay, self.config.seed, self.processor) if replay else None,
+            order=self.samples.order if isinstance(self.samples, ShardItems) else None,
         )
         for batches in in_order(data, range(self.step, self.total_steps), self.workers):
             if isinstance(batches, InputError):
@@ -268,6 +276,8 @@ def _told(samples: Sequence[Sample]) -> str:
     """For `settings`."""
     if not samples:
         return "no file"
+    if isinstance(samples, ShardItems):
+        return f"{len(samples)} examples in shards, {samples.digest()}"
     lines = [(*sample.images, sample.prefix, sample.suffix) for sample in samples]
     return f"{len(samples)} examples, {digest_of_lines(lines, (p for one in samples for p in one.paths))}"
 
@@ -287,10 +297,10 @@ def finetune(
     make: Callable[..., Finetuning] = Finetuning,
     dtype: torch.dtype = torch.float32,
 ) -> Finetuning:
-    """Train a model on the pictures of a JSONL file, and leave a checkpoint folder in `out`.
+    """Train a model on the pictures of a JSONL file or of shards, and leave a checkpoint folder in `out`.
 
     Args:
-        data: see `minivlm.data.samples`.
+        data: see `minivlm.data.samples` and `minivlm.data.shards`.
         validation: a file like `data`, to measure on; without it nothing is measured.
         warn: told about bad lines, which are then skipped; without it they are refused.
         make: the kind of run, which learns in its own way.
@@ -305,7 +315,9 @@ def finetune(
     if str(out.resolve()) == config.model:
         raise InputError(f"{out} is the model that training starts from: choose another folder")
     with run_folder(out, loop.resume):
-        model, processor = load_answering(config.model, dtype=dtype, device=loop.device)
+        model, processor = load_answering(
+            config.model, dtype=dtype, device=loop.device, quantize=config.quantize
+        )
         context = model.language_model.config.max_position_embeddings
         limit = min(context, config.max_length or context)
         read = partial(

@@ -19,6 +19,8 @@ from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import Inputs
 from minivlm.speed.checkpointing import blocks_of
+from minivlm.speed.int4 import Int4Linear
+from minivlm.speed.int8 import Int8Embedding, Int8Linear
 
 
 class Learns(Protocol):
@@ -69,7 +71,12 @@ def estimate(run: Learns, checkpointing: bool = False) -> Memory:
     """
     model: Any = run.model
     modules = [model] if run.working in (model, run.masters) else [model, run.working]
-    weights = {id(one): one for module in (*modules, run.masters) for one in module.parameters()}
+    weights: dict[int, Tensor] = {
+        id(one): one for module in (*modules, run.masters) for one in module.parameters()
+    }
+    for part in model.modules():
+        if isinstance(part, Int4Linear | Int8Linear | Int8Embedding):  # their weights are buffers
+            weights |= {id(one): one for one in part.buffers()}
     trained = sum(one.numel() * 4 for one in run.masters.parameters() if one.requires_grad)
     kept, inputs, blocks = _activations(run)
     one_row = inputs + kept // max(blocks, 1) if checkpointing and blocks else kept

@@ -111,7 +111,7 @@ def test_merges_that_are_refused() -> None:
     int8, _ = minivlm.load(quantize="int8")
     trained(int8)
     for merging in (merge, merge_for_good):
-        with pytest.raises(InputError, match=r"in int8 or packed.*without quantizing"):
+        with pytest.raises(InputError, match=r"are quantized or packed.*without quantizing"):
             merging(int8)
 
 

@@ -12,6 +12,7 @@ from minivlm.layers import RMSNorm
 from minivlm.models.load import load_answering
 from minivlm.speed import compiled
 from minivlm.speed.compiled import PARTS, compile_parts
+from minivlm.speed.int8 import Int8Linear
 from minivlm.speed.last_token import LastTokenMLP
 from minivlm.speed.pieces import GatedMLPInPieces, MLPInPieces
 
@@ -26,7 +27,10 @@ def compiled_kinds(model: nn.Module) -> set[type[nn.Module]]:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("quantize", "dtype"), [(None, torch.float32), ("int8", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [(None, torch.float32), ("int8", torch.bfloat16), ("int4", torch.bfloat16)],
+)
 @torch.inference_mode()
 def test_the_same_answers(quantize: str | None, dtype: torch.dtype):
     model, processor = load_answering(quantize=quantize, dtype=dtype)
@@ -54,6 +58,13 @@ def test_only_parts_without_state():
     assert all(issubclass(kind, PARTS) for kind in compiled_kinds(model))
     # The MLPs in pieces; that of the last block, which skips what is never read; the norms.
     assert compiled_kinds(model) == {MLPInPieces, GatedMLPInPieces, LastTokenMLP, RMSNorm}
+
+
+def test_what_is_in_int4_is_left_alone():
+    model, _ = load_answering(quantize="int4")
+    compile_parts(model)
+    # The MLP of the tower, the norms, and the head.
+    assert compiled_kinds(model) == {MLPInPieces, RMSNorm, Int8Linear}
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch):

@@ -139,8 +139,8 @@ def test_rounded_from_what_the_file_has(tmp_path: Path):
 
 
 def test_refusals(tmp_path: Path):
-    with pytest.raises(InputError, match=r"quantize is 'int4', and only \"int8\" is known"):
-        minivlm.load(quantize="int4")
+    with pytest.raises(InputError, match=r"quantize is 'int2': choose \"int8\" or \"int4\""):
+        minivlm.load(quantize="int2")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(SHIPPED / name, tmp_path)
     text = (tmp_path / "config.json").read_text()

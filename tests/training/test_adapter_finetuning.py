@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from transformers import PaliGemmaForConditionalGeneration
 
 import minivlm
 from minivlm.adapters import LoraConfig
+from minivlm.adapters.lora import AdaptedLinear
 from minivlm.cli import main
 from minivlm.data.samples import read_samples
 from minivlm.errors import InputError
 from minivlm.models.load import SHIPPED, load_answering
+from minivlm.speed.int4 import Int4Linear
+from minivlm.speed.int8 import Int8Linear
 from minivlm.training import lora
-from minivlm.training.finetuning import FinetuningConfig
+from minivlm.training.finetuning import FinetuningConfig, finetune
 from minivlm.training.loop import Loop, read_log
 from minivlm.training.lora import AdapterFinetuning, finetune_adapter
 
@@ -140,6 +144,26 @@ def test_a_base_in_bf16(data: Path, tmp_path: Path) -> None:
     minivlm.load(adapter=tmp_path)  # its base in fp32 is still its base
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantized_base(quantize: str, data: Path, tmp_path: Path) -> None:
+    """It learns, answers on the same base and on the plain one, and goes on with no other."""
+    config = replace(CONFIG, steps=30, batch_size=3, lr=0.02, quantize=quantize)
+    every = replace(EVERY, measure_every=30, save_every=30)
+    run = finetune_adapter(tmp_path, config, LoraConfig(r=8, lora_alpha=16), data, data, loop=every)
+    assert [line["exact match"] for line in read_log(tmp_path / "log.csv")][-1] == 1
+    kinds = {type(one.base) for one in run.model.modules() if isinstance(one, AdaptedLinear)}  # type: ignore[attr-defined]
+    assert kinds == {Int8Linear if quantize == "int8" else Int4Linear}
+    for base in (quantize, None):
+        model, processor = load_answering(quantize=base, adapter=tmp_path)
+        ids = model.generate(**processor([data.parent / "scene_1.png"], ["caption en"]), max_new_tokens=4)
+        assert processor.decode(ids) == ["red"]
+    other, resume = replace(config, quantize=None, steps=40), replace(every, resume=True)
+    with pytest.raises(InputError, match=f"other settings .*quantize {quantize} -> None"):
+        finetune_adapter(tmp_path, other, LoraConfig(r=8, lora_alpha=16), data, loop=resume)
+    with pytest.raises(InputError, match=f"weights in {quantize} cannot be trained: train an adapter"):
+        finetune(tmp_path / "whole", config, data, loop=EVERY)
+
+
 @pytest.mark.parametrize("number", [2, 5, 9])
 def test_a_run_that_broke_off_ends_the_same(
     number: int, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +237,7 @@ def test_what_may_not_change(
         (["--lora", "4", "--lora-targets", "c_attn"], "is named c_attn: choose from"),
         (["--rslora"], "--rslora is of an adapter: add --lora RANK, or leave it out"),
         (["--lora-alpha", "3"], "--lora-alpha is of an adapter"),
+        (["--quantize", "int4"], "--quantize is of an adapter"),
     ],
 )
 def test_options_of_adapters_that_are_refused(
@@ -237,3 +262,6 @@ def test_every_option_of_adapters(data: Path, monkeypatch: pytest.MonkeyPatch) -
     line = ["--lora", "4", "--lora-alpha", "3", "--lora-targets", "q_proj", "v_proj", "--rslora", "--dora"]
     assert main(["finetune", "--data", str(data), *line]) == 130
     assert calls[-1][2] == LoraConfig(("q_proj", "v_proj"), 4, 3, use_rslora=True, use_dora=True)
+    assert calls[-1][1].quantize is None
+    assert main(["finetune", "--data", str(data), "--lora", "4", "--quantize", "int4"]) == 130
+    assert calls[-1][1].quantize == "int4"
