@@ -1,0 +1,93 @@
+"""Builds the live page: python docs/live/build.py [FOLDER], by default into build/live.
+
+The folder opens by a double click on its index.html, and needs no server. It holds the files that lie beside
+this script, and one that is written here: weights.js, with the settings, the tokenizer, the weights of the
+shipped model, the colors and sizes of the drawn world, and the sample scenes.
+
+A page that was opened from the disk may load scripts, and nothing else. So everything is a script.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SHIPPED = {".html", ".css", ".js"}
+WRITTEN = "weights.js"
+
+
+def main(arguments: list[str]) -> int:
+    """Build the page, and say where it is."""
+    folder = Path(arguments[0]) if arguments else ROOT / "build" / "live"
+    write_live(folder)
+    print(f"The page is in {folder}: open {folder / 'index.html'} in a browser.")
+    return 0
+
+
+def write_live(folder: Path) -> None:
+    """The whole page, in a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(HERE.iterdir()):
+        if path.suffix in SHIPPED:
+            shutil.copyfile(path, folder / path.name)
+    parts = {"CHECKPOINT": checkpoint(), "DRAWN_WORLD": drawn_world()}
+    lines = [f"const {name} = {json.dumps(value, separators=(',', ':'))};" for name, value in parts.items()]
+    (folder / WRITTEN).write_text(
+        "\n".join(["// Written by docs/live/build.py", *lines, ""]), encoding="utf-8"
+    )
+
+
+def checkpoint() -> dict[str, Any]:
+    """The shipped model, under the names of the package; weights in fp32, one after the other."""
+    import numpy as np
+
+    from minivlm.models.load import SHIPPED as TINY
+    from minivlm.models.load import load_answering
+
+    model, _ = load_answering()
+    weights = {name: weight.numpy().astype("<f4") for name, weight in model.state_dict().items()}
+    read = {
+        name: json.loads((TINY / file).read_text(encoding="utf-8"))
+        for name, file in (
+            ("config", "config.json"),
+            ("tokenizer", "tokenizer.json"),
+            ("preprocessor", "preprocessor_config.json"),
+        )
+    }
+    # The file's older name of it; the package's is that of newer files.
+    read["config"]["image_token_id"] = model.config.image_token_id
+    flat = np.concatenate([weight.ravel() for weight in weights.values()])
+    return {
+        **read,
+        "shapes": [[name, list(weight.shape)] for name, weight in weights.items()],
+        "base64": base64.b64encode(flat.tobytes()).decode(),
+    }
+
+
+def drawn_world() -> dict[str, Any]:
+    """Names, colors and sizes of the drawn world, and the sample scenes with their prompts, without noise."""
+    from minivlm.world.demo import SAMPLE_TASKS, sample_scene
+    from minivlm.world.scenes import COLORS, SHAPES, SIZES
+
+    samples = []
+    for number in range(len(SAMPLE_TASKS)):
+        scene, examples = sample_scene(number)
+        samples.append({**as_plain(scene), "prompts": [example.prefix for example in examples]})
+    return {"shapes": SHAPES, "colors": COLORS, "sizes": SIZES, "samples": samples}
+
+
+def as_plain(scene: Any) -> dict[str, Any]:
+    """A scene as scene.js draws it."""
+    names = ("shape", "color", "size", "x", "y", "radius", "rgb")
+    things = [{name: getattr(thing, name) for name in names} for thing in scene.things]
+    return {"background": scene.background, "things": things}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
