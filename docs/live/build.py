@@ -30,13 +30,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def write_live(folder: Path) -> None:
-    """The whole page, in a folder of its own."""
+def write_live(folder: Path, book: str | None = None) -> None:
+    """The whole page, in a folder of its own; `book` is the way to the book, if it is part of one."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(HERE.iterdir()):
         if path.suffix in SHIPPED:
             shutil.copyfile(path, folder / path.name)
-    parts = {"CHECKPOINT": checkpoint(), "DRAWN_WORLD": drawn_world()}
+    parts = {"CHECKPOINT": checkpoint(), "DRAWN_WORLD": drawn_world(), "BOOK": book}
     lines = [f"const {name} = {json.dumps(value, separators=(',', ':'))};" for name, value in parts.items()]
     (folder / WRITTEN).write_text(
         "\n".join(["// Written by docs/live/build.py", *lines, ""]), encoding="utf-8"

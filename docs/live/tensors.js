@@ -57,7 +57,7 @@ function linear(x, weight, bias = null) {
     }
   }
   for (let t = T2; t < T; t++) for (let o = 0; o < out; o++) c[t * out + o] = dot(t, o);
-  if (bias) for (let i = 0; i < c.length; i++) c[i] += bias.data[i % out];
+  if (bias) for (let t = 0; t < T; t++) for (let o = 0; o < out; o++) c[t * out + o] += bias.data[o];
   return y;
 }
 
@@ -69,11 +69,15 @@ function transpose(x) {
 }
 
 function add(x, y) {
-  return new Tensor(x.data.map((value, i) => value + y.data[i]), ...x.shape);
+  const sum = Tensor.zeros(...x.shape);
+  for (let i = 0; i < sum.data.length; i++) sum.data[i] = x.data[i] + y.data[i];
+  return sum;
 }
 
 function times(x, factor) {
-  return new Tensor(x.data.map((value) => value * factor), ...x.shape);
+  const y = Tensor.zeros(...x.shape);
+  for (let i = 0; i < y.data.length; i++) y.data[i] = x.data[i] * factor;
+  return y;
 }
 
 /* Columns start to start + width of x [T, D]. */
@@ -118,10 +122,11 @@ function rms_norm(x, weight, eps) {
 /* Scores (an array of numbers) -> shares that sum to 1; the largest is subtracted so that nothing overflows. */
 function softmax(scores) {
   let largest = -Infinity, sum = 0;
-  for (const score of scores) largest = Math.max(largest, score);
-  const shares = Float32Array.from(scores, (score) => Math.exp(score - largest));
-  for (const share of shares) sum += share;
-  return shares.map((share) => share / sum);
+  for (let i = 0; i < scores.length; i++) if (scores[i] > largest) largest = scores[i];
+  const shares = new Float32Array(scores.length);
+  for (let i = 0; i < shares.length; i++) sum += shares[i] = Math.exp(scores[i] - largest);
+  for (let i = 0; i < shares.length; i++) shares[i] /= sum;
+  return shares;
 }
 
 function argmax(values) {
