@@ -44,27 +44,28 @@ def write_live(folder: Path, book: str | None = None) -> None:
 
 
 def checkpoint() -> dict[str, Any]:
-    """The shipped model, under the names of the package; weights in fp32, one after the other."""
-    import numpy as np
-
+    """The shipped model and the codebook of masks, with their settings."""
     from minivlm.models.load import SHIPPED as TINY
     from minivlm.models.load import load_answering
+    from minivlm.processing.masks import load_codebook
 
     model, _ = load_answering()
-    weights = {name: weight.numpy().astype("<f4") for name, weight in model.state_dict().items()}
+    files = {"config": "config", "tokenizer": "tokenizer", "preprocessor": "preprocessor_config"}
     read = {
-        name: json.loads((TINY / file).read_text(encoding="utf-8"))
-        for name, file in (
-            ("config", "config.json"),
-            ("tokenizer", "tokenizer.json"),
-            ("preprocessor", "preprocessor_config.json"),
-        )
+        name: json.loads((TINY / f"{file}.json").read_text(encoding="utf-8")) for name, file in files.items()
     }
-    # The file's older name of it; the package's is that of newer files.
+    # The file has an older name of it; the package's is that of newer files.
     read["config"]["image_token_id"] = model.config.image_token_id
+    return {**read, "model": as_text(model), "codebook": as_text(load_codebook())}
+
+
+def as_text(module: Any) -> dict[str, Any]:
+    """Names and shapes of all weights, and their numbers one after the other, fp32 in base64."""
+    import numpy as np
+
+    weights = {name: weight.numpy().astype("<f4") for name, weight in module.state_dict().items()}
     flat = np.concatenate([weight.ravel() for weight in weights.values()])
     return {
-        **read,
         "shapes": [[name, list(weight.shape)] for name, weight in weights.items()],
         "base64": base64.b64encode(flat.tobytes()).decode(),
     }

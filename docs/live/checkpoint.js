@@ -3,8 +3,18 @@
 
    A page that was opened from the disk may not fetch a file, but it may load a script, so the weights are one. */
 
-/* -> {model, tokenizer, image_processor} */
-function load_checkpoint({ config, tokenizer, preprocessor, shapes, base64 }) {
+/* -> {model, tokenizer, image_processor, codebook} */
+function load_checkpoint({ config, tokenizer, preprocessor, model, codebook }) {
+  return {
+    model: new PaliGemma(config, read_weights(model)),
+    tokenizer: new Tokenizer(tokenizer),
+    image_processor: preprocessor,
+    codebook: new MaskCodebook(read_weights(codebook)),
+  };
+}
+
+/* Names and shapes, and all numbers one after the other -> name -> Tensor */
+function read_weights({ shapes, base64 }) {
   const numbers = new Float32Array(bytes_from(base64).buffer), weights = new Map();
   let start = 0;
   for (const [name, shape] of shapes) {
@@ -12,7 +22,7 @@ function load_checkpoint({ config, tokenizer, preprocessor, shapes, base64 }) {
     weights.set(name, new Tensor(numbers.subarray(start, start + size), ...shape));
     start += size;
   }
-  return { model: new PaliGemma(config, weights), tokenizer: new Tokenizer(tokenizer), image_processor: preprocessor };
+  return weights;
 }
 
 /* A loop: Uint8Array.from(atob(...)) takes ten times as long. */

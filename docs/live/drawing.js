@@ -24,11 +24,26 @@ function draw_picture(canvas, picture) {
   pen.putImageData(image, 0, 0);
 }
 
-/* A box of the answer, with its name. */
-function drawn_box({ x0, y0, x1, y1, name }) {
+/* A box of the answer, with its name, and its outline if the answer has one. */
+function drawn_box({ x0, y0, x1, y1, name, codes }) {
   const frame = { x: x0, y: y0, width: x1 - x0, height: y1 - y0 };
   const label = make_svg("text", { x: x0, y: y0 > 5 ? y0 - 1 : y1 + 3.5, class: "box_name" }, name);
-  return [make_svg("rect", { ...frame, class: "box_under" }), make_svg("rect", { ...frame, class: "box" }), label];
+  const drawn = [make_svg("rect", { ...frame, class: "box_under" }), make_svg("rect", { ...frame, class: "box" }), label];
+  if (codes) drawn.unshift(drawn_mask(codebook.decode(codes), frame));
+  return drawn;
+}
+
+/* A mask [64, 64] stretched over a box: one small rectangle for each run of pixels that lie inside. */
+function drawn_mask(mask, { x, y, width, height }) {
+  const side = Math.sqrt(mask.length), [across, down] = [width / side, height / side];
+  let path = "";
+  for (let row = 0; row < side; row++)
+    for (let from = 0, to; from < side; from = to) {
+      const inside = mask[row * side + from] > 0;
+      for (to = from + 1; to < side && mask[row * side + to] > 0 === inside; ) to++;
+      if (inside) path += `M${x + from * across} ${y + row * down}h${(to - from) * across}v${down}h${(from - to) * across}z`;
+    }
+  return make_svg("path", { d: path, class: "outlined" });
 }
 
 /* The pixels of a file, RGB; white lies under what is transparent. */

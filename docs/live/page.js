@@ -21,7 +21,7 @@ const page = {
   parts: [], // everything with show()
 };
 
-const { model, tokenizer, image_processor } = load_checkpoint(CHECKPOINT);
+const { model, tokenizer, image_processor, codebook } = load_checkpoint(CHECKPOINT);
 const IMAGE_TOKENS = model.vision_tower.side ** 2;
 const MAX_PROMPT = 200; // characters
 const SLICE = 30; // milliseconds of writing between two drawings

@@ -18,12 +18,12 @@ const TOUR = [
   {
     title: "Patches",
     say: "The model does not see shapes. It sees 64 squares of 8 × 8 pixels, the patches, and each becomes one vector: an image token.",
-    todo: "choose the circle and press − until it is as small as a patch. Watch the size in the sentence.",
+    todo: "choose the circle and press − until it is as small as a patch. Watch what the sentence calls it.",
     set: { sample: 2, prompt: "caption en" },
     question: "A pixel is red, green and blue. How many numbers does the model get of one patch?",
     choices: ["64", "192", "4096"],
     right: 1,
-    then: "8 × 8 pixels of three colors are 192 numbers. One matrix, the same for all patches, makes a vector of 96 from them.",
+    then: "8 × 8 pixels of three colors are 192 numbers. One matrix, the same for all patches, makes a vector of 96 from them. A circle in a single patch is smaller than all that it learned from, and the model takes it for something else.",
     notebook: ["01_patches", "01, Patches"],
   },
   {
@@ -34,7 +34,7 @@ const TOUR = [
     question: "In which layers does a patch look at its neighbors?",
     choices: ["In layer 1: first near, then far.", "In layers 2 and 3: first far, then near.", "In all layers alike."],
     right: 1,
-    then: "In layer 1 patches look far, on average about five patches away, in the others about one. Other models do the opposite: this is a fact about this one.",
+    then: "In layer 1 patches look far, on average more than four patches away, in the others hardly two. In the first Vision Transformer the distance grows with depth: this is a fact about one model.",
     notebook: ["03_attention", "03, Attention"],
   },
   {

@@ -24,7 +24,7 @@ class Prompt {
     const about = ["caption en", "how many objects are there?"], name = (thing) => `${thing.color} ${thing.shape}`;
     const [shape] = once((thing) => thing.shape), [first, second] = once(name);
     if (shape) about.push(`what color is the ${shape.shape}?`);
-    if (first) about.push(`what size is the ${name(first)}?`, `detect ${name(first)}`);
+    if (first) about.push(`what size is the ${name(first)}?`, `detect ${name(first)}`, `segment ${name(first)}`);
     if (second) about.push(`is the ${name(first)} left of the ${name(second)}?`);
     return about;
   }

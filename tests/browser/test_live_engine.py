@@ -32,6 +32,7 @@ from minivlm.models.load import load_answering
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 from minivlm.processing.boxes import text_to_boxes
+from minivlm.processing.codebook import load_codebook
 from minivlm.world.questions import TASKS, ask
 from minivlm.world.scenes import Scene, Thing, make_scene
 
@@ -414,6 +415,35 @@ def test_breaks(breaks: dict[str, Any], engine: Page, shipped: tuple[PaliGemma, 
     assert float((found - wanted).abs().max()) <= 1e-4
     whole = broken_logits(*shipped, scene, prompt, {})
     assert float((wanted - whole).abs().max()) > 0.1, "nothing is broken"
+
+
+def test_outlines(engine: Page) -> None:
+    codes = torch.randint(0, 128, (5, 16), generator=torch.manual_seed(0))
+    found = engine.evaluate("(all) => all.map((one) => Array.from(codebook.decode(one)))", codes.tolist())
+    assert_near(found, load_codebook().decode(codes).detach(), "masks")
+
+
+def test_lens(engine: Page, shipped: tuple[PaliGemma, Processor]) -> None:
+    """What each layer would say, at the writers of all words of an answer."""
+    model, processor = shipped
+    scene = scene_number(1)
+    prompt = prompts_about(scene, 1, ("detect",))[0]
+    wanted = golden(model, processor, scene, prompt, steps=4)
+    code = """({scene, prompt}) => {
+      const {model, tokenizer, image_processor} = live, trace = new Trace();
+      const pixel_values = to_pixel_values(draw_scene(scene), image_processor);
+      const ids = tokenizer.encode_prefix(prompt, 64);
+      for (const _ of model.stream(ids, pixel_values, {record: trace.record, max_new_tokens: 4}));
+      const lens = (token) => trace.lens(model, token).map((shares) => Array.from(shares));
+      return [0, 1, 2, 3].map((i) => lens(ids.length - 1 + i));
+    }"""
+    found = torch.tensor(engine.evaluate(code, {"scene": as_plain(scene), "prompt": prompt}))
+    assert_near(found[:, -1].tolist(), torch.stack(wanted["logits"]).softmax(dim=-1), "the last layer", 1e-4)
+    decoder = model.language_model
+    for layer in range(3):
+        state = wanted["seen"][f"language_model.layers.{layer}"][-1]
+        shares = decoder.logits(decoder.norm(state)).softmax(dim=-1).detach()
+        assert_near(found[0, layer + 1].tolist(), shares, f"layer {layer}", 1e-4)
 
 
 def test_occlusion(engine: Page, shipped: tuple[PaliGemma, Processor]) -> None:

@@ -160,6 +160,20 @@ def test_boxes_of_the_answer_are_drawn(live: Page, ask: Callable[..., str]) -> N
     assert float(box.get_attribute("height") or "") == pytest.approx(thing.box[3] - thing.box[1], abs=1)
 
 
+def test_outlines_are_drawn(live: Page) -> None:
+    live.locator("#prompt").fill("segment pink circle")
+    settled(live)
+    thing = scene_of(live).things[0]
+    inside = live.evaluate("""() => {
+      const path = document.querySelector(".outlined"), found = [];
+      for (let y = 0; y < 64; y++) for (let x = 0; x < 64; x++)
+        found.push(path.isPointInFill(new DOMPoint(x + 0.5, y + 0.5)));
+      return found;
+    }""")
+    mask, wanted = torch.tensor(inside), torch.from_numpy(thing.mask()).flatten()
+    assert float((mask & wanted).sum() / (mask | wanted).sum()) > 0.85
+
+
 def test_a_link_brings_everything_back(live: Page, folder: Path) -> None:
     drag(live, 1, 10, 20)
     live.locator("#prompt").fill("how many objects are there?")
