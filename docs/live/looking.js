@@ -1,6 +1,8 @@
 "use strict";
 /* Where a token looks, on the picture; and beside it what the answer depends on, patch by patch. */
 
+const FULL_SHARE = 0.05, FULL_DROP = 0.5; // a share of attention, and log-odds, that are drawn darkest at least
+
 class Looking {
   constructor() {
     const { vision_config, text_config } = model.config, options = [];
@@ -59,7 +61,7 @@ class Looking {
 
   show_attention() {
     const { looks, word, is_answer, is_patch } = looked_at(), shares = Looking.shares(), on_picture = shares.slice(0, IMAGE_TOKENS);
-    this.attention.draw(page.result.picture, on_picture, is_patch ? looks : null);
+    this.attention.draw(page.result.picture, on_picture, is_patch ? looks : null, FULL_SHARE);
     const best = argmax(on_picture), whole = sum(on_picture), names = [...page.result.prefix_ids, ...page.result.words.map((w) => w.token_id)];
     const who = is_answer ? `The writer of “${shown_name(page.result.words[word].token_id)}” (the token before it, “${shown_name(names[looks])}”)`
       : is_patch ? `The patch in ${place(looks)}` : `“${shown_name(names[looks])}”`;
@@ -70,7 +72,7 @@ class Looking {
   show_occlusion() {
     const drops = page.result.occlusion, count = drops?.length ?? 0;
     element("occlude").disabled = !page.result.done || drops !== null;
-    this.dependence.draw(page.result.picture, drops ?? [], null);
+    this.dependence.draw(page.result.picture, drops ?? [], null, FULL_DROP);
     const best = count ? argmax(drops) : 0;
     element("occlusion_said").textContent = count === 0 ? "Not measured yet: it reads the picture 65 times."
       : count < IMAGE_TOKENS ? `${count} of ${IMAGE_TOKENS} patches …`
@@ -84,7 +86,8 @@ function place(patch) {
   return `row ${Math.floor(patch / side) + 1}, column ${(patch % side) + 1}`;
 }
 
-/* A picture with its patches, each colored by a number; the largest is darkest, and what is not above 0 has no color. */
+/* A picture with its patches, each colored by a number: the largest is darkest, unless it is below `full`, so that a map
+   of next to nothing looks like nothing. What is not above 0 has no color. */
 class PatchMap {
   constructor(holder, on_choose) {
     const side = model.vision_tower.side, cell = WORLD / side;
@@ -115,14 +118,14 @@ class PatchMap {
     });
   }
 
-  draw(picture, values, chosen) {
+  draw(picture, values, chosen, full) {
     draw_picture(this.canvas, picture);
-    const largest = Math.max(...values, 0);
+    const darkest = Math.max(...values, full);
     this.cells.forEach((patch, n) => {
       const value = values[n] ?? 0;
-      patch.setAttribute("fill-opacity", largest > 0 && value > 0 ? (0.85 * value) / largest : 0);
+      patch.setAttribute("fill-opacity", value > 0 ? (0.85 * value) / darkest : 0);
       patch.classList.toggle("chosen", n === chosen);
-      const said = largest <= 1 ? percent(value) : value.toFixed(1);
+      const said = full < 0.1 ? percent(value) : value.toFixed(1);
       patch.firstChild.textContent = `${place(n)}: ${said}`;
       patch.setAttribute("aria-label", `${place(n)}: ${said}`);
     });

@@ -119,11 +119,11 @@ function shown_name(id) {
 }
 
 function percent(share) {
-  return share > 0 && share < 0.0005 ? "below 0.1 %" : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+  return share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 }
 
 window.addEventListener("DOMContentLoaded", () => {
-  for (const part of [Editor, Prompt, Chips, Looking, NextWord, Lens, Mask, Breaks, Tour]) page.parts.push(new part());
+  for (const part of [Editor, Prompt, Chips, Looking, HeadOpened, NextWord, Lens, Mask, Breaks, Tour]) page.parts.push(new part());
   element("looking_notebook").append(notebook_link("09_looking_inside", "09"));
   if (BOOK !== null) element("book_link").replaceChildren(make("a", { href: `${BOOK}index.html` }, "minivlm, the book"));
   element("book_link").hidden = BOOK === null;

@@ -24,6 +24,21 @@ class Trace {
     return rows[0].map((_, s) => rows.reduce((sum, row) => sum + row[s], 0) / rows.length);
   }
 
+  /* What one head computes for one token: its query q [Dh], and for each token that it may see the key [Dh], the score
+     q k / sqrt(Dh), the weight (the softmax of all scores) and the value [Dh]. */
+  head(stage, head, token, head_dim) {
+    const passes = this.values.get(`${stage}.self_attn.qkv`), first = passes[0].q.rows;
+    const { q, k, v } = token < first ? passes[0] : passes[token - first + 1];
+    const part = (tensor, row, h) => tensor.row(row).subarray(h * head_dim, (h + 1) * head_dim);
+    const shared = Math.floor(head / (q.width / k.width)); // several heads look at the same keys
+    const query = part(q, token < first ? token : 0, head), weights = this.attention(stage, head, token);
+    const seen = Array.from(weights, (weight, s) => {
+      const key = part(k, s, shared), dot = key.reduce((sum, value, i) => sum + value * query[i], 0);
+      return { token: s, key, score: dot / Math.sqrt(head_dim), weight, value: part(v, s, shared) };
+    });
+    return { query, seen };
+  }
+
   /* The vector of a token after a layer of the decoder, [1, D]; layer -1 is what goes into the first one. */
   hidden_state(layer, token) {
     const passes = this.values.get(layer < 0 ? "language_model.embeddings" : `language_model.layers.${layer}`);

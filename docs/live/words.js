@@ -34,6 +34,7 @@ class Prompt {
     this.show_suggestions();
     const { words, done, whole, milliseconds } = page.result ?? { words: [] }, text = page.result ? answer_text() : "";
     element("answer").textContent = text || (done ? "(nothing)" : "…");
+    element("answer").classList.toggle("coded", text.includes("<"));
     element("whole_answer").hidden = whole === null || whole === undefined;
     element("whole_answer").textContent = `As it was trained, it says: ${whole}`;
     element("timing").textContent = milliseconds ? `${words.length} tokens; picture and prompt read in ${Math.round(milliseconds)} ms` : "";
