@@ -11,12 +11,14 @@ const OBJECT = /((?:<loc[0-9]{4}>)+)((?:<seg[0-9]{3}>)*)([^;]*?)(?=;|<loc[0-9]{4
 function text_to_boxes(text, width, height) {
   const boxes = [];
   for (const [, locs, segs, name] of text.matchAll(OBJECT)) {
-    const [bins, codes] = [locs, segs].map((words) => [...words.matchAll(/[0-9]+/g)].map(([digits]) => Number(digits)));
+    const numbers = (words) => [...words.matchAll(/[0-9]+/g)].map(([digits]) => Number(digits));
+    const bins = numbers(locs), codes = numbers(segs);
     if (bins.length !== 4 || Math.max(...bins) >= NUM_BINS || /<seg[0-9]{3}>/.test(name)) continue;
     const [y0, x0, y1, x1] = bins.map((bin) => bin / (NUM_BINS - 1));
     if (x0 >= x1 || y0 >= y1) continue;
     const outlined = codes.length === 16 && Math.max(...codes) < 128;
-    boxes.push({ x0: x0 * width, y0: y0 * height, x1: x1 * width, y1: y1 * height, name: name.trim(), codes: outlined ? codes : null });
+    const box = { x0: x0 * width, y0: y0 * height, x1: x1 * width, y1: y1 * height };
+    boxes.push({ ...box, name: name.trim(), codes: outlined ? codes : null });
   }
   return boxes;
 }

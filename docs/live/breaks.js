@@ -2,12 +2,18 @@
 /* Break it: take a part away, and see what it was for. What each name leaves out is said in model.js. */
 
 const BREAKS = [
-  ["no_newline", "no newline after the prompt", "The newline is the writer of the first word: the model was trained to begin there."],
-  ["causal_mask", "causal mask", "The picture cannot look at the prompt, and no patch at those behind it."],
-  ["no_rope", "no rotary positions", "The decoder does not know in which order its tokens come."],
-  ["no_tower_positions", "no positions in the tower", "A patch does not know where in the picture it lies."],
-  ["no_projector", "no projector", "The decoder gets the tower's vectors as they are, with zeros at the end."],
-  ["words_not_scaled", "words not times √D", "The embeddings of words are eleven times too short beside those of patches."],
+  ["no_newline", "no newline after the prompt",
+    "The newline is the writer of the first word: the model was trained to begin there."],
+  ["causal_mask", "causal mask",
+    "The picture cannot look at the prompt, and no patch at those behind it."],
+  ["no_rope", "no rotary positions",
+    "The decoder does not know in which order its tokens come."],
+  ["no_tower_positions", "no positions in the tower",
+    "A patch does not know where in the picture it lies."],
+  ["no_projector", "no projector",
+    "The decoder gets the tower's vectors as they are, with zeros at the end."],
+  ["words_not_scaled", "words not times √D",
+    "The embeddings of words are eleven times too short beside those of patches."],
 ];
 
 class Breaks {

@@ -166,7 +166,8 @@ class Editor {
     element("link").href = as_link();
     element("sample").value = page.upload ? "" : page.sample ?? "";
     const said = page.scene.things.map((thing) => `a ${describe(thing)}`).join(", ") || "an empty picture";
-    element("picture_note").textContent = page.upload ? "Your picture, in the 64 × 64 pixels that the model sees." : `Drawn: ${said}.`;
+    const uploaded = "Your picture, in the 64 × 64 pixels that the model sees.";
+    element("picture_note").textContent = page.upload ? uploaded : `Drawn: ${said}.`;
   }
 
   handle(thing, number) {

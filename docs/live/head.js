@@ -18,15 +18,21 @@ class HeadOpened {
     const largest = (vectors) => Math.max(...vectors.flatMap((vector) => [...vector].map(Math.abs)));
     const mixed = query.map((_, i) => seen.reduce((sum, one) => sum + one.weight * one.value[i], 0));
     const [keys, values] = [largest(seen.map((one) => one.key)), largest(seen.map((one) => one.value))];
-    const line = (name, key, score, weight, value) => make("tr", {}, make("th", { scope: "row" }, name), ...[key, score, weight, value].map((cell) => make("td", {}, cell)));
-    const rows = best.map((one) => line(this.name_of(one.token), cells(one.key, keys), one.score.toFixed(1), percent(one.weight), cells(one.value, values)));
-    const others = 1 - sum(best.map((one) => one.weight));
+    const line = (name, ...rest) =>
+      make("tr", {}, make("th", { scope: "row" }, name), ...rest.map((cell) => make("td", {}, cell)));
+    const rows = best.map((one) => {
+      const score = one.score.toFixed(1), share = percent(one.weight);
+      return line(this.name_of(one.token), cells(one.key, keys), score, share, cells(one.value, values));
+    });
+    const others = Math.max(1 - sum(best.map((one) => one.weight)), 0);
     element("head_rows").replaceChildren(
-      line("q", cells(query, largest([query])), "", "", ""), ...rows,
-      line(`${seen.length - best.length} others`, "", "", percent(Math.max(others, 0)), ""),
+      line("its q", cells(query, largest([query])), "", "", ""),
+      ...rows,
+      line(`${seen.length - best.length} others`, "", "", percent(others), ""),
       line("mixed", "", "", "100 %", cells(mixed, values)),
     );
-    element("head_said").textContent = `Head ${head + 1} of this layer, ${head_dim} numbers for each vector. ` + (page.head === null ? "Choose a head above to see another. " : "")
+    const choose = page.head === null ? "Choose a head above to see another. " : "";
+    element("head_said").textContent = `Head ${head + 1} of this layer, ${head_dim} numbers for each vector. ${choose}`
       + "A score is the product of q and k, divided by the root of their length; the shares are the softmax of all scores.";
   }
 

@@ -5,9 +5,12 @@ const FULL_SHARE = 0.05, FULL_DROP = 0.5; // a share of attention, and log-odds,
 
 class Looking {
   constructor() {
-    const { vision_config, text_config } = model.config, options = [];
-    for (let l = 0; l < vision_config.num_hidden_layers; l++) options.push([`vision_tower.layers.${l}`, `tower, layer ${l + 1}`]);
-    for (let l = 0; l < text_config.num_hidden_layers; l++) options.push([`language_model.layers.${l}`, `decoder, layer ${l + 1}`]);
+    const options = [], { vision_config, text_config } = model.config;
+    const add_layers = (count, stage, name) => {
+      for (let l = 0; l < count; l++) options.push([`${stage}.layers.${l}`, `${name}, layer ${l + 1}`]);
+    };
+    add_layers(vision_config.num_hidden_layers, "vision_tower", "tower");
+    add_layers(text_config.num_hidden_layers, "language_model", "decoder");
     element("stage").append(...options.map(([value, name]) => make("option", { value }, name)));
     element("stage").onchange = (event) => {
       page.stage = event.target.value;
@@ -52,21 +55,23 @@ class Looking {
     element("stage").value = page.stage;
     const config = this.in_tower() ? model.config.vision_config : model.config.text_config;
     const heads = ["mean", ...Array(config.num_attention_heads).keys()];
-    if (element("head").children.length !== heads.length)
-      element("head").replaceChildren(...heads.map((h) => make("option", { value: h }, h === "mean" ? "mean of all" : `head ${h + 1}`)));
+    const option = (h) => make("option", { value: h }, h === "mean" ? "mean of all" : `head ${h + 1}`);
+    if (element("head").children.length !== heads.length) element("head").replaceChildren(...heads.map(option));
     element("head").value = page.head === null ? "mean" : page.head;
     this.show_attention();
     this.show_occlusion();
   }
 
   show_attention() {
-    const { looks, word, is_answer, is_patch } = looked_at(), shares = Looking.shares(), on_picture = shares.slice(0, IMAGE_TOKENS);
-    this.attention.draw(page.result.picture, on_picture, is_patch ? looks : null, FULL_SHARE);
-    const best = argmax(on_picture), whole = sum(on_picture), names = [...page.result.prefix_ids, ...page.result.words.map((w) => w.token_id)];
-    const who = is_answer ? `The writer of “${shown_name(page.result.words[word].token_id)}” (the token before it, “${shown_name(names[looks])}”)`
-      : is_patch ? `The patch in ${place(looks)}` : `“${shown_name(names[looks])}”`;
-    const rest = this.in_tower() ? "" : ` gives ${percent(whole)} of its attention to the picture, and`;
-    element("attention_said").textContent = `${who}${rest} looks most at the patch in ${place(best)}: ${percent(on_picture[best])}.`;
+    const { looks, word, is_answer, is_patch } = looked_at(), { prefix_ids, words, picture } = page.result;
+    const on_picture = Looking.shares().slice(0, IMAGE_TOKENS), best = argmax(on_picture);
+    this.attention.draw(picture, on_picture, is_patch ? looks : null, FULL_SHARE);
+    const names = [...prefix_ids, ...words.map((one) => one.token_id)].map(shown_name);
+    let who = is_patch ? `The patch in ${place(looks)}` : `“${names[looks]}”`;
+    if (is_answer) who = `The writer of “${names[prefix_ids.length + word]}” (the token before it, “${names[looks]}”)`;
+    const rest = this.in_tower() ? "" : ` gives ${percent(sum(on_picture))} of its attention to the picture, and`;
+    const said = `${who}${rest} looks most at the patch in ${place(best)}: ${percent(on_picture[best])}.`;
+    element("attention_said").textContent = said;
   }
 
   show_occlusion() {
@@ -93,7 +98,7 @@ class PatchMap {
     const side = model.vision_tower.side, cell = WORLD / side;
     this.canvas = make("canvas", { width: WORLD, height: WORLD });
     this.canvas.setAttribute("aria-hidden", "true");
-    this.layer = make_svg("svg", { viewBox: `0 0 ${WORLD} ${WORLD}`, class: "patches", role: "group", "aria-label": holder.dataset.label });
+    this.layer = make_svg("svg", { viewBox: `0 0 ${WORLD} ${WORLD}`, role: "group", "aria-label": holder.dataset.label });
     holder.append(this.canvas, this.layer);
     this.cells = Array.from({ length: side * side }, (_, n) => {
       const frame = { x: (n % side) * cell, y: Math.floor(n / side) * cell, width: cell, height: cell };

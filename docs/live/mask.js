@@ -21,9 +21,12 @@ class Mask {
       }
     });
     const seen = mask[looks].reduce((a, b) => a + b, 0);
-    element("mask_said").textContent = `The token that is looked at, in row ${looks + 1} of ${length}, sees ${seen === 1 ? "itself alone" : `${seen} tokens`}. ` + (page.breaks.causal_mask
+    const sees = seen === 1 ? "itself alone" : `${seen} tokens`;
+    const rule = page.breaks.causal_mask
       ? "Broken: picture and prompt see what lies before them only."
-      : "Picture and prompt see each other in both directions; the answer sees them and its own past.");
-    canvas.setAttribute("aria-label", element("mask_said").textContent);
+      : "Picture and prompt see each other in both directions; the answer sees them and its own past.";
+    const said = `The token that is looked at, in row ${looks + 1} of ${length}, sees ${sees}. ${rule}`;
+    element("mask_said").textContent = said;
+    canvas.setAttribute("aria-label", said);
   }
 }

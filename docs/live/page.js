@@ -2,8 +2,8 @@
 /* The page: what it shows, and when the model reads anew.
 
    `page` holds everything that a reader can change, `page.result` what the model made of it. Every part of the page is
-   an object with a method `show()` that draws it from `page`; those with `streams` show every word as it comes. An edit calls `changed()`: the model answers once a frame
-   at most, and an answer that is no longer asked for is dropped. */
+   an object with a method `show()` that draws it from `page`; those with `streams` show words as they come. An edit
+   calls `changed()`: the model answers once a frame at most, and an answer that is no longer asked for is dropped. */
 
 const page = {
   scene: null, // {background, things}
@@ -18,12 +18,14 @@ const page = {
   stage: "language_model.layers.1",
   head: null, // null: the mean of all
   result: null,
+  problem: null, // why there is no answer
   parts: [], // everything with show()
 };
 
 const { model, tokenizer, image_processor, codebook } = load_checkpoint(CHECKPOINT);
 const IMAGE_TOKENS = model.vision_tower.side ** 2;
 const MAX_PROMPT = 200; // characters
+const MAX_NEW_TOKENS = 64;
 const SLICE = 30; // milliseconds of writing between two drawings
 
 function element(id) {
@@ -75,12 +77,17 @@ async function answer(number) {
   const began = performance.now(), picture = current_picture();
   const pixel_values = to_pixel_values(picture, image_processor);
   const prefix_ids = tokenizer.encode_prefix(page.prompt, IMAGE_TOKENS, page.breaks);
+  const room = model.config.text_config.max_position_embeddings - MAX_NEW_TOKENS;
+  const taken = `This prompt and its picture take ${prefix_ids.length} tokens`;
+  page.problem = prefix_ids.length > room ? `${taken}, and the model has room for ${room}: shorten it.` : null;
+  if (page.problem) return show_all();
   const trace = new Trace(), random = random_numbers(page.seed);
   const result = { picture, pixel_values, prefix_ids, trace, words: [], done: false, occlusion: null, whole: null };
   page.result = result;
   const choose = (logits) => sample(logits, page.temperature, page.top_p, random);
+  const options = { choose, record: trace.record, breaks: page.breaks, max_new_tokens: MAX_NEW_TOKENS };
   let shown = -Infinity;
-  for (const word of model.stream(prefix_ids, pixel_values, { choose, record: trace.record, breaks: page.breaks })) {
+  for (const word of model.stream(prefix_ids, pixel_values, options)) {
     result.words.push(word);
     result.milliseconds ??= performance.now() - began;
     if (performance.now() - shown < SLICE) continue;
@@ -123,7 +130,8 @@ function percent(share) {
 }
 
 window.addEventListener("DOMContentLoaded", () => {
-  for (const part of [Editor, Prompt, Chips, Looking, HeadOpened, NextWord, Lens, Mask, Breaks, Tour]) page.parts.push(new part());
+  const kinds = [Editor, Prompt, Chips, Looking, HeadOpened, NextWord, Lens, Mask, Breaks, Tour];
+  page.parts = kinds.map((kind) => new kind());
   element("looking_notebook").append(notebook_link("09_looking_inside", "09"));
   if (BOOK !== null) element("book_link").replaceChildren(make("a", { href: `${BOOK}index.html` }, "minivlm, the book"));
   element("book_link").hidden = BOOK === null;

@@ -30,7 +30,10 @@ function box_of(thing) {
 function draw_scene(scene, pixels = WORLD) {
   const side = pixels * SUPERSAMPLING;
   const big = new Uint8Array(side * side); // 0 is the ground, n is thing number n - 1
-  scene.things.forEach((thing, number) => paint(big, side, outline(thing).map((point) => point.map((v) => (v * side) / WORLD)), thing.shape, number + 1));
+  scene.things.forEach((thing, number) => {
+    const points = outline(thing).map(([x, y]) => [(x * side) / WORLD, (y * side) / WORLD]);
+    paint(big, side, points, thing.shape, number + 1);
+  });
   const colors = [Array(3).fill(scene.background), ...scene.things.map((thing) => thing.rgb)];
   const data = new Uint8ClampedArray(3 * pixels * pixels);
   for (let y = 0; y < pixels; y++)
@@ -50,7 +53,8 @@ function draw_scene(scene, pixels = WORLD) {
 function paint(big, side, points, shape, ink) {
   const corners = points.map(([x, y]) => [Math.trunc(x), Math.trunc(y)]);
   const fill = (y, from, to) => {
-    if (y >= 0 && y < side) big.fill(ink, y * side + Math.max(from, 0), y * side + Math.max(Math.min(to, side - 1) + 1, 0, from));
+    const first = Math.max(from, 0), end = Math.min(to + 1, side);
+    if (y >= 0 && y < side && first < end) big.fill(ink, y * side + first, y * side + end);
   };
   if (shape === "circle") fill_ellipse(corners, fill);
   else fill_polygon(corners, side, fill);

@@ -43,7 +43,8 @@ class Tour {
     element("tour_guessed").hidden = this.guess === null;
     element("tour_todo").textContent = todo;
     element("tour_again").onclick = () => this.set_up(set);
-    element("tour_then").textContent = `${this.guess === right ? "As you predicted." : `Rather: ${choices[right].replace(/[.]$/, "")}.`} ${then}`;
+    const answer = choices[right].replace(/[.]$/, "");
+    element("tour_then").textContent = `${this.guess === right ? "As you predicted." : `Rather: ${answer}.`} ${then}`;
     if (this.guess === null) element("tour_compare").open = false;
     element("tour_notebook").replaceChildren("In the course: ", notebook_link(...notebook));
     element("tour_back").disabled = this.step === 0;

@@ -30,15 +30,16 @@ class VisionTower {
   embed(pixel_values, breaks = {}) {
     const cut = this.patches(pixel_values);
     const filters = this.weight("embeddings.patch_embedding.weight"); // [D, C, P, P]
-    const x = linear(cut, new Tensor(filters.data, filters.shape[0], cut.width), this.weight("embeddings.patch_embedding.bias"));
+    const flat = new Tensor(filters.data, filters.shape[0], cut.width); // [D, C * P * P]
+    const x = linear(cut, flat, this.weight("embeddings.patch_embedding.bias"));
     return breaks.no_tower_positions ? x : add(x, this.weight("embeddings.position_embedding.weight")); // [N, D]
   }
 
   /* A pre-norm block, x [N, D] -> [N, D]. */
   block(x, number, record) {
     const weight = (name) => this.weight(`layers.${number}.${name}`);
-    const norm = (y, name) => layer_norm(y, weight(`${name}.weight`), weight(`${name}.bias`), this.config.layer_norm_eps);
-    const heads = this.config.num_attention_heads;
+    const heads = this.config.num_attention_heads, eps = this.config.layer_norm_eps;
+    const norm = (y, name) => layer_norm(y, weight(`${name}.weight`), weight(`${name}.bias`), eps);
     x = add(x, self_attention(norm(x, "layer_norm1"), (name) => weight(`self_attn.${name}`), {
       num_attention_heads: heads,
       num_key_value_heads: heads,
@@ -58,6 +59,7 @@ class VisionTower {
       x = this.block(x, l, (name, value) => record(`vision_tower.layers.${l}.${name}`, value));
       record(`vision_tower.layers.${l}`, x);
     }
-    return layer_norm(x, this.weight("post_layernorm.weight"), this.weight("post_layernorm.bias"), this.config.layer_norm_eps);
+    const [weight, bias] = ["weight", "bias"].map((name) => this.weight(`post_layernorm.${name}`));
+    return layer_norm(x, weight, bias, this.config.layer_norm_eps);
   }
 }

@@ -20,8 +20,9 @@ class Prompt {
 
   /* Prompts that have one right answer: what they name is there once. */
   suggestions() {
-    const things = page.upload ? [] : page.scene.things, once = (name) => things.filter((thing) => things.filter((other) => name(other) === name(thing)).length === 1);
-    const about = ["caption en", "how many objects are there?"], name = (thing) => `${thing.color} ${thing.shape}`;
+    const things = page.upload ? [] : page.scene.things, name = (thing) => `${thing.color} ${thing.shape}`;
+    const once = (say) => things.filter((thing) => things.filter((other) => say(other) === say(thing)).length === 1);
+    const about = ["caption en", "how many objects are there?"];
     const [shape] = once((thing) => thing.shape), [first, second] = once(name);
     if (shape) about.push(`what color is the ${shape.shape}?`);
     if (first) about.push(`what size is the ${name(first)}?`, `detect ${name(first)}`, `segment ${name(first)}`);
@@ -33,13 +34,15 @@ class Prompt {
     if (document.activeElement !== this.field) this.field.value = page.prompt;
     this.show_suggestions();
     const { words, done, whole, milliseconds } = page.result ?? { words: [] }, text = page.result ? answer_text() : "";
-    element("answer").textContent = text || (done ? "(nothing)" : "…");
+    element("answer").textContent = page.problem ?? (text || (done ? "(nothing)" : "…"));
     element("answer").classList.toggle("coded", text.includes("<"));
     element("whole_answer").hidden = whole === null || whole === undefined;
     element("whole_answer").textContent = `As it was trained, it says: ${whole}`;
-    element("timing").textContent = milliseconds ? `${words.length} tokens; picture and prompt read in ${Math.round(milliseconds)} ms` : "";
+    const time = `${words.length} tokens; picture and prompt read in ${Math.round(milliseconds)} ms`;
+    element("timing").textContent = milliseconds ? time : "";
     // Only whole answers are read out, and only new ones.
-    if (done && this.heard !== `${page.prompt}: ${text}`) element("spoken").textContent = this.heard = `${page.prompt}: ${text}`;
+    const said = `${page.prompt}: ${text}`;
+    if (done && this.heard !== said) element("spoken").textContent = this.heard = said;
   }
 
   /* New buttons only where they differ: a button that is replaced loses the focus. */

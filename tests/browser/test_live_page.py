@@ -208,6 +208,22 @@ def test_text_stays_text(folder: Path, page: Page, ask: Callable[..., str]) -> N
     assert watcher.take() == []
 
 
+def test_a_prompt_that_is_too_long(live: Page) -> None:
+    live.locator("#prompt").fill("😀" * 100)  # four bytes each, and a token for each byte
+    settled(live)
+    assert answer_of(live) == (
+        "This prompt and its picture take 466 tokens, and the model has room for 448: shorten it."
+    )
+    live.locator("#prompt").fill("how many objects are there?")
+    settled(live)
+    assert answer_of(live) == "3"
+
+
+def test_it_says_where_the_weights_are(page: Page) -> None:
+    page.goto((ROOT / "docs" / "live" / "index.html").as_uri())
+    expect(page.locator("#missing")).to_be_visible()
+
+
 def test_a_picture_is_uploaded(live: Page, ask: Callable[..., str], tmp_path: Path) -> None:
     path = ROOT / "figures" / "samples" / "scene_1.png"
     live.locator("#upload").set_input_files(path)
@@ -347,7 +363,7 @@ def test_every_control_has_a_name(live: Page) -> None:
 
 def test_every_script_is_loaded_and_small(folder: Path) -> None:
     page = (folder / "index.html").read_text(encoding="utf-8")
-    loaded = re.findall(r'<script src="(\w+\.js)">', page)
+    loaded = re.findall(r'<script src="(\w+\.js)"', page)
     assert sorted(loaded) == sorted(path.name for path in folder.glob("*.js"))
     for path in (ROOT / "docs" / "live").glob("*.js"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 200, path.name
