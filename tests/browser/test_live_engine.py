@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import PATIENCE
 from notebooks_and_sources import ROOT
 from PIL import Image
 from playwright.sync_api import Browser, Page
@@ -62,6 +63,7 @@ def engine(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("live")
     write_live(folder)
     page = chromium.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto((folder / "index.html").as_uri())
     page.evaluate(START)
     yield page

@@ -82,6 +82,7 @@ def answer_of(page: Page) -> str:
 
 def drag(page: Page, number: int, dx: float, dy: float, part: str = "[data-thing='{}']") -> None:
     """Move a thing by so many units of the world."""
+    page.locator("#picture_layer").scroll_into_view_if_needed()
     unit = page.locator("#picture_layer").bounding_box()["width"] / 64
     box = page.locator(part.format(number)).bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2

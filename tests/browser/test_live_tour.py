@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE
 from notebooks_and_sources import ROOT
 from playwright.sync_api import Browser, Page, expect
 from test_live_page import answer_of, drag, scene_of, settled
@@ -26,6 +27,7 @@ STEPS = 10
 @pytest.fixture(scope="module")
 def tour(chromium: Browser, folder: Path) -> Iterator[Page]:
     page = chromium.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto((folder / "index.html").as_uri())
     settled(page)
     page.locator("#tour_start").click()
