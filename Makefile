@@ -28,7 +28,7 @@ LAB_SETTINGS := mkdir -p $(VENV)/share/jupyter/lab/settings && \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit nbval test-browser lab lab-solutions notebooks workshop doctor wheelhouse book wheel clean
+.PHONY: help demo test lint unit nbval test-browser lab lab-solutions notebooks workshop doctor wheelhouse book live wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -87,6 +87,9 @@ wheelhouse: $(READY) ## gather all wheels in wheelhouse/, for machines without a
 book: $(BOOK) ## build the book, a static site, in build/book
 	@echo "make book: about three minutes"
 	$(BIN)/python docs/book/build.py
+
+live: $(READY) ## build the page in which the model answers, in build/live: one folder, opened by a double click
+	$(BIN)/python docs/live/build.py
 
 wheel: $(DEV) ## build the package in dist, install it into an empty environment and run its demonstration
 	rm -rf dist

@@ -6,6 +6,7 @@ Notebooks and pages stay where they are in the repository. They are copied into 
 their relative links hold as before; the pages of the reference, one for each module, and the answers on the
 first page, which the shipped model gives now, are added; then Sphinx makes HTML of it. Every warning is an
 error, also a name that leads nowhere. Nothing is fetched, and no page asks for anything outside the book.
+The live page, docs/live, is no document: it is put beside the others as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS))
+
+from live.build import write_live  # noqa: E402
+
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
@@ -50,6 +55,7 @@ def main(arguments: list[str]) -> int:
         places = ["-c", str(DOCS), "-d", str(Path(folder) / "doctrees"), str(source), str(output)]
         code = subprocess.call([sys.executable, "-m", "sphinx", *strict, *places])
     if code == 0:
+        write_live(output / "live", book="../")
         (output / STAMP).write_text(began_with, encoding="utf-8")
         print(f"The book is in {output}: open {output / 'index.html'} in a browser.")
     return code

@@ -1,0 +1,106 @@
+"use strict";
+/* Gemma: from vectors to scores for the next word. As minivlm/text/gemma.py, rope.py, masks.py and cache.py. */
+
+/* Rotary positions. Elements i and i + Dh / 2 of a head are a pair, and each pair is turned by an angle that is
+   proportional to the position: x [T, heads * Dh], position_ids (T numbers) -> the same shape. */
+function apply_rotary(x, position_ids, head_dim, theta) {
+  const y = Tensor.zeros(...x.shape), half = head_dim / 2;
+  for (let t = 0; t < x.rows; t++) {
+    const from = x.row(t), to = y.row(t);
+    for (let i = 0; i < half; i++) {
+      const angle = position_ids[t] * theta ** ((-2 * i) / head_dim);
+      const cos = Math.cos(angle), sin = Math.sin(angle);
+      for (let h = 0; h < x.width; h += head_dim) {
+        const a = from[h + i], b = from[h + half + i];
+        to[h + i] = a * cos - b * sin;
+        to[h + half + i] = b * cos + a * sin;
+      }
+    }
+  }
+  return y;
+}
+
+/* Who may look at whom. Causal, but every token sees the first `prefix_length` tokens. With a prefix of 3 (picture and
+   prompt) and a suffix of 2 (the answer):
+
+       1 1 1 0 0
+       1 1 1 0 0
+       1 1 1 0 0
+       1 1 1 1 0
+       1 1 1 1 1
+   Rows are queries, columns are keys. A prefix_length of 0 gives the causal mask. */
+function prefix_lm(query_positions, key_positions, prefix_length) {
+  return query_positions.map((q) => Uint8Array.from(key_positions, (k) => k <= q || k < prefix_length));
+}
+
+/* Keys and values of all tokens that were read, for each layer [max_length, K * Dh]; a token is read once. */
+class KVCache {
+  constructor(num_layers, width, max_length) {
+    this.keys = Array.from({ length: num_layers }, () => Tensor.zeros(max_length, width));
+    this.values = Array.from({ length: num_layers }, () => Tensor.zeros(max_length, width));
+    this.length = 0;
+  }
+
+  /* Store keys and values [T, K * Dh] of new tokens behind the others, and return all [S, K * Dh]. */
+  write(layer, keys, values) {
+    return [[this.keys[layer], keys], [this.values[layer], values]].map(([store, added]) => {
+      store.data.set(added.data, this.length * store.width);
+      const length = this.length + added.rows;
+      return new Tensor(store.data.subarray(0, length * store.width), length, store.width);
+    });
+  }
+}
+
+class GemmaDecoder {
+  constructor(config, weights) {
+    this.config = config;
+    this.weight = (name) => weights.get(`language_model.${name}`) ?? null;
+    this.embed_tokens = this.weight("embed_tokens.weight"); // [V, D]
+  }
+
+  /* Ids of T tokens -> embeddings [T, D], scaled by sqrt(D). */
+  embed(input_ids, breaks = {}) {
+    const D = this.config.hidden_size, x = Tensor.zeros(input_ids.length, D);
+    input_ids.forEach((id, t) => x.row(t).set(this.embed_tokens.row(id)));
+    return breaks.words_not_scaled ? x : times(x, Math.sqrt(D));
+  }
+
+  /* A pre-norm block, x [T, D] -> [T, D]. `options` are those of self_attention. */
+  block(x, number, options) {
+    const weight = (name) => this.weight(`layers.${number}.${name}`);
+    const norm = (y, name) => rms_norm(y, weight(`${name}.weight`), this.config.rms_norm_eps);
+    x = add(x, self_attention(norm(x, "input_layernorm"), (name) => weight(`self_attn.${name}`), options));
+    const y = norm(x, "post_attention_layernorm"); // the norm before the MLP; checkpoints call it that
+    const gate = linear(y, weight("mlp.gate_proj.weight")), up = linear(y, weight("mlp.up_proj.weight"));
+    gate.data.forEach((value, i) => (gate.data[i] = gelu(value) * up.data[i]));
+    return add(x, linear(gate, weight("mlp.down_proj.weight")));
+  }
+
+  /* inputs_embeds [T, D], position_ids (T numbers), mask (T rows of S) -> hidden states [T, D] */
+  forward(inputs_embeds, position_ids, mask, cache, record = () => {}, breaks = {}) {
+    const { head_dim, num_attention_heads, num_key_value_heads, rope_theta } = this.config;
+    const rotary = breaks.no_rope ? null : (x) => apply_rotary(x, position_ids, head_dim, rope_theta);
+    let x = inputs_embeds;
+    record("language_model.embeddings", x);
+    for (let l = 0; l < this.config.num_hidden_layers; l++) {
+      x = this.block(x, l, {
+        num_attention_heads, num_key_value_heads, head_dim, mask, rotary,
+        update_cache: (keys, values) => cache.write(l, keys, values),
+        record: (name, value) => record(`language_model.layers.${l}.${name}`, value),
+        head_off: breaks.head_off && breaks.head_off.layer === l ? breaks.head_off.head : null,
+      });
+      record(`language_model.layers.${l}`, x);
+    }
+    cache.length += x.rows;
+    return this.norm(x);
+  }
+
+  norm(x) {
+    return rms_norm(x, this.weight("norm.weight"), this.config.rms_norm_eps);
+  }
+
+  /* hidden_states [T, D] -> a score for every word [T, V]: the head is the embedding table. */
+  logits(hidden_states) {
+    return linear(hidden_states, this.embed_tokens);
+  }
+}

@@ -1,0 +1,32 @@
+"use strict";
+/* Who may look at whom, drawn: a row for each token that looks, a column for each that is seen. */
+
+class Mask {
+  show() {
+    const result = page.result;
+    if (!result || result.words.length === 0) return;
+    const T = result.prefix_ids.length, length = T + result.words.length, canvas = element("mask_canvas");
+    const mask = model.mask(length, T, page.breaks), { looks } = looked_at();
+    const style = getComputedStyle(canvas), color = (name) => style.getPropertyValue(`--${name}`);
+    canvas.width = canvas.height = length;
+    const pen = canvas.getContext("2d");
+    pen.fillStyle = color("unseen");
+    pen.fillRect(0, 0, length, length);
+    const kinds = [["image", 0, IMAGE_TOKENS], ["prompt", IMAGE_TOKENS, T], ["answer", T, length]];
+    mask.forEach((row, t) => {
+      pen.globalAlpha = t === looks ? 1 : 0.7;
+      for (const [kind, from, to] of kinds) {
+        pen.fillStyle = color(kind);
+        for (let s = from; s < to; s++) if (row[s]) pen.fillRect(s, t, 1, 1);
+      }
+    });
+    const seen = mask[looks].reduce((a, b) => a + b, 0);
+    const sees = seen === 1 ? "itself alone" : `${seen} tokens`;
+    const rule = page.breaks.causal_mask
+      ? "Broken: picture and prompt see what lies before them only."
+      : "Picture and prompt see each other in both directions; the answer sees them and its own past.";
+    const said = `The token that is looked at, in row ${looks + 1} of ${length}, sees ${sees}. ${rule}`;
+    element("mask_said").textContent = said;
+    canvas.setAttribute("aria-label", said);
+  }
+}

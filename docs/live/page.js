@@ -1,0 +1,141 @@
+"use strict";
+/* The page: what it shows, and when the model reads anew.
+
+   `page` holds everything that a reader can change, `page.result` what the model made of it. Every part of the page is
+   an object with a method `show()` that draws it from `page`; those with `streams` show words as they come. An edit
+   calls `changed()`: the model answers once a frame at most, and an answer that is no longer asked for is dropped. */
+
+const page = {
+  scene: null, // {background, things}
+  sample: null, // the number of the sample that it began as
+  upload: null, // a picture that was uploaded takes the place of the scene
+  prompt: "caption en",
+  breaks: {},
+  temperature: 0,
+  top_p: 1,
+  seed: 1,
+  token: null, // which one is looked at: a number from the row; null for a word of the answer that tells something
+  stage: "language_model.layers.1",
+  head: null, // null: the mean of all
+  result: null,
+  problem: null, // why there is no answer
+  parts: [], // everything with show()
+};
+
+const { model, tokenizer, image_processor, codebook } = load_checkpoint(CHECKPOINT);
+const IMAGE_TOKENS = model.vision_tower.side ** 2;
+const MAX_PROMPT = 200; // characters
+const MAX_NEW_TOKENS = 64;
+const SLICE = 30; // milliseconds of writing between two drawings
+
+function element(id) {
+  return document.getElementById(id);
+}
+
+/* A new element; text stays text. */
+function make(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name in made && name !== "list") made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+function make_svg(tag, attributes = {}, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+/* Ask the model again, once a frame at most. */
+let asked = 0, waiting = false;
+function changed() {
+  asked += 1;
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => {
+    waiting = false;
+    answer(asked);
+  });
+}
+
+/* Draw all parts again; the model is not asked. */
+function show_all() {
+  for (const part of page.parts) part.show();
+}
+
+function current_picture() {
+  return page.upload ?? draw_scene(page.scene);
+}
+
+/* Read picture and prompt, and write word by word. `number` says which request this is: a newer one ends it. */
+async function answer(number) {
+  const began = performance.now(), picture = current_picture();
+  const pixel_values = to_pixel_values(picture, image_processor);
+  const prefix_ids = tokenizer.encode_prefix(page.prompt, IMAGE_TOKENS, page.breaks);
+  const room = model.config.text_config.max_position_embeddings - MAX_NEW_TOKENS;
+  const taken = `This prompt and its picture take ${prefix_ids.length} tokens`;
+  page.problem = prefix_ids.length > room ? `${taken}, and the model has room for ${room}: shorten it.` : null;
+  if (page.problem) return show_all();
+  const trace = new Trace(), random = random_numbers(page.seed);
+  const result = { picture, pixel_values, prefix_ids, trace, words: [], done: false, occlusion: null, whole: null };
+  page.result = result;
+  const choose = (logits) => sample(logits, page.temperature, page.top_p, random);
+  const options = { choose, record: trace.record, breaks: page.breaks, max_new_tokens: MAX_NEW_TOKENS };
+  let shown = -Infinity;
+  for (const word of model.stream(prefix_ids, pixel_values, options)) {
+    result.words.push(word);
+    result.milliseconds ??= performance.now() - began;
+    if (performance.now() - shown < SLICE) continue;
+    for (const part of page.parts) if (part.streams || result.words.length === 1) part.show();
+    await new Promise((resolve) => setTimeout(resolve)); // lets the page draw, and edits come in
+    if (number !== asked) return;
+    shown = performance.now();
+  }
+  if (Object.keys(page.breaks).length > 0) result.whole = whole_answer(result);
+  result.done = true;
+  show_all();
+}
+
+/* What the model says when nothing is broken. */
+function whole_answer({ pixel_values }) {
+  const ids = tokenizer.encode_prefix(page.prompt, IMAGE_TOKENS);
+  return tokenizer.decode([...model.stream(ids, pixel_values)].map((word) => word.token_id));
+}
+
+function answer_text() {
+  return tokenizer.decode(page.result.words.map((word) => word.token_id)).trim();
+}
+
+/* The token that is looked at. A word of the answer stands for the token before it, which wrote it. */
+function looked_at() {
+  const first = page.result.prefix_ids.length, last = first + page.result.words.length - 1;
+  const telling = first + (page.result.words.length > 4 ? 2 : 0); // in a caption, the color of the first thing
+  const token = Math.min(page.token ?? telling, last);
+  const is_answer = token >= first;
+  return { token, is_answer, is_patch: token < IMAGE_TOKENS, looks: is_answer ? token - 1 : token, word: token - first };
+}
+
+/* A token's name for the eye: spaces and newlines can be seen. */
+function shown_name(id) {
+  return tokenizer.names[id].replaceAll("▁", "·").replaceAll("\n", "↵");
+}
+
+function percent(share) {
+  return share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+}
+
+window.addEventListener("DOMContentLoaded", () => {
+  const kinds = [Editor, Prompt, Chips, Looking, HeadOpened, NextWord, Lens, Mask, Breaks, Tour];
+  page.parts = kinds.map((kind) => new kind());
+  element("looking_notebook").append(notebook_link("09_looking_inside", "09"));
+  if (BOOK !== null) element("book_link").replaceChildren(make("a", { href: `${BOOK}index.html` }, "minivlm, the book"));
+  element("book_link").hidden = BOOK === null;
+  read_link() || load_sample(2);
+  window.addEventListener("hashchange", read_link);
+  changed();
+});
