@@ -65,7 +65,7 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class MovingConfig:
-    """Everything that decides the result. The defaults made the shipped ones."""
+    """Everything that decides the result."""
 
     system: str
     seed: int = 0
