@@ -68,7 +68,7 @@ def read_pairs(
         check_picture(folder / image, known)
         return Pair(number, image, folder / image, text)
 
-    return read_lines(path, read_line, KEYS, warn)
+    return list(read_lines(path, read_line, KEYS, warn))
 
 
 def read_captions(path: str | Path) -> list[str]:
@@ -85,7 +85,7 @@ def read_captions(path: str | Path) -> list[str]:
             raise InputError("its text contains half a surrogate pair") from error
         return text
 
-    return read_lines(path, read_line, KEYS, warn=lambda bad: None)
+    return list(read_lines(path, read_line, KEYS, warn=lambda bad: None))
 
 
 # pixel_values [n, C, H, W] and input_ids [n, T]; row i of one matches row i of the other
