@@ -1,12 +1,15 @@
-"""Write a folder of the shapes of a published PaliGemma or Qwen2-VL, with random weights.
+"""Write a folder of the shapes of a published PaliGemma, Qwen2-VL, DeepSeek-VL or Llama, with random weights.
 
 Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out FOLDER
      python bench/make_checkpoint.py qwen2-vl-2b --out FOLDER
+     python bench/make_checkpoint.py deepseek-vl-1.3b --out FOLDER
+     python bench/make_checkpoint.py deepseek-vl2-tiny --out FOLDER
+     python bench/make_checkpoint.py llama-3.2-11b-vision-instruct --out FOLDER
 
-PaliGemma's weights lie behind a license. What loading and answering cost does not depend on the numbers in
-the files, only on how many there are and how they are laid out; and that is as published: the names of the
-Hub, bfloat16 in shards of up to 5 GB with an index, no second copy of a tied head, an embedding table of as
-many rows, and a config.json that leaves out what the published one leaves out.
+PaliGemma's weights and Llama's lie behind a license. What loading and answering cost does not depend on the
+numbers in the files, only on how many there are and how they are laid out; and that is as published: the
+names of the Hub, bfloat16 in shards of up to 5 GB with an index, no second copy of a tied head, an embedding
+table of as many rows, and a config.json that leaves out what the published one leaves out.
 
 The numbers are normal, of such a size that every layer gives out about what it got: nothing overflows. They
 are cut from one block of random numbers, from a place that depends on the tensor's name, so that pictures of
@@ -14,8 +17,8 @@ are cut from one block of random numbers, from a place that depends on the tenso
 so that no two rows of a table are equal.
 
 The tokenizer has as many words as the published one and the same ids for what marks pictures, boxes and
-turns, but other words: every letter, and runs of two to four letters. A text has a few more tokens than in
-Gemma or Qwen2. What such a model answers means nothing: under random attention the states of a long prompt
+turns, but other words: every letter, and runs of two to four letters. A text has a few more tokens than with
+the published one. What such a model answers means nothing: under random attention the states of a long prompt
 grow alike, and one word is repeated. To compare two programs on such a folder, compare logits.
 """
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import time
@@ -33,7 +37,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from published import paligemma, qwen2_vl
+from published import deepseek_vl, deepseek_vl2, llama_vision, paligemma, qwen2_vl
 from published.family import Family
 from torch import Tensor
 
@@ -41,6 +45,9 @@ from minivlm import PaliGemmaConfig
 from minivlm.checkpoints.layouts import as_in_file
 from minivlm.checkpoints.weights import INDEX
 from minivlm.errors import InputError
+from minivlm.models.deepseek_vl import DeepseekVLConfig
+from minivlm.models.deepseek_vl2 import DeepseekVL2Config
+from minivlm.models.llama_vision import LlamaVisionConfig
 from minivlm.models.qwen2_5_vl import Qwen2_5_VLConfig
 from minivlm.models.qwen2_vl import Qwen2VLConfig
 
@@ -49,16 +56,21 @@ BLOCK = 2**24 + 43  # random numbers, a prime
 MIB = 2**20
 TOKENIZER_BYTES = 32 * MIB  # about
 
-Config = PaliGemmaConfig | Qwen2VLConfig | Qwen2_5_VLConfig
-FAMILIES: dict[type[Config], Family] = {
+FAMILIES: dict[type[Any], Family] = {
     PaliGemmaConfig: paligemma.PALIGEMMA,
     Qwen2VLConfig: qwen2_vl.QWEN2_VL,
     Qwen2_5_VLConfig: qwen2_vl.QWEN2_5_VL,
+    DeepseekVLConfig: deepseek_vl.DEEPSEEK_VL,
+    DeepseekVL2Config: deepseek_vl2.DEEPSEEK_VL2,
+    LlamaVisionConfig: llama_vision.LLAMA_VISION,
 }
-PUBLISHED: dict[str, Config] = dict(sorted({**paligemma.PUBLISHED, **qwen2_vl.PUBLISHED}.items()))
+MODULES = (paligemma, qwen2_vl, deepseek_vl, deepseek_vl2, llama_vision)
+PUBLISHED: dict[str, Any] = {  # a config of one of these classes for each name
+    name: config for module in MODULES for name, config in sorted(module.PUBLISHED.items())
+}
 
 
-def make_checkpoint(config: Config, folder: Path, seed: int = 0, shard: int = SHARD) -> int:
+def make_checkpoint(config: Any, folder: Path, seed: int = 0, shard: int = SHARD) -> int:
     """Write a whole checkpoint of random bfloat16 weights and return the bytes of its weights.
 
     Args:
@@ -67,10 +79,7 @@ def make_checkpoint(config: Config, folder: Path, seed: int = 0, shard: int = SH
 
     Raises InputError: the folder exists, the disk has too little room, or the folder cannot be written.
     """
-    family = FAMILIES[type(config)]
-    with torch.device("meta"):
-        model = family.model(config).to(torch.bfloat16)
-    shapes = as_in_file(model.state_dict(), family.layout)
+    shapes = shapes_of(config)
     total = sum(tensor.nbytes for tensor in shapes.values())
 
     if folder.exists():
@@ -85,7 +94,7 @@ def make_checkpoint(config: Config, folder: Path, seed: int = 0, shard: int = SH
                 "there: make room, or choose another disk"
             )
         _write_small_files(config, aside)
-        _write_weights(shapes, total, aside, seed, shard, family.ones)
+        _write_weights(shapes, total, aside, seed, shard, FAMILIES[type(config)].ones)
         aside.rename(folder)
     except FileExistsError as error:
         raise InputError(f"{aside} is left of a run that was killed, or still runs: delete it") from error
@@ -99,14 +108,24 @@ def make_checkpoint(config: Config, folder: Path, seed: int = 0, shard: int = SH
     return total
 
 
-def _write_small_files(config: Config, folder: Path) -> None:
+def shapes_of(config: Any) -> dict[str, Tensor]:
+    """The tensors of the whole checkpoint, without their numbers."""
+    family = FAMILIES[type(config)]
+    with torch.device("meta"):
+        model = family.model(config).to(torch.bfloat16)
+        unread = {name: torch.empty(shape).bfloat16() for name, shape in family.unread(config).items()}
+    return as_in_file(model.state_dict(), family.layout) | unread
+
+
+def _write_small_files(config: Any, folder: Path) -> None:
     FAMILIES[type(config)].write_processor(config, folder)
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    if FAMILIES[type(config)].generation:
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     _write_json(folder / "config.json", published_config(config))
 
 
-def published_config(config: Config) -> dict[str, Any]:
+def published_config(config: Any) -> dict[str, Any]:
     """config.json with the gaps of the published ones: values that a reader has to know are left out."""
     return FAMILIES[type(config)].config_json(config) | {"torch_dtype": "bfloat16"}
 
@@ -164,7 +183,9 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _known_name(text: str) -> str:
-    name = text.removeprefix("google/").removeprefix("Qwen/").removesuffix("-Instruct").lower()
+    name = text.rpartition("/")[2].lower()
+    if name not in PUBLISHED:
+        name = re.sub("-(instruct|chat|base)$", "", name)
     if name not in PUBLISHED:
         raise argparse.ArgumentTypeError(f"there is no {text!r}: choose from {', '.join(PUBLISHED)}")
     return name

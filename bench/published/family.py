@@ -17,6 +17,9 @@ class Family(NamedTuple):
     ones: tuple[str, ...]  # how the names of tensors end whose numbers are around 1
     write_processor: Callable[[Any, Path], None]  # the processor's files for a config
     config_json: Callable[[Any], dict[str, Any]]  # what the published config.json says, and no more
+    # Tensors that the published files hold and no program reads: names and shapes for a config.
+    unread: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
+    generation: bool = True  # whether its folders have a generation_config.json
 
 
 def without(values: Mapping[str, Any], known: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 import tokenizers
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 # By frequency, so that the words which fit into the vocabulary are the likelier ones.
 LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
@@ -25,18 +25,35 @@ def longer_words(mark: str) -> Iterator[tuple[str, str]]:
             yield space + "".join(start), last
 
 
-def with_byte_words(form: tokenizers.Tokenizer, count: int) -> tokenizers.Tokenizer:
-    """A tokenizer over bytes in the form of another, with so many words and no added tokens."""
+def byte_form(pieces: str, ignore_merges: bool = False) -> tokenizers.Tokenizer:
+    """A byte-pair encoding over bytes that cuts texts by a regular expression, without words yet."""
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def with_byte_words(
+    form: tokenizers.Tokenizer, count: int, first: Sequence[str] = (), never: Sequence[str] = ()
+) -> tokenizers.Tokenizer:
+    """A tokenizer over bytes in the form of another, with so many words and no added tokens.
+
+    Args:
+        first: words before all others.
+        never: signs of bytes that are no words.
+    """
     state = json.loads(form.to_str())
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [*first, *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(never))]
     if count < len(letters):
         raise ValueError(f"room for {count} words, expected {len(letters)} for the bytes alone")
     merges = list(itertools.islice(longer_words("Ġ"), count - len(letters)))
-    state["model"]["vocab"] = _numbered([*letters, *(start + last for start, last in merges)])
+    words = [*letters, *(start + last for start, last in merges)]
+    state["model"]["vocab"] = {word: index for index, word in enumerate(words)}
     state["model"]["merges"] = [list(pair) for pair in merges]
     state["added_tokens"] = []
     return tokenizers.Tokenizer.from_str(json.dumps(state))
-
-
-def _numbered(words: Sequence[str]) -> dict[str, int]:
-    return {word: index for index, word in enumerate(words)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +18,7 @@ from PIL import Image
 from qwen2_5_vl import reference_qwen2_5_vl
 from qwen2_vl import TEXT, reference_qwen2_vl
 from safetensors import safe_open
+from small_checkpoints import imported
 from transformers import AutoModelForImageTextToText, AutoProcessor, PaliGemmaForConditionalGeneration
 from transformers import PaliGemmaConfig as ReferenceConfig
 
@@ -38,16 +38,9 @@ SMALL_SHARD = 60_000
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
+def bench() -> ModuleType:
     """bench/make_checkpoint.py, imported as it is run."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        import make_checkpoint
-
-        yield make_checkpoint
-    finally:
-        sys.path.remove(str(BENCH))
-        sys.modules.pop("make_checkpoint", None)
+    return imported("make_checkpoint")
 
 
 @pytest.fixture(scope="module", params=SMALL)
