@@ -56,9 +56,9 @@ def test_a_folder_loads_and_sees(bench: ModuleType, system: str, tmp_path: Path)
 def test_published_shapes(bench: ModuleType):
     """Numbers in the files, as the Hub counts them.
 
-    meta-llama's 11B model that was taught to chat has tiles of 560 pixels, and its published number is the last
-    one here. deepseek-ai/deepseek-vl2-tiny has a file of 6.74 GB. Its 1.3B model has 3.95 GB, with a pooling
-    head of 12.6 million that transformers' layout lacks.
+    The last one is published for Llama-3.2-11B-Vision-Instruct, whose tiles have 560 pixels. The file of
+    deepseek-vl2-tiny has 6.74 GB. That of deepseek-vl-1.3b has 3.95 GB in the layout of its own program, with
+    a pooling head of 12.6 million that transformers' layout lacks.
     """
     counts = {
         "deepseek-vl-1.3b": 1_962_640_384,
