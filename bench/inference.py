@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the tables (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="of all sides in turns (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="of an answer in a process (default: 3)")
     parser.add_argument("--tokens", type=int, default=16, help="written after the first one (default: 16)")
     parser.add_argument("--out", type=Path, help="write the tables there as well, and the figure beside it")
     options = parser.parse_args()
@@ -294,7 +295,7 @@ def main() -> None:
             "threads": options.threads,
             "device": options.device,
             "batch": 1,
-            "repeats": 3,
+            "repeats": options.repeats,
             "tokens": options.tokens,
             "logits": f"{scratch}/logits",
             "many": 32,

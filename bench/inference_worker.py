@@ -137,7 +137,9 @@ class Theirs:
         self.system = system_of(Path(job["folder"]))
         self.processor = self.system.processor
         before, start = memory("RssAnon"), time.perf_counter()
-        self.model = self.system.open_peer(Path(job["folder"]), dtype=dtype_of(job), attn_implementation=attention)
+        self.model = self.system.open_peer(
+            Path(job["folder"]), dtype=dtype_of(job), attn_implementation=attention
+        )
         self.load_seconds = time.perf_counter() - start
         self.copied = memory("RssAnon") - before
         self.model.to(job["device"]).eval()
@@ -226,6 +228,7 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
     """Gray noise as pictures and prompts of the wished length; in a batch they differ in length."""
     from PIL import Image
 
+    torch.manual_seed(0)  # here: opening a model may have drawn numbers
     processor = side.processor
     width, height = job.get("size") or [side.size, side.size]
     pictures, prompts = [], []
