@@ -158,7 +158,7 @@ def _write_shard(path: Path, shapes: dict[str, Tensor], block: Tensor, ones: tup
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in shapes.items():
             for numbers in _random(name, tensor.shape, block, ones):
-                file.write(numbers.view(torch.uint8).numpy())
+                file.write(numbers.view(torch.uint8).numpy().data)
 
 
 def _random(name: str, shape: torch.Size, block: Tensor, ones: tuple[str, ...] = ()) -> Iterator[Tensor]:
