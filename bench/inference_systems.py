@@ -144,7 +144,7 @@ def _llama_vision(folder: Path, **options: Any) -> Any:
     """transformers keeps what a block gives, Meta what it is given (minivlm/vision/llama_vision.py)."""
     import transformers
 
-    config = transformers.MllamaConfig.from_pretrained(folder)
+    config: Any = transformers.MllamaConfig.from_pretrained(folder)
     indices = config.vision_config.intermediate_layers_indices
     config.vision_config.intermediate_layers_indices = [index - 1 for index in indices]
     return transformers.MllamaForConditionalGeneration.from_pretrained(folder, config=config, **options)
