@@ -7,6 +7,8 @@ Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out /tmp/paligemma-3b
          --second /tmp/paligemma2-3b-pt-224 --out bench/results/inference.txt
      python bench/make_checkpoint.py qwen2-vl-2b --out /tmp/qwen2-vl-2b
      python bench/inference.py --only qwen --qwen /tmp/qwen2-vl-2b --out bench/results/inference_qwen2_vl.txt
+     python bench/inference.py --only deepseek --deepseek FOLDER_OF_DEEPSEEK_VL_OR_VL2
+     python bench/inference.py --only llama --llama FOLDER_OF_LLAMA_3.2_VISION
 
 Both sides open the same folder in bf16, with the same number of threads, and read the same picture and
 prompt. They take turns, each time in a process of its own (inference_worker.py), so that what else the
@@ -48,8 +50,12 @@ from minivlm.speed.one_row import linear, onednn_has_bf16
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-PARTS = ("answers", "load", "eight", "second", "context", "towers", "large", "qwen")
-QWEN_SIZE = (1120, 700)  # pixels: 40 x 25 = 1,000 image tokens
+PARTS = ("answers", "load", "eight", "second", "context", "towers", "large", "qwen", "deepseek", "llama")
+SIZES = {  # of pictures, in pixels
+    "qwen": (1120, 700),  # 40 x 25 = 1,000 image tokens
+    "deepseek": (384, 384),  # 576 image tokens; in DeepSeek-VL2, 421
+    "llama": (560, 560),  # one tile
+}
 OURS, PACKED, PEER = "minivlm", "minivlm packed", "transformers"
 Rounds = dict[str, list[dict[str, Any]]]  # by side, one result per round
 
@@ -252,16 +258,19 @@ def main() -> None:
     parser.add_argument("--large", type=Path, help="the same for pictures of 896 pixels")
     parser.add_argument("--second", type=Path, help="a PaliGemma 2 folder")
     parser.add_argument("--qwen", type=Path, help="a folder of Qwen2-VL or Qwen2.5-VL")
+    parser.add_argument("--deepseek", type=Path, help="a folder of DeepSeek-VL or deepseek-vl2-tiny")
+    parser.add_argument("--llama", type=Path, help="a folder of Llama 3.2 Vision")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the tables (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="of all sides in turns (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="of an answer in a process (default: 3)")
     parser.add_argument("--tokens", type=int, default=16, help="written after the first one (default: 16)")
     parser.add_argument("--out", type=Path, help="write the tables there as well, and the figure beside it")
     options = parser.parse_args()
     parts = options.only or PARTS
-    if options.folder is None and set(parts) - {"qwen"}:
-        parser.error("give a PaliGemma folder, or --only qwen")
+    if options.folder is None and set(parts) - set(SIZES):
+        parser.error(f"give a PaliGemma folder, or --only with some of {', '.join(SIZES)}")
     lines: list[str] = []
 
     def say(*more: str) -> None:
@@ -286,7 +295,7 @@ def main() -> None:
             "threads": options.threads,
             "device": options.device,
             "batch": 1,
-            "repeats": 3,
+            "repeats": options.repeats,
             "tokens": options.tokens,
             "logits": f"{scratch}/logits",
             "many": 32,
@@ -319,9 +328,14 @@ def main() -> None:
         if "large" in parts and options.large:
             large = {**few, "folder": str(options.large), "tokens": 4}
             say("", *answers("896 pixels", [OURS, *packed, PEER], 1, large)[0])
-        if "qwen" in parts and options.qwen:
-            asked = {**job, "folder": str(options.qwen), "size": QWEN_SIZE}
-            say("", *answers(options.qwen.name, [OURS, *packed, PEER], options.rounds, asked)[0])
+        for name, size in SIZES.items():
+            folder = getattr(options, name)
+            if name in parts and folder:
+                asked = {**job, "folder": str(folder), "size": size}
+                # Llama's 21 GB fit into memory once, as a file that is mapped: one answer, and no copies.
+                asked |= {"repeats": 1} if name == "llama" else {}
+                sides = [OURS, PEER] if name == "llama" else [OURS, *packed, PEER]
+                say("", *answers(folder.name, sides, options.rounds, asked)[0])
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
 

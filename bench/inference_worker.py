@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from inference_systems import system_of
 from torch import Tensor
 
 NEVER = -1  # an end-of-sequence id that no word has: every run writes the same number of tokens
@@ -49,25 +50,8 @@ def memory(name: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-READ = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")  # what our models read of a batch
-
-
-def family(folder: Path) -> tuple[Any, Any, str]:
-    """The class of a folder's model, its processor, and the name of transformers' class."""
-    from minivlm.checkpoints.hub import read_config
-    from minivlm.models.paligemma import PaliGemma, PaliGemmaConfig
-    from minivlm.models.qwen2_5_vl import Qwen2_5_VL
-    from minivlm.models.qwen2_vl import Qwen2VL
-    from minivlm.processing import Processor, Qwen2_5_VLProcessor, Qwen2VLProcessor
-
-    values = read_config(folder)
-    if values["model_type"] == "qwen2_vl":
-        return Qwen2VL, Qwen2VLProcessor.from_pretrained(folder), "Qwen2VLForConditionalGeneration"
-    if values["model_type"] == "qwen2_5_vl":
-        return Qwen2_5_VL, Qwen2_5_VLProcessor.from_pretrained(folder), "Qwen2_5_VLForConditionalGeneration"
-    patches = PaliGemmaConfig.from_dict(values).vision.num_patches
-    processor = Processor.from_pretrained(folder, image_seq_length=patches)
-    return PaliGemma, processor, "PaliGemmaForConditionalGeneration"
+# What our models read of a batch.
+READ = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "aspect_ratio_ids")
 
 
 class Ours:
@@ -80,14 +64,15 @@ class Ours:
         quantize = "int8" if "int8" in job["side"] else None
         dtype, folder = dtype_of(job), job["folder"]
         pack = "packed" in job["side"]
-        model_class, self.processor, _ = family(Path(folder))
+        self.system = system_of(Path(folder))
+        self.processor = self.system.processor
         before, start = memory("RssAnon"), time.perf_counter()
         if quantize or pack:  # by `load`, which also reads the tokenizer: half a second
             self.model, _ = minivlm.load(
                 folder, dtype=dtype, device=job["device"], quantize=quantize, pack=pack
             )
         else:
-            model = model_class.from_pretrained(folder, dtype=dtype, device=job["device"])
+            model = self.system.model.from_pretrained(folder, dtype=dtype, device=job["device"])
             self.model = cast(Any, speed_up(model))
         self.load_seconds = time.perf_counter() - start
         self.copied = memory("RssAnon") - before
@@ -149,10 +134,11 @@ class Theirs:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         attention = "eager" if "eager" in job["side"] else None
-        _, self.processor, name = family(Path(job["folder"]))
+        self.system = system_of(Path(job["folder"]))
+        self.processor = self.system.processor
         before, start = memory("RssAnon"), time.perf_counter()
-        self.model = getattr(transformers, name).from_pretrained(
-            job["folder"], dtype=dtype_of(job), attn_implementation=attention
+        self.model = self.system.open_peer(
+            Path(job["folder"]), dtype=dtype_of(job), attn_implementation=attention
         )
         self.load_seconds = time.perf_counter() - start
         self.copied = memory("RssAnon") - before
@@ -169,13 +155,13 @@ class Theirs:
         return lambda pixels: tower(pixel_values=pixels).last_hidden_state
 
     def first_logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        inputs = self.told(inputs)
+        inputs = self.system.told(inputs)
         with torch.inference_mode():
             return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
     def tokens(self, inputs: dict[str, Tensor], count: int) -> Iterator[float]:
         """Seconds of each new token."""
-        inputs = self.told(inputs)
+        inputs = self.system.told(inputs)
         times: list[float] = []
         start = time.perf_counter()
 
@@ -190,13 +176,6 @@ class Theirs:
         with torch.inference_mode():
             self.model.generate(**inputs, max_new_tokens=count, do_sample=False, stopping_criteria=[stop_at])
         yield from times
-
-    def told(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same batch; of Qwen's, with which tokens stand for pictures."""
-        if "image_grid_thw" not in inputs:
-            return inputs
-        types = (inputs["input_ids"] == self.model.config.image_token_id).long()
-        return {**inputs, "mm_token_type_ids": types}
 
     def step_after(self, context: int) -> Any:
         """A function that reads one token with so many tokens before it."""
@@ -249,6 +228,7 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
     """Gray noise as pictures and prompts of the wished length; in a batch they differ in length."""
     from PIL import Image
 
+    torch.manual_seed(0)  # here: opening a model may have drawn numbers
     processor = side.processor
     width, height = job.get("size") or [side.size, side.size]
     pictures, prompts = [], []
@@ -265,9 +245,9 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
             for tensor in inputs.values():
                 if tensor.shape[:2] == inputs["input_ids"].shape:
                     tensor[row] = tensor[row].roll(shift)
-    inputs = {name: tensor.to(job["device"]) for name, tensor in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype_of(job))
-    return inputs
+    asked: dict[str, Tensor] = side.system.asked(inputs)
+    return {name: tensor.to(job["device"]) for name, tensor in asked.items()}
 
 
 def answer(side: Any, job: dict[str, Any]) -> dict[str, Any]:

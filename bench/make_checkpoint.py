@@ -1,12 +1,15 @@
-"""Write a folder of the shapes of a published PaliGemma or Qwen2-VL, with random weights.
+"""Write a folder of the shapes of a published PaliGemma, Qwen2-VL, DeepSeek-VL or Llama, with random weights.
 
 Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out FOLDER
      python bench/make_checkpoint.py qwen2-vl-2b --out FOLDER
+     python bench/make_checkpoint.py deepseek-vl-1.3b --out FOLDER
+     python bench/make_checkpoint.py deepseek-vl2-tiny --out FOLDER
+     python bench/make_checkpoint.py llama-3.2-11b-vision-instruct --out FOLDER
 
-PaliGemma's weights lie behind a license. What loading and answering cost does not depend on the numbers in
-the files, only on how many there are and how they are laid out; and that is as published: the names of the
-Hub, bfloat16 in shards of up to 5 GB with an index, no second copy of a tied head, an embedding table of as
-many rows, and a config.json that leaves out what the published one leaves out.
+PaliGemma's weights and Llama's lie behind a license. What loading and answering cost does not depend on the
+numbers in the files, only on how many there are and how they are laid out; and that is as published: the
+names of the Hub, bfloat16 in shards of up to 5 GB with an index, no second copy of a tied head, an embedding
+table of as many rows, and a config.json that leaves out what the published one leaves out.
 
 The numbers are normal, of such a size that every layer gives out about what it got: nothing overflows. They
 are cut from one block of random numbers, from a place that depends on the tensor's name, so that pictures of
@@ -14,111 +17,60 @@ are cut from one block of random numbers, from a place that depends on the tenso
 so that no two rows of a table are equal.
 
 The tokenizer has as many words as the published one and the same ids for what marks pictures, boxes and
-turns, but other words: every letter, and runs of two to four letters. A text has a few more tokens than in
-Gemma or Qwen2. What such a model answers means nothing: under random attention the states of a long prompt
+turns, but other words: every letter, and runs of two to four letters. A text has a few more tokens than with
+the published one. What such a model answers means nothing: under random attention the states of a long prompt
 grow alike, and one word is repeated. To compare two programs on such a folder, compare logits.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import re
 import shutil
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import tokenizers
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from tokenizers import AddedToken, pre_tokenizers
+from published import deepseek_vl, deepseek_vl2, llama_vision, paligemma, qwen2_vl
+from published.family import Family
 from torch import Tensor
 
-from minivlm import PaliGemma, PaliGemmaConfig, Processor, SiglipVisionConfig
-from minivlm.checkpoints.layouts import PALIGEMMA_LAYOUTS, QWEN2_VL_LAYOUTS, Layout, as_in_file
+from minivlm import PaliGemmaConfig
+from minivlm.checkpoints.layouts import as_in_file
 from minivlm.checkpoints.weights import INDEX
 from minivlm.errors import InputError
-from minivlm.models.qwen2_5_vl import Qwen2_5_VL, Qwen2_5_VLConfig
-from minivlm.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
-from minivlm.models.sizes import DECODERS, IMAGE_SIZES, paligemma2_config
-from minivlm.processing import (
-    ImageProcessor,
-    Qwen2_5_VLProcessor,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Tokenizer,
-    build_tokenizer,
-    qwen2_tokens,
-)
-from minivlm.processing.tokens import IMAGE, LOC_TOKENS, SEG_TOKENS
+from minivlm.models.deepseek_vl import DeepseekVLConfig
+from minivlm.models.deepseek_vl2 import DeepseekVL2Config
+from minivlm.models.llama_vision import LlamaVisionConfig
+from minivlm.models.qwen2_5_vl import Qwen2_5_VLConfig
+from minivlm.models.qwen2_vl import Qwen2VLConfig
 
 SHARD = 5_000_000_000  # bytes, as the published folders are cut
 BLOCK = 2**24 + 43  # random numbers, a prime
 MIB = 2**20
 TOKENIZER_BYTES = 32 * MIB  # about
-# By frequency, so that the words which fit into the vocabulary are the likelier ones.
-LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
 
-
-Config = PaliGemmaConfig | Qwen2VLConfig | Qwen2_5_VLConfig
-# Norms whose weights are around 1. Gemma's RMSNorm multiplies by 1 + weight.
-SIGLIP_NORMS = ("layer_norm1.weight", "layer_norm2.weight", "post_layernorm.weight")
-QWEN2_NORMS = ("norm.weight", "norm1.weight", "norm2.weight", "layernorm.weight", "ln_q.weight")
-FAMILIES: dict[type[Config], tuple[type[PaliGemma | Qwen2VL], Layout, tuple[str, ...]]] = {
-    PaliGemmaConfig: (PaliGemma, PALIGEMMA_LAYOUTS["hub"], SIGLIP_NORMS),
-    Qwen2VLConfig: (Qwen2VL, QWEN2_VL_LAYOUTS["hub"], QWEN2_NORMS),
-    Qwen2_5_VLConfig: (Qwen2_5_VL, QWEN2_VL_LAYOUTS["hub"], QWEN2_NORMS),
+FAMILIES: dict[type[Any], Family] = {
+    PaliGemmaConfig: paligemma.PALIGEMMA,
+    Qwen2VLConfig: qwen2_vl.QWEN2_VL,
+    Qwen2_5_VLConfig: qwen2_vl.QWEN2_5_VL,
+    DeepseekVLConfig: deepseek_vl.DEEPSEEK_VL,
+    DeepseekVL2Config: deepseek_vl2.DEEPSEEK_VL2,
+    LlamaVisionConfig: llama_vision.LLAMA_VISION,
 }
-# After Qwen2's words, in the order of their ids. No model reads <|vision_pad|>.
-QWEN2_ADDED = (
-    *qwen2_tokens.CONTROLS[:3],
-    *qwen2_tokens.MARKS,
-    *qwen2_tokens.CONTROLS[3:5],
-    "<|vision_pad|>",
-    *qwen2_tokens.CONTROLS[5:],
-)
+MODULES = (paligemma, qwen2_vl, deepseek_vl, deepseek_vl2, llama_vision)
+PUBLISHED: dict[str, Any] = {  # a config of one of these classes for each name
+    name: config for module in MODULES for name, config in sorted(module.PUBLISHED.items())
+}
 
 
-def _published() -> dict[str, Config]:
-    first = PaliGemmaConfig()
-    configs: dict[str, Config] = {
-        "qwen2-vl-2b": _qwen2_vl_2b(),
-        "qwen2-vl-7b": Qwen2VLConfig(),
-        "qwen2.5-vl-3b": Qwen2_5_VLConfig(),
-    }
-    for kind, sizes in (("pt", IMAGE_SIZES), ("mix", IMAGE_SIZES[:2])):
-        for size in sizes:
-            vision = replace(first.vision, image_size=size)
-            configs[f"paligemma-3b-{kind}-{size}"] = replace(first, vision=vision)
-            for width in DECODERS:
-                configs[f"paligemma2-{width}-{kind}-{size}"] = paligemma2_config(width, size)
-    return dict(sorted(configs.items()))
-
-
-def _qwen2_vl_2b() -> Qwen2VLConfig:
-    large = Qwen2VLConfig()
-    text = replace(
-        large.text,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    )
-    return replace(large, vision=replace(large.vision, hidden_size=1536), text=text)
-
-
-PUBLISHED = _published()
-
-
-def make_checkpoint(config: Config, folder: Path, seed: int = 0, shard: int = SHARD) -> int:
+def make_checkpoint(config: Any, folder: Path, seed: int = 0, shard: int = SHARD) -> int:
     """Write a whole checkpoint of random bfloat16 weights and return the bytes of its weights.
 
     Args:
@@ -127,10 +79,7 @@ def make_checkpoint(config: Config, folder: Path, seed: int = 0, shard: int = SH
 
     Raises InputError: the folder exists, the disk has too little room, or the folder cannot be written.
     """
-    model_class, layout, norms = FAMILIES[type(config)]
-    with torch.device("meta"):
-        model = model_class(cast(Any, config)).to(torch.bfloat16)
-    shapes = as_in_file(model.state_dict(), layout)
+    shapes = shapes_of(config)
     total = sum(tensor.nbytes for tensor in shapes.values())
 
     if folder.exists():
@@ -145,7 +94,7 @@ def make_checkpoint(config: Config, folder: Path, seed: int = 0, shard: int = SH
                 "there: make room, or choose another disk"
             )
         _write_small_files(config, aside)
-        _write_weights(shapes, total, aside, seed, shard, norms)
+        _write_weights(shapes, total, aside, seed, shard, FAMILIES[type(config)].ones)
         aside.rename(folder)
     except FileExistsError as error:
         raise InputError(f"{aside} is left of a run that was killed, or still runs: delete it") from error
@@ -159,92 +108,26 @@ def make_checkpoint(config: Config, folder: Path, seed: int = 0, shard: int = SH
     return total
 
 
-def _write_small_files(config: Config, folder: Path) -> None:
-    if isinstance(config, PaliGemmaConfig):
-        size, patches = config.vision.image_size, config.vision.num_patches
-        pictures = ImageProcessor(image_size=size, image_seq_length=patches)
-        Processor(Tokenizer(make_tokenizer(config.image_token_id)), pictures).save_pretrained(folder)
-    else:
-        family = Qwen2VLProcessor if isinstance(config, Qwen2VLConfig) else Qwen2_5_VLProcessor
-        tokenizer = Qwen2Tokenizer(make_qwen2_tokenizer(config.bos_token_id))
-        patch = config.vision.patch_size
-        family(tokenizer, Qwen2VLImageProcessor(patch_size=patch)).save_pretrained(folder)
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+def shapes_of(config: Any) -> dict[str, Tensor]:
+    """The tensors of the whole checkpoint, without their numbers."""
+    family = FAMILIES[type(config)]
+    with torch.device("meta"):
+        model = family.model(config).to(torch.bfloat16)
+        unread = {name: torch.empty(shape).bfloat16() for name, shape in family.unread(config).items()}
+    return as_in_file(model.state_dict(), family.layout) | unread
+
+
+def _write_small_files(config: Any, folder: Path) -> None:
+    FAMILIES[type(config)].write_processor(config, folder)
+    if FAMILIES[type(config)].generation:
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     _write_json(folder / "config.json", published_config(config))
 
 
-def published_config(config: Config) -> dict[str, Any]:
+def published_config(config: Any) -> dict[str, Any]:
     """config.json with the gaps of the published ones: values that a reader has to know are left out."""
-    values = config.to_dict() | {"torch_dtype": "bfloat16"}
-    if not isinstance(config, PaliGemmaConfig):  # written before transformers had rope_parameters
-        rope = values.pop("rope_parameters")
-        scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
-        del values["vision_config"]["in_channels"]
-        return values | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-    del values["tie_word_embeddings"]
-    known = SiglipVisionConfig().to_dict()
-    vision = ("image_size", "num_channels", "layer_norm_eps", "hidden_act")
-    values["vision_config"] = _without(values["vision_config"], known, vision)
-    if values["text_config"]["model_type"] == "gemma":  # the files of PaliGemma 2 say more
-        known = PaliGemmaConfig().text.to_dict()
-        text = ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters")
-        text += ("hidden_activation", "tie_word_embeddings")
-        values["text_config"] = _without(values["text_config"], known, text)
-    return values
-
-
-def _without(values: Mapping[str, Any], known: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in names or value != known[key]}
-
-
-def make_tokenizer(image_token_id: int) -> tokenizers.Tokenizer:
-    """A tokenizer in Gemma's form: words, then <loc>, <seg>, and <image> as its last id.
-
-    Every word is a shorter one and a letter more, those with a space before them first: a word of a text is
-    cut where the longest known beginning ends.
-    """
-    state = json.loads(build_tokenizer([]).to_str())
-    count = image_token_id - len(LOC_TOKENS) - len(SEG_TOKENS)
-    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    words = dict.fromkeys([*state["model"]["vocab"], "▁", "\n", *characters])  # ordered, no doubles
-    if count < len(words):
-        raise ValueError(f"image_token_id {image_token_id} leaves {count} words, expected {len(words)}")
-    merges = []
-    for start, letters in itertools.islice(_longer_words("▁"), count - len(words)):
-        merges.append([start, letters])
-        words[start + letters] = None
-    state["model"]["vocab"] = {word: index for index, word in enumerate(words)}
-    state["model"]["merges"] = merges
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 4]  # <pad> to <unk>
-    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    backend.add_tokens([*LOC_TOKENS, *SEG_TOKENS])
-    backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    return backend
-
-
-def make_qwen2_tokenizer(count: int) -> tokenizers.Tokenizer:
-    """A tokenizer in Qwen2's form: so many words, made as for Gemma, then what controls the model."""
-    state = json.loads(qwen2_tokens.build_qwen2_tokenizer([]).to_str())
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if count < len(letters):
-        raise ValueError(f"room for {count} words, expected {len(letters)} for the bytes alone")
-    merges = list(itertools.islice(_longer_words("Ġ"), count - len(letters)))
-    words = [*letters, *(start + last for start, last in merges)]
-    state["model"]["vocab"] = {word: index for index, word in enumerate(words)}
-    state["model"]["merges"] = [list(pair) for pair in merges]
-    state["added_tokens"] = []
-    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in QWEN2_ADDED])
-    return backend
-
-
-def _longer_words(mark: str) -> Iterator[tuple[str, str]]:
-    """(known beginning, last letter) of words: after a space of 1 to 4 letters, without of 2 and 3."""
-    for space, length in ((mark, 1), (mark, 2), (mark, 3), ("", 2), ("", 3), (mark, 4)):
-        for letters in itertools.product(LETTERS, repeat=length):
-            *start, last = letters
-            yield space + "".join(start), last
+    return FAMILIES[type(config)].config_json(config) | {"torch_dtype": "bfloat16"}
 
 
 def _write_weights(
@@ -275,12 +158,10 @@ def _write_shard(path: Path, shapes: dict[str, Tensor], block: Tensor, ones: tup
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in shapes.items():
             for numbers in _random(name, tensor.shape, block, ones):
-                file.write(numbers.view(torch.uint8).numpy())
+                file.write(numbers.view(torch.uint8).numpy().data)
 
 
-def _random(
-    name: str, shape: torch.Size, block: Tensor, ones: tuple[str, ...] = SIGLIP_NORMS
-) -> Iterator[Tensor]:
+def _random(name: str, shape: torch.Size, block: Tensor, ones: tuple[str, ...] = ()) -> Iterator[Tensor]:
     """The numbers of one tensor in order, bfloat16, in pieces of up to the block's length.
 
     They are around 1 if its name ends with one of `ones`, and else around 0.
@@ -302,7 +183,9 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _known_name(text: str) -> str:
-    name = text.removeprefix("google/").removeprefix("Qwen/").removesuffix("-Instruct").lower()
+    name = text.rpartition("/")[2].lower()
+    if name not in PUBLISHED:
+        name = re.sub("-(instruct|chat|base)$", "", name)
     if name not in PUBLISHED:
         raise argparse.ArgumentTypeError(f"there is no {text!r}: choose from {', '.join(PUBLISHED)}")
     return name

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from qwen2_folders import write_folder
+from small_checkpoints import SMALL, imported
 
 from minivlm.models.load import SHIPPED
 from minivlm.speed.one_row import onednn_has_bf16
@@ -61,6 +62,21 @@ def test_qwens_are_asked_alike(tmp_path: Path, system: str):
     results, logits = [], []
     for side in ("minivlm", "transformers"):
         changes = {"folder": folder, "size": [24, 16], "dtype": "float32", "batch": 1}
+        results.append(work(tmp_path, side, **changes))
+        logits.append(torch.load(tmp_path / f"{side}.pt"))
+    assert results[0]["prompt"] == results[1]["prompt"]
+    assert len(results[0]["decode"]) == len(results[1]["decode"]) == 6
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4 * float(logits[1].std()))
+
+
+@pytest.mark.parametrize("system", SMALL)
+def test_deepseek_and_llama_are_asked_alike(tmp_path: Path, system: str):
+    """With folders of make_checkpoint.py, which transformers reads."""
+    folder = tmp_path / "folder"
+    imported("make_checkpoint").make_checkpoint(SMALL[system](), folder)
+    results, logits = [], []
+    for side in ("minivlm", "transformers"):
+        changes = {"folder": str(folder), "size": [28, 28], "dtype": "float32", "batch": 1}
         results.append(work(tmp_path, side, **changes))
         logits.append(torch.load(tmp_path / f"{side}.pt"))
     assert results[0]["prompt"] == results[1]["prompt"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +18,7 @@ from PIL import Image
 from qwen2_5_vl import reference_qwen2_5_vl
 from qwen2_vl import TEXT, reference_qwen2_vl
 from safetensors import safe_open
+from small_checkpoints import imported
 from transformers import AutoModelForImageTextToText, AutoProcessor, PaliGemmaForConditionalGeneration
 from transformers import PaliGemmaConfig as ReferenceConfig
 
@@ -38,16 +38,9 @@ SMALL_SHARD = 60_000
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
+def bench() -> ModuleType:
     """bench/make_checkpoint.py, imported as it is run."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        import make_checkpoint
-
-        yield make_checkpoint
-    finally:
-        sys.path.remove(str(BENCH))
-        sys.modules.pop("make_checkpoint", None)
+    return imported("make_checkpoint")
 
 
 @pytest.fixture(scope="module", params=SMALL)
@@ -223,7 +216,7 @@ def test_qwens_published_shapes(bench: ModuleType):
     for name, millions in {"qwen2-vl-2b": 2209.0, "qwen2-vl-7b": 8291.4, "qwen2.5-vl-3b": 3754.6}.items():
         config = bench.PUBLISHED[name]
         with torch.device("meta"):
-            model = bench.FAMILIES[type(config)][0](config)
+            model = bench.FAMILIES[type(config)].model(config)
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
         written = json.loads(json.dumps(bench.published_config(config)))
         assert type(config).from_dict(written) == config
@@ -232,7 +225,7 @@ def test_qwens_published_shapes(bench: ModuleType):
 
 
 def test_qwens_full_tokenizer(bench: ModuleType):
-    backend = bench.make_qwen2_tokenizer(151643)
+    backend = bench.qwen2_vl.make_tokenizer(151643)
     places = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|box_start|>": 151648}
     places |= {"<|vision_start|>": 151652, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
     assert {token: backend.token_to_id(token) for token in places} == places
@@ -242,7 +235,7 @@ def test_qwens_full_tokenizer(bench: ModuleType):
 
 
 def test_the_full_tokenizer(bench: ModuleType):
-    backend = bench.make_tokenizer(257152)
+    backend = bench.paligemma.make_tokenizer(257152)
     assert backend.get_vocab_size() == 257153
     places = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<loc0000>": 256000, "<loc1023>": 257023}
     places |= {"<seg000>": 257024, "<seg127>": 257151, "<image>": 257152}
