@@ -49,4 +49,6 @@ def test_kinds(content: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "my.jsonl").write_text(content, encoding="utf-8")
     assert kind_of_lines(tmp_path / "my.jsonl") == kind
     with pytest.raises(InputError, match="cannot be read"):
+        kind_of_lines(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="is a folder without shards"):
         kind_of_lines(tmp_path)
