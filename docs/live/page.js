@@ -91,7 +91,7 @@ async function answer(number) {
     result.words.push(word);
     result.milliseconds ??= performance.now() - began;
     if (performance.now() - shown < SLICE) continue;
-    for (const part of page.parts) if (part.streams || result.words.length === 1) part.show();
+    for (const part of page.parts) if (part.streams) part.show();
     await new Promise((resolve) => setTimeout(resolve)); // lets the page draw, and edits come in
     if (number !== asked) return;
     shown = performance.now();

@@ -139,6 +139,7 @@ def test_everything_can_be_done_with_the_keyboard(live: Page, ask: Callable[...,
 
 def test_things_are_added_and_painted(live: Page, ask: Callable[..., str]) -> None:
     live.locator("#add_things button").filter(has_text="triangle").click()
+    settled(live)
     live.locator("#colors button").nth(3).click()
     settled(live)
     new = scene_of(live).things[3]

@@ -184,4 +184,6 @@ def test_9_when_it_knew(tour: Page) -> None:
 
 def test_10_the_edge_of_its_world(tour: Page) -> None:
     go(tour, 10)
+    tour.locator("#prompt").fill("is there a dog?")
+    settled(tour)
     assert answer_of(tour) == "yes"
