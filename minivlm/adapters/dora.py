@@ -22,10 +22,8 @@ from minivlm.speed.int8 import Int8Linear
 def plain_weight(layer: nn.Module) -> Tensor:
     """The weight of a linear layer in fp32, [out, in]. Raises InputError: it is packed."""
     weight: Any = layer.weight
-    if isinstance(layer, Int4Linear):
+    if isinstance(layer, Int8Linear | Int4Linear):
         return layer.plain().float()
-    if isinstance(layer, Int8Linear):
-        return layer.weight.float() * layer.scale.float()[:, None]
     if weight.is_mkldnn:
         raise InputError("the weights are packed, and cannot be read: load the model without packing")
     return weight.float()

@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.speed.int4 import Int4Linear
-
 Rows = slice | Tensor  # of a matrix: which of its outputs
 
 
@@ -64,16 +62,6 @@ class LowRank(nn.Module):
         return weight + self.change(rows)
 
 
-def shape_of(layer: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer, whose weight may hold two numbers in a byte."""
-    if isinstance(layer, AdaptedLinear):
-        return shape_of(layer.base)
-    if isinstance(layer, Int4Linear):
-        return layer.out_features, layer.in_features
-    out, into = layer.weight.shape
-    return out, into
-
-
 class AdaptedLinear(nn.Module):
     """A linear layer with the changes of several adapters beside it. One of them is active, or none."""
 
@@ -97,7 +85,12 @@ class AdaptedLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """Its width: towers ask for it."""
-        return shape_of(self.base)[1]
+        return int(self.base.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """How many outputs it has."""
+        return int(self.base.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minivlm.adapters.config import LoraConfig
-from minivlm.adapters.lora import AdaptedLinear, Rows, shape_of
+from minivlm.adapters.lora import AdaptedLinear, Rows
 from minivlm.checkpoints.layouts import (
     CLIP_LAYOUTS,
     DEEPSEEK_VL2_LAYOUTS,
@@ -104,7 +104,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _place(parts: tuple[str, ...], ours: str, layers: list[Any]) -> Place:
-    shapes = [shape_of(layer) for layer in layers]
+    shapes = [(layer.out_features, layer.in_features) for layer in layers]
     out = sum(shape[0] for shape in shapes)
     numbers = split(torch.arange(out)[:, None], ours)
     return Place(parts, tuple(_slice(one[:, 0]) for one in numbers), (out, shapes[0][1]))

@@ -62,6 +62,11 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.out_features, self.in_features = weight.shape
+
+    def plain(self) -> Tensor:
+        """The weight [out, in] in fp32."""
+        return self.weight.float() * self.scale.float()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

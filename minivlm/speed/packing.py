@@ -33,6 +33,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_PER_PRODUCT))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         # No copy: these are pages of the memory-mapped file if the model runs in the file's dtype.
