@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minivlm.errors import InputError
 from minivlm.speed.one_row import TiedHead
 
-FEW_ROWS = 8  # up to this many rows, the int8 kernel is faster than converting the weights back
+FEW_ROWS = 8  # up to this many rows in bf16, the int8 kernel is faster than converting the weights back
 WEIGHTS_PER_BLOCK = 2**21  # converted back at a time: 4 MiB in bf16, which stay in the processor's cache
 KERNEL_STEP = 64  # inputs that the int8 kernel reads at a time, without checking where a row ends
 SHORT_ROW = 8192  # inputs; up to here, compiled code is faster than the int8 kernel
@@ -71,22 +71,19 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         rows = x.flatten(0, -2)  # [B * T, in]
-        few = x.device.type == "cpu" and len(rows) <= FEW_ROWS and rows.shape[1] % KERNEL_STEP == 0
-        out = self._few_rows(rows) if few else self._many_rows(rows)
-        return out.unflatten(0, x.shape[:-1])
-
-    def _few_rows(self, rows: Tensor) -> Tensor:
+        few = x.device.type == "cpu" and rows.dtype == torch.bfloat16 and len(rows) <= FEW_ROWS
         if torch.compiler.is_compiling() and len(rows) == 1 and rows.shape[1] <= SHORT_ROW:
             # torch.compile fuses this into one loop, which is faster than the kernel below for short rows.
             total = (self.weight.float() * rows.float()).sum(dim=-1)
-            return (total * self.scale.float()).to(rows.dtype)[None]
-        # Reads each int8 weight once and never writes the matrix in a wider dtype.
-        return torch._weight_int8pack_mm(rows, self.weight, self.scale)
-
-    def _many_rows(self, rows: Tensor) -> Tensor:
-        # Integers up to 127 are exact in bf16, and an output can be scaled after it is summed.
-        blocks = self.weight.split(max(1, WEIGHTS_PER_BLOCK // self.weight.shape[1]))
-        return torch.cat([F.linear(rows, block.to(rows.dtype)) for block in blocks], dim=-1) * self.scale
+            out = (total * self.scale.float()).to(rows.dtype)[None]
+        elif few and rows.shape[1] % KERNEL_STEP == 0:
+            # Reads each int8 weight once and never writes the matrix in a wider dtype. Slow in fp32.
+            out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            # Integers up to 127 are exact in bf16, and an output can be scaled after it is summed.
+            blocks = self.weight.split(max(1, WEIGHTS_PER_BLOCK // self.weight.shape[1]))
+            out = torch.cat([F.linear(rows, block.to(rows.dtype)) for block in blocks], dim=-1) * self.scale
+        return out.unflatten(0, x.shape[:-1])
 
 
 class Int8Embedding(nn.Module):

@@ -60,6 +60,18 @@ def test_linear_is_the_product_with_the_rounded_weight(
         torch.testing.assert_close(out.view(rows, 301).double(), expected, rtol=tolerance, atol=tolerance * 2)
 
 
+def test_only_bf16_takes_the_kernel(monkeypatch: pytest.MonkeyPatch):
+    """In fp32 it takes several times as long as a product with the weights converted back."""
+    taken: list[torch.dtype] = []
+    kernel = torch._weight_int8pack_mm
+    monkeypatch.setattr(
+        torch, "_weight_int8pack_mm", lambda rows, *rest: taken.append(rows.dtype) or kernel(rows, *rest)
+    )
+    for dtype in DTYPES:
+        Int8Linear(*quantize_rows(matrix(64, 64, dtype)))(torch.ones(1, 64, dtype=dtype))
+    assert taken == [torch.bfloat16]
+
+
 def test_embedding():
     weight = matrix()
     values, scale = quantize_rows(weight)
