@@ -78,9 +78,9 @@ RATES = ("muon_lr", "adamw_lr", "weight_decay")  # of both recipes, with the sam
 SYSTEM_RECIPE: shared.Recipe = {  # the other fields of `SystemConfig`
     "with --system": {
         "text_steps": (500, "steps of the language model alone"),
-        "steps": (1500, "steps with pictures; of qwen2_vl and qwen2_5_vl 2000"),
+        "steps": (1500, "steps with pictures; of qwen2_vl and qwen2_5_vl 2500"),
         "text_rows": (96, "rows of a step without pictures"),
-        "rows": (48, "rows of a step with pictures; of qwen2_vl and qwen2_5_vl 24"),
+        "rows": (48, "rows of a step with pictures; of qwen2_vl and qwen2_5_vl 40"),
     }
 }
 

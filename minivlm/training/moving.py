@@ -70,9 +70,9 @@ class MovingConfig:
     system: str
     seed: int = 0
     tower_steps: int = 500
-    steps: int = 2000
-    rows: int = 24  # clips or pictures of a step
-    questions: int = 9  # about each
+    steps: int = 2500
+    rows: int = 40  # clips or pictures of a step
+    questions: int = 4  # about each: more of them are the same ones again
     muon_lr: float = 0.02
     adamw_lr: float = 3e-3
     weight_decay: float = 0.02

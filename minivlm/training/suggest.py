@@ -61,8 +61,6 @@ def suggest(
     if free is not None and needed > free / 2:
         reason = f"all weights in training take {gigabytes(needed)}, and {gigabytes(free)} are free"
         found.append(Suggestion("--lora", "16", reason))
-    elif not large:
-        found.append(Suggestion("--lr", "0.002", "a small model learns new pictures at a high rate"))
     if len(samples) < FEW_LINES:
         reason = "with few pictures, shifted and smaller ones are new ones; boxes move along"
         found.append(Suggestion("--augment", "shift,zoom", reason))

@@ -24,10 +24,10 @@ from minivlm.world.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES
 Option = TypeVar("Option")
 
 TASKS = (
-    "direction", "first", "order", "seconds", "place", "presence", "color", "count", "caption", "detect",
-    "track",
+    "direction", "first", "order", "seconds", "length", "place", "presence", "color", "count", "caption",
+    "detect", "track",
 )  # fmt: skip
-QUESTION_TASKS = TASKS[:8]  # answered by a word or a few
+QUESTION_TASKS = TASKS[:9]  # answered by a word or a few
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "middle", "right"),
@@ -116,6 +116,10 @@ def _ask_seconds(clip: Clip, rng: np.random.Generator) -> Example | None:
     return Example("seconds", f"how many seconds until the {actor.name} {event.words}?", str(event.second))
 
 
+def _ask_length(clip: Clip, rng: np.random.Generator) -> Example | None:
+    return Example("length", "how many seconds does the clip last?", str(clip.seconds))
+
+
 def _ask_place(clip: Clip, rng: np.random.Generator) -> Example | None:
     second = _some_second(clip, rng)
     placed = [
@@ -174,6 +178,7 @@ _ASK: dict[str, Callable[[Clip, np.random.Generator], Example | None]] = {
     "first": _ask_first,
     "order": _ask_order,
     "seconds": _ask_seconds,
+    "length": _ask_length,
     "place": _ask_place,
     "presence": _ask_presence,
     "color": _ask_color,
@@ -224,4 +229,5 @@ def vocabulary() -> Iterator[str]:
     yield from (place for row in PLACES for place in row)
     yield from (f"{number} at second {number}" for number in range(10))
     yield from ("yes", "no", "none", "caption en\n", "what happens first?\n")
+    yield "how many seconds does the clip last?\n"
     yield "how many objects are there at second 1?\n1 <loc0000> ; 2 <loc0000> red circle"

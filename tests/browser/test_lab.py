@@ -34,6 +34,11 @@ TAKE_LONG = {
     "12_fine_tuning",
     "13_four_ways",
     "14_llava",
+    "15_qwen_vl",
+    "17_qwen2_5_vl",
+    "18_deepseek_vl",
+    "19_deepseek_vl2",
+    "20_llama_vision",
 }
 SLOW = TRAIN_FOR_MINUTES | TAKE_LONG  # nbval spends minutes on them already
 WITH_HOVER = {"09_looking_inside"}

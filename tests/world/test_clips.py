@@ -268,6 +268,7 @@ FORMS = {
     "order": rf"does the {NAME} (?P<what>appear|vanish|turn [a-z]+) before the "
     rf"(?P<other>(?:{COLOR}) (?:{SHAPE})) (?P<later>appears|vanishes|turns [a-z]+)\?",
     "seconds": rf"how many seconds until the {NAME} (?P<what>appears|vanishes|turns [a-z]+)\?",
+    "length": r"how many seconds does the clip last\?",
     "place": rf"where is the {NAME} {SECOND}\?",
     "presence": rf"is there an? {NAME} {SECOND}\?",
     "color": rf"what color is the (?P<shape>{SHAPE}) {SECOND}\?",
@@ -307,6 +308,8 @@ def answer_again(clip: Clip, seen: Seen, prefix: str) -> tuple[str, str]:
         second = seen.events[name, words["what"]]
         assert second == int(second)
         return task, str(int(second))
+    if task == "length":  # the last frame lasts as long as the others
+        return task, str(round(clip.times[-1] + clip.times[1]))
     if task == "place":
         (thing,) = [thing for thing in then if thing.name == name]
         column, row = 3 * thing.x / clip.width, 3 * thing.y / clip.height
