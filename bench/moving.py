@@ -1,7 +1,7 @@
 """What do the parts of Qwen2-VL and Qwen2.5-VL buy, in the world that moves?
 
-Run: python bench/moving.py --compare time --out bench/results/moving_time
-     python bench/moving.py --compare towers --out bench/results/moving_towers
+Run: python bench/moving.py --compare time --out bench/results/moving_time.txt
+     python bench/moving.py --compare towers --out bench/results/moving_towers.txt
      python bench/moving.py --ship minivlm/assets/miniatures
 
 time     One tower, trained once for each seed, and two decoders that differ in what a position in time means:
@@ -15,7 +15,8 @@ towers   Towers alone, which learn from pictures of eight shapes what lies in th
          those of a tower of these sizes on a picture of 96 x 96 pixels, and on one of 480 x 480.
 
 Three seeds. Results and runs are kept in --runs: a table may be made in pieces (--seeds), and what was
-stopped goes on.
+stopped goes on. With --json minivlm/assets/moving_time.json, or moving_towers.json, the numbers are written
+where notebooks find them.
 
 The third command trains both systems with seed 0 on all kinds of questions, as `minivlm train --system` does,
 and copies them into folders that notebooks open.
@@ -308,7 +309,8 @@ def main() -> None:
     )
     parser.add_argument("--compare", choices=("time", "towers"))
     parser.add_argument("--runs", type=Path, default=Path("runs/moving"), help="where results are kept")
-    parser.add_argument("--out", type=Path, help="write the table to OUT.txt and the numbers to OUT.json")
+    parser.add_argument("--out", type=Path, help="write the table here, too")
+    parser.add_argument("--json", type=Path, help="write the numbers here, too")
     parser.add_argument("--ship", type=Path, help="train both systems and copy them there, and stop")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
@@ -330,9 +332,9 @@ def main() -> None:
         results.append(json.loads(kept.read_text(encoding="utf-8")))
         print(as_text(results), flush=True)
     if options.out:
-        options.out.with_suffix(".txt").write_text(as_text(results) + "\n", encoding="utf-8")
-        numbers = json.dumps(results, indent=1) + "\n"
-        options.out.with_suffix(".json").write_text(numbers, encoding="utf-8")
+        options.out.write_text(as_text(results) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
