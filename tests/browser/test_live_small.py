@@ -15,12 +15,18 @@ from test_live_page import folder as folder
 from torch import Tensor
 from watching import Watcher, faint_texts, width
 
+from minivlm import masks
 from minivlm.rope import apply_rotary, rotary_angles
 
 
 @pytest.fixture
 def rotary(folder: Path, page: Page) -> Iterator[Page]:
     yield from opened(page, folder, "rotary.html")
+
+
+@pytest.fixture
+def mask(folder: Path, page: Page) -> Iterator[Page]:
+    yield from opened(page, folder, "mask.html")
 
 
 def opened(page: Page, folder: Path, name: str) -> Iterator[Page]:
@@ -104,7 +110,98 @@ def test_a_shift_turns_the_arrows_and_leaves_the_score(rotary: Page) -> None:
     assert (dot.get_attribute("cx"), dot.get_attribute("cy")) != there
 
 
-@pytest.mark.parametrize("name", ["rotary.html"])
+# ---- the mask ----------------------------------------------------------------------------------------------
+
+KINDS = ("prefix_lm", "causal", "everything")
+PADS = {"none": (0, 0), "left": (2, 0), "right": (0, 2)}
+PREFIX, LENGTH = 7, 11  # three image tokens and four of the prompt, then four of the answer
+
+
+def packaged_mask(kind: str, side: str) -> Tensor:
+    left, right = PADS[side]
+    real = torch.tensor([[0] * left + [1] * LENGTH + [0] * right])
+    positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+    seen = {
+        "prefix_lm": masks.prefix_lm(positions, positions, torch.tensor([PREFIX])),
+        "causal": masks.causal(positions, positions),
+        "everything": torch.ones(1, real.shape[1], real.shape[1], dtype=torch.bool),
+    }[kind]
+    return (seen & masks.padding(real))[0]
+
+
+@pytest.mark.parametrize("side", PADS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_those_of_the_package(kind: str, side: str, mask: Page) -> None:
+    """In numbers, in the colors of the table, in its sentences, and in the chips."""
+    wanted = packaged_mask(kind, side)
+    found = mask.evaluate("([kind, side]) => mask_of(kind, side).map((row) => [...row])", [kind, side])
+    assert torch.equal(torch.tensor(found).bool(), wanted)
+    mask.locator(f"[data-value={kind}]").click()
+    mask.locator(f"[data-value={side}]").click()
+    fields = mask.locator("#matrix [role=gridcell]")
+    classes = fields.evaluate_all("(all) => all.map((one) => one.classList.contains('seen'))")
+    assert torch.equal(torch.tensor(classes).view(wanted.shape), wanted)
+    sentences = fields.evaluate_all("(all) => all.map((one) => one.ariaLabel)")
+    says = ["may look at" in sentence for sentence in sentences]
+    assert [not yes for yes in says] == ["may not look at" in sentence for sentence in sentences]
+    assert torch.equal(torch.tensor(says).view(wanted.shape), wanted)
+    for row in range(len(wanted)):
+        mask.locator("#tokens .chip").nth(row).click()
+        struck = mask.locator("#tokens .chip").evaluate_all(
+            "(all) => all.map((one) => one.classList.contains('unseen'))"
+        )
+        assert torch.equal(~torch.tensor(struck), wanted[row])
+        count = f"{int(wanted[row].sum())} of {len(wanted)} tokens"
+        expect(mask.locator("#said")).to_contain_text(count)
+
+
+def test_it_says_why(mask: Page) -> None:
+    said = mask.locator("#said")
+
+    def field(query: int, key: int) -> None:
+        mask.locator("#matrix tbody tr").nth(query).locator("td").nth(key).hover()
+
+    field(7, 8)
+    expect(said).to_have_text(
+        "“a” may not look at “red”: it does not exist yet. It is what the model has to say after “a”."
+    )
+    mask.locator("[data-value=everything]").click()
+    field(7, 8)
+    expect(said).to_have_text(
+        "“a” may look at “red”, which it has to predict: in training, this gives the answer away."
+    )
+    field(0, 5)
+    expect(said).to_contain_text("“image 1” may look at “this”, although it comes later")
+    mask.locator("[data-value=causal]").click()
+    field(0, 5)
+    expect(said).to_contain_text("“image 1” may not look at “this”: it comes later in the row")
+    mask.locator("[data-value=left]").click()
+    field(9, 0)
+    expect(said).to_contain_text("“a” may not look at “<pad>”")
+    mask.locator("#matrix tbody th").nth(2).hover()
+    expect(said).to_have_text(
+        "“image 1” sees itself and what comes before it: 1 of 13 tokens. Nobody sees padding."
+    )
+
+
+def test_the_table_is_walked_with_the_keyboard(mask: Page) -> None:
+    said = mask.locator("#said")
+    mask.locator("#tokens .chip").last.focus()
+    mask.keyboard.press("Tab")
+    expect(said).to_contain_text("“red” may look at “image 1”")
+    mask.keyboard.press("End")
+    expect(said).to_contain_text("“red” may not look at “<eos>”")
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowLeft"):
+        mask.keyboard.press(key)
+    expect(said).to_contain_text("“<eos>” may look at “star”")
+    focused = mask.evaluate("[document.activeElement.role, document.activeElement.ariaLabel]")
+    assert focused == ["gridcell", said.inner_text()]
+    assert mask.locator("#matrix [tabindex='0']").count() == 1
+    mask.keyboard.press("Tab")  # one step leads out of the table
+    assert mask.evaluate("document.activeElement.tagName") == "A"
+
+
+@pytest.mark.parametrize("name", ["rotary.html", "mask.html"])
 def test_they_read_on_a_phone_in_the_dark_and_embedded(name: str, folder: Path, page: Page) -> None:
     for address in (name, f"{name}?embed"):
         for small in opened(page, folder, address):
