@@ -1,7 +1,8 @@
 """Draws figures/live.gif: a thing of the live page is dragged, and the answer changes.
 
-Builds the page, opens it in Chromium, drags with the mouse and takes a picture at each step. Every answer is the
-model's own. A browser shows no pointer in its pictures, so one is drawn. Run: python figures/draw_live.py
+Builds the page, opens it in Chromium, drags with the mouse and takes a picture at each step. Every answer is
+the model's own. A browser shows no pointer in its pictures, so one is drawn. It takes a minute, and needs the
+extra [browser]. Run: python figures/draw_live.py
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ STYLE = """
   header, #timing, #suggestions, .answers .note, .picture > :not(h2, .frame) { display: none; }
   main section:not(.picture, .answers) { display: none; }
   main { margin-top: 0 !important; }
-  #pointer { position: fixed; width: 26px; height: 26px; pointer-events: none; z-index: 9; }
+  #pointer { position: fixed; left: -99px; width: 26px; height: 26px; pointer-events: none; z-index: 9; }
 """
 POINTER = """() => {
-  const arrow = make_svg("path", { d: "M2 2L2 20L7 15L11 23L14 21L10 14L17 14Z", fill: "#000", stroke: "#fff" });
+  const shape = "M2 2L2 20L7 15L11 23L14 21L10 14L17 14Z";
+  const arrow = make_svg("path", { d: shape, fill: "#000", stroke: "#fff" });
   document.body.append(make_svg("svg", { id: "pointer", viewBox: "0 0 26 26" }, arrow));
   addEventListener("pointermove", ({ clientX, clientY }) =>
     Object.assign(element("pointer").style, { left: `${clientX - 2}px`, top: `${clientY - 2}px` }));
