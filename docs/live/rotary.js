@@ -84,7 +84,7 @@ function drawn_pair(i, speed, { m, n, shift }, { query, key, pairs }) {
   const slow = degrees(speed), decimals = slow < 0.1 ? 3 : slow < 1 ? 2 : 1;
   const caption = make("figcaption", {},
     make("b", {}, `pair ${i}`), make("br"), `${slow.toFixed(decimals)}° a position`, make("br"), `turned: q ${whole(m + shift)}°, k ${whole(n + shift)}°`,
-    make("br"), "part of the score: ", make("span", { className: "part" }, shown(pairs[i])));
+    make("br"), "adds ", make("span", { className: "part" }, shown(pairs[i])));
   return make("figure", {}, drawing, caption);
 }
 
