@@ -6,7 +6,8 @@ Notebooks and pages stay where they are in the repository. They are copied into 
 their relative links hold as before; the pages of the reference, one for each module, and the answers on the
 first page, which the shipped model gives now, are added; then Sphinx makes HTML of it. Every warning is an
 error, also a name that leads nowhere. Nothing is fetched, and no page asks for anything outside the book.
-The live page, docs/live, is no document: it is put beside the others as it is.
+The live pages, docs/live, are no documents: they are put beside the others as they are, and the small ones
+are shown inside of the chapters that speak of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
+from book.live_pages import with_live_pages  # noqa: E402
 from live.build import write_live  # noqa: E402
 
 PAGES = (
@@ -99,6 +101,7 @@ def write_page(page: Path, source: Path) -> None:
                 cell["source"] = _with_links("".join(cell["source"]), page, source)
             else:
                 _prepare_code(cell)
+        notebook["cells"] = with_live_pages(notebook["cells"])
         text = json.dumps(notebook)
     else:
         text = _with_links(text, page, source)

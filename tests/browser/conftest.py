@@ -1,4 +1,4 @@
-"""The browser, JupyterLab, and a folder for pictures of what was seen: build/browser."""
+"""The browsers, JupyterLab, and a folder for pictures of what was seen: build/browser."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from pathlib import Path
 import pytest
 from lab import Lab, running_lab, shut_down_kernels
 from notebooks_and_sources import ROOT
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Playwright, expect, sync_playwright
 
 from minivlm.classroom.workshop import write_workshop
 from minivlm.world.renderers import BROWSERS, CHROMIUM, QUIET, find_browser
 
 SEEN = ROOT / "build" / "browser"
+FIREFOX = "MINIVLM_FIREFOX"  # the environment variable that names one
 PATIENCE = 120_000.0  # milliseconds for one step; a machine may have other work
 expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
+def driver() -> Iterator[Playwright]:
+    with sync_playwright() as playwright:
+        yield playwright
+
+
+@pytest.fixture(scope="session")
+def chromium(driver: Playwright) -> Iterator[Browser]:
     """The system's browser. Where there is none, tests are skipped; under CI=true they fail."""
     path = find_browser()
     if path is None:
@@ -34,21 +41,45 @@ def chromium() -> Iterator[Browser]:
         if os.environ.get("CI") == "true":
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(QUIET))
-        yield browser
+    browser = driver.chromium.launch(executable_path=path, args=list(QUIET))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="session")
+def firefox(driver: Playwright) -> Iterator[Browser]:
+    """Playwright's own, or the system's. Tests are skipped without one that it can drive."""
+    named = os.environ.get(FIREFOX) or shutil.which("firefox") or shutil.which("firefox-esr")
+    if Path(driver.firefox.executable_path).exists() and FIREFOX not in os.environ:
+        browser = driver.firefox.launch(timeout=PATIENCE)
+    elif named is None:
+        pytest.skip(
+            f"there is no Firefox: python -m playwright install firefox, or set {FIREFOX} to its path"
+        )
+    else:
+        browser = driver.firefox.launch(channel="moz-firefox", executable_path=named, timeout=PATIENCE)
+    try:
+        browser.new_page().close()
+    except Error as error:
         browser.close()
+        pytest.skip(f"Playwright cannot drive {named}: {error.message.splitlines()[0]}")
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
 def page(chromium: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    yield from fresh_page(chromium, request.node.name)
+
+
+def fresh_page(browser: Browser, test: str) -> Iterator[Page]:
     """A page of a fresh profile. What it shows in the end is kept as a picture with the name of the test."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
     yield page
     SEEN.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", request.node.name).strip("_")
+    name = re.sub(r"\W+", "_", test).strip("_")
     page.screenshot(path=SEEN / f"{name}.png")
     context.close()
 

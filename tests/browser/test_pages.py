@@ -146,6 +146,27 @@ def test_pictures_for_eyes(name: str, page: Page) -> None:
             assert len(page.screenshot(path=file, full_page=name == "index")) > 10_000
 
 
+@pytest.mark.parametrize("chapter", ["05_gemma", "06_merging"])
+def test_a_live_page_inside_of_a_chapter(chapter: str, page: Page) -> None:
+    """From the disk: as high as what it shows, as light or dark as the chapter, and missing on paper."""
+    page.goto((BOOK / "notebooks" / f"{chapter}.html").as_uri())
+    place = page.locator("iframe.live")
+    place.scroll_into_view_if_needed()
+    expect(place.content_frame.locator("#said")).not_to_be_empty()
+    inside = place.element_handle().content_frame()
+    assert inside is not None
+    for size in (PHONE, {"width": 1280, "height": 900}):
+        page.set_viewport_size(size)
+        # A message is on its way, so wait for it.
+        inside.wait_for_function("Math.abs(document.body.getBoundingClientRect().height - innerHeight) < 2")
+        assert inside.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for theme, color in (("dark", "rgb(20, 23, 28)"), ("light", "rgb(255, 255, 255)")):
+        page.evaluate("(theme) => { document.body.dataset.theme = theme; }", theme)
+        expect(place.content_frame.locator("body")).to_have_css("background-color", color)
+    page.emulate_media(media="print")
+    expect(place).to_be_hidden()
+
+
 PICTURE = 'div[id^="look-"]'  # folded away: its section is optional
 
 

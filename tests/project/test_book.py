@@ -22,7 +22,7 @@ from notebooks_and_sources import NOTEBOOKS, ROOT, read_cells
 
 pytest.importorskip("sphinx", reason='the book needs the extra [book]: pip install -e ".[book]"')
 sys.path.insert(0, str(ROOT / "docs"))
-from book import build, docstrings
+from book import build, docstrings, live_pages
 
 OUTSIDE = re.compile(r"(https?:)?//")
 # What a page loads by itself; a link that a reader may click is none of these.
@@ -167,6 +167,23 @@ def test_figures_have_the_last_printed_line_as_alt_text(book: Path) -> None:
                 printed = "".join("".join(output.get("text", "")) for output in cell.outputs).strip()
                 line = " ".join(printed.splitlines()[-1].split()).replace('"', "&quot;")
                 assert line.replace("&quot;", "") in [alt.replace("&quot;", "") for alt in alts], cell.id
+
+
+def test_live_pages_stand_below_a_figure_of_the_same(book: Path) -> None:
+    """Which is what there is in JupyterLab and on paper."""
+    places = set(live_pages.PLACES)
+    for path in NOTEBOOKS:
+        cells = read_cells(path)
+        page = text_of(book / "notebooks" / f"{path.stem}.html")
+        for number, cell in enumerate(cells):
+            if cell.id in places:
+                places.remove(cell.id)
+                name, title, _ = live_pages.PLACES[cell.id]
+                assert f'src="../live/{name}.html?embed" title="{title}"' in page
+                assert (book / "live" / f"{name}.html").exists()
+                above = cells[number - 1].outputs
+                assert any("image/png" in output.get("data", {}) for output in above), "no figure above it"
+    assert not places, "no notebook has these cells"
 
 
 def test_optional_sections_are_folded(book: Path) -> None:
