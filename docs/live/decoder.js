@@ -78,13 +78,13 @@ class GemmaDecoder {
 
   /* inputs_embeds [T, D], position_ids (T numbers), mask (T rows of S) -> hidden states [T, D] */
   forward(inputs_embeds, position_ids, mask, cache, record = () => {}, breaks = {}) {
-    const { head_dim, num_attention_heads, num_key_value_heads, rope_theta } = this.config;
+    const { head_dim, rope_theta } = this.config;
     const rotary = breaks.no_rope ? null : (x) => apply_rotary(x, position_ids, head_dim, rope_theta);
     let x = inputs_embeds;
     record("language_model.embeddings", x);
     for (let l = 0; l < this.config.num_hidden_layers; l++) {
       x = this.block(x, l, {
-        num_attention_heads, num_key_value_heads, head_dim, mask, rotary,
+        head_dim, mask, rotary,
         update_cache: (keys, values) => cache.write(l, keys, values),
         record: (name, value) => record(`language_model.layers.${l}.${name}`, value),
         head_off: breaks.head_off && breaks.head_off.layer === l ? breaks.head_off.head : null,

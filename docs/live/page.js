@@ -28,29 +28,6 @@ const MAX_PROMPT = 200; // characters
 const MAX_NEW_TOKENS = 64;
 const SLICE = 30; // milliseconds of writing between two drawings
 
-function element(id) {
-  return document.getElementById(id);
-}
-
-/* A new element; text stays text. */
-function make(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (name in made && name !== "list") made[name] = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
-function make_svg(tag, attributes = {}, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
 /* Ask the model again, once a frame at most. */
 let asked = 0, waiting = false;
 function changed() {
@@ -123,10 +100,6 @@ function looked_at() {
 /* A token's name for the eye: spaces and newlines can be seen. */
 function shown_name(id) {
   return tokenizer.names[id].replaceAll("▁", "·").replaceAll("\n", "↵");
-}
-
-function percent(share) {
-  return share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 }
 
 window.addEventListener("DOMContentLoaded", () => {
