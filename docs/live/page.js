@@ -106,8 +106,7 @@ window.addEventListener("DOMContentLoaded", () => {
   const kinds = [Editor, Prompt, Chips, Looking, HeadOpened, NextWord, Lens, Mask, Breaks, Tour];
   page.parts = kinds.map((kind) => new kind());
   element("looking_notebook").append(notebook_link("09_looking_inside", "09"));
-  if (BOOK !== null) element("book_link").replaceChildren(make("a", { href: `${BOOK}index.html` }, "minivlm, the book"));
-  element("book_link").hidden = BOOK === null;
+  show_book_link();
   read_link() || load_sample(2);
   window.addEventListener("hashchange", read_link);
   changed();

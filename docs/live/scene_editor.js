@@ -14,7 +14,7 @@ class SceneEditor {
     for (const name of ["pointerup", "pointercancel"]) this.layer.addEventListener(name, () => (this.dragged = null));
     this.layer.addEventListener("pointerdown", (event) => event.target === this.layer && this.choose(null));
     document.addEventListener("keydown", (event) => {
-      const typing = event.target.matches("input, select");
+      const typing = event.target.matches("input, select, textarea");
       if ((event.ctrlKey || event.metaKey) && event.key === "z" && !typing) this.undo();
     });
     this.add_buttons();

@@ -68,12 +68,16 @@ def settled(page: Page) -> None:
 
 def scene_of(page: Page) -> Scene:
     """What is drawn in the page, for the package."""
-    found: dict[str, Any] = page.evaluate("page.scene")
+    return as_scene(page.evaluate("page.scene"))
+
+
+def as_scene(plain: dict[str, Any]) -> Scene:
+    """A scene of JavaScript."""
     things = [
         Thing(t["shape"], t["color"], "", t["x"], t["y"], t["radius"], tuple(t["rgb"]))
-        for t in found["things"]
+        for t in plain["things"]
     ]
-    return Scene(tuple(things), found["background"], 0.0, 0)
+    return Scene(tuple(things), plain["background"], 0.0, 0)
 
 
 def answer_of(page: Page) -> str:
@@ -353,12 +357,18 @@ def test_it_reads_on_a_phone_and_in_the_dark(live: Page) -> None:
     assert width(live) <= PHONE["width"]
 
 
-def test_every_control_has_a_name(live: Page) -> None:
-    nameless = live.evaluate("""() => [...document.querySelectorAll("button, input, select, [role=button]")]
+def nameless_controls(page: Page) -> list[str]:
+    """What can be used, and says nothing to those who cannot see it."""
+    found: list[str] = page.evaluate("""() =>
+      [...document.querySelectorAll("button, input, select, textarea, [role=button]")]
       .filter((one) => one.checkVisibility())
       .filter((one) => !(one.textContent.trim() || one.ariaLabel || one.title || one.labels?.length))
       .map((one) => one.outerHTML)""")
-    assert nameless == []
+    return found
+
+
+def test_every_control_has_a_name(live: Page) -> None:
+    assert nameless_controls(live) == []
     ids = live.evaluate("[...document.querySelectorAll('[id]')].map((one) => one.id)")
     assert len(ids) == len(set(ids))
 
