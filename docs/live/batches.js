@@ -20,8 +20,8 @@ const TRIES = [
     pairs: [[RED, OF_RED], [RED_AGAIN, OF_RED], [BLUE, OF_BLUE], [PINK, OF_PINK]],
     cell: [0, 1],
     say: "Pictures 1 and 2 both show a large red circle, and their captions are equal. CLIP has to choose between two right "
-      + "answers: each gets about half, and each of these choices costs about log 2 = 0.69. SigLIP says yes to all four cells. "
-      + "It is told that two of them are wrong, and pays for each alone. No other row or column notices.",
+      + "answers: each gets about half, and each of these choices costs about log 2 = 0.69. SigLIP says yes to all four "
+      + "cells. It is told that two of them are wrong, and pays for each alone. No other row or column notices.",
   },
   {
     name: "A caption for nothing",

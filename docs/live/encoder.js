@@ -2,12 +2,13 @@
 /* What towers are made of, whatever they read: patches of a picture or words of a caption. As `EncoderBlock` and `MLP` in
    minivlm/layers.py. */
 
-/* A pre-norm block, x [T, D] -> [T, D]; weight(name) gives a tensor of this layer. */
+/* A pre-norm block, x [T, D] -> [T, D]; weight(name) gives a tensor of this layer, record(name, value) gets each step. */
 function encoder_block(x, weight, config, record = () => {}) {
-  const norm = (y, name) => layer_norm(y, weight(`${name}.weight`), weight(`${name}.bias`), config.layer_norm_eps);
-  const head_dim = config.hidden_size / config.num_attention_heads;
-  x = add(x, self_attention(norm(x, "layer_norm1"), (name) => weight(`self_attn.${name}`), { head_dim, record }));
-  return add(x, mlp(norm(x, "layer_norm2"), (name) => weight(`mlp.${name}`)));
+  const seen = (name, value) => (record(name, value), value);
+  const norm = (name) => seen(name, layer_norm(x, weight(`${name}.weight`), weight(`${name}.bias`), config.layer_norm_eps));
+  const head_dim = config.hidden_size / config.num_attention_heads, options = { head_dim, record };
+  x = add(x, seen("self_attn", self_attention(norm("layer_norm1"), (name) => weight(`self_attn.${name}`), options)));
+  return add(x, seen("mlp", mlp(norm("layer_norm2"), (name) => weight(`mlp.${name}`))));
 }
 
 /* Two linear layers with GELU between them: x [T, D] -> [T, D] */

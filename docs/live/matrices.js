@@ -13,7 +13,8 @@ class Matrix {
     const top = make("tr", {}, make("td", { className: "cost" }), ...numbers.map((j) => head(String(j + 1), "col")));
     if (this.costs_right) top.append(head("costs", "col"));
     this.cells = numbers.map((i) => numbers.map((j) => this.cell(i, j)));
-    this.pictures = numbers.map((i) => make("canvas", { width: WORLD, height: WORLD, role: "img", ariaLabel: `picture ${i + 1}` }));
+    const picture = (i) => make("canvas", { width: WORLD, height: WORLD, role: "img", ariaLabel: `picture ${i + 1}` });
+    this.pictures = numbers.map(picture);
     this.right = numbers.map(() => make("td", { className: "cost" }));
     this.below = numbers.map(() => make("td", { className: "cost" }));
     const rows = numbers.map((i) => make("tr", {}, make("th", { scope: "row" }, this.pictures[i]), ...this.cells[i],
@@ -62,16 +63,6 @@ function follow(i, j) {
   show_all();
 }
 
-/* Two decimals where there is room; a minus that is as wide as a digit. */
-function number_of(value) {
-  const text = value.toFixed(Math.abs(value) >= 9.995 ? 1 : 2);
-  return (Number(text) === 0 ? text.replace("-", "") : text).replace("-", "−");
-}
-
-function tint(value) {
-  return `rgb(${value < 0 ? "43 108 196" : "209 31 47"} / ${0.55 * clamp(Math.abs(value), 0, 1)})`;
-}
-
 class Losses {
   constructor() {
     this.cosines = new Matrix(element("cosines"), { label: "Cosines of pictures and captions", reachable: true });
@@ -117,6 +108,7 @@ class FollowedCell {
   show() {
     const [i, j] = page.cell, { cosines, clip, siglip } = page.result, is_pair = i === j;
     const scaled = Math.exp(page.logit_scale) * cosines[i][j];
+    const both = `${number_of(clip.row_costs[i])} and ${number_of(clip.column_costs[j])}`;
     const line = (name, value) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value));
     const of = (name) => make("tr", { className: "of" }, make("th", { scope: "rowgroup", colSpan: 2 }, name));
     element("cell_steps").replaceChildren(
@@ -126,7 +118,7 @@ class FollowedCell {
       of("CLIP"),
       line(`share in the row of picture ${i + 1}`, clip.rows[i][j].toFixed(3)),
       line(`share in the column of caption ${j + 1}`, clip.columns[i][j].toFixed(3)),
-      line("costs", is_pair ? `${number_of(clip.row_costs[i])} and ${number_of(clip.column_costs[j])}` : "only what it takes from the pairs"),
+      line("costs", is_pair ? both : "only what it takes from the pairs"),
       of("SigLIP"),
       line("plus the bias", number_of(siglip.logits[i][j])),
       line("sigmoid: yes", siglip.shares[i][j].toFixed(3)),

@@ -103,7 +103,7 @@ function shown_name(id) {
 }
 
 window.addEventListener("DOMContentLoaded", () => {
-  const kinds = [Editor, Prompt, Chips, Looking, HeadOpened, NextWord, Lens, Mask, Breaks, Tour];
+  const kinds = [Editor, Prompt, Chips, Looking, Levels, NextWord, Lens, Mask, Breaks, Tour];
   page.parts = kinds.map((kind) => new kind());
   element("looking_notebook").append(notebook_link("09_looking_inside", "09"));
   show_book_link();

@@ -270,26 +270,6 @@ def test_any_token_layer_and_head(live: Page) -> None:
     assert "orange" in live.locator("#lens_rows tr").nth(2).inner_text()
 
 
-def test_a_head_is_opened(live: Page) -> None:
-    """Its scores give the shares that are shown, and the shares and values what the head writes."""
-    live.locator("#prompt").fill("what color is the square?")
-    settled(live)
-    live.locator("#head").select_option("2")
-    live.locator("#head_opened summary").click()
-    rows = live.locator("#head_rows tr")
-    expect(rows).to_have_count(9)
-    shown = [row.inner_text().split("\t") for row in rows.all()[1:7]]
-    assert shown[0][0].startswith("patch ")
-    best = live.evaluate("(n) => percent([...Looking.shares()].sort((a, b) => b - a)[n])", 0)
-    assert shown[0][3] == best
-    code = """() => {
-      const {seen} = page.result.trace.head(page.stage, page.head, looked_at().looks, 32);
-      return [seen.map((one) => one.score), seen.map((one) => one.weight)];
-    }"""
-    scores, weights = (torch.tensor(numbers) for numbers in live.evaluate(code))
-    torch.testing.assert_close(scores.softmax(dim=0), weights, rtol=1e-3, atol=1e-6)
-
-
 def test_a_map_of_next_to_nothing_is_pale(live: Page) -> None:
     live.locator("#prompt").fill("what color is the circle?")
     settled(live)
