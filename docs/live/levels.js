@@ -72,7 +72,7 @@ function whole_model(levels) {
     const stage = `${part}.layers.${l}`, button = make("button", { type: "button" }, `layer ${l + 1}`);
     button.dataset.part = stage;
     button.onclick = () => levels.open(1, stage, stage === page.stage ? page.head : null);
-    return make("li", {}, button, make("span", { className: "shape" }, shape_of(first(stage))), make("small", {}, "open it"));
+    return make("li", {}, button, make("span", { className: "shape" }, shape_of(first(stage))));
   });
   const part = (title, name, steps) => {
     const count = make("p", { className: "note" }, weights_of(name));

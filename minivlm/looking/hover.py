@@ -43,7 +43,7 @@ class Scale:
         return max(float(values.float().max()), least)
 
 
-_DROP = Scale(0.5, "{full:.1f} by which the log-odds of the answer fall without this patch")
+_DROP = Scale(0.5, "log-odds of the answer that fall by {full:.1f} without this patch")
 _SCALES = {
     "attention": Scale(0.05, "{full:.1%} of the attention"),
     "rollout": Scale(0.05, "{full:.1%} of what attention carries through all layers"),
@@ -169,7 +169,8 @@ def hover_page(
             f'stroke="#fff" stroke-width="0.02" tabindex="{-1 if number else 0}" role="img">'
             f"<title>{html.escape('; '.join(lines))}</title></rect>"
         )
-    legends = {name: "0 to " + _scale_of(name).unit.format(full=full[name]) for name in shares}
+    meant = {name: _scale_of(name).unit.format(full=full[name]) for name in shares}
+    legends = {name: f"Full red, 100 %, stands for {unit}." for name, unit in meant.items()}
     buttons = "".join(
         f'<button type="button" aria-pressed="false" data-scale="{html.escape(legend)}">'
         f"{html.escape(name)}</button> "

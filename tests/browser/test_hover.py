@@ -58,7 +58,7 @@ def test_the_legend_and_the_keyboard(tmp_path: Path, page: Page) -> None:
     legend, about = page.locator(".legend"), page.locator(".about")
     expect(legend).to_have_text("Choose what colors the patches.")
     page.locator("button", has_text="attention").click()
-    expect(legend).to_have_text(re.compile(r"^0 to \d+\.\d% of the attention$"))
+    expect(legend).to_have_text(re.compile(r"100 %, stands for \d+\.\d% of the attention\.$"))
     expect(page.locator("button[aria-pressed='true']")).to_have_text("attention")
     page.locator("rect").first.focus()
     page.keyboard.press("ArrowDown")

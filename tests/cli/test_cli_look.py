@@ -226,10 +226,13 @@ def test_a_map_of_next_to_nothing_is_pale() -> None:
         "label",
     )
     assert "attention: 1 %; rollout: 100 %; occlusion, 3 x 3: 10 %; hidden 1 x 1: 100 %" in page
-    assert 'data-scale="0 to 5.0% of the attention"' in page
-    assert 'data-scale="0 to 10.0% of what attention carries' in page
-    assert 'data-scale="0 to 0.5 by which the log-odds' in page
-    assert 'data-scale="0 to 2.0 by which the log-odds' in page
+    for full in (
+        "5.0% of the attention.",
+        "10.0% of what attention carries",
+        "log-odds of the answer that fall by 0.5 without",
+        "log-odds of the answer that fall by 2.0 without",
+    ):
+        assert f'data-scale="Full red, 100 %, stands for {full}' in page
 
 
 def test_a_share_counts_by_how_many_patches_there_are() -> None:
