@@ -17,26 +17,33 @@ function attend(q, k, v, mask) {
   return { out: linear(weights, transpose(v)), weights, scores };
 }
 
+/* Heads side by side: q [T, H * Dh], k and v [S, K * Dh] -> what they write, joined [T, H * Dh], and a map [T, S] of each. */
+function attend_in_heads(q, k, v, head_dim, mask = null, head_off = null) {
+  const H = q.width / head_dim, K = k.width / head_dim, joined = Tensor.zeros(q.rows, q.width), maps = [];
+  for (let h = 0; h < H; h++) {
+    const shared = Math.floor(h / (H / K)) * head_dim; // H / K query heads look at the same keys
+    const [its_k, its_v] = [columns(k, shared, head_dim), columns(v, shared, head_dim)];
+    const head = attend(columns(q, h * head_dim, head_dim), its_k, its_v, mask);
+    maps.push(head.weights);
+    if (h === head_off) continue; // its part of the row stays 0
+    for (let t = 0; t < q.rows; t++) joined.row(t).set(head.out.row(t), h * head_dim);
+  }
+  return { joined, maps };
+}
+
 /* A layer's attention: x [T, D] -> [T, D].
 
    weight(name)   a tensor of this layer, such as q_proj.weight
-   options        num_attention_heads, num_key_value_heads, head_dim, mask, rotary (a function of [T, heads * Dh]),
-                  update_cache (takes the new keys and values, returns all of them), record, head_off (its number) */
+   options        head_dim, mask, rotary (a function of [T, heads * Dh]), record, head_off (its number),
+                  update_cache (takes the new keys and values, returns all of them) */
 function self_attention(x, weight, options) {
-  const { num_attention_heads: H, num_key_value_heads: K, head_dim: Dh, mask = null, record } = options;
+  const { head_dim: Dh, mask = null, record } = options;
   const project = (y, name) => linear(y, weight(`${name}.weight`), weight(`${name}.bias`));
   let q = project(x, "q_proj"), k = project(x, "k_proj"), v = project(x, "v_proj"); // [T, H * Dh], [T, K * Dh] twice
   if (options.rotary) [q, k] = [options.rotary(q), options.rotary(k)];
   if (options.update_cache) [k, v] = options.update_cache(k, v); // [S, K * Dh]
 
-  const joined = Tensor.zeros(x.rows, H * Dh), maps = [];
-  for (let h = 0; h < H; h++) {
-    const shared = Math.floor(h / (H / K)) * Dh; // H / K query heads look at the same keys
-    const head = attend(columns(q, h * Dh, Dh), columns(k, shared, Dh), columns(v, shared, Dh), mask);
-    maps.push(head.weights);
-    if (h === options.head_off) continue; // its part of the row stays 0
-    for (let t = 0; t < x.rows; t++) joined.row(t).set(head.out.row(t), h * Dh);
-  }
+  const { joined, maps } = attend_in_heads(q, k, v, Dh, mask, options.head_off);
   record("self_attn.weights", maps); // H times [T, S]
   record("self_attn.qkv", { q, k, v });
   return project(joined, "o_proj");

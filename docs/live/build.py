@@ -1,8 +1,9 @@
 """Builds the live page: python docs/live/build.py [FOLDER], by default into build/live.
 
 The folder opens by a double click on its index.html, and needs no server. It holds the files that lie beside
-this script, and one that is written here: weights.js, with the settings, the tokenizer, the weights of the
-shipped model, the colors and sizes of the drawn world, and the sample scenes.
+this script, and two that are written here: weights.js, with the settings, the tokenizer, the weights of the
+shipped model, the colors and sizes of the drawn world, and the sample scenes; and two_towers_weights.js, with
+the same of the shipped SigLIP.
 
 A page that was opened from the disk may load scripts, and nothing else. So everything is a script.
 """
@@ -20,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SHIPPED = {".html", ".css", ".js"}
 WRITTEN = "weights.js"
+WRITTEN_FOR_TOWERS = "two_towers_weights.js"
 
 
 def main(arguments: list[str]) -> int:
@@ -36,11 +38,15 @@ def write_live(folder: Path, book: str | None = None) -> None:
     for path in sorted(HERE.iterdir()):
         if path.suffix in SHIPPED:
             shutil.copyfile(path, folder / path.name)
-    parts = {"CHECKPOINT": checkpoint(), "DRAWN_WORLD": drawn_world(), "BOOK": book}
+    shared = {"DRAWN_WORLD": drawn_world(), "BOOK": book}
+    write_script(folder / WRITTEN, {"CHECKPOINT": checkpoint(), **shared})
+    write_script(folder / WRITTEN_FOR_TOWERS, {"TWO_TOWERS": two_towers(), **shared})
+
+
+def write_script(path: Path, parts: dict[str, Any]) -> None:
+    """Values as constants of JavaScript."""
     lines = [f"const {name} = {json.dumps(value, separators=(',', ':'))};" for name, value in parts.items()]
-    (folder / WRITTEN).write_text(
-        "\n".join(["// Written by docs/live/build.py", *lines, ""]), encoding="utf-8"
-    )
+    path.write_text("\n".join(["// Written by docs/live/build.py", *lines, ""]), encoding="utf-8")
 
 
 def checkpoint() -> dict[str, Any]:
@@ -50,13 +56,28 @@ def checkpoint() -> dict[str, Any]:
     from minivlm.processing.masks import load_codebook
 
     model, _ = load_answering()
-    files = {"config": "config", "tokenizer": "tokenizer", "preprocessor": "preprocessor_config"}
-    read = {
-        name: json.loads((TINY / f"{file}.json").read_text(encoding="utf-8")) for name, file in files.items()
-    }
+    read = settings(TINY)
     # The file has an older name of it; the package's is that of newer files.
     read["config"]["image_token_id"] = model.config.image_token_id
     return {**read, "model": as_text(model), "codebook": as_text(load_codebook())}
+
+
+def two_towers() -> dict[str, Any]:
+    """The shipped SigLIP with its settings."""
+    from minivlm.models.load import MINIATURES, load
+
+    folder = MINIATURES / "magic"  # whose pictures guide a language model in notebook 13
+    model, _ = load(folder)
+    return {**settings(folder), "model": as_text(model)}
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's files say about it."""
+    files = {"config": "config", "tokenizer": "tokenizer", "preprocessor": "preprocessor_config"}
+    return {
+        name: json.loads((folder / f"{file}.json").read_text(encoding="utf-8"))
+        for name, file in files.items()
+    }
 
 
 def as_text(module: Any) -> dict[str, Any]:

@@ -68,23 +68,24 @@ class GemmaDecoder {
   /* A pre-norm block, x [T, D] -> [T, D]. `options` are those of self_attention. */
   block(x, number, options) {
     const weight = (name) => this.weight(`layers.${number}.${name}`);
-    const norm = (y, name) => rms_norm(y, weight(`${name}.weight`), this.config.rms_norm_eps);
-    x = add(x, self_attention(norm(x, "input_layernorm"), (name) => weight(`self_attn.${name}`), options));
-    const y = norm(x, "post_attention_layernorm"); // the norm before the MLP; checkpoints call it that
+    const seen = (name, value) => (options.record(name, value), value);
+    const norm = (name) => seen(name, rms_norm(x, weight(`${name}.weight`), this.config.rms_norm_eps));
+    x = add(x, seen("self_attn", self_attention(norm("input_layernorm"), (name) => weight(`self_attn.${name}`), options)));
+    const y = norm("post_attention_layernorm"); // the norm before the MLP; checkpoints call it that
     const gate = linear(y, weight("mlp.gate_proj.weight")), up = linear(y, weight("mlp.up_proj.weight"));
     gate.data.forEach((value, i) => (gate.data[i] = gelu(value) * up.data[i]));
-    return add(x, linear(gate, weight("mlp.down_proj.weight")));
+    return add(x, seen("mlp", linear(gate, weight("mlp.down_proj.weight"))));
   }
 
   /* inputs_embeds [T, D], position_ids (T numbers), mask (T rows of S) -> hidden states [T, D] */
   forward(inputs_embeds, position_ids, mask, cache, record = () => {}, breaks = {}) {
-    const { head_dim, num_attention_heads, num_key_value_heads, rope_theta } = this.config;
+    const { head_dim, rope_theta } = this.config;
     const rotary = breaks.no_rope ? null : (x) => apply_rotary(x, position_ids, head_dim, rope_theta);
     let x = inputs_embeds;
     record("language_model.embeddings", x);
     for (let l = 0; l < this.config.num_hidden_layers; l++) {
       x = this.block(x, l, {
-        num_attention_heads, num_key_value_heads, head_dim, mask, rotary,
+        head_dim, mask, rotary,
         update_cache: (keys, values) => cache.write(l, keys, values),
         record: (name, value) => record(`language_model.layers.${l}.${name}`, value),
         head_off: breaks.head_off && breaks.head_off.layer === l ? breaks.head_off.head : null,

@@ -3,8 +3,6 @@
 
    Whoever writes such a link may write anything into it, so everything is checked. */
 
-const MOST_THINGS = 8, SMALLEST = 4, LARGEST = 20; // units of the radius
-
 function as_link() {
   const link = new URLSearchParams({ prompt: page.prompt });
   if (page.upload) return `#${link}`;
@@ -36,8 +34,4 @@ function read_thing(text) {
   const hex = /^[0-9a-f]{6}$/.test(rest[3]) ? rest[3] : null;
   const rgb = hex ? [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)) : DRAWN_WORLD.colors[color];
   return { shape, color, x: clamp(x, 0, WORLD), y: clamp(y, 0, WORLD), radius: clamp(radius, SMALLEST, LARGEST), rgb };
-}
-
-function clamp(value, least, most) {
-  return Math.min(Math.max(value, least), most);
 }

@@ -1,6 +1,7 @@
 "use strict";
 /* Where a token looks, on the picture; and beside it what the answer depends on, patch by patch. */
 
+const MIDDLE_PATCH = 27;
 const FULL_SHARE = 0.05, FULL_DROP = 0.5; // a share of attention, and log-odds, that are drawn darkest at least
 
 class Looking {
@@ -15,7 +16,7 @@ class Looking {
     element("stage").onchange = (event) => {
       page.stage = event.target.value;
       page.head = null;
-      if (this.in_tower() && looked_at().token >= IMAGE_TOKENS) page.token = 27; // a patch near the middle
+      if (in_tower(page.stage) && looked_at().token >= IMAGE_TOKENS) page.token = MIDDLE_PATCH;
       show_all();
     };
     element("head").onchange = (event) => {
@@ -25,10 +26,6 @@ class Looking {
     element("occlude").onclick = () => this.occlude(page.result);
     this.attention = new PatchMap(element("attention_map"), (n) => look_at(n));
     this.dependence = new PatchMap(element("occlusion_map"), null);
-  }
-
-  in_tower() {
-    return page.stage.startsWith("vision_tower");
   }
 
   /* The row of attention that is looked at: one share for each token that may be seen. */
@@ -53,7 +50,7 @@ class Looking {
   show() {
     if (!page.result || page.result.words.length === 0) return;
     element("stage").value = page.stage;
-    const config = this.in_tower() ? model.config.vision_config : model.config.text_config;
+    const config = in_tower(page.stage) ? model.config.vision_config : model.config.text_config;
     const heads = ["mean", ...Array(config.num_attention_heads).keys()];
     const option = (h) => make("option", { value: h }, h === "mean" ? "mean of all" : `head ${h + 1}`);
     if (element("head").children.length !== heads.length) element("head").replaceChildren(...heads.map(option));
@@ -69,7 +66,7 @@ class Looking {
     const names = [...prefix_ids, ...words.map((one) => one.token_id)].map(shown_name);
     let who = is_patch ? `The patch in ${place(looks)}` : `“${names[looks]}”`;
     if (is_answer) who = `The writer of “${names[prefix_ids.length + word]}” (the token before it, “${names[looks]}”)`;
-    const rest = this.in_tower() ? "" : ` gives ${percent(sum(on_picture))} of its attention to the picture, and`;
+    const rest = in_tower(page.stage) ? "" : ` gives ${percent(sum(on_picture))} of its attention to the picture, and`;
     const said = `${who}${rest} looks most at the patch in ${place(best)}: ${percent(on_picture[best])}.`;
     element("attention_said").textContent = said;
   }

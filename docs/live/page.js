@@ -102,16 +102,11 @@ function shown_name(id) {
   return tokenizer.names[id].replaceAll("▁", "·").replaceAll("\n", "↵");
 }
 
-function percent(share) {
-  return share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
-}
-
 window.addEventListener("DOMContentLoaded", () => {
-  const kinds = [Editor, Prompt, Chips, Looking, HeadOpened, NextWord, Lens, Mask, Breaks, Tour];
+  const kinds = [Editor, Prompt, Chips, Looking, Levels, NextWord, Lens, Mask, Breaks, Tour];
   page.parts = kinds.map((kind) => new kind());
   element("looking_notebook").append(notebook_link("09_looking_inside", "09"));
-  if (BOOK !== null) element("book_link").replaceChildren(make("a", { href: `${BOOK}index.html` }, "minivlm, the book"));
-  element("book_link").hidden = BOOK === null;
+  show_book_link();
   read_link() || load_sample(2);
   window.addEventListener("hashchange", read_link);
   changed();

@@ -19,8 +19,8 @@ class Tokenizer {
     for (const token of added_tokens) this.names[token.id] = token.content;
     this.special_ids = new Set(added_tokens.filter((token) => token.special).map((token) => token.id));
     this.ranks = new Map(model.merges.map((pair, rank) => [pair.join(" "), rank])); // no symbol holds a space
-    const id_of = (name) => added_tokens.find((token) => token.content === name).id;
-    [this.bos_id, this.eos_id, this.image_id] = ["<bos>", "<eos>", "<image>"].map(id_of);
+    const id_of = (name) => added_tokens.find((token) => token.content === name)?.id;
+    [this.pad_id, this.bos_id, this.eos_id, this.image_id] = ["<pad>", "<bos>", "<eos>", "<image>"].map(id_of);
   }
 
   /* The ids of a user's text; nothing is added. */

@@ -60,8 +60,3 @@ class Tour {
     return make("button", { type: "button", ariaPressed: String(this.guess === number), onclick: guess }, text);
   }
 }
-
-/* A link where the page is part of the book; elsewhere the name alone. */
-function notebook_link(file, name) {
-  return BOOK === null ? `notebook ${name}` : make("a", { href: `${BOOK}notebooks/${file}.html` }, `notebook ${name}`);
-}

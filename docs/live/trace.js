@@ -39,11 +39,16 @@ class Trace {
     return { query, seen };
   }
 
+  /* The vector of a token, or of a patch of the tower, at a step of its way, such as "language_model.layers.2": [1, D] */
+  vector(name, token) {
+    const passes = this.values.get(name), first = passes[0].rows;
+    const of_token = token < first ? passes[0] : passes[token - first + 1];
+    return new Tensor(of_token.row(token < first ? token : 0), 1, of_token.width);
+  }
+
   /* The vector of a token after a layer of the decoder, [1, D]; layer -1 is what goes into the first one. */
   hidden_state(layer, token) {
-    const passes = this.values.get(layer < 0 ? "language_model.embeddings" : `language_model.layers.${layer}`);
-    const first = passes[0].rows, of_token = token < first ? passes[0] : passes[token - first + 1];
-    return new Tensor(of_token.row(token < first ? token : 0), 1, of_token.width);
+    return this.vector(layer < 0 ? "language_model.embeddings" : `language_model.layers.${layer}`, token);
   }
 
   /* The logit lens: what the model would say if it ended after each layer. Shares [V], first the input's. */

@@ -6,9 +6,10 @@
    Every patch sees every other, so no mask is needed. */
 
 class VisionTower {
-  constructor(config, weights) {
+  /* `name` is what a checkpoint calls the tower. */
+  constructor(config, weights, name = "vision_tower") {
     this.config = config;
-    this.weight = (name) => weights.get(`vision_tower.${name}`) ?? null;
+    this.weight = (part) => weights.get(`${name}.${part}`) ?? null;
     this.side = config.image_size / config.patch_size; // patches from left to right, and from top to bottom
   }
 
@@ -35,28 +36,13 @@ class VisionTower {
     return breaks.no_tower_positions ? x : add(x, this.weight("embeddings.position_embedding.weight")); // [N, D]
   }
 
-  /* A pre-norm block, x [N, D] -> [N, D]. */
-  block(x, number, record) {
-    const weight = (name) => this.weight(`layers.${number}.${name}`);
-    const heads = this.config.num_attention_heads, eps = this.config.layer_norm_eps;
-    const norm = (y, name) => layer_norm(y, weight(`${name}.weight`), weight(`${name}.bias`), eps);
-    x = add(x, self_attention(norm(x, "layer_norm1"), (name) => weight(`self_attn.${name}`), {
-      num_attention_heads: heads,
-      num_key_value_heads: heads,
-      head_dim: this.config.hidden_size / heads,
-      record,
-    }));
-    const inner = linear(norm(x, "layer_norm2"), weight("mlp.fc1.weight"), weight("mlp.fc1.bias"));
-    inner.data.forEach((value, i) => (inner.data[i] = gelu(value)));
-    return add(x, linear(inner, weight("mlp.fc2.weight"), weight("mlp.fc2.bias")));
-  }
-
   /* pixel_values [C, height, width] -> [N, D] */
   forward(pixel_values, record = () => {}, breaks = {}) {
     let x = this.embed(pixel_values, breaks);
     record("vision_tower.embeddings", x);
     for (let l = 0; l < this.config.num_hidden_layers; l++) {
-      x = this.block(x, l, (name, value) => record(`vision_tower.layers.${l}.${name}`, value));
+      const weight = (name) => this.weight(`layers.${l}.${name}`);
+      x = encoder_block(x, weight, this.config, (name, value) => record(`vision_tower.layers.${l}.${name}`, value));
       record(`vision_tower.layers.${l}`, x);
     }
     const [weight, bias] = ["weight", "bias"].map((name) => this.weight(`post_layernorm.${name}`));

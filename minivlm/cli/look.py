@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,9 @@ def add_to(commands: Commands) -> None:
         action="store_true",
         help="leave out occlusion, which reads the picture again for each of its patches",
     )
+    look.add_argument(
+        "--open", action="store_true", help="open hover.html in a browser, if the model answers"
+    )
     look.set_defaults(run=run)
 
 
@@ -71,6 +75,15 @@ def run(options: argparse.Namespace) -> None:
     look_at = _look_at_answer if kind == "answers" else _look_at_match
     look_at(model, processor, picture, options)
     shared.say(f"drawn: {options.out}")
+    if options.open:
+        _open(options.out / "hover.html", kind)
+
+
+def _open(page: Path, kind: str) -> None:
+    if kind != "answers":
+        shared.say("(nothing to open: hover.html is for models that answer)")
+    elif not webbrowser.open(page.resolve().as_uri()):
+        shared.say(f"(no browser was found: open {page} yourself)")
 
 
 # Drawing takes half a second more to import: each function imports what it draws with.
@@ -81,7 +94,7 @@ def _look_at_answer(
 ) -> None:
     """A model that answers: its answer, and where the words come from."""
     from minivlm.looking import plots
-    from minivlm.looking.hover import hover_page
+    from minivlm.looking.hover import hover_document, hover_page
     from minivlm.looking.inspection import inspect_answer
     from minivlm.models.protocols import place_size
 
@@ -110,7 +123,8 @@ def _look_at_answer(
     _draw_mask(seen.tokens, seen.visible, options.out)
     page = hover_page(seen.pixel_values, whole, words, f"{options.prompt}: {seen.answer}")
     with write_aside(options.out / "hover.html") as temporary:
-        temporary.write_text(f'<!doctype html><meta charset="utf-8">\n{page}\n', encoding="utf-8")
+        name = Path(options.picture).name
+        temporary.write_text(hover_document(name, options.prompt, seen.answer, page), encoding="utf-8")
     shared.say("  hover.html      the same to explore: open it in a browser")
 
 

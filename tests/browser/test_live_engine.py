@@ -262,6 +262,14 @@ def outputs_of(model: PaliGemma) -> Iterator[dict[str, Tensor]]:
     named |= {"image_features": model.multi_modal_projector}
     named |= {f"vision_tower.layers.{i}": layer for i, layer in enumerate(tower.layers)}
     named |= {f"language_model.layers.{i}": layer for i, layer in enumerate(decoder.layers)}
+    for whole, layers, norms in (
+        ("vision_tower", tower.layers, ("layer_norm1", "layer_norm2")),
+        ("language_model", decoder.layers, ("input_layernorm", "post_attention_layernorm")),
+    ):
+        parts = (*norms, "self_attn", "mlp")
+        named |= {
+            f"{whole}.layers.{i}.{part}": getattr(x, part) for i, x in enumerate(layers) for part in parts
+        }
     hooks = [module.register_forward_hook(keep(name)) for name, module in named.items()]
     try:
         yield kept
@@ -305,7 +313,7 @@ def test_tensors(number: int, engine: Page, shipped: tuple[PaliGemma, Processor]
     assert found["ids"] == wanted["ids"]
     names = set(wanted["seen"])
     assert names == set(found["seen"]) - {"language_model.embeddings"}
-    assert len(names) == 2 + 2 + 3 * 2 + 4 * 2
+    assert len(names) == 2 + 2 + 3 * 6 + 4 * 6
     for name in names:
         assert_near(found["seen"][name], wanted["seen"][name], f"{prompt!r}: {name}")
     assert found["answer"] == wanted["answer"]

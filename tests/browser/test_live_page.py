@@ -68,12 +68,16 @@ def settled(page: Page) -> None:
 
 def scene_of(page: Page) -> Scene:
     """What is drawn in the page, for the package."""
-    found: dict[str, Any] = page.evaluate("page.scene")
+    return as_scene(page.evaluate("page.scene"))
+
+
+def as_scene(plain: dict[str, Any]) -> Scene:
+    """A scene of JavaScript."""
     things = [
         Thing(t["shape"], t["color"], "", t["x"], t["y"], t["radius"], tuple(t["rgb"]))
-        for t in found["things"]
+        for t in plain["things"]
     ]
-    return Scene(tuple(things), found["background"], 0.0, 0)
+    return Scene(tuple(things), plain["background"], 0.0, 0)
 
 
 def answer_of(page: Page) -> str:
@@ -266,26 +270,6 @@ def test_any_token_layer_and_head(live: Page) -> None:
     assert "orange" in live.locator("#lens_rows tr").nth(2).inner_text()
 
 
-def test_a_head_is_opened(live: Page) -> None:
-    """Its scores give the shares that are shown, and the shares and values what the head writes."""
-    live.locator("#prompt").fill("what color is the square?")
-    settled(live)
-    live.locator("#head").select_option("2")
-    live.locator("#head_opened summary").click()
-    rows = live.locator("#head_rows tr")
-    expect(rows).to_have_count(9)
-    shown = [row.inner_text().split("\t") for row in rows.all()[1:7]]
-    assert shown[0][0].startswith("patch ")
-    best = live.evaluate("(n) => percent([...Looking.shares()].sort((a, b) => b - a)[n])", 0)
-    assert shown[0][3] == best
-    code = """() => {
-      const {seen} = page.result.trace.head(page.stage, page.head, looked_at().looks, 32);
-      return [seen.map((one) => one.score), seen.map((one) => one.weight)];
-    }"""
-    scores, weights = (torch.tensor(numbers) for numbers in live.evaluate(code))
-    torch.testing.assert_close(scores.softmax(dim=0), weights, rtol=1e-3, atol=1e-6)
-
-
 def test_a_map_of_next_to_nothing_is_pale(live: Page) -> None:
     live.locator("#prompt").fill("what color is the circle?")
     settled(live)
@@ -353,12 +337,18 @@ def test_it_reads_on_a_phone_and_in_the_dark(live: Page) -> None:
     assert width(live) <= PHONE["width"]
 
 
-def test_every_control_has_a_name(live: Page) -> None:
-    nameless = live.evaluate("""() => [...document.querySelectorAll("button, input, select, [role=button]")]
+def nameless_controls(page: Page) -> list[str]:
+    """What can be used, and says nothing to those who cannot see it."""
+    found: list[str] = page.evaluate("""() =>
+      [...document.querySelectorAll("button, input, select, textarea, [role=button]")]
       .filter((one) => one.checkVisibility())
       .filter((one) => !(one.textContent.trim() || one.ariaLabel || one.title || one.labels?.length))
       .map((one) => one.outerHTML)""")
-    assert nameless == []
+    return found
+
+
+def test_every_control_has_a_name(live: Page) -> None:
+    assert nameless_controls(live) == []
     ids = live.evaluate("[...document.querySelectorAll('[id]')].map((one) => one.id)")
     assert len(ids) == len(set(ids))
 

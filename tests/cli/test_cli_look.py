@@ -15,7 +15,7 @@ from PIL import Image
 
 from minivlm.cli import main
 from minivlm.looking import plots
-from minivlm.looking.hover import hover_page
+from minivlm.looking.hover import hover_document, hover_page
 from minivlm.looking.inspection import inspect_match
 from minivlm.models.vit import ViT
 from minivlm.processing import ViTImageProcessor
@@ -163,7 +163,8 @@ class Tags(HTMLParser):
         self.titles: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.opened.append(tag)
+        if tag != "meta":  # it has no end
+            self.opened.append(tag)
         self.attributes += attrs
 
     def handle_endtag(self, tag: str) -> None:
@@ -212,6 +213,76 @@ def test_the_same_page_has_the_same_name() -> None:
     assert again is not None
     assert other is not None
     assert first[1] == again[1] != other[1]
+
+
+def test_a_map_of_next_to_nothing_is_pale() -> None:
+    """A share of 0.05 %, or log-odds that fall by 0.05, are not drawn like much."""
+    few = torch.zeros(64)
+    few[5] = 0.0005
+    page = hover_page(
+        torch.zeros(3, 64, 64),
+        {"attention": few, "rollout": 200 * few, "occlusion, 3 x 3": 100 * few, "hidden 1 x 1": 4000 * few},
+        [[]] * 64,
+        "label",
+    )
+    assert "attention: 1 %; rollout: 100 %; occlusion, 3 x 3: 10 %; hidden 1 x 1: 100 %" in page
+    for full in (
+        "5.0% of the attention.",
+        "10.0% of what attention carries",
+        "log-odds of the answer that fall by 0.5 without",
+        "log-odds of the answer that fall by 2.0 without",
+    ):
+        assert f'data-scale="Full red, 100 %, stands for {full}' in page
+
+
+def test_a_share_counts_by_how_many_patches_there_are() -> None:
+    even = torch.full((256,), 1 / 256)
+    page = hover_page(torch.zeros(3, 64, 64), {"attention": even}, [[]] * 256, "label")
+    assert page.count("attention: 31 %") == 256
+
+
+ODD = "\"'><script>window.hurt = 1</script><img src=x onerror='window.hurt = 1'>&amp;{name}</title>"
+
+
+def test_names_prompts_and_answers_stay_text() -> None:
+    document, tags = hover_document(ODD, f"a{ODD}", f"b{ODD}", a_page(ODD)), Tags()
+    assert document.count("<script") == 1
+    assert document.count("<img") == 0
+    tags.feed(document)
+    assert tags.opened == []
+    assert tags.titles[0] == f"{ODD}: a{ODD}"
+    assert hover_document("a", "b", " ", "").count("(nothing)") == 1
+
+
+def test_it_looks_like_the_live_page() -> None:
+    style = Path("docs/live/style.css").read_text(encoding="utf-8")
+    document = hover_document("a", "b", "c", a_page())
+    for name in ("ground", "card", "ink", "soft", "line", "accent"):
+        colors = re.findall(rf"--{name}: (#\w+);", style)
+        assert len(colors) == 2
+        assert re.findall(rf"--{name}: (#\w+);", document) == colors
+        assert set(re.findall(rf"var\(--{name}, (#\w+)\)", document)) <= {colors[0]}
+    heat = re.findall(r"--heat: (#\w+);", style)[0]
+    assert f'fill="{heat}"' in document
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_page_is_opened(
+    works: bool,
+    folder: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or works)
+    arguments = ("--model", folder, "--out", tmp_path / "out", "--max-new-tokens", 1, "--no-occlusion")
+    look(picture, *arguments)
+    assert opened == []
+    look(picture, *arguments, "--overwrite", "--open")
+    assert opened == [(tmp_path / "out" / "hover.html").as_uri()]
+    assert ("no browser was found" in capsys.readouterr().out) == (not works)
 
 
 def test_a_large_picture_is_stored_small() -> None:

@@ -1,0 +1,109 @@
+"use strict";
+/* The batch: pictures with their captions, and one of the pictures in the editor. */
+
+class PairEditor extends SceneEditor {
+  add_buttons() {
+    super.add_buttons();
+    for (const shape of DRAWN_WORLD.shapes) {
+      const change = () => this.edit((thing) => (thing.shape = shape));
+      element("shapes").append(make("button", { type: "button", onclick: change }, shape));
+    }
+    element("as_drawn").onclick = () => {
+      this.remember();
+      page.pairs[page.number].caption = caption_of(page.scene);
+      changed();
+    };
+  }
+
+  snapshot() {
+    return { pairs: page.pairs, number: page.number, cell: page.cell };
+  }
+
+  show() {
+    super.show();
+    element("h_picture").textContent = `Picture ${page.number + 1}`;
+    const chosen = page.scene.things[this.chosen];
+    for (const button of element("shapes").children) {
+      button.disabled = !chosen;
+      button.ariaPressed = String(chosen?.shape === button.textContent);
+    }
+    element("as_drawn").disabled = page.scene.things.length === 0;
+  }
+}
+
+/* All things from left to right, as in training. */
+function caption_of(scene) {
+  return [...scene.things].sort((a, b) => a.x - b.x).map((thing) => `a ${describe(thing)}`).join(", ");
+}
+
+class Batch {
+  constructor() {
+    element("tries").append(...TRIES.map(({ name }, i) =>
+      make("button", { type: "button", onclick: () => this.load(i) }, name)));
+    element("more").onclick = () => this.resize(page.pairs.length + 1);
+    element("fewer").onclick = () => this.resize(page.pairs.length - 1);
+    this.say(0);
+  }
+
+  get editor() {
+    return page.parts.find((part) => part instanceof PairEditor);
+  }
+
+  load(number) {
+    this.editor.remember();
+    this.editor.chosen = null;
+    this.say(number);
+    load_try(number);
+  }
+
+  say(number) {
+    element("try_said").textContent = TRIES[number].say;
+  }
+
+  resize(count) {
+    this.editor.remember();
+    if (count > page.pairs.length) page.pairs.push(as_pair(MORE_PAIRS[page.pairs.length % MORE_PAIRS.length]));
+    else page.pairs.pop();
+    page.number = Math.min(page.number, page.pairs.length - 1);
+    page.cell = page.cell.map((place) => Math.min(place, page.pairs.length - 1));
+    changed();
+  }
+
+  show() {
+    const list = element("pairs");
+    while (list.children.length > page.pairs.length) list.lastChild.remove();
+    while (list.children.length < page.pairs.length) list.append(this.line(list.children.length));
+    const cut = [];
+    page.pairs.forEach(({ caption }, i) => {
+      const [button, field] = list.children[i].querySelectorAll("button, textarea");
+      draw_picture(button.firstChild, page.result.pictures[i]);
+      button.ariaPressed = String(i === page.number);
+      if (field !== document.activeElement || field.value !== caption) field.value = caption;
+      if (tokenizer.encode(caption).length >= tokenizer.max_length) cut.push(i + 1);
+    });
+    const room = tokenizer.max_length - 1, which = cut.length === 1 ? `Caption ${cut}` : `Captions ${cut.join(" and ")}`;
+    element("cut_said").textContent = cut.length === 0 ? "" : `${which} has more than ${room} tokens: the end is not read.`;
+    element("more").disabled = page.pairs.length >= MOST_PAIRS;
+    element("fewer").disabled = page.pairs.length <= FEWEST_PAIRS;
+  }
+
+  line(number) {
+    const choose = () => {
+      page.number = number;
+      this.editor.choose(null);
+      show_all();
+    };
+    const canvas = make("canvas", { width: WORLD, height: WORLD });
+    const button = make("button", { type: "button", ariaLabel: `edit picture ${number + 1}`, onclick: choose }, canvas);
+    const field = make("textarea", { rows: 2, ariaLabel: `caption ${number + 1}`, maxLength: MAX_CAPTION, spellcheck: false });
+    field.onkeydown = (event) => event.key === "Enter" && event.preventDefault(); // a caption is one line
+    field.onfocus = () => (this.fresh = true);
+    field.oninput = () => {
+      if (this.fresh) this.editor.remember(); // one step of undo for each visit
+      this.fresh = false;
+      page.pairs[number].caption = field.value.replaceAll("\n", " ");
+      changed();
+    };
+    return make("li", {}, make("span", { className: "note" }, String(number + 1)), button, field);
+  }
+}
