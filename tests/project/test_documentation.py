@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from notebooks_and_sources import ROOT
+from PIL import Image
 
 from minivlm import cli
 
@@ -41,6 +42,14 @@ def test_readme_takes_two_minutes() -> None:
     assert len(lines) <= 112
     words = re.findall(r"[^\W_][^\s|]*", re.sub(r"\]\([^)]*\)", "]", "\n".join(lines)))
     assert len(words) <= 900
+
+
+def test_readme_shows_a_moving_picture_that_loads_quickly() -> None:
+    path = ROOT / "figures" / "live.gif"
+    assert re.search(r"!\[[^\]]{40,}\]\(figures/live\.gif\)", README)
+    assert path.stat().st_size <= 1_000_000
+    with Image.open(path) as picture:
+        assert getattr(picture, "n_frames", 1) > 20
 
 
 def test_readme_code_runs_in_any_folder(tmp_path: Path) -> None:
