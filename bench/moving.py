@@ -57,7 +57,7 @@ CLIPS = 300
 SCENES = 100  # of each shape
 OTHER_SIDES = ((128, 32), (32, 128), (112, 112), (96, 96), (112, 48), (48, 112))
 CLOCK_TASKS = ("direction", "length")
-CLOCK = MovingConfig("qwen2_5_vl", steps=400)
+CLOCK = MovingConfig("qwen2_5_vl", tower_steps=300, steps=300, rows=32)
 # Clips of each: frames, and how many of them a second.
 FILMED = {"at 1 a second": ((4, 6, 8), 1), "at 2 a second": ((4, 6, 8), 2), "at 3 a second": ((6, 12), 3)}
 TOWER_STEPS = 300

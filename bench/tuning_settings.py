@@ -6,11 +6,12 @@ digits    300 pictures of one digit each, of ten kinds; 100 others to measure on
 shapes    60 pictures of one cross or ring each, which the drawn world does not have, asked for its name and
           for its box; 60 others to measure on.
 
-A higher rate first; then each setting adds to the one above it, from the defaults on. The last is what
-`minivlm finetune --suggest` proposes, without its choice of the best state: that would be made on the
-pictures that are measured on. Exact answers and the IoU of boxes are those of `minivlm eval --data`; the
-world is the share of right answers to questions about 50 drawn scenes. A run is kept in --runs, is resumed if
-it was stopped, and is not made again, so the table may be made in pieces (--set, --setting). One seed.
+First the model as it is, and a higher rate; then each setting adds to the one above it, from the defaults
+on. The last is what `minivlm finetune --suggest` proposes, without its choice of the best state: that would
+be made on the pictures that are measured on. Exact answers and the IoU of boxes are those of `minivlm eval
+--data`; the world is the share of right answers to questions about 50 drawn scenes. A run is kept in --runs,
+is resumed if it was stopped, and is not made again, so the table may be made in pieces (--set, --setting).
+One seed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from minivlm.data.samples import read_samples
 from minivlm.evaluation.own import answer_own, own_metrics
-from minivlm.models.load import load_answering
+from minivlm.models.load import SHIPPED, load_answering
 from minivlm.processing import box_to_tokens
 from minivlm.training.finetuning import FinetuningConfig, finetune
 from minivlm.training.loop import Loop
@@ -38,6 +39,7 @@ from minivlm.world.scenes import COLORS
 
 SIDE, FINER = 64, 4  # pixels of a picture; it is drawn four times as large, and made smaller
 Line = dict[str, str]
+UNTUNED, SUGGESTED = "the model as shipped", "as --suggest says"
 SETTINGS: dict[str, dict[str, Any]] = {
     "rate 0.003": {"lr": 3e-3},
     "defaults": {},
@@ -46,8 +48,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shift and zoom": {"epochs": 40, "augment": ("shift", "zoom")},
     "replay 0.2": {"epochs": 40, "augment": ("shift", "zoom"), "replay": 0.2},
 }
-SUGGESTED = "as --suggest says"
-ROWS = {"exact": "exact, all lines", "box IoU": "box mean IoU"}  # of the table of `minivlm eval --data`
+ALL = (UNTUNED, *SETTINGS, SUGGESTED)
+# Rows of the table of `minivlm eval --data`: words, of which the first kind that there is; and boxes.
+WORDS = ("exact, what shape is it?", "exact, all lines")
+BOXES = "box mean IoU"
 
 
 def canvas(rng: np.random.Generator) -> Image.Image:
@@ -118,11 +122,14 @@ def write_set(folder: Path, name: str) -> tuple[Path, Path]:
 
 def result_of(runs: Path, name: str, setting: str) -> dict[str, float]:
     """What one run reaches, made now or read from its folder."""
-    out = runs / f"{name}, {setting}"
+    train, validation = write_set(runs / name, name)
+    if setting == UNTUNED:
+        return measured(SHIPPED, validation, world=True)
+    settings = suggested(train) if setting == SUGGESTED else SETTINGS[setting]
+    same = next((known for known, values in SETTINGS.items() if values == settings), setting)
+    out = runs / f"{name}, {same}"
     kept = out / "result.json"
     if not kept.is_file():
-        train, validation = write_set(runs / name, name)
-        settings = suggested(train) if setting == SUGGESTED else SETTINGS[setting]
         loop = Loop(measure_every=100, workers=0, resume=(out / "state.safetensors").is_file())
         finetune(out, FinetuningConfig(**settings), train, validation, loop=loop)
         kept.write_text(json.dumps(measured(str(out), validation, world=True)))
@@ -131,6 +138,7 @@ def result_of(runs: Path, name: str, setting: str) -> dict[str, float]:
 
 def suggested(train: Path) -> dict[str, Any]:
     """The epochs, the augmentations and the replay that are suggested for a set."""
+    model: Any
     model, processor = load_answering()
     samples = read_samples(train, processor, model.language_model.config.max_position_embeddings)
     weights = sum(weight.numel() for weight in model.parameters())
@@ -142,13 +150,15 @@ def suggested(train: Path) -> dict[str, Any]:
     }
 
 
-def measured(model: str, validation: Path, world: bool) -> dict[str, float]:
+def measured(model: str | Path, validation: Path, world: bool) -> dict[str, float]:
     """Numbers of a model, by the names of the columns."""
     loaded = load_answering(model)
     samples = read_samples(validation, loaded[1], loaded[0].language_model.config.max_position_embeddings)
     metrics = own_metrics(answer_own(*loaded, samples))
-    found = {name: metrics[row].value for name, row in ROWS.items() if row in metrics}
-    found["constant"] = metrics[ROWS["exact"]].baseline
+    exact = next(metrics[row] for row in WORDS if row in metrics)
+    found = {"exact": exact.value, "constant": exact.baseline}
+    if BOXES in metrics:
+        found["box IoU"] = metrics[BOXES].value
     if world:
         found["the world"] = world_scores(*loaded)["all questions"].value
     return found
@@ -171,13 +181,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/own"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="write the table here, too")
     parser.add_argument("--set", choices=tuple(SETS), action="append", help="(default: all)")
-    parser.add_argument("--setting", choices=(*SETTINGS, SUGGESTED), action="append", help="(default: all)")
+    parser.add_argument("--setting", choices=ALL, action="append", help="(default: all)")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = {}
     for name in options.set or SETS:
-        for setting in options.setting or (*SETTINGS, SUGGESTED):
+        for setting in options.setting or ALL:
             results[name, setting] = result_of(options.runs, name, setting)
             print(table(results), flush=True)
     if options.out is not None:
