@@ -42,7 +42,7 @@ class Batch {
       make("button", { type: "button", onclick: () => this.load(i) }, name)));
     element("more").onclick = () => this.resize(page.pairs.length + 1);
     element("fewer").onclick = () => this.resize(page.pairs.length - 1);
-    this.say(0);
+    this.tried = 0;
   }
 
   get editor() {
@@ -52,12 +52,15 @@ class Batch {
   load(number) {
     this.editor.remember();
     this.editor.chosen = null;
-    this.say(number);
+    this.tried = number;
     load_try(number);
   }
 
-  say(number) {
-    element("try_said").textContent = TRIES[number].say;
+  /* What is said of a batch holds as long as nobody edits it. */
+  say() {
+    const { pairs, say } = TRIES[this.tried], edited = JSON.stringify(page.pairs) !== JSON.stringify(pairs.map(as_pair));
+    const said = edited ? `${say} (You have edited this batch since.)` : say;
+    if (element("try_said").textContent !== said) element("try_said").textContent = said;
   }
 
   resize(count) {
@@ -70,6 +73,7 @@ class Batch {
   }
 
   show() {
+    this.say();
     const list = element("pairs");
     while (list.children.length > page.pairs.length) list.lastChild.remove();
     while (list.children.length < page.pairs.length) list.append(this.line(list.children.length));

@@ -130,9 +130,11 @@ dd {{ margin: 0; white-space: pre-wrap; }}
 </style>
 </head>
 <body>
+<main>
 <h1>Inside the model: {name}</h1>
 <dl><dt>prompt</dt><dd>{prompt}</dd><dt>answer</dt><dd class="answer">{answer}</dd></dl>
 {page}
+</main>
 </body>
 </html>
 """

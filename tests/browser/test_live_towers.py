@@ -232,8 +232,11 @@ def test_every_batch_to_try(towers: Page, shipped: tuple[SigLIP, PairProcessor])
 
 def test_captions_and_pictures_are_edited(towers: Page, shipped: tuple[SigLIP, PairProcessor]) -> None:
     before = shown(towers, "cosines")
+    edited = "(You have edited this batch since.)"
+    expect(towers.locator("#try_said")).not_to_contain_text(edited)
     towers.locator("#pairs textarea").nth(2).fill("a LARGE red circle")
     assert_as_in_package(towers, shipped)
+    expect(towers.locator("#try_said")).to_contain_text(edited)
     after = shown(towers, "cosines")
     assert torch.equal(after[:, [0, 1, 3]], before[:, [0, 1, 3]])
     assert torch.equal(after[:, 2], after[:, 0])
@@ -256,6 +259,7 @@ def test_captions_and_pictures_are_edited(towers: Page, shipped: tuple[SigLIP, P
         settled(towers)
     assert_as_in_package(towers, shipped)
     assert torch.equal(shown(towers, "cosines"), before)
+    expect(towers.locator("#try_said")).not_to_contain_text(edited)
 
 
 def test_temperature_and_bias(towers: Page, shipped: tuple[SigLIP, PairProcessor]) -> None:
