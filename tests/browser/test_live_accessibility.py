@@ -10,6 +10,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 from test_live_page import PHONE, settled
 from test_live_page import folder as folder
+from test_live_towers import settled as towers_settled
 
 DESK = {"width": 1280, "height": 900}
 AXE = Axe()
@@ -58,6 +59,18 @@ def on_tour(page: Page) -> None:
     settled(page)
 
 
+def a_head_opened(page: Page) -> None:
+    settled(page)
+    page.locator("#open_head").click()
+    expect(page.locator("#level_shown table").first).to_be_visible()
+
+
+def a_batch_chosen(page: Page) -> None:
+    towers_settled(page)
+    page.locator("#tries button").nth(1).click()
+    towers_settled(page)
+
+
 def turned(page: Page) -> None:
     page.locator("#shift").fill("50")
 
@@ -73,6 +86,8 @@ def padded(page: Page) -> None:
         ("index.html", as_it_opens),
         ("index.html", opened_and_broken),
         ("index.html", on_tour),
+        ("index.html", a_head_opened),
+        ("two_towers.html", a_batch_chosen),
         ("rotary.html", turned),
         ("rotary.html?embed", turned),
         ("mask.html", padded),
