@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minivlm.models.load import load
+from minivlm.models.load import MINIATURES, SHIPPED, load
 from minivlm.models.qwen2_vl import Qwen2VL
 from minivlm.processing import video_of
 from minivlm.world.clip_batches import training_clip
@@ -86,6 +87,35 @@ def test_clocks_differ_where_rates_do(bench: ModuleType) -> None:
     model.__class__ = bench.Numbered
     assert by_time.tolist() == [1.0, 4.0]
     assert model.intervals(grids, seconds).tolist() == [1.0, 1.0]
+
+
+def test_the_table_is_that_of_the_stored_numbers(bench: ModuleType) -> None:
+    stored = json.loads((SHIPPED.parent / "moving_time.json").read_text(encoding="utf-8"))
+    assert len(stored) == 3
+    assert {clock: set(found) for clock, found in stored[0].items()} == {
+        clock: {f"{task} {how}" for task in bench.CLOCK_TASKS for how in bench.FILMED}
+        for clock in (*bench.CLOCKS, bench.MOST_FREQUENT)
+    }
+    table = (BENCH / "results" / "moving_time.txt").read_text(encoding="utf-8")
+    assert bench.as_text(stored) + "\n" == table
+
+
+def test_the_shipped_miniature_counts_seconds(bench: ModuleType) -> None:
+    """Also at a rate that training never had. Without a picture, about half of the lengths would be right."""
+    model, processor = load(MINIATURES / "qwen2_5_vl")
+    assert isinstance(model, Qwen2VL)
+    bench.see_all(processor)
+    frames, rate = bench.FILMED["at 3 a second"]
+    found = bench.evaluate_clips(
+        model, processor, 12, tasks=bench.CLOCK_TASKS, frames=frames, rates=(rate,), progress=False
+    )
+    assert found["length"].value == 1.0
+    assert found["direction"].value > 0.7
+    model.__class__ = bench.Numbered
+    wrong = bench.evaluate_clips(
+        model, processor, 12, tasks=("length",), frames=frames, rates=(rate,), progress=False
+    )
+    assert wrong["length"].value < 0.8
 
 
 def test_towers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
