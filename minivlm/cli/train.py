@@ -35,7 +35,7 @@ RECIPE: shared.Recipe = {
     "what a step sees": {
         "tower_pictures": (128, "while the tower is alone"),
         "pictures": (48, "afterwards"),
-        "questions": (9, "for each picture at most, packed"),
+        "questions": (9, "for each picture at most, packed; of qwen2_vl and qwen2_5_vl 4"),
         "row_tokens": (104, "of packed questions"),
         "prefix_questions": (3, "for each picture in the last stage"),
         "prefix_row_tokens": (40, "of one question"),

@@ -258,8 +258,9 @@ def test_it_looks_like_the_live_page() -> None:
     style = Path("docs/live/style.css").read_text(encoding="utf-8")
     document = hover_document("a", "b", "c", a_page())
     for name in ("ground", "card", "ink", "soft", "line", "accent"):
-        colors = re.findall(rf"--{name}: (#\w+);", style)
-        assert len(colors) == 2
+        light, *dark = re.findall(rf"--{name}: (#\w+);", style)
+        assert dark == 2 * dark[:1]  # asked for by the system, or by the book
+        colors = [light, dark[0]]
         assert re.findall(rf"--{name}: (#\w+);", document) == colors
         assert set(re.findall(rf"var\(--{name}, (#\w+)\)", document)) <= {colors[0]}
     heat = re.findall(r"--heat: (#\w+);", style)[0]

@@ -246,7 +246,7 @@ def test_the_command_names_every_system_and_number() -> None:
     config = asdict(MovingConfig("qwen2_vl"))
     assert config.keys() - {"system", "seed", "warmup_steps"} == {*MOVING_RECIPE, *RATES}
     for name in (*MOVING_RECIPE, *RATES):
-        if name in ("tower_steps", "steps", "rows"):
+        if name in ("tower_steps", "steps", "rows", "questions"):
             assert about[name].endswith(f"of qwen2_vl and qwen2_5_vl {config[name]}"), name
         else:
             assert config[name] == told[name], name
