@@ -206,7 +206,8 @@ def run(options: argparse.Namespace) -> None:
     sample = next((one for one in done.samples if len(one.paths) == 1), done.samples[0])
     made = "model" if options.lora is None else "adapter"
     base = [] if options.lora is None or options.model is None else ["--model", options.model]
-    with_it = [*base, f"--{made}", str(options.out)]
+    rounded = [] if options.quantize is None else ["--quantize", options.quantize]
+    with_it = [*base, f"--{made}", str(options.out), *rounded]
     ask = command("ask", sample.paths[0], "--prompt", sample.prefix, *with_it)
     shared.print_end(started, options.out, f"Ask it:\n  {ask}", made)
 

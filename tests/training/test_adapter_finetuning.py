@@ -89,6 +89,12 @@ def test_by_the_command_line(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "\nred\n" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in SHIPPED.iterdir()} == before
 
+    on_int8 = [str(tmp_path / "int8") if part == str(out) else part for part in line]
+    assert main([*on_int8, "--steps", "1", "--quantize", "int8"]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1].endswith(f" --adapter {tmp_path / 'int8'} --quantize int8")
+    )
+
     theirs = PeftModel.from_pretrained(PaliGemmaForConditionalGeneration.from_pretrained(SHIPPED), out)
     model, processor = minivlm.load(adapter=out)
     inputs = processor([picture], ["caption en"], suffixes=["red"])
