@@ -86,7 +86,7 @@ _PAGE = """<div id="{id}">
     buttons.forEach(other => other.setAttribute("aria-pressed", String(other === button)));
     scale.textContent = button.dataset.scale;
   }});
-  const moves = {{ArrowLeft: -1, ArrowRight: 1, ArrowUp: -{columns}, ArrowDown: {columns}}};
+  const moves = {{"ArrowLeft": -1, "ArrowRight": 1, "ArrowUp": -{columns}, "ArrowDown": {columns}}};
   patches.forEach((patch, i) => {{
     patch.onmouseenter = patch.onfocus = () => {{
       patch.setAttribute("stroke", "#000");
