@@ -52,10 +52,16 @@ def ask() -> Callable[[Scene | Image.Image, str], str]:
 
 @pytest.fixture
 def live(folder: Path, page: Page) -> Iterator[Page]:
-    """The page, opened; it must not complain, or ask for anything outside of its folder."""
+    yield from opened(page, folder, "index.html", settled)
+
+
+def opened(
+    page: Page, folder: Path, name: str, wait: Callable[[Page], None] = lambda _: None
+) -> Iterator[Page]:
+    """A page, opened; it must not complain, or ask for anything outside of its folder."""
     watcher = Watcher(page, own=(folder.as_uri(),))
-    page.goto((folder / "index.html").as_uri())
-    settled(page)
+    page.goto(f"{folder.as_uri()}/{name}")
+    wait(page)
     yield page
     assert watcher.take() == []
 

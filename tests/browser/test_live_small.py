@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from playwright.sync_api import Page, expect
-from test_live_page import PHONE
+from test_live_page import PHONE, opened
 from test_live_page import folder as folder
 from torch import Tensor
-from watching import Watcher, faint_texts, width
+from watching import faint_texts, width
 
 from minivlm import masks
 from minivlm.rope import apply_rotary, rotary_angles
@@ -27,14 +27,6 @@ def rotary(folder: Path, page: Page) -> Iterator[Page]:
 @pytest.fixture
 def mask(folder: Path, page: Page) -> Iterator[Page]:
     yield from opened(page, folder, "mask.html")
-
-
-def opened(page: Page, folder: Path, name: str) -> Iterator[Page]:
-    """A page, which must not complain, or ask for anything outside of its folder."""
-    watcher = Watcher(page, own=(folder.as_uri(),))
-    page.goto(f"{folder.as_uri()}/{name}")
-    yield page
-    assert watcher.take() == []
 
 
 def slide(page: Page, **values: float) -> None:

@@ -16,9 +16,10 @@ from conftest import PATIENCE
 from notebooks_and_sources import ROOT
 from playwright.sync_api import Browser, Page, expect
 from test_live_engine import assert_near, odd_texts, scene_number
-from test_live_page import PHONE, as_scene, nameless_controls
+from test_live_page import PHONE, as_scene, nameless_controls, opened
+from test_live_page import folder as folder
 from torch import Tensor
-from watching import Watcher, faint_texts, width
+from watching import faint_texts, width
 
 from minivlm import losses
 from minivlm.models.load import MINIATURES, load
@@ -27,7 +28,7 @@ from minivlm.processing import PairProcessor
 from minivlm.world.scenes import Scene
 
 sys.path.insert(0, str(ROOT / "docs"))
-from live.build import as_plain, write_live
+from live.build import as_plain
 
 START = "() => (window.towers = load_two_towers(TWO_TOWERS), undefined)"
 LOSSES = """({images, texts, logit_scale, logit_bias}) => {
@@ -36,13 +37,6 @@ LOSSES = """({images, texts, logit_scale, logit_bias}) => {
   const [clip, siglip] = [clip_loss(cosines, logit_scale), siglip_loss(cosines, logit_scale, logit_bias)];
   return {cosines, clip, siglip};
 }"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("live")
-    write_live(where)
-    return where
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +144,7 @@ def test_losses(
 
 @pytest.fixture
 def towers(folder: Path, page: Page) -> Iterator[Page]:
-    """The page, opened; it must not complain, or ask for anything outside of its folder."""
-    watcher = Watcher(page, own=(folder.as_uri(),))
-    page.goto((folder / "two_towers.html").as_uri())
-    settled(page)
-    yield page
-    assert watcher.take() == []
+    yield from opened(page, folder, "two_towers.html", settled)
 
 
 def settled(page: Page) -> None:
