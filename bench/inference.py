@@ -6,11 +6,12 @@ Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out /tmp/paligemma-3b
      python bench/inference.py /tmp/paligemma-3b-pt-224 --large /tmp/paligemma-3b-pt-896 \
          --second /tmp/paligemma2-3b-pt-224 --out bench/results/inference.txt
      python bench/make_checkpoint.py qwen2-vl-2b --out /tmp/qwen2-vl-2b
-     python bench/inference.py --only qwen --qwen /tmp/qwen2-vl-2b --out bench/results/inference_qwen2_vl.txt
+     python bench/inference.py --only qwen video --qwen /tmp/qwen2-vl-2b \
+         --out bench/results/inference_qwen2_vl.txt
      python bench/inference.py --only deepseek --deepseek FOLDER_OF_DEEPSEEK_VL_OR_VL2
      python bench/inference.py --only llama --llama FOLDER_OF_LLAMA_3.2_VISION
 
-Both sides open the same folder in bf16, with the same number of threads, and read the same picture and
+Both sides open the same folder in one dtype, with the same number of threads, and read the same picture and
 prompt. They take turns, each time in a process of its own (inference_worker.py), so that what else the
 machine does meets both. A ratio is transformers' number divided by ours in the same round: above 1, ours is
 the faster or the smaller one. Memory is the most that a process ever held, the mapped weights included.
@@ -46,11 +47,14 @@ from matplotlib.figure import Figure
 from minivlm.checkpoints.hub import read_config
 from minivlm.models.paligemma import PaliGemmaConfig
 from minivlm.models.sizes import decode_bytes, image_operations, prefill_operations
-from minivlm.speed.one_row import linear, onednn_has_bf16
+from minivlm.speed.one_row import linear
+from minivlm.speed.widened import onednn_has_bf16
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-PARTS = ("answers", "load", "eight", "second", "context", "towers", "large", "qwen", "deepseek", "llama")
+PARTS = (
+    "answers", "load", "eight", "second", "context", "towers", "large", "qwen", "video", "deepseek", "llama",
+)  # fmt: skip
 SIZES = {  # of pictures, in pixels
     "qwen": (1120, 700),  # 40 x 25 = 1,000 image tokens
     "deepseek": (384, 384),  # 576 image tokens; in DeepSeek-VL2, 421
@@ -262,6 +266,12 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="a folder of Llama 3.2 Vision")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+        help="of both sides; a processor without bf16 instructions needs float32 (default: bfloat16)",
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the tables (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="of all sides in turns (default: 3)")
     parser.add_argument("--repeats", type=int, default=3, help="of an answer in a process (default: 3)")
@@ -269,8 +279,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the tables there as well, and the figure beside it")
     options = parser.parse_args()
     parts = options.only or PARTS
-    if options.folder is None and set(parts) - set(SIZES):
-        parser.error(f"give a PaliGemma folder, or --only with some of {', '.join(SIZES)}")
+    others = {*SIZES, "video"}
+    if options.folder is None and set(parts) - others:
+        parser.error(f"give a PaliGemma folder, or --only with some of {', '.join(sorted(others))}")
     lines: list[str] = []
 
     def say(*more: str) -> None:
@@ -279,7 +290,7 @@ def main() -> None:
             lines.append(line)
 
     device = torch.cuda.get_device_name() if options.device == "cuda" else name_of_cpu()
-    say(f"{device}; {os.cpu_count()} cores, {options.threads} threads used")
+    say(f"{device}; {os.cpu_count()} cores, {options.threads} threads used, {options.dtype}")
     say(
         f"Python {platform.python_version()}, PyTorch {torch.__version__}, transformers "
         f"{transformers.__version__}, {platform.system()}"
@@ -294,6 +305,7 @@ def main() -> None:
             "folder": str(options.folder),
             "threads": options.threads,
             "device": options.device,
+            "dtype": options.dtype,
             "batch": 1,
             "repeats": options.repeats,
             "tokens": options.tokens,
@@ -336,6 +348,9 @@ def main() -> None:
                 asked |= {"repeats": 1} if name == "llama" else {}
                 sides = [OURS, PEER] if name == "llama" else [OURS, *packed, PEER]
                 say("", *answers(folder.name, sides, options.rounds, asked)[0])
+        if "video" in parts and options.qwen:
+            asked = {**few, "folder": str(options.qwen), "size": (224, 224), "frames": 64, "tokens": 4}
+            say("", *answers(f"{options.qwen.name}, a video of 64 frames", [OURS, PEER], 1, asked)[0])
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
 

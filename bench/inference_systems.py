@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,11 +47,11 @@ def system_of(folder: Path) -> System:
         case "qwen2_vl":
             reads = Qwen2VLProcessor.from_pretrained(folder)
             peer = _named("Qwen2VLForConditionalGeneration")
-            return System(Qwen2VL, reads, peer, told=partial(_with_types, values["image_token_id"]))
+            return System(Qwen2VL, reads, peer, told=partial(_with_types, values))
         case "qwen2_5_vl":
             newer = Qwen2_5_VLProcessor.from_pretrained(folder)
             peer = _named("Qwen2_5_VLForConditionalGeneration")
-            return System(Qwen2_5_VL, newer, peer, told=partial(_with_types, values["image_token_id"]))
+            return System(Qwen2_5_VL, newer, peer, told=partial(_with_types, values))
         case "deepseek_vl":
             peer = _named("DeepseekVLForConditionalGeneration")
             return System(DeepseekVL, DeepseekVLProcessor.from_pretrained(folder), peer)
@@ -77,9 +77,11 @@ def _named(name: str) -> Callable[..., Any]:
     return open_peer
 
 
-def _with_types(image_token_id: int, inputs: Inputs) -> Inputs:
-    """Qwen2-VL is told which tokens stand for pictures."""
-    return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == image_token_id).long()}
+def _with_types(config: Mapping[str, Any], inputs: Inputs) -> Inputs:
+    """Qwen2-VL is told which tokens stand for pictures (1) and which for videos (2)."""
+    ids = inputs["input_ids"]
+    types = (ids == config["image_token_id"]).long() + 2 * (ids == config["video_token_id"])
+    return {**inputs, "mm_token_type_ids": types}
 
 
 # ---- DeepSeek-VL2 ------------------------------------------------------------------------------------------

@@ -51,7 +51,16 @@ def memory(name: str) -> int:
 
 
 # What our models read of a batch.
-READ = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "aspect_ratio_ids")
+READ = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "aspect_ratio_ids",
+)
 
 
 class Ours:
@@ -228,13 +237,16 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
     """Gray noise as pictures and prompts of the wished length; in a batch they differ in length."""
     from PIL import Image
 
+    from minivlm.processing.video import video_of
+
     torch.manual_seed(0)  # here: opening a model may have drawn numbers
     processor = side.processor
     width, height = job.get("size") or [side.size, side.size]
     pictures, prompts = [], []
     for row in range(job["batch"]):
         noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy()
-        pictures.append(Image.fromarray(noise))
+        picture = Image.fromarray(noise)
+        pictures.append(video_of([picture] * job["frames"], fps=2) if "frames" in job else picture)
         prompts.append("what is it " * (1 + 2 * row))
     inputs: dict[str, Tensor] = processor(pictures, prompts)
     if (
@@ -245,7 +257,9 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
             for tensor in inputs.values():
                 if tensor.shape[:2] == inputs["input_ids"].shape:
                     tensor[row] = tensor[row].roll(shift)
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype_of(job))
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in inputs:
+            inputs[name] = inputs[name].to(dtype_of(job))
     asked: dict[str, Tensor] = side.system.asked(inputs)
     return {name: tensor.to(job["device"]) for name, tensor in asked.items()}
 

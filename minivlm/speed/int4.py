@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from minivlm.errors import InputError
 from minivlm.speed.int8 import EPS, WEIGHTS_PER_BLOCK, Int8Embedding, Int8Linear, quantize_rows
 from minivlm.speed.one_row import TiedHead
+from minivlm.speed.widened import product
 
 GROUP = 32  # weights with one scale; the kernel knows 32, 64, 128 and 256
 GROUPS = (32, 64, 128, 256)
@@ -151,7 +152,7 @@ class Int4Linear(nn.Module):
         size, _ = interleaved()
         step = max(1, WEIGHTS_PER_BLOCK // (2 * self.weight.shape[1]) // size) * size
         starts = range(0, len(self.weight), step)
-        return torch.cat([F.linear(rows, self._rows(start, start + step)) for start in starts], dim=-1)
+        return torch.cat([product(rows, self._rows(start, start + step)) for start in starts], dim=-1)
 
 
 class _Product(torch.autograd.Function):
@@ -164,7 +165,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.plain(), None
+        return product(gradient, ctx.layer.plain().T), None
 
 
 def quantize_decoder_to_int4(model: nn.Module, group: int = GROUP) -> None:

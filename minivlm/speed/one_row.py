@@ -10,7 +10,8 @@ a library that turned it would change what other threads compute. But the gradie
 same product, and never goes to oneDNN. For S @ W with a sparse S, the gradient of the entry of S at (i, j) is
 <gradient of row i of the result, row j of W>. If S has one row and stores all of its entries, these are the
 products of one vector with every row of W, which is what `F.linear` computes for a single row. It reads W in
-the order of the file, without a copy. Without bf16 kernels in oneDNN, `F.linear` is used.
+the order of the file, without a copy. Without bf16 kernels in oneDNN, PyTorch's own are used anyway, and many
+rows are widened.py's matter.
 """
 
 from __future__ import annotations
@@ -19,16 +20,9 @@ import warnings
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@cache
-def onednn_has_bf16() -> bool:
-    """Whether PyTorch hands bf16 products to oneDNN on this machine."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+from minivlm.speed.widened import onednn_has_bf16, product
 
 
 def is_one_row(x: Tensor) -> bool:
@@ -56,14 +50,14 @@ def row_of_all_entries(length: int) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, at memory speed if x is a single row."""
+    """`F.linear`, at memory speed if x is a single row, and by `product` if it is not."""
     if not is_one_row(x) or weight.dtype != x.dtype or weight.shape[1] != x.shape[-1]:
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
     pattern, columns = row_of_all_entries(weight.shape[0])
-    product, _ = torch.ops.aten._sparse_mm_reduce_impl_backward(
+    entries, _ = torch.ops.aten._sparse_mm_reduce_impl_backward(
         pattern, x.reshape(1, -1), weight, "sum", columns, [True, False]
     )
-    out: Tensor = product.values().view(*x.shape[:-1], -1)
+    out: Tensor = entries.values().view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
 
 

@@ -36,12 +36,13 @@ from minivlm.training.digest import digest_of_lines
 from minivlm.training.limits import check_numbers, check_warmup, require_room
 from minivlm.training.log import Line
 from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
-from minivlm.training.memory import estimate
+from minivlm.training.memory import estimate, return_freed_memory
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.replay import Scores, check_known, rows_of_the_world, world_scores
 from minivlm.training.schedule import warm_up_then_fall
 
 EPOCHS = 10  # where neither epochs nor steps are given
+LARGE = 1e8  # weights of a model that calls for lower rates
 MAX_GRADIENT_NORM = 1.0
 MOST_REPLAY = 0.9
 # What can be frozen; only some models have a second tower.
@@ -117,7 +118,9 @@ class Finetuning(Trainable):
         self.model = model
         self.step = 0
         self.told = {"data": _told(samples), "validation": _told(validation)}
-        large = sum(parameter.numel() for parameter in model.parameters()) > 1e8
+        large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+        if large:
+            return_freed_memory()
         self.lr = config.lr if config.lr is not None else self.rates[large]
         self.masters, self.working = self.prepare()
         trained = [parameter for parameter in self.masters.parameters() if parameter.requires_grad]

@@ -7,6 +7,8 @@ needs for a moment, the pictures of the next batches and PyTorch itself come on 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +23,22 @@ from minivlm.processing.inputs import Inputs
 from minivlm.speed.checkpointing import blocks_of
 from minivlm.speed.int4 import Int4Linear
 from minivlm.speed.int8 import Int8Embedding, Int8Linear
+
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+RETURNED = 2**20  # bytes of the smallest piece that goes back to the system as soon as it is freed
+
+
+def return_freed_memory() -> None:
+    """Let what tensors leave behind go back to the system at once, where glibc would keep it.
+
+    From a freed piece of up to 32 MB, glibc learns that such pieces come and go, and keeps them in its heap.
+    After one row of a large model that heap holds gigabytes between a few small pieces, and little that comes
+    later fits in. What `mallopt` sets is for the whole process. Other C libraries are left as they are.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, RETURNED)
 
 
 class Learns(Protocol):

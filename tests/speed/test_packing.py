@@ -18,8 +18,8 @@ from minivlm.models import load
 from minivlm.models.load import load_answering
 from minivlm.speed import packing
 from minivlm.speed.compiled import compile_parts
-from minivlm.speed.one_row import onednn_has_bf16
 from minivlm.speed.packing import PackedLinear, matrices, pack_matrices
+from minivlm.speed.widened import onednn_has_bf16
 
 needs_kernels = pytest.mark.skipif(not onednn_has_bf16(), reason="needs bf16 instructions and oneDNN")
 BF16 = torch.bfloat16

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 import minivlm
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.errors import InputError
+from minivlm.training import finetuning
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
 from minivlm.training.loop import Diverged, Loop, log_as_json, read_log, run_to_end
 from minivlm.training.recipe import build
@@ -219,6 +220,18 @@ def test_workers_change_nothing(
     loop = replace(EVERY, workers=workers)
     finetune(tmp_path, config, data / "train.jsonl", data / "validation.jsonl", loop=loop)
     assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_a_large_model_changes(
+    large: bool, config: FinetuningConfig, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lower rate, and memory that goes back when it is freed."""
+    called: list[bool] = []
+    monkeypatch.setattr(finetuning, "return_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr(finetuning, "LARGE", 1e3 if large else 1e8)
+    assert prepared(config, data).lr == Finetuning.rates[large]
+    assert called == [True] * large
 
 
 def test_another_seed_gives_another_order(
