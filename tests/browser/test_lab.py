@@ -35,6 +35,7 @@ TAKE_LONG = {
     "13_four_ways",
     "14_llava",
     "15_qwen_vl",
+    "16_qwen2_vl",
     "17_qwen2_5_vl",
     "18_deepseek_vl",
     "19_deepseek_vl2",
