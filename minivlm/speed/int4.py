@@ -24,7 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
-from minivlm.speed.int8 import EPS, WEIGHTS_PER_BLOCK, Int8Embedding, Int8Linear, quantize_rows
+from minivlm.speed.int8 import (
+    EPS,
+    WEIGHTS_PER_BLOCK,
+    Int8Embedding,
+    Int8Linear,
+    bias_of,
+    check_head,
+    quantize_rows,
+)
 from minivlm.speed.one_row import TiedHead
 from minivlm.speed.widened import product
 
@@ -93,21 +101,26 @@ def unpack_values(packed: Tensor) -> Tensor:
 
 
 class Int4Linear(nn.Module):
-    """A linear layer without bias, with int4 weights, and scale and middle of each group.
+    """A linear layer with int4 weights, and scale and middle of each group. A bias stays as it is.
 
     Outputs are filled up to whole blocks and inputs to whole groups, with zeros that nothing reads.
     """
 
     weight: Tensor  # [out, in / 2] in uint8, as the kernel wants it
     scales: Tensor  # [groups, out, 2]: scale and middle
+    bias: Tensor | None
 
-    def __init__(self, weight: Tensor, group: int = GROUP) -> None:
-        """weight [out, in], to be rounded. Raises InputError: a group that the kernel does not know."""
+    def __init__(self, weight: Tensor, group: int = GROUP, bias: Tensor | None = None) -> None:
+        """weight [out, in], to be rounded, and bias [out].
+
+        Raises InputError: a group that the kernel does not know.
+        """
         super().__init__()
         if group not in GROUPS:
             raise InputError(f"a group has {group} weights: choose from {', '.join(map(str, GROUPS))}")
         self.group = group
         self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", bias)
         size, _ = interleaved()
         weight = F.pad(weight, (0, -self.in_features % group, 0, -self.out_features % size))
         pieces = [self._round(piece) for piece in weight.split(ROWS_PER_PIECE)]
@@ -133,6 +146,7 @@ class Int4Linear(nn.Module):
             out: Tensor = _Product.apply(rows, self)  # type: ignore[no-untyped-call]
         else:
             out = self.multiply(rows)
+        out = out if self.bias is None else out + self.bias
         return out.unflatten(0, x.shape[:-1])
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -174,16 +188,12 @@ def quantize_decoder_to_int4(model: nn.Module, group: int = GROUP) -> None:
     The result cannot be saved. Adapters can be trained on it, see `minivlm.adapters`.
 
     Raises:
-        InputError: the decoder is already quantized, or has biases, which are not computed here.
+        InputError: the decoder is already quantized, or scores words in a way of its own.
     """
     decoder: Any = model.get_submodule("language_model")
+    check_head(decoder)
     if any(isinstance(module, Int4Linear | Int8Linear) for module in decoder.modules()):
         raise InputError("the decoder is already quantized: do it only once, or load the folder again")
-    if any(getattr(module, "bias", None) is not None for module in decoder.modules()):
-        raise InputError(
-            f"{type(decoder).__name__} has biases, and int4 is for decoders without, such as Gemma's and "
-            "Llama's: leave quantize out"
-        )
     table = quantize_rows(decoder.embed_tokens.weight.detach())
     decoder.embed_tokens = Int8Embedding(*table)
     if decoder.lm_head is None or isinstance(decoder.lm_head, TiedHead):  # tied: the head is the table
@@ -193,7 +203,7 @@ def quantize_decoder_to_int4(model: nn.Module, group: int = GROUP) -> None:
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, Int4Linear(child.weight.detach(), group))
+                setattr(parent, name, Int4Linear(child.weight.detach(), group, bias_of(child)))
 
 
 def bytes_in_int4(decoder: nn.Module, dtype: torch.dtype | None, group: int = GROUP) -> int:

@@ -52,16 +52,18 @@ def _round(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer without bias, with int8 weights and one scale per output."""
+    """A linear layer with int8 weights and one scale per output. A bias stays as it is."""
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
-        """weight [out, in] in int8 and scale [out], as `quantize_rows` returns them."""
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        """weight [out, in] in int8 and scale [out], as `quantize_rows` returns them, and bias [out]."""
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
         self.out_features, self.in_features = weight.shape
 
     def plain(self) -> Tensor:
@@ -83,6 +85,7 @@ class Int8Linear(nn.Module):
             # Integers up to 127 are exact in bf16, and an output can be scaled after it is summed.
             blocks = self.weight.split(max(1, WEIGHTS_PER_BLOCK // self.weight.shape[1]))
             out = torch.cat([product(rows, block.to(rows.dtype)) for block in blocks], dim=-1) * self.scale
+        out = out if self.bias is None else out + self.bias
         return out.unflatten(0, x.shape[:-1])
 
 
@@ -103,26 +106,33 @@ class Int8Embedding(nn.Module):
         return self.weight[input_ids].to(self.scale.dtype) * self.scale[input_ids][..., None]
 
 
+def check_head(decoder: nn.Module) -> None:
+    """Raise InputError if a decoder scores words with more than a matrix."""
+    if not hasattr(decoder, "lm_head"):
+        raise InputError(f"{type(decoder).__name__} has no head to round: leave quantize out")
+
+
+def bias_of(layer: nn.Linear) -> Tensor | None:
+    """What is added after the product."""
+    return None if layer.bias is None else layer.bias.detach()
+
+
 def quantize_decoder(model: nn.Module) -> None:
     """Convert the matrices of `model.language_model` to int8, in place and one at a time.
 
     The result is for inference only: it cannot be trained or saved.
 
     Raises:
-        InputError: the decoder is already quantized, or has biases, which are not computed here.
+        InputError: the decoder is already quantized, or scores words in a way of its own.
     """
     decoder: Any = model.get_submodule("language_model")
+    check_head(decoder)
     if any(isinstance(module, Int8Linear) for module in decoder.modules()):
         raise InputError("the decoder is already in int8: quantize it only once, or load the folder again")
-    if any(getattr(module, "bias", None) is not None for module in decoder.modules()):
-        raise InputError(
-            f"{type(decoder).__name__} has biases, and int8 is for decoders without, such as Gemma's and "
-            "Llama's: leave quantize out"
-        )
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(*quantize_rows(child.weight.detach())))
+                setattr(parent, name, Int8Linear(*quantize_rows(child.weight.detach()), bias_of(child)))
     table = quantize_rows(decoder.embed_tokens.weight.detach())
     decoder.embed_tokens = Int8Embedding(*table)
     if decoder.lm_head is None or isinstance(decoder.lm_head, TiedHead):  # tied: the head is the table

@@ -92,6 +92,7 @@ class GPT2Decoder(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
         self.layers = nn.ModuleList(GPT2Block(config) for _ in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head: nn.Linear | None = None  # the table scores, too
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> embeddings [B, T, D], without positions."""
@@ -123,4 +124,6 @@ class GPT2Decoder(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., D] -> a score for every token of the vocabulary [..., V]."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden_states)
         return F.linear(hidden_states, self.embed_tokens.weight)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from qwen2_folders import write_folder
 from qwen2_vl import PATCH
+from rounded import put_rounded_weights
 
 import minivlm
 from minivlm.cli import main
@@ -126,9 +127,15 @@ def test_finetuning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "over the limit of 20" in capsys.readouterr().err
 
 
-def test_int8_is_refused_by_name(folder: Path):
-    with pytest.raises(InputError, match="Qwen2Decoder has biases"):
-        minivlm.load(folder, quantize="int8")
+@torch.no_grad()
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_rounded_weights(folder: Path, bits: str):
+    """The model is the one with rounded weights, and biases as they were."""
+    (rounded, processor), (model, _) = minivlm.load(folder, quantize=bits), minivlm.load(folder)
+    put_rounded_weights(rounded, model)
+    inputs = processor([picture(60, 20)], ["what is it?"])
+    one, other = (each.logits(each.prefill(**inputs)[0]) for each in (rounded, model))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_files_that_do_not_match(tmp_path: Path):

@@ -11,6 +11,7 @@ import torch
 from helpers import assert_equal, difference
 from PIL import Image
 from qwen_vl import edit, ranks, write_qwen_vl
+from rounded import put_rounded_weights
 from safetensors.torch import load_file, save_file
 
 import minivlm
@@ -184,9 +185,15 @@ def test_weights_are_read_strictly(copied: Path) -> None:
         assert part in str(error.value)
 
 
-def test_int8_is_for_decoders_without_biases(copied: Path) -> None:
-    with pytest.raises(InputError, match="QwenDecoder has biases, and int8"):
-        minivlm.load(copied, quantize="int8")
+@torch.no_grad()
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_rounded_weights(copied: Path, picture: Path, bits: str) -> None:
+    """The model is the one with rounded weights, and biases as they were."""
+    (rounded, processor), (model, _) = minivlm.load(copied, quantize=bits), minivlm.load(copied)
+    put_rounded_weights(rounded, model)
+    inputs = processor([picture], ["what is it?"])
+    one, other = (each.logits(each.prefill(**inputs)[0]) for each in (rounded, model))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 # Commands

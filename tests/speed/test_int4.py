@@ -104,9 +104,10 @@ def test_linear_is_the_product_with_the_rounded_weight(
 ) -> None:
     monkeypatch.setattr(int4, "WEIGHTS_PER_BLOCK", 40_000)  # outputs in several blocks
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    layer = Int4Linear(weight)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(2)).to(dtype)
+    layer = Int4Linear(weight, bias=bias)
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = x.double() @ layer.plain().double().T
+    expected = x.double() @ layer.plain().double().T + bias.double()
     assert layer.plain().shape == shape
     for shaped in (x, x[None], x[:, None]):
         out = layer(shaped)
@@ -223,7 +224,7 @@ def test_refusals() -> None:
         minivlm.load(pack=True, dtype=torch.bfloat16, quantize="int4")
     model = nn.Module()
     model.language_model = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(InputError, match="Sequential has biases, and int4 is for decoders without"):
+    with pytest.raises(InputError, match="Sequential has no head to round"):
         quantize_decoder_to_int4(model)
 
 

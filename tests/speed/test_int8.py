@@ -49,9 +49,10 @@ def test_linear_is_the_product_with_the_rounded_weight(
 ):
     monkeypatch.setattr(int8, "WEIGHTS_PER_BLOCK", 1000)  # 301 outputs in many blocks
     values, scale = quantize_rows(matrix(301, inputs, dtype))
-    layer = Int8Linear(values, scale)
+    bias = torch.randn(301, generator=torch.Generator().manual_seed(2)).to(dtype)
+    layer = Int8Linear(values, scale, bias)
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = x.double() @ (values.double() * scale.double()[:, None]).T
+    expected = x.double() @ (values.double() * scale.double()[:, None]).T + bias.double()
     for shaped in (x, x[None], x[:, None]):
         out = layer(shaped)
         assert out.dtype == dtype

@@ -106,7 +106,7 @@ class Miniature(HasDecoder):
 
     def patches(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] of any dtype -> the tower's tokens [B, N, D_image]."""
-        return self.vision_tower(pixel_values.to(self.language_model.embed_tokens.weight.dtype))
+        return self.vision_tower(pixel_values.to(next(self.vision_tower.parameters()).dtype))
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, height, width] -> what the decoder gets of a picture, [B, n, D]."""

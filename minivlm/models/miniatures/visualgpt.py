@@ -224,8 +224,9 @@ class VisualGPT(Miniature):
         if cache is not None:
             kept = cast(VisualGPTCache, cache)
             shown = kept.shown = kept.shown if shown is None else shown
-        gpt2, bias = self.language_model, additive(mask, self.language_model.embed_tokens.weight.dtype)
+        gpt2 = self.language_model
         x = gpt2.embed(input_ids.masked_fill(is_image, 0)) + gpt2.embed_positions(position_ids)
+        bias = additive(mask, x.dtype)
         for number, layer in enumerate(self.blocks):
             update_cache = None if cache is None else partial(cache.write, number)
             x = layer(x, bias, update_cache, None if shown is None else shown[number])

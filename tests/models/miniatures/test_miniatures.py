@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import assert_equal, randomize
 from miniatures import SYSTEMS, Small, tiny
+from rounded import put_rounded_weights
 from torch import Tensor
 
 from minivlm.cli import main
@@ -21,7 +22,6 @@ from minivlm.processing.llama_tokens import LlamaTokenizer
 from minivlm.processing.llava import LlavaImageProcessor
 from minivlm.training.recipe import TrainingConfig, build
 
-LLAMAS = LlamaMiniature.__subclasses__()  # without biases
 WORDS, ANSWERS = [3, 6, 4], [5, 2, 4]
 MIXED = pytest.mark.parametrize(
     "pictures", [(True, False, True), (False, False, False)], ids=["mixed", "text"]
@@ -186,10 +186,22 @@ def test_commands_take_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert load(tmp_path / "tuned")[0].config == load(tmp_path / "model")[0].config
 
 
-@pytest.mark.parametrize("name", [name for name, (model, _, _) in SYSTEMS.items() if model not in LLAMAS])
-def test_int8_is_refused(name: str, tmp_path: Path) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "visualbert"])
+def test_rounded_weights(name: str, bits: str, tmp_path: Path) -> None:
+    """The model is the one with rounded weights, and biases as they were."""
     in_the_world(name, tmp_path)
-    with pytest.raises(InputError, match="has biases, and int8 is for decoders without"):
+    (rounded, processor), (model, _) = load(tmp_path, quantize=bits), load(tmp_path)
+    put_rounded_weights(rounded, model)
+    inputs = processor(["figures/samples/scene_1.png"], ["caption en"])
+    one, other = (each.logits(each.prefill(**inputs)[0]) for each in (rounded, model))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_is_not_rounded(tmp_path: Path) -> None:
+    in_the_world("visualbert", tmp_path)
+    with pytest.raises(InputError, match="BertEncoder has no head to round: leave quantize out"):
         load(tmp_path, quantize="int8")
 
 
