@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from minivlm.speed.int4 import Int4Linear
 from minivlm.speed.int8 import Int8Embedding, Int8Linear
@@ -20,5 +21,5 @@ def put_rounded_weights(rounded: Any, model: Any) -> None:
             table = layer.weight.float() * layer.scale.float()[:, None]
             model.language_model.get_submodule(name).weight.copy_(table)
     head = getattr(model.language_model, "lm_head", None)
-    if hasattr(head, "weight"):  # a matrix of its own, and not the table
+    if isinstance(head, nn.Linear):  # a matrix of its own, and not the table
         head.weight.copy_(rounded.language_model.lm_head.plain())
