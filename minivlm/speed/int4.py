@@ -34,6 +34,7 @@ from minivlm.speed.int8 import (
     quantize_rows,
 )
 from minivlm.speed.one_row import TiedHead
+from minivlm.speed.pages import give_back
 from minivlm.speed.widened import product
 
 GROUP = 32  # weights with one scale; the kernel knows 32, 64, 128 and 256
@@ -195,6 +196,7 @@ def quantize_decoder_to_int4(model: nn.Module, group: int = GROUP) -> None:
     if any(isinstance(module, Int4Linear | Int8Linear) for module in decoder.modules()):
         raise InputError("the decoder is already quantized: do it only once, or load the folder again")
     table = quantize_rows(decoder.embed_tokens.weight.detach())
+    give_back(decoder.embed_tokens.weight)
     decoder.embed_tokens = Int8Embedding(*table)
     if decoder.lm_head is None or isinstance(decoder.lm_head, TiedHead):  # tied: the head is the table
         decoder.lm_head = Int8Linear(*table)
@@ -204,6 +206,7 @@ def quantize_decoder_to_int4(model: nn.Module, group: int = GROUP) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Int4Linear(child.weight.detach(), group, bias_of(child)))
+                give_back(child.weight)
 
 
 def bytes_in_int4(decoder: nn.Module, dtype: torch.dtype | None, group: int = GROUP) -> int:

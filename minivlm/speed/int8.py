@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minivlm.errors import InputError
 from minivlm.speed.one_row import TiedHead
+from minivlm.speed.pages import give_back
 from minivlm.speed.widened import product
 
 FEW_ROWS = 8  # up to this many rows in bf16, the int8 kernel is faster than converting the weights back
@@ -129,11 +130,14 @@ def quantize_decoder(model: nn.Module) -> None:
     check_head(decoder)
     if any(isinstance(module, Int8Linear) for module in decoder.modules()):
         raise InputError("the decoder is already in int8: quantize it only once, or load the folder again")
+    # The table first, while little else is held: it is the largest.
+    table = quantize_rows(decoder.embed_tokens.weight.detach())
+    give_back(decoder.embed_tokens.weight)
+    decoder.embed_tokens = Int8Embedding(*table)
+    if decoder.lm_head is None or isinstance(decoder.lm_head, TiedHead):  # tied: the head is the table
+        decoder.lm_head = Int8Linear(*table)
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Int8Linear(*quantize_rows(child.weight.detach()), bias_of(child)))
-    table = quantize_rows(decoder.embed_tokens.weight.detach())
-    decoder.embed_tokens = Int8Embedding(*table)
-    if decoder.lm_head is None or isinstance(decoder.lm_head, TiedHead):  # tied: the head is the table
-        decoder.lm_head = Int8Linear(*table)
+                give_back(child.weight)
