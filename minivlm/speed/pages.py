@@ -1,9 +1,9 @@
 """Pages of a mapped file that are no longer needed, given back to the system.
 
-A loaded model's weights are pages of its file. They come into memory when they are first read, and stay, since
-nobody says that they may go. Rounding reads each matrix once, so the process would hold every matrix twice,
-rounded and not. Here Linux (from 5.4 on) is told which pages may go. It is advice: what somebody reads later
-comes back from the file, and other systems keep everything.
+A loaded model's weights are pages of its file. They come into memory when they are first read, and stay,
+since nobody says that they may go. Rounding reads each matrix once, so the process would hold every matrix
+twice, rounded and not. Here Linux (from 5.4 on) is told which pages may go. It is advice: what somebody reads
+later comes back from the file, and other systems keep everything.
 """
 
 from __future__ import annotations
