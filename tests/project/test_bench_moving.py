@@ -11,12 +11,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from minivlm.models.load import MINIATURES, SHIPPED, load
+from minivlm.models.load import MINIATURES, SHIPPED, load_answering
 from minivlm.models.qwen2_vl import Qwen2VL
 from minivlm.processing import video_of
 from minivlm.world.clip_batches import training_clip
+from minivlm.world.questions import ask
+from minivlm.world.scenes import make_scene
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -102,7 +105,7 @@ def test_the_table_is_that_of_the_stored_numbers(bench: ModuleType) -> None:
 
 def test_the_shipped_miniature_counts_seconds(bench: ModuleType) -> None:
     """Also at a rate that training never had. Without a picture, about half of the lengths would be right."""
-    model, processor = load(MINIATURES / "qwen2_5_vl")
+    model, processor = load_answering(MINIATURES / "qwen2_5_vl")
     assert isinstance(model, Qwen2VL)
     bench.see_all(processor)
     frames, rate = bench.FILMED["at 3 a second"]
@@ -118,6 +121,31 @@ def test_the_shipped_miniature_counts_seconds(bench: ModuleType) -> None:
     assert wrong["length"].value < 0.8
 
 
+def test_the_table_of_towers_is_that_of_the_stored_numbers(bench: ModuleType) -> None:
+    stored = json.loads((SHIPPED.parent / "moving_towers.json").read_text(encoding="utf-8"))
+    assert len(stored) == 3
+    assert all(found.keys() == bench.TOWERS.keys() for found in stored)
+    table = (BENCH / "results" / "moving_towers.txt").read_text(encoding="utf-8")
+    assert bench.as_text(stored) + "\n" == table
+
+
+def test_the_shipped_miniature_reads_a_wide_picture_as_it_is() -> None:
+    """Of a shape that training never had; squashed, its things are other things."""
+    model, processor = load_answering(MINIATURES / "qwen2_vl")
+    rng = np.random.default_rng(0)
+    scenes = [make_scene(rng, "test", width=128, height=32) for _ in range(16)]
+    asked = [(scene, example) for scene in scenes if (example := ask(scene, "shape", rng)) is not None]
+    wide = [scene.draw(128) for scene, _ in asked]
+
+    def right(pictures: list[Image.Image]) -> float:
+        inputs = processor(pictures, [example.prefix for _, example in asked])
+        said = processor.decode(model.generate(**inputs, max_new_tokens=4))
+        return sum(one == example.suffix for one, (_, example) in zip(said, asked, strict=True)) / len(asked)
+
+    assert right(wide) > 0.9
+    assert right([picture.resize((64, 64)) for picture in wide]) < 0.8
+
+
 def test_towers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "OTHER_SIDES", ((32, 64),))
     found = bench.compare_towers(0, steps=1, scenes=1)
@@ -131,8 +159,8 @@ def test_towers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_ships_reads_clips(bench: ModuleType, tmp_path: Path) -> None:
     bench.ship(tmp_path, tmp_path / "out", tower_steps=1, steps=1, rows=2, questions=1, warmup_steps=1)
     for system in bench.SYSTEMS:
-        _, trained = load(tmp_path / system)
-        model, processor = load(tmp_path / "out" / system)
+        _, trained = load_answering(tmp_path / system)
+        model, processor = load_answering(tmp_path / "out" / system)
         assert isinstance(model, Qwen2VL)
         assert processor.video_budget == trained.video_budget  # the published one sees 4 times the pixels
         stored = load_file(tmp_path / "out" / system / "model.safetensors")
