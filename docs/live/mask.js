@@ -7,7 +7,10 @@ class Mask {
     if (!result || result.words.length === 0) return;
     const T = result.prefix_ids.length, length = T + result.words.length, canvas = element("mask_canvas");
     const mask = model.mask(length, T, page.breaks), { looks } = looked_at();
-    const style = getComputedStyle(canvas), color = (name) => style.getPropertyValue(`--${name}`);
+    const color = (name) => { // light or dark: a pen does not know the style sheet
+      canvas.style.color = `var(--${name})`;
+      return getComputedStyle(canvas).color;
+    };
     canvas.width = canvas.height = length;
     const pen = canvas.getContext("2d");
     pen.fillStyle = color("unseen");
