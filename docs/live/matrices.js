@@ -64,19 +64,26 @@ function follow(i, j) {
 }
 
 class Losses {
-  constructor() {
+  constructor(editor) {
     this.cosines = new Matrix(element("cosines"), { label: "Cosines of pictures and captions", reachable: true });
     this.rows = new Matrix(element("clip_rows"), { label: "CLIP: each picture chooses a caption", costs_right: true });
     this.columns = new Matrix(element("clip_columns"), { label: "CLIP: each caption chooses a picture", costs_below: true });
     this.shares = new Matrix(element("siglip_shares"), { label: "SigLIP: how much each cell is a yes" });
     this.costs = new Matrix(element("siglip_costs"), { label: "SigLIP: what each cell costs" });
-    const slide = (id, change) => (element(id).oninput = (event) => {
-      change(Number(event.target.value));
-      changed();
-    });
+    const slide = (id, change) => {
+      let moving = false;
+      element(id).oninput = (event) => {
+        if (!moving) editor.remember(); // one step of undo, from where it was taken to where it is let go
+        moving = true;
+        change(Number(event.target.value));
+        changed();
+      };
+      element(id).onchange = () => (moving = false);
+    };
     slide("temperature", (value) => (page.logit_scale = -value));
     slide("bias", (value) => (page.logit_bias = value));
     element("learned").onclick = () => {
+      editor.remember();
       Object.assign(page, { logit_scale: model.logit_scale, logit_bias: model.logit_bias });
       changed();
     };

@@ -16,7 +16,8 @@ class PairEditor extends SceneEditor {
   }
 
   snapshot() {
-    return { pairs: page.pairs, number: page.number, cell: page.cell };
+    const { pairs, number, cell, logit_scale, logit_bias } = page;
+    return { pairs, number, cell, logit_scale, logit_bias };
   }
 
   show() {
@@ -37,16 +38,13 @@ function caption_of(scene) {
 }
 
 class Batch {
-  constructor() {
+  constructor(editor) {
+    this.editor = editor;
     element("tries").append(...TRIES.map(({ name }, i) =>
       make("button", { type: "button", onclick: () => this.load(i) }, name)));
     element("more").onclick = () => this.resize(page.pairs.length + 1);
     element("fewer").onclick = () => this.resize(page.pairs.length - 1);
     this.tried = 0;
-  }
-
-  get editor() {
-    return page.parts.find((part) => part instanceof PairEditor);
   }
 
   load(number) {

@@ -14,8 +14,10 @@ class SceneEditor {
     for (const name of ["pointerup", "pointercancel"]) this.layer.addEventListener(name, () => (this.dragged = null));
     this.layer.addEventListener("pointerdown", (event) => event.target === this.layer && this.choose(null));
     document.addEventListener("keydown", (event) => {
-      const typing = event.target.matches("input, select, textarea");
-      if ((event.ctrlKey || event.metaKey) && event.key === "z" && !typing) this.undo();
+      const typing = event.target.matches("input:not([type=range]), select, textarea");
+      if (typing || event.key !== "z" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault(); // or the browser undoes what was typed last, in whatever field
+      this.undo();
     });
     this.add_buttons();
   }

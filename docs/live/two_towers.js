@@ -67,7 +67,8 @@ function load_try(number) {
 }
 
 window.addEventListener("DOMContentLoaded", () => {
-  page.parts = [PairEditor, Batch, Losses, FollowedCell].map((kind) => new kind());
+  const editor = new PairEditor();
+  page.parts = [editor, new Batch(editor), new Losses(editor), new FollowedCell()];
   show_book_link();
   element("notebooks").append("In the course: ", notebook_link("02_clip_and_siglip", "02, CLIP and SigLIP"), ", and ",
     notebook_link("10_contrastive_training", "10, Contrastive training"), ".");

@@ -265,6 +265,45 @@ def test_temperature_and_bias(towers: Page, shipped: tuple[SigLIP, PairProcessor
     assert (value(towers, "clip_value"), value(towers, "siglip_value")) == learned
 
 
+def test_undo_takes_back_temperature_and_bias(towers: Page) -> None:
+    """With pictures and captions, in their order. A slider that is dragged is one step."""
+
+    def state() -> list[Any]:
+        settled(towers)
+        parts: list[Any] = towers.evaluate(
+            "[page.logit_scale, page.logit_bias, page.pairs[0].caption, page.result.siglip.loss]"
+        )
+        return parts
+
+    def drag_the_bias() -> None:
+        box = towers.locator("#bias").bounding_box()
+        assert box is not None
+        towers.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + box["height"] / 2)
+        towers.mouse.down()
+        towers.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + box["height"] / 2, steps=5)
+        towers.mouse.up()
+
+    edits = [
+        lambda: towers.locator("#temperature").fill("-1"),
+        drag_the_bias,
+        lambda: towers.locator("#pairs textarea").first.fill("a small star"),
+        lambda: towers.locator("#learned").click(),
+        lambda: towers.locator("#temperature").press("ArrowLeft"),
+        lambda: towers.locator("#tries button").nth(1).click(),
+    ]
+    states = [state()]
+    for edit in edits:
+        edit()
+        states.append(state())
+        assert states[-1] != states[-2]
+    towers.locator("#temperature").focus()
+    for before in reversed(states[:-1]):
+        towers.keyboard.press("Control+z")
+        assert state() == before
+    expect(towers.locator("#undo")).to_be_disabled()
+    assert float(towers.locator("#temperature").input_value()) == pytest.approx(-states[0][0], abs=0.006)
+
+
 def test_two_to_six_pairs(towers: Page, shipped: tuple[SigLIP, PairProcessor]) -> None:
     for _ in range(2):
         towers.locator("#more").click()
