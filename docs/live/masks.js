@@ -1,6 +1,6 @@
 "use strict";
-/* Who may look at whom, as minivlm/masks.py. Causal, but every token sees the first `prefix_length` tokens. With a prefix of 3 (picture and
-   prompt) and a suffix of 2 (the answer):
+/* Who may look at whom, as minivlm/masks.py. Causal, but every token sees the first `prefix_length` tokens. With a prefix
+   of 3 (picture and prompt) and a suffix of 2 (the answer):
 
        1 1 1 0 0
        1 1 1 0 0

@@ -1,6 +1,6 @@
 "use strict";
-/* Rotary positions, as minivlm/rope.py. Elements i and i + Dh / 2 of a head are a pair, and each pair is turned by an angle that is
-   proportional to the position: x [T, heads * Dh], position_ids (T numbers) -> the same shape. */
+/* Rotary positions, as minivlm/rope.py. Elements i and i + Dh / 2 of a head are a pair, and each pair is turned by an angle
+   that is proportional to the position: x [T, heads * Dh], position_ids (T numbers) -> the same shape. */
 function apply_rotary(x, position_ids, head_dim, theta) {
   const y = Tensor.zeros(...x.shape), half = head_dim / 2;
   for (let t = 0; t < x.rows; t++) {
