@@ -3,7 +3,7 @@
 A page is a program of its own: its scripts share one scope, in the order of the page. So each page is checked
 alone, with its scripts and with the settings in tsconfig.json, and a script that it forgot is a name that
 nobody defined. This is a tool of development, and nothing is fetched: without node and tsc, nothing is
-checked. `npm install --no-save typescript` puts tsc where it is found, and an environment of its own does too.
+checked. `npm install --no-save typescript` puts tsc where it is found.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The scripts of docs/live: each is part of a page, and TypeScript's checker finds no fault in their types."""
+"""The scripts of docs/live: each is part of a page, and TypeScript's checker finds no fault in them."""
 
 from __future__ import annotations
 
