@@ -24,9 +24,7 @@ def main() -> int:
     """Check all pages, and print what is wrong."""
     tsc = find_tsc()
     if tsc is None:
-        print(
-            "docs/live: types are not checked, since there is no node with tsc (npm install --no-save typescript)"
-        )
+        print("docs/live: types not checked, as there is no node with tsc (npm install --no-save typescript)")
         return 0
     faults = check(HERE, tsc)
     print("\n".join(faults) if faults else f"docs/live: no fault in the types of {len(pages(HERE))} pages")
