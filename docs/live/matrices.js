@@ -97,7 +97,9 @@ class Losses {
         change(Number(slider.value));
         changed();
       };
-      slider.onchange = () => (moving = false);
+      slider.onchange = slider.onpointerdown = () => { // no change is told of one that was let go where it was taken
+        moving = false;
+      };
     };
     this.temperature = element("temperature", HTMLInputElement);
     this.bias = element("bias", HTMLInputElement);

@@ -107,7 +107,7 @@ function draw_curve(distance, { distances, curve }) {
     make_svg("path", { d: `M${x(d)} 125v4`, class: "dial" }),
     make_svg("text", { x: x(d), y: 142, class: "tick" }, String(d).replace("-", "−")),
   ]);
-  const here = curve[distances.indexOf(distance)], svg = element("curve");
+  const here = curve[distances.indexOf(distance)], svg = element("curve", SVGSVGElement);
   svg.setAttribute("aria-label", `The score for distances from −20 to 20. At ${distance}, where you are, it is ${shown(here)}.`);
   svg.replaceChildren(
     make_svg("path", { d: "M30 125H390", class: "dial" }), make_svg("path", { d: `M30 ${y(0)}H390`, class: "zero" }), ...ticks,

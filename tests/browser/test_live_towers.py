@@ -265,6 +265,32 @@ def test_temperature_and_bias(towers: Page, shipped: tuple[SigLIP, PairProcessor
     assert (value(towers, "clip_value"), value(towers, "siglip_value")) == learned
 
 
+def drag_bias(page: Page, *places: float) -> None:
+    """Take the slider at the first place, shares of its width, and let it go at the last."""
+    box = page.locator("#bias").bounding_box()
+    assert box is not None
+    for number, place in enumerate(places):
+        page.mouse.move(box["x"] + place * box["width"], box["y"] + box["height"] / 2, steps=5)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def test_undo_after_a_slider_that_came_back(towers: Page) -> None:
+    drag_bias(towers, 0.3, 0.4)
+    drag_bias(towers, 0.4, 0.9, 0.4)
+    caption = towers.locator("#pairs textarea").first
+    caption.fill("a small star")
+    settled(towers)
+    before = towers.evaluate("page.logit_bias")
+    drag_bias(towers, 0.4, 0.7)
+    settled(towers)
+    assert towers.evaluate("page.logit_bias") > before
+    towers.keyboard.press("Control+z")
+    settled(towers)
+    assert towers.evaluate("[page.pairs[0].caption, page.logit_bias]") == ["a small star", before]
+
+
 def test_undo_takes_back_temperature_and_bias(towers: Page) -> None:
     """With pictures and captions, in their order. A slider that is dragged is one step."""
 
@@ -275,17 +301,9 @@ def test_undo_takes_back_temperature_and_bias(towers: Page) -> None:
         )
         return parts
 
-    def drag_the_bias() -> None:
-        box = towers.locator("#bias").bounding_box()
-        assert box is not None
-        towers.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + box["height"] / 2)
-        towers.mouse.down()
-        towers.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + box["height"] / 2, steps=5)
-        towers.mouse.up()
-
     edits = [
         lambda: towers.locator("#temperature").fill("-1"),
-        drag_the_bias,
+        lambda: drag_bias(towers, 0.3, 0.9),
         lambda: towers.locator("#pairs textarea").first.fill("a small star"),
         lambda: towers.locator("#learned").click(),
         lambda: towers.locator("#temperature").press("ArrowLeft"),
