@@ -46,6 +46,7 @@ lint: $(DEV) ## check style, types and spelling
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m codespell_lib
+	$(BIN)/python docs/live/check_types.py
 
 unit: $(DEV) ## build the book, then run the tests
 	$(BIN)/python docs/book/build.py

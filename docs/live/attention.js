@@ -4,8 +4,13 @@
    Everything may be looked at from outside and changed there. `record(name, value)` is called with the attention maps
    and with the vectors that they are made of; `breaks` (see breaks.js) names what is left out on purpose. */
 
-/* One head: q [T, Dh], k and v [S, Dh], mask: T rows of S numbers, 1 = may look, or null if everything may.
-   Returns the mean of the values [T, Dh], and the weights of that mean [T, S]: every row sums to 1. */
+/** Nothing is looked at. @type {(name: string, value: any) => void} */
+const unrecorded = () => {};
+
+/** One head: q [T, Dh], k and v [S, Dh], mask: T rows of S numbers, 1 = may look, or null if everything may.
+   Returns the mean of the values [T, Dh], and the weights of that mean [T, S]: every row sums to 1.
+
+   @param {Tensor} q @param {Tensor} k @param {Tensor} v @param {ArrayLike<number>[]?} mask */
 function attend(q, k, v, mask) {
   const scores = linear(times(q, q.width ** -0.5), k); // [T, S]
   const weights = Tensor.zeros(...scores.shape);
@@ -17,7 +22,8 @@ function attend(q, k, v, mask) {
   return { out: linear(weights, transpose(v)), weights, scores };
 }
 
-/* Heads side by side: q [T, H * Dh], k and v [S, K * Dh] -> what they write, joined [T, H * Dh], and a map [T, S] of each. */
+/** Heads side by side: q [T, H * Dh], k and v [S, K * Dh] -> what they write, joined [T, H * Dh], and a map [T, S] of each.
+ * @param {Tensor} q @param {Tensor} k @param {Tensor} v @param {number} head_dim @param {ArrayLike<number>[]?} mask @param {number?} head_off */
 function attend_in_heads(q, k, v, head_dim, mask = null, head_off = null) {
   const H = q.width / head_dim, K = k.width / head_dim, joined = Tensor.zeros(q.rows, q.width), maps = [];
   for (let h = 0; h < H; h++) {

@@ -52,6 +52,7 @@ const MORE_PAIRS = [
   [[["triangle", "cyan", 18, 22, 10], ["circle", "blue", 46, 42, 7]], "a medium cyan triangle, a small blue circle"],
 ];
 
+/** @param {any[]} pair @returns {Pair} */
 function as_pair([things, caption]) {
   const thing = ([shape, color, x, y, radius]) => ({ shape, color, x, y, radius, rgb: DRAWN_WORLD.colors[color] });
   return { scene: { background: 215, things: things.map(thing) }, caption };

@@ -19,17 +19,18 @@ const BREAKS = [
 class Breaks {
   constructor() {
     for (const [name, label, why] of BREAKS) {
-      const box = make("input", { type: "checkbox", id: name, onchange: (event) => this.set(name, event.target.checked) });
+      const box = make("input", { type: "checkbox", id: name, onchange: () => this.set(name, box.checked) });
       const text = make("span", {}, label, make("small", {}, why));
       element("breaks").append(make("label", { className: "switch" }, box, text));
     }
+    this.head_off = element("head_off", HTMLSelectElement);
     const { num_hidden_layers, num_attention_heads } = model.config.text_config, options = [["", "none"]];
     for (let l = 0; l < num_hidden_layers; l++)
       for (let h = 0; h < num_attention_heads; h++) options.push([`${l},${h}`, `layer ${l + 1}, head ${h + 1}`]);
-    element("head_off").append(...options.map(([value, name]) => make("option", { value }, name)));
-    element("head_off").onchange = (event) => {
-      const [layer, head] = event.target.value.split(",").map(Number);
-      this.set("head_off", event.target.value ? { layer, head } : false);
+    this.head_off.append(...options.map(([value, name]) => make("option", { value }, name)));
+    this.head_off.onchange = () => {
+      const chosen = this.head_off.value, [layer, head] = chosen.split(",").map(Number);
+      this.set("head_off", chosen ? { layer, head } : false);
     };
     element("mend").onclick = () => {
       page.breaks = {};
@@ -45,9 +46,9 @@ class Breaks {
   }
 
   show() {
-    for (const [name] of BREAKS) element(name).checked = Boolean(page.breaks[name]);
+    for (const [name] of BREAKS) element(name, HTMLInputElement).checked = Boolean(page.breaks[name]);
     const off = page.breaks.head_off;
-    element("head_off").value = off ? `${off.layer},${off.head}` : "";
-    element("mend").disabled = Object.keys(page.breaks).length === 0;
+    this.head_off.value = off ? `${off.layer},${off.head}` : "";
+    element("mend", HTMLButtonElement).disabled = Object.keys(page.breaks).length === 0;
   }
 }

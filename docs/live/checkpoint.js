@@ -1,17 +1,7 @@
 "use strict";
-/* Reads what build.py wrote into weights.js: the settings, and all weights as one string of base64.
+/* Reads the weights that build.py wrote, all as one string of base64.
 
-   A page that was opened from the disk may not fetch a file, but it may load a script, so the weights are one. */
-
-/* -> {model, tokenizer, image_processor, codebook} */
-function load_checkpoint({ config, tokenizer, preprocessor, model, codebook }) {
-  return {
-    model: new PaliGemma(config, read_weights(model)),
-    tokenizer: new Tokenizer(tokenizer),
-    image_processor: preprocessor,
-    codebook: new MaskCodebook(read_weights(codebook)),
-  };
-}
+   A page that was opened from the disk may not fetch a file, but it may load a script, so they are one. */
 
 /* Names and shapes, and all numbers one after the other -> name -> Tensor */
 function read_weights({ shapes, base64 }) {

@@ -1,37 +1,5 @@
 "use strict";
-/* Gemma: from vectors to scores for the next word. As minivlm/text/gemma.py, rope.py, masks.py and cache.py. */
-
-/* Rotary positions. Elements i and i + Dh / 2 of a head are a pair, and each pair is turned by an angle that is
-   proportional to the position: x [T, heads * Dh], position_ids (T numbers) -> the same shape. */
-function apply_rotary(x, position_ids, head_dim, theta) {
-  const y = Tensor.zeros(...x.shape), half = head_dim / 2;
-  for (let t = 0; t < x.rows; t++) {
-    const from = x.row(t), to = y.row(t);
-    for (let i = 0; i < half; i++) {
-      const angle = position_ids[t] * theta ** ((-2 * i) / head_dim);
-      const cos = Math.cos(angle), sin = Math.sin(angle);
-      for (let h = 0; h < x.width; h += head_dim) {
-        const a = from[h + i], b = from[h + half + i];
-        to[h + i] = a * cos - b * sin;
-        to[h + half + i] = b * cos + a * sin;
-      }
-    }
-  }
-  return y;
-}
-
-/* Who may look at whom. Causal, but every token sees the first `prefix_length` tokens. With a prefix of 3 (picture and
-   prompt) and a suffix of 2 (the answer):
-
-       1 1 1 0 0
-       1 1 1 0 0
-       1 1 1 0 0
-       1 1 1 1 0
-       1 1 1 1 1
-   Rows are queries, columns are keys. A prefix_length of 0 gives the causal mask. */
-function prefix_lm(query_positions, key_positions, prefix_length) {
-  return query_positions.map((q) => Uint8Array.from(key_positions, (k) => k <= q || k < prefix_length));
-}
+/* Gemma: from vectors to scores for the next word. As minivlm/text/gemma.py and cache.py. */
 
 /* Keys and values of all tokens that were read, for each layer [max_length, K * Dh]; a token is read once. */
 class KVCache {
@@ -78,7 +46,7 @@ class GemmaDecoder {
   }
 
   /* inputs_embeds [T, D], position_ids (T numbers), mask (T rows of S) -> hidden states [T, D] */
-  forward(inputs_embeds, position_ids, mask, cache, record = () => {}, breaks = {}) {
+  forward(inputs_embeds, position_ids, mask, cache, record = unrecorded, breaks = {}) {
     const { head_dim, rope_theta } = this.config;
     const rotary = breaks.no_rope ? null : (x) => apply_rotary(x, position_ids, head_dim, rope_theta);
     let x = inputs_embeds;

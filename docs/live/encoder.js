@@ -3,7 +3,7 @@
    minivlm/layers.py. */
 
 /* A pre-norm block, x [T, D] -> [T, D]; weight(name) gives a tensor of this layer, record(name, value) gets each step. */
-function encoder_block(x, weight, config, record = () => {}) {
+function encoder_block(x, weight, config, record = unrecorded) {
   const seen = (name, value) => (record(name, value), value);
   const norm = (name) => seen(name, layer_norm(x, weight(`${name}.weight`), weight(`${name}.bias`), config.layer_norm_eps));
   const head_dim = config.hidden_size / config.num_attention_heads, options = { head_dim, record };

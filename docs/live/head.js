@@ -9,7 +9,7 @@ let first_number = 0; // of those that are shown
 function opened_head(levels) {
   const config = in_tower(page.stage) ? model.config.vision_config : model.config.text_config, head = page.head ?? 0;
   const head_dim = config.head_dim ?? config.hidden_size / config.num_attention_heads;
-  const { query, seen } = page.result.trace.head(page.stage, head, looked_at().looks, head_dim);
+  const { query, seen } = answered().trace.head(page.stage, head, looked_at().looks, head_dim);
   const best = [...seen].sort((a, b) => b.weight - a.weight).slice(0, SHOWN_KEYS);
   const mixed = query.map((_, i) => seen.reduce((sum, one) => sum + one.weight * one.value[i], 0));
   const count = WIDE.matches ? 8 : 4;

@@ -3,7 +3,7 @@
    write to what came in. The vector of one token is drawn at each step. */
 
 function opened_layer(levels) {
-  const { trace } = page.result, { looks } = looked_at(), stage = page.stage, tower = in_tower(stage);
+  const { trace } = answered(), { looks } = looked_at(), stage = page.stage, tower = in_tower(stage);
   const [part, number] = [stage.slice(0, stage.indexOf(".")), Number(stage.split(".").pop())];
   const from = number === 0 ? `${part}.embeddings` : `${part}.layers.${number - 1}`;
   const names = tower ? ["layer_norm1", "layer_norm2"] : ["input_layernorm", "post_attention_layernorm"];
@@ -41,7 +41,7 @@ function opened_layer(levels) {
 function heads_of(levels) {
   const config = in_tower(page.stage) ? model.config.vision_config : model.config.text_config;
   const buttons = Array.from({ length: config.num_attention_heads }, (_, h) => {
-    const shares = page.result.trace.attention(page.stage, h, looked_at().looks), best = argmax(shares);
+    const shares = answered().trace.attention(page.stage, h, looked_at().looks), best = argmax(shares);
     const said = `head ${h + 1}: ${percent(shares[best])} on ${short_name(best)}`;
     const button = make("button", { type: "button", onclick: () => levels.open(2, page.stage, h) }, said);
     button.dataset.part = `head ${h}`;
@@ -56,14 +56,14 @@ function length_of({ data }) {
 
 /* A token in few letters. */
 function short_name(token) {
-  const { prefix_ids, words } = page.result;
+  const { prefix_ids, words } = answered();
   if (token < IMAGE_TOKENS) return place(token).replace("row ", "patch ").replace(", column ", ", ");
   return `“${shown_name(token < prefix_ids.length ? prefix_ids[token] : words[token - prefix_ids.length].token_id)}”`;
 }
 
 /* Numbers as cells of one row. */
 function cells(vector, largest) {
-  const canvas = make("canvas", { width: vector.length, height: 1 }), pen = canvas.getContext("2d");
+  const canvas = make("canvas", { width: vector.length, height: 1 }), pen = pen_of(canvas);
   canvas.setAttribute("aria-hidden", "true");
   vector.forEach((value, i) => {
     pen.fillStyle = `rgb(${value < 0 ? "43 108 196" : "209 31 47"} / ${Math.abs(value) / largest})`;

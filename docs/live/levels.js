@@ -28,10 +28,9 @@ class Levels {
       element(`level_${level}`).textContent = name;
       element(`level_${level}`).ariaPressed = String(level === this.level);
     });
-    const { said, shown } = this.views[this.level](this), focused = document.activeElement?.dataset?.part;
+    const { said, shown } = this.views[this.level](this), place = element("level_shown");
     element("level_said").textContent = said;
-    element("level_shown").replaceChildren(...shown);
-    if (focused) element("level_shown").querySelector(`[data-part="${focused}"]`)?.focus();
+    keeping_focus(place, "part", () => place.replaceChildren(...shown));
   }
 }
 
@@ -56,7 +55,7 @@ function weights_of(name) {
 
 /* Who is looked at, for sentences: a patch, or a token that wrote a word. */
 function name_of_looked() {
-  const { looks, is_answer, word } = looked_at(), { prefix_ids, words } = page.result;
+  const { looks, is_answer, word } = looked_at(), { prefix_ids, words } = answered();
   if (looks < IMAGE_TOKENS) return `the patch in ${place(looks)}`;
   const id = looks < prefix_ids.length ? prefix_ids[looks] : words[looks - prefix_ids.length].token_id;
   return `“${shown_name(id)}”` + (is_answer ? `, which writes “${shown_name(words[word].token_id)}”` : "");
@@ -64,7 +63,7 @@ function name_of_looked() {
 
 /* Level 0: three parts, and what they hand on. Layers can be opened. */
 function whole_model(levels) {
-  const { trace, pixel_values, prefix_ids, words } = page.result, first = (name) => trace.values.get(name)[0];
+  const { trace, pixel_values, prefix_ids, words } = answered(), first = (name) => trace.values.get(name)[0];
   const { vision_config, text_config } = model.config, row = first("language_model.embeddings");
   const step = (name, shape, note = "") =>
     make("li", {}, make("span", {}, name), make("span", { className: "shape" }, shape), make("small", {}, note));

@@ -6,7 +6,7 @@
 function as_link() {
   const link = new URLSearchParams({ prompt: page.prompt });
   if (page.upload) return `#${link}`;
-  link.set("ground", page.scene.background);
+  link.set("ground", String(page.scene.background));
   for (const { shape, color, x, y, radius, rgb } of page.scene.things) {
     const hex = rgb.map((value) => value.toString(16).padStart(2, "0")).join("");
     link.append("thing", [shape, color, ...[x, y, radius].map((value) => Number(value.toFixed(3))), hex].join(","));
@@ -17,7 +17,7 @@ function as_link() {
 /* Put the scene of the address into the page. Returns whether there was one. */
 function read_link() {
   const link = new URLSearchParams(location.hash.slice(1));
-  if (link.has("prompt")) page.prompt = link.get("prompt").slice(0, MAX_PROMPT) || page.prompt;
+  page.prompt = link.get("prompt")?.slice(0, MAX_PROMPT) || page.prompt;
   if (!link.has("ground")) return false;
   const things = link.getAll("thing").map(read_thing).filter((thing) => thing !== null).slice(0, MOST_THINGS);
   const ground = Math.round(Number(link.get("ground")));
@@ -27,11 +27,13 @@ function read_link() {
   return true;
 }
 
+/** @param {string} text @returns {Thing?} */
 function read_thing(text) {
   const [shape, color, ...rest] = text.split(","), [x, y, radius] = rest.map(Number);
   const known = DRAWN_WORLD.shapes.includes(shape) && Object.hasOwn(DRAWN_WORLD.colors, color);
   if (!known || ![x, y, radius].every(Number.isFinite)) return null;
-  const hex = /^[0-9a-f]{6}$/.test(rest[3]) ? rest[3] : null;
-  const rgb = hex ? [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)) : DRAWN_WORLD.colors[color];
-  return { shape, color, x: clamp(x, 0, WORLD), y: clamp(y, 0, WORLD), radius: clamp(radius, SMALLEST, LARGEST), rgb };
+  const has_rgb = /^[0-9a-f]{6}$/.test(rest[3]);
+  const byte = (i) => parseInt(rest[3].slice(i, i + 2), 16);
+  const place = { x: clamp(x, 0, WORLD), y: clamp(y, 0, WORLD), radius: clamp(radius, SMALLEST, LARGEST) };
+  return { shape, color, ...place, rgb: has_rgb ? [byte(0), byte(2), byte(4)] : DRAWN_WORLD.colors[color] };
 }

@@ -12,15 +12,17 @@ class Looking {
     };
     add_layers(vision_config.num_hidden_layers, "vision_tower", "tower");
     add_layers(text_config.num_hidden_layers, "language_model", "decoder");
-    element("stage").append(...options.map(([value, name]) => make("option", { value }, name)));
-    element("stage").onchange = (event) => {
-      page.stage = event.target.value;
+    this.stage = element("stage", HTMLSelectElement);
+    this.head = element("head", HTMLSelectElement);
+    this.stage.append(...options.map(([value, name]) => make("option", { value }, name)));
+    this.stage.onchange = () => {
+      page.stage = this.stage.value;
       page.head = null;
       if (in_tower(page.stage) && looked_at().token >= IMAGE_TOKENS) page.token = MIDDLE_PATCH;
       show_all();
     };
-    element("head").onchange = (event) => {
-      page.head = event.target.value === "mean" ? null : Number(event.target.value);
+    this.head.onchange = () => {
+      page.head = this.head.value === "mean" ? null : Number(this.head.value);
       show_all();
     };
     element("occlude").onclick = () => this.occlude(page.result);
@@ -30,8 +32,8 @@ class Looking {
 
   /* The row of attention that is looked at: one share for each token that may be seen. */
   static shares() {
-    if (page.result.words.length === 0) return null;
-    return page.result.trace.attention(page.stage, page.head, looked_at().looks);
+    const { words, trace } = answered();
+    return words.length === 0 ? null : trace.attention(page.stage, page.head, looked_at().looks);
   }
 
   /* Hide one patch after the other. Each is a reading of its own, so the page is given time in between. */
@@ -49,18 +51,18 @@ class Looking {
 
   show() {
     if (!page.result || page.result.words.length === 0) return;
-    element("stage").value = page.stage;
+    this.stage.value = page.stage;
     const config = in_tower(page.stage) ? model.config.vision_config : model.config.text_config;
     const heads = ["mean", ...Array(config.num_attention_heads).keys()];
     const option = (h) => make("option", { value: h }, h === "mean" ? "mean of all" : `head ${h + 1}`);
-    if (element("head").children.length !== heads.length) element("head").replaceChildren(...heads.map(option));
-    element("head").value = page.head === null ? "mean" : page.head;
+    if (this.head.children.length !== heads.length) this.head.replaceChildren(...heads.map(option));
+    this.head.value = String(page.head ?? "mean");
     this.show_attention();
     this.show_occlusion();
   }
 
   show_attention() {
-    const { looks, word, is_answer, is_patch } = looked_at(), { prefix_ids, words, picture } = page.result;
+    const { looks, word, is_answer, is_patch } = looked_at(), { prefix_ids, words, picture } = answered();
     const on_picture = Looking.shares().slice(0, IMAGE_TOKENS), best = argmax(on_picture);
     this.attention.draw(picture, on_picture, is_patch ? looks : null, FULL_SHARE);
     const names = [...prefix_ids, ...words.map((one) => one.token_id)].map(shown_name);
@@ -72,10 +74,9 @@ class Looking {
   }
 
   show_occlusion() {
-    const drops = page.result.occlusion, count = drops?.length ?? 0;
-    element("occlude").disabled = !page.result.done || drops !== null;
-    this.dependence.draw(page.result.picture, drops ?? [], null, FULL_DROP);
-    const best = count ? argmax(drops) : 0;
+    const { done, occlusion, picture } = answered(), drops = occlusion ?? [], count = drops.length, best = argmax(drops);
+    element("occlude", HTMLButtonElement).disabled = !done || occlusion !== null;
+    this.dependence.draw(picture, drops, null, FULL_DROP);
     element("occlusion_said").textContent = count === 0 ? "Not measured yet: it reads the picture 65 times."
       : count < IMAGE_TOKENS ? `${count} of ${IMAGE_TOKENS} patches …`
       : drops[best] <= 0 ? "No patch makes it less sure when it is hidden."
@@ -97,9 +98,10 @@ class PatchMap {
     this.canvas.setAttribute("aria-hidden", "true");
     this.layer = make_svg("svg", { viewBox: `0 0 ${WORLD} ${WORLD}`, role: "group", "aria-label": holder.dataset.label });
     holder.append(this.canvas, this.layer);
+    this.titles = Array.from({ length: side * side }, () => make_svg("title"));
     this.cells = Array.from({ length: side * side }, (_, n) => {
       const frame = { x: (n % side) * cell, y: Math.floor(n / side) * cell, width: cell, height: cell };
-      const patch = make_svg("rect", { ...frame, class: "patch" }, make_svg("title"));
+      const patch = make_svg("rect", { ...frame, class: "patch" }, this.titles[n]);
       if (on_choose) this.make_button(patch, n, on_choose);
       this.layer.append(patch);
       return patch;
@@ -110,7 +112,7 @@ class PatchMap {
   make_button(patch, n, on_choose) {
     const side = model.vision_tower.side, moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -side, ArrowDown: side };
     patch.setAttribute("role", "button");
-    patch.setAttribute("tabindex", n === 0 ? 0 : -1);
+    patch.setAttribute("tabindex", n === 0 ? "0" : "-1");
     patch.addEventListener("click", () => on_choose(n));
     patch.addEventListener("keydown", (event) => {
       if (event.key === "Enter" || event.key === " ") on_choose(n);
@@ -125,10 +127,10 @@ class PatchMap {
     const darkest = Math.max(...values, full);
     this.cells.forEach((patch, n) => {
       const value = values[n] ?? 0;
-      patch.setAttribute("fill-opacity", value > 0 ? (0.85 * value) / darkest : 0);
+      patch.setAttribute("fill-opacity", String(value > 0 ? (0.85 * value) / darkest : 0));
       patch.classList.toggle("chosen", n === chosen);
       const said = full < 0.1 ? percent(value) : value.toFixed(1);
-      patch.firstChild.textContent = `${place(n)}: ${said}`;
+      this.titles[n].textContent = `${place(n)}: ${said}`;
       patch.setAttribute("aria-label", `${place(n)}: ${said}`);
     });
   }

@@ -5,11 +5,14 @@ class Mask {
   show() {
     const result = page.result;
     if (!result || result.words.length === 0) return;
-    const T = result.prefix_ids.length, length = T + result.words.length, canvas = element("mask_canvas");
+    const T = result.prefix_ids.length, length = T + result.words.length, canvas = element("mask_canvas", HTMLCanvasElement);
     const mask = model.mask(length, T, page.breaks), { looks } = looked_at();
-    const style = getComputedStyle(canvas), color = (name) => style.getPropertyValue(`--${name}`);
+    const color = (name) => { // light or dark: a pen does not know the style sheet
+      canvas.style.color = `var(--${name})`;
+      return getComputedStyle(canvas).color;
+    };
     canvas.width = canvas.height = length;
-    const pen = canvas.getContext("2d");
+    const pen = pen_of(canvas);
     pen.fillStyle = color("unseen");
     pen.fillRect(0, 0, length, length);
     const kinds = [["image", 0, IMAGE_TOKENS], ["prompt", IMAGE_TOKENS, T], ["answer", T, length]];

@@ -1,14 +1,15 @@
 "use strict";
 /* The small page about the mask: chips, a table to walk through, and a sentence about what is chosen. */
 
+const table = element("matrix", HTMLTableElement);
 const chosen = { kind: "prefix_lm", side: "none", query: 8, key: null }; // positions in the row; key null: a whole row
 
 function show() {
   const { kind, side, query, key } = chosen, tokens = tokens_of(side), mask = mask_of(kind, side);
-  if (element("matrix").rows.length !== tokens.length + 1 || element("matrix").dataset.side !== side) build(tokens);
+  if (table.rows.length !== tokens.length + 1 || table.dataset.side !== side) build(tokens);
   for (const [id, value] of [["kinds", kind], ["sides", side]])
-    for (const button of element(id).children) button.ariaPressed = String(button.dataset.value === value);
-  [...element("tokens").children].forEach((chip, t) => {
+    for (const button of buttons_in(id)) button.ariaPressed = String(button.dataset.value === value);
+  buttons_in("tokens").forEach((chip, t) => {
     chip.ariaPressed = String(t === query);
     chip.classList.toggle("unseen", !mask[query][t]);
     chip.classList.toggle("asked", t === key);
@@ -28,7 +29,7 @@ function choose(query, key = null) {
 }
 
 function each_field(visit) {
-  [...element("matrix").tBodies[0].rows].forEach((row, t) => [...row.cells].slice(1).forEach((field, s) => visit(field, t, s)));
+  [...table.tBodies[0].rows].forEach((row, t) => [...row.cells].slice(1).forEach((field, s) => visit(field, t, s)));
 }
 
 /* Chips and table for a row of tokens; which fields are seen is for `show`. */
@@ -41,7 +42,6 @@ function build(tokens) {
     const head = make("th", { scope: "row", onmouseenter: () => choose(t), onclick: () => choose(t) }, name);
     return make("tr", {}, head, ...tokens.map((_, s) => field(t, s)));
   });
-  const table = element("matrix");
   table.dataset.side = chosen.side;
   table.replaceChildren(make("thead", {}, make("tr", {}, make("td"), ...heads)), make("tbody", {}, ...rows));
 }
@@ -77,5 +77,5 @@ function buttons(names, choose_value) {
 
 element("kinds").append(...buttons(KINDS, (kind) => Object.assign(chosen, { kind }) && show()));
 element("sides").append(...buttons(SIDES, pad));
-element("matrix").addEventListener("keydown", walk);
+table.addEventListener("keydown", walk);
 show();

@@ -1,7 +1,7 @@
 "use strict";
 /* The three masks of the small page, and why a token may look at another one, or not. As minivlm/masks.py.
 
-   All three are `prefix_lm` of decoder.js: with the prefix as it is, with none, and with the whole row as a prefix. */
+   All three are `prefix_lm` of masks.js: with the prefix as it is, with none, and with the whole row as a prefix. */
 
 const ROW = [
   ["image 1", "image"], ["image 2", "image"], ["image 3", "image"],

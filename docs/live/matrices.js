@@ -2,9 +2,24 @@
 /* A matrix of pictures and captions, drawn: a value and a color in each cell. And one of its cells, followed. */
 
 class Matrix {
-  /* values of a matrix may be in cells that can be reached by the keyboard: Tab leads to one, arrow keys to the others */
-  constructor(holder, { label, reachable = false, costs_right = false, costs_below = false }) {
-    Object.assign(this, { holder, label, reachable, costs_right, costs_below });
+  /* The numbers may be buttons, and reached by the keyboard: Tab leads to one, arrow keys to the others. Costs of rows stand
+     to the right, those of columns below. */
+  constructor(holder, label, { reachable = false, costs_right = false, costs_below = false } = {}) {
+    this.holder = holder;
+    this.label = label;
+    this.reachable = reachable;
+    this.costs_right = costs_right;
+    this.costs_below = costs_below;
+    /** @type {HTMLElement[][]} */
+    this.faces = []; // what holds the numbers
+    /** @type {HTMLElement[][]} */
+    this.cells = [];
+    /** @type {HTMLCanvasElement[]} */
+    this.pictures = [];
+    /** @type {HTMLElement[]} */
+    this.right = []; // costs of rows
+    /** @type {HTMLElement[]} */
+    this.below = []; // costs of columns
   }
 
   build(n) {
@@ -12,7 +27,8 @@ class Matrix {
     const head = (text, scope) => make("th", { scope, title: text.startsWith("c") ? "what it costs" : "" }, text);
     const top = make("tr", {}, make("td", { className: "cost" }), ...numbers.map((j) => head(String(j + 1), "col")));
     if (this.costs_right) top.append(head("costs", "col"));
-    this.cells = numbers.map((i) => numbers.map((j) => this.cell(i, j)));
+    this.faces = numbers.map((i) => numbers.map((j) => this.face(i, j)));
+    this.cells = this.faces.map((row, i) => row.map((face, j) => this.cell(face, i, j)));
     const picture = (i) => make("canvas", { width: WORLD, height: WORLD, role: "img", ariaLabel: `picture ${i + 1}` });
     this.pictures = numbers.map(picture);
     this.right = numbers.map(() => make("td", { className: "cost" }));
@@ -24,37 +40,39 @@ class Matrix {
     this.holder.replaceChildren(make("table", {}, caption, make("thead", {}, top), make("tbody", {}, ...rows)));
   }
 
-  cell(i, j) {
-    const cell = make("td", { onclick: () => follow(i, j) });
-    cell.classList.toggle("pair", i === j);
-    if (!this.reachable) return cell;
+  cell(face, i, j) {
+    return make("td", { className: i === j ? "pair" : "", onclick: () => follow(i, j) }, face);
+  }
+
+  /* What holds a number. */
+  face(i, j) {
+    if (!this.reachable) return make("span");
     const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-    const button = make("button", { type: "button", onkeydown: (event) => {
+    return make("button", { type: "button", onkeydown: (event) => {
       if (!(event.key in moves)) return;
-      const [down, across] = moves[event.key], next = this.cells[i + down]?.[j + across];
+      const [down, across] = moves[event.key], next = this.faces[i + down]?.[j + across];
       event.preventDefault();
-      next?.firstChild.focus();
+      next?.focus();
       next?.click();
     } });
-    cell.append(button);
-    return cell;
   }
 
   /* values [n, n]; color(value) is from -1 (blue) to 1 (red); costs of rows or columns [n] */
-  draw(values, color, costs = null) {
-    if (this.cells?.length !== values.length) this.build(values.length);
+  draw(values, color, costs = []) {
+    if (this.cells.length !== values.length) this.build(values.length);
     each_cell(values, (value, i, j) => {
-      const cell = this.cells[i][j], shown = number_of(value), followed = page.cell[0] === i && page.cell[1] === j;
-      (this.reachable ? cell.firstChild : cell).textContent = shown;
+      const cell = this.cells[i][j], face = this.faces[i][j], shown = number_of(value);
+      const followed = page.cell[0] === i && page.cell[1] === j;
+      face.textContent = shown;
       cell.style.background = tint(color(value));
       cell.classList.toggle("followed", followed);
       if (!this.reachable) return;
-      cell.firstChild.tabIndex = followed ? 0 : -1;
-      cell.firstChild.ariaPressed = String(followed);
-      cell.firstChild.ariaLabel = `picture ${i + 1}, caption ${j + 1}: ${shown}`;
+      face.tabIndex = followed ? 0 : -1;
+      face.ariaPressed = String(followed);
+      face.ariaLabel = `picture ${i + 1}, caption ${j + 1}: ${shown}`;
     });
-    this.pictures.forEach((canvas, i) => draw_picture(canvas, page.result.pictures[i]));
-    costs?.forEach((cost, i) => (this.costs_right ? this.right : this.below)[i].textContent = number_of(cost));
+    this.pictures.forEach((canvas, i) => draw_picture(canvas, compared().pictures[i]));
+    costs.forEach((cost, i) => (this.costs_right ? this.right : this.below)[i].textContent = number_of(cost));
   }
 }
 
@@ -64,36 +82,49 @@ function follow(i, j) {
 }
 
 class Losses {
-  constructor() {
-    this.cosines = new Matrix(element("cosines"), { label: "Cosines of pictures and captions", reachable: true });
-    this.rows = new Matrix(element("clip_rows"), { label: "CLIP: each picture chooses a caption", costs_right: true });
-    this.columns = new Matrix(element("clip_columns"), { label: "CLIP: each caption chooses a picture", costs_below: true });
-    this.shares = new Matrix(element("siglip_shares"), { label: "SigLIP: how much each cell is a yes" });
-    this.costs = new Matrix(element("siglip_costs"), { label: "SigLIP: what each cell costs" });
-    const slide = (id, change) => (element(id).oninput = (event) => {
-      change(Number(event.target.value));
-      changed();
-    });
-    slide("temperature", (value) => (page.logit_scale = -value));
-    slide("bias", (value) => (page.logit_bias = value));
-    element("learned").onclick = () => {
+  /** @param {PairEditor} editor */
+  constructor(editor) {
+    this.cosines = new Matrix(element("cosines"), "Cosines of pictures and captions", { reachable: true });
+    this.rows = new Matrix(element("clip_rows"), "CLIP: each picture chooses a caption", { costs_right: true });
+    this.columns = new Matrix(element("clip_columns"), "CLIP: each caption chooses a picture", { costs_below: true });
+    this.shares = new Matrix(element("siglip_shares"), "SigLIP: how much each cell is a yes");
+    this.costs = new Matrix(element("siglip_costs"), "SigLIP: what each cell costs");
+    const slide = (slider, change) => {
+      let moving = false;
+      slider.oninput = () => {
+        if (!moving) editor.remember(); // one step of undo, from where it was taken to where it is let go
+        moving = true;
+        change(Number(slider.value));
+        changed();
+      };
+      slider.onchange = slider.onpointerdown = () => { // no change is told of one that was let go where it was taken
+        moving = false;
+      };
+    };
+    this.temperature = element("temperature", HTMLInputElement);
+    this.bias = element("bias", HTMLInputElement);
+    this.learned = element("learned", HTMLButtonElement);
+    slide(this.temperature, (value) => (page.logit_scale = -value));
+    slide(this.bias, (value) => (page.logit_bias = value));
+    this.learned.onclick = () => {
+      editor.remember();
       Object.assign(page, { logit_scale: model.logit_scale, logit_bias: model.logit_bias });
       changed();
     };
   }
 
   show() {
-    const { cosines, clip, siglip } = page.result, plain = (value) => value, n = cosines.length;
+    const { cosines, clip, siglip } = compared(), plain = (value) => value, n = cosines.length;
     this.cosines.draw(cosines, plain);
     this.rows.draw(clip.rows, plain, clip.row_costs);
     this.columns.draw(clip.columns, plain, clip.column_costs);
     this.shares.draw(siglip.shares, plain);
     this.costs.draw(siglip.costs, (cost) => cost / 4);
-    element("temperature").value = -page.logit_scale;
+    this.temperature.value = String(-page.logit_scale);
     element("temperature_value").textContent = Math.exp(-page.logit_scale).toFixed(3);
-    element("bias").value = page.logit_bias;
+    this.bias.value = String(page.logit_bias);
     element("bias_value").textContent = page.logit_bias.toFixed(1).replace("-", "−");
-    element("learned").disabled = page.logit_scale === model.logit_scale && page.logit_bias === model.logit_bias;
+    this.learned.disabled = page.logit_scale === model.logit_scale && page.logit_bias === model.logit_bias;
     element("clip_value").textContent = clip.loss.toFixed(3);
     element("siglip_value").textContent = siglip.loss.toFixed(3);
     element("clip_guess").textContent = `Guessing would cost log ${n} = ${Math.log(n).toFixed(2)}.`;
@@ -106,7 +137,7 @@ class Losses {
 /* From a cosine to what it costs, for both losses. */
 class FollowedCell {
   show() {
-    const [i, j] = page.cell, { cosines, clip, siglip } = page.result, is_pair = i === j;
+    const [i, j] = page.cell, { cosines, clip, siglip } = compared(), is_pair = i === j;
     const scaled = Math.exp(page.logit_scale) * cosines[i][j];
     const both = `${number_of(clip.row_costs[i])} and ${number_of(clip.column_costs[j])}`;
     const line = (name, value) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value));

@@ -24,7 +24,7 @@ class PaliGemma {
   }
 
   /* pixel_values [C, height, width] -> image tokens [N, D] in the decoder's width */
-  encode_image(pixel_values, record = () => {}, breaks = {}) {
+  encode_image(pixel_values, record = unrecorded, breaks = {}) {
     const features = this.vision_tower.forward(pixel_values, record, breaks); // [N, 96]
     record("vision_tower", features);
     const weight = this.weights.get("multi_modal_projector.weight"), bias = this.weights.get("multi_modal_projector.bias");
@@ -51,7 +51,7 @@ class PaliGemma {
 
   /* Read picture and prompt, and an answer as well if `prefix_length` says where it begins.
      Returns hidden states [T, D] and the cache for `decode`. */
-  prefill(input_ids, pixel_values, record = () => {}, breaks = {}, prefix_length = input_ids.length) {
+  prefill(input_ids, pixel_values, record = unrecorded, breaks = {}, prefix_length = input_ids.length) {
     const text = this.config.text_config, length = input_ids.length;
     const cache = new KVCache(text.num_hidden_layers, text.num_key_value_heads * text.head_dim, text.max_position_embeddings);
     const image_features = this.encode_image(pixel_values, record, breaks);
@@ -63,7 +63,7 @@ class PaliGemma {
   }
 
   /* Read one more token, which sees everything before it -> its hidden state [1, D] */
-  decode(token_id, cache, record = () => {}, breaks = {}) {
+  decode(token_id, cache, record = unrecorded, breaks = {}) {
     const inputs_embeds = this.language_model.embed([token_id], breaks);
     return this.language_model.forward(inputs_embeds, [cache.length], null, cache, record, breaks);
   }
@@ -76,7 +76,7 @@ class PaliGemma {
 
   /* The answer, word by word: yields {token_id, logits} as soon as they are known. `choose` takes logits [V] and
      returns an id; without it, the most probable word is taken. */
-  *stream(input_ids, pixel_values, { max_new_tokens = 64, choose = argmax, record = () => {}, breaks = {} } = {}) {
+  *stream(input_ids, pixel_values, { max_new_tokens = 64, choose = argmax, record = unrecorded, breaks = {} } = {}) {
     let { hidden_states, cache } = this.prefill(input_ids, pixel_values, record, breaks);
     for (let step = 0; step < max_new_tokens; step++) {
       const logits = this.next_logits(hidden_states);
@@ -86,4 +86,14 @@ class PaliGemma {
       hidden_states = this.decode(token_id, cache, record, breaks);
     }
   }
+}
+
+/* What build.py wrote into weights.js -> {model, tokenizer, image_processor, codebook} */
+function load_checkpoint({ config, tokenizer, preprocessor, model, codebook }) {
+  return {
+    model: new PaliGemma(config, read_weights(model)),
+    tokenizer: new Tokenizer(tokenizer),
+    image_processor: preprocessor,
+    codebook: new MaskCodebook(read_weights(codebook)),
+  };
 }

@@ -5,9 +5,10 @@ const SHOWN_WORDS = 8, LEAST_SHARE = 1e-9; // the left end of the axis
 
 class NextWord {
   constructor() {
-    for (const name of ["temperature", "top_p"])
-      element(name).oninput = (event) => {
-        page[name] = Number(event.target.value);
+    this.sliders = ["temperature", "top_p"].map((name) => element(name, HTMLInputElement));
+    for (const slider of this.sliders)
+      slider.oninput = () => {
+        Object.assign(page, { [slider.id]: Number(slider.value) });
         changed();
       };
     element("again").onclick = () => {
@@ -18,18 +19,18 @@ class NextWord {
 
   /* Bars on a logarithmic axis: this model is so sure that all bars but one would be empty on a plain one. */
   show() {
-    for (const name of ["temperature", "top_p"]) {
-      element(name).value = page[name];
-      element(`${name}_value`).textContent = page[name].toFixed(name === "top_p" ? 2 : 1);
+    for (const slider of this.sliders) {
+      slider.value = page[slider.id];
+      element(`${slider.id}_value`).textContent = page[slider.id].toFixed(slider.id === "top_p" ? 2 : 1);
     }
-    element("again").disabled = page.temperature === 0;
+    element("again", HTMLButtonElement).disabled = page.temperature === 0;
     const looked = page.result && page.result.words.length > 0 ? looked_at() : null;
     if (!looked?.is_answer) {
       element("next_words").replaceChildren();
       element("next_said").textContent = "Choose a word of the answer: only there was it trained to say what comes next.";
       return;
     }
-    const { logits, token_id } = page.result.words[looked.word], drawn = page.temperature > 0;
+    const { logits, token_id } = answered().words[looked.word], drawn = page.temperature > 0;
     const shares = shares_at(logits, page.temperature || 1);
     const kept = new Set(drawn ? nucleus(shares, page.top_p) : [argmax(logits)]);
     const best = [...shares.keys()].sort((a, b) => shares[b] - shares[a]).slice(0, SHOWN_WORDS);
@@ -57,7 +58,7 @@ class Lens {
     rows.replaceChildren();
     element("lens_said").hidden = Boolean(looked?.is_answer);
     if (!looked?.is_answer) return;
-    page.result.trace.lens(model, looked.looks).forEach((shares, l) => {
+    answered().trace.lens(model, looked.looks).forEach((shares, l) => {
       const first = argmax(shares), others = shares.slice();
       others[first] = 0;
       const cell = (id) => make("td", {}, make("b", {}, shown_name(id)), ` ${shares[id].toFixed(2)}`);

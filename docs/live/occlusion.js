@@ -26,7 +26,7 @@ function log_odds(logits, id) {
 /* Log-odds of a whole answer, summed over its words: prompt and answer are read in one pass. */
 function sureness(model, prefix_ids, answer_ids, pixel_values, breaks = {}) {
   const ids = [...prefix_ids, ...answer_ids];
-  const { hidden_states } = model.prefill(ids, pixel_values, () => {}, breaks, prefix_ids.length);
+  const { hidden_states } = model.prefill(ids, pixel_values, unrecorded, breaks, prefix_ids.length);
   let sum = 0;
   answer_ids.forEach((id, i) => {
     const writer = new Tensor(hidden_states.row(prefix_ids.length - 1 + i), 1, hidden_states.width);

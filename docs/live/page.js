@@ -6,21 +6,48 @@
    calls `changed()`: the model answers once a frame at most, and an answer that is no longer asked for is dropped. */
 
 const page = {
-  scene: null, // {background, things}
+  /** @type {Scene} */
+  scene: { background: 215, things: [] },
+  /** @type {number?} */
   sample: null, // the number of the sample that it began as
+  /** @type {Picture?} */
   upload: null, // a picture that was uploaded takes the place of the scene
   prompt: "caption en",
+  /** @type {Broken} */
   breaks: {},
   temperature: 0,
   top_p: 1,
   seed: 1,
+  /** @type {number?} */
   token: null, // which one is looked at: a number from the row; null for a word of the answer that tells something
   stage: "language_model.layers.1",
+  /** @type {number?} */
   head: null, // null: the mean of all
+  /** @type {Answer?} */
   result: null,
+  /** @type {string?} */
   problem: null, // why there is no answer
+  /** @type {Part[]} */
   parts: [], // everything with show()
 };
+
+/* What is known of an answer. It grows while words are written. */
+class Answer {
+  constructor(picture, pixel_values, prefix_ids) {
+    this.picture = picture;
+    this.pixel_values = pixel_values;
+    this.prefix_ids = prefix_ids;
+    this.trace = new Trace();
+    /** @type {Word[]} */
+    this.words = [];
+    this.milliseconds = 0; // until the first word
+    this.done = false;
+    /** @type {number[]?} */
+    this.occlusion = null; // patch by patch, once it was asked for
+    /** @type {string?} */
+    this.whole = null; // what the model says when nothing is broken, if something is
+  }
+}
 
 const { model, tokenizer, image_processor, codebook } = load_checkpoint(CHECKPOINT);
 const IMAGE_TOKENS = model.vision_tower.side ** 2;
@@ -58,15 +85,14 @@ async function answer(number) {
   const taken = `This prompt and its picture take ${prefix_ids.length} tokens`;
   page.problem = prefix_ids.length > room ? `${taken}, and the model has room for ${room}: shorten it.` : null;
   if (page.problem) return show_all();
-  const trace = new Trace(), random = random_numbers(page.seed);
-  const result = { picture, pixel_values, prefix_ids, trace, words: [], done: false, occlusion: null, whole: null };
-  page.result = result;
+  const random = random_numbers(page.seed);
+  const result = page.result = new Answer(picture, pixel_values, prefix_ids);
   const choose = (logits) => sample(logits, page.temperature, page.top_p, random);
-  const options = { choose, record: trace.record, breaks: page.breaks, max_new_tokens: MAX_NEW_TOKENS };
+  const options = { choose, record: result.trace.record, breaks: page.breaks, max_new_tokens: MAX_NEW_TOKENS };
   let shown = -Infinity;
   for (const word of model.stream(prefix_ids, pixel_values, options)) {
     result.words.push(word);
-    result.milliseconds ??= performance.now() - began;
+    result.milliseconds ||= performance.now() - began;
     if (performance.now() - shown < SLICE) continue;
     for (const part of page.parts) if (part.streams) part.show();
     await new Promise((resolve) => setTimeout(resolve)); // lets the page draw, and edits come in
@@ -78,6 +104,12 @@ async function answer(number) {
   show_all();
 }
 
+/* The result, for those who ask when there is one. */
+function answered() {
+  if (page.result === null) throw new Error("nothing has been read yet");
+  return page.result;
+}
+
 /* What the model says when nothing is broken. */
 function whole_answer({ pixel_values }) {
   const ids = tokenizer.encode_prefix(page.prompt, IMAGE_TOKENS);
@@ -85,13 +117,13 @@ function whole_answer({ pixel_values }) {
 }
 
 function answer_text() {
-  return tokenizer.decode(page.result.words.map((word) => word.token_id)).trim();
+  return tokenizer.decode(answered().words.map((word) => word.token_id)).trim();
 }
 
 /* The token that is looked at. A word of the answer stands for the token before it, which wrote it. */
 function looked_at() {
-  const first = page.result.prefix_ids.length, last = first + page.result.words.length - 1;
-  const telling = first + (page.result.words.length > 4 ? 2 : 0); // in a caption, the color of the first thing
+  const { prefix_ids, words } = answered(), first = prefix_ids.length, last = first + words.length - 1;
+  const telling = first + (words.length > 4 ? 2 : 0); // in a caption, the color of the first thing
   const token = Math.min(page.token ?? telling, last);
   const is_answer = token >= first;
   return { token, is_answer, is_patch: token < IMAGE_TOKENS, looks: is_answer ? token - 1 : token, word: token - first };
@@ -103,8 +135,9 @@ function shown_name(id) {
 }
 
 window.addEventListener("DOMContentLoaded", () => {
-  const kinds = [Editor, Prompt, Chips, Looking, Levels, NextWord, Lens, Mask, Breaks, Tour];
-  page.parts = kinds.map((kind) => new kind());
+  const editor = new Editor();
+  page.parts = [editor, new Prompt(), new Chips(), new Looking(), new Levels(), new NextWord(), new Lens(), new Mask(),
+    new Breaks(), new Tour(editor)];
   element("looking_notebook").append(notebook_link("09_looking_inside", "09"));
   show_book_link();
   read_link() || load_sample(2);

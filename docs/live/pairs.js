@@ -16,18 +16,19 @@ class PairEditor extends SceneEditor {
   }
 
   snapshot() {
-    return { pairs: page.pairs, number: page.number, cell: page.cell };
+    const { pairs, number, cell, logit_scale, logit_bias } = page;
+    return { pairs, number, cell, logit_scale, logit_bias };
   }
 
   show() {
     super.show();
     element("h_picture").textContent = `Picture ${page.number + 1}`;
-    const chosen = page.scene.things[this.chosen];
-    for (const button of element("shapes").children) {
+    const chosen = this.chosen === null ? null : page.scene.things[this.chosen];
+    for (const button of buttons_in("shapes")) {
       button.disabled = !chosen;
       button.ariaPressed = String(chosen?.shape === button.textContent);
     }
-    element("as_drawn").disabled = page.scene.things.length === 0;
+    element("as_drawn", HTMLButtonElement).disabled = page.scene.things.length === 0;
   }
 }
 
@@ -37,16 +38,18 @@ function caption_of(scene) {
 }
 
 class Batch {
-  constructor() {
+  /** @param {PairEditor} editor */
+  constructor(editor) {
+    this.editor = editor;
+    this.more = element("more", HTMLButtonElement);
+    this.fewer = element("fewer", HTMLButtonElement);
+    /** @type {{ item: HTMLElement, canvas: HTMLCanvasElement, button: HTMLButtonElement, field: HTMLTextAreaElement }[]} */
+    this.lines = []; // one for each pair
     element("tries").append(...TRIES.map(({ name }, i) =>
       make("button", { type: "button", onclick: () => this.load(i) }, name)));
-    element("more").onclick = () => this.resize(page.pairs.length + 1);
-    element("fewer").onclick = () => this.resize(page.pairs.length - 1);
+    this.more.onclick = () => this.resize(page.pairs.length + 1);
+    this.fewer.onclick = () => this.resize(page.pairs.length - 1);
     this.tried = 0;
-  }
-
-  get editor() {
-    return page.parts.find((part) => part instanceof PairEditor);
   }
 
   load(number) {
@@ -74,24 +77,23 @@ class Batch {
 
   show() {
     this.say();
-    const list = element("pairs");
-    while (list.children.length > page.pairs.length) list.lastChild.remove();
-    while (list.children.length < page.pairs.length) list.append(this.line(list.children.length));
+    while (this.lines.length > page.pairs.length) this.lines.pop()?.item.remove();
+    while (this.lines.length < page.pairs.length) this.add_line(this.lines.length);
     const cut = [];
     page.pairs.forEach(({ caption }, i) => {
-      const [button, field] = list.children[i].querySelectorAll("button, textarea");
-      draw_picture(button.firstChild, page.result.pictures[i]);
+      const { canvas, button, field } = this.lines[i];
+      draw_picture(canvas, compared().pictures[i]);
       button.ariaPressed = String(i === page.number);
       if (field !== document.activeElement || field.value !== caption) field.value = caption;
       if (tokenizer.encode(caption).length >= tokenizer.max_length) cut.push(i + 1);
     });
     const room = tokenizer.max_length - 1, which = cut.length === 1 ? `Caption ${cut}` : `Captions ${cut.join(" and ")}`;
     element("cut_said").textContent = cut.length === 0 ? "" : `${which} has more than ${room} tokens: the end is not read.`;
-    element("more").disabled = page.pairs.length >= MOST_PAIRS;
-    element("fewer").disabled = page.pairs.length <= FEWEST_PAIRS;
+    this.more.disabled = page.pairs.length >= MOST_PAIRS;
+    this.fewer.disabled = page.pairs.length <= FEWEST_PAIRS;
   }
 
-  line(number) {
+  add_line(number) {
     const choose = () => {
       page.number = number;
       this.editor.choose(null);
@@ -108,6 +110,8 @@ class Batch {
       page.pairs[number].caption = field.value.replaceAll("\n", " ");
       changed();
     };
-    return make("li", {}, make("span", { className: "note" }, String(number + 1)), button, field);
+    const item = make("li", {}, make("span", { className: "note" }, String(number + 1)), button, field);
+    element("pairs").append(item);
+    this.lines.push({ item, canvas, button, field });
   }
 }

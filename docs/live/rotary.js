@@ -1,7 +1,7 @@
 "use strict";
 /* Rotary positions alone: a query and a key of four pairs of numbers, drawn as arrows. As minivlm/rope.py.
 
-   They are turned by `apply_rotary` of decoder.js, which is what turns queries and keys in the model. */
+   They are turned by `apply_rotary` of rope.js, which is what turns queries and keys in the model. */
 
 const HEAD_DIM = 8, PAIRS = HEAD_DIM / 2, FARTHEST = 20;
 // Half-split: elements i and i + 4 are a pair, so the first row holds the first numbers of all pairs.
@@ -24,7 +24,7 @@ function score_of(query, key) {
 
 /* What the sliders say. The base is chosen by its power of ten. */
 function settings() {
-  const number = (id) => Number(element(id).value);
+  const number = (id) => Number(element(id, HTMLInputElement).value);
   return { m: number("query_position"), n: number("key_position"), shift: number("shift"), theta: 10 ** number("theta") };
 }
 
@@ -107,7 +107,7 @@ function draw_curve(distance, { distances, curve }) {
     make_svg("path", { d: `M${x(d)} 125v4`, class: "dial" }),
     make_svg("text", { x: x(d), y: 142, class: "tick" }, String(d).replace("-", "−")),
   ]);
-  const here = curve[distances.indexOf(distance)], svg = element("curve");
+  const here = curve[distances.indexOf(distance)], svg = element("curve", SVGSVGElement);
   svg.setAttribute("aria-label", `The score for distances from −20 to 20. At ${distance}, where you are, it is ${shown(here)}.`);
   svg.replaceChildren(
     make_svg("path", { d: "M30 125H390", class: "dial" }), make_svg("path", { d: `M30 ${y(0)}H390`, class: "zero" }), ...ticks,

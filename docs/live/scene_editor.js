@@ -6,16 +6,21 @@ const MOST_UNDO = 100;
 
 class SceneEditor {
   constructor() {
+    /** @type {number?} */
     this.chosen = null; // number of a thing
+    /** @type {string[]} */
     this.past = []; // scenes as text, for undo
-    this.canvas = element("picture_canvas");
-    this.layer = element("picture_layer"); // an SVG over the canvas, 64 units wide and high
+    this.dragged = null; // which thing, what of it, and how
+    this.canvas = element("picture_canvas", HTMLCanvasElement);
+    this.layer = element("picture_layer", SVGSVGElement); // an SVG over the canvas, 64 units wide and high
     this.layer.addEventListener("pointermove", (event) => this.drag(event));
     for (const name of ["pointerup", "pointercancel"]) this.layer.addEventListener(name, () => (this.dragged = null));
     this.layer.addEventListener("pointerdown", (event) => event.target === this.layer && this.choose(null));
     document.addEventListener("keydown", (event) => {
-      const typing = event.target.matches("input, select, textarea");
-      if ((event.ctrlKey || event.metaKey) && event.key === "z" && !typing) this.undo();
+      const typing = document.activeElement?.matches("input:not([type=range]), select, textarea");
+      if (typing || event.key !== "z" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault(); // or the browser undoes what was typed last, in whatever field
+      this.undo();
     });
     this.add_buttons();
   }
@@ -35,7 +40,7 @@ class SceneEditor {
     element("undo").onclick = () => this.undo();
   }
 
-  /* What undo brings back. */
+  /** What undo brings back. @returns {object} */
   snapshot() {
     return { scene: page.scene, sample: page.sample };
   }
@@ -46,8 +51,9 @@ class SceneEditor {
   }
 
   undo() {
-    if (this.past.length === 0) return;
-    Object.assign(page, JSON.parse(this.past.pop()), { upload: null });
+    const before = this.past.pop();
+    if (before === undefined) return;
+    Object.assign(page, JSON.parse(before), { upload: null });
     this.chosen = null;
     changed();
   }
@@ -108,7 +114,7 @@ class SceneEditor {
     this.dragged = { number, what, dx: thing.x - at.x, dy: thing.y - at.y, moved: false };
     this.layer.setPointerCapture(event.pointerId);
     this.choose(number);
-    this.layer.querySelector(`[data-thing="${number}"]`)?.focus({ preventScroll: true });
+    focus_on(this.layer, "thing", number);
   }
 
   drag(event) {
@@ -136,20 +142,19 @@ class SceneEditor {
 
   show() {
     draw_picture(this.canvas, current_picture());
-    if (this.chosen >= page.scene.things.length) this.chosen = null; // another scene was loaded
-    const focused = document.activeElement?.dataset?.thing;
-    this.layer.replaceChildren();
-    if (!page.upload) page.scene.things.forEach((thing, i) => this.layer.append(this.handle(thing, i)));
+    if ((this.chosen ?? 0) >= page.scene.things.length) this.chosen = null; // another scene was loaded
     const chosen = this.chosen === null || page.upload ? null : page.scene.things[this.chosen];
-    if (chosen) this.layer.append(this.size_handle(chosen, this.chosen));
-    if (focused !== undefined) this.layer.querySelector(`[data-thing="${focused}"]`)?.focus({ preventScroll: true });
-    for (const id of ["smaller", "larger", "delete"]) element(id).disabled = !chosen;
-    for (const button of element("colors").children) {
+    keeping_focus(this.layer, "thing", () => {
+      this.layer.replaceChildren(...(page.upload ? [] : page.scene.things).map((thing, i) => this.handle(thing, i)));
+      if (chosen) this.layer.append(this.size_handle(chosen, this.chosen));
+    });
+    for (const id of ["smaller", "larger", "delete"]) element(id, HTMLButtonElement).disabled = !chosen;
+    for (const button of buttons_in("colors")) {
       button.disabled = !chosen;
       button.ariaPressed = String(chosen?.color === button.title);
     }
-    for (const button of element("add_things").children) button.disabled = page.scene.things.length >= MOST_THINGS;
-    element("undo").disabled = this.past.length === 0;
+    for (const button of buttons_in("add_things")) button.disabled = page.scene.things.length >= MOST_THINGS;
+    element("undo", HTMLButtonElement).disabled = this.past.length === 0;
     const said = page.scene.things.map((thing) => `a ${describe(thing)}`).join(", ") || "an empty picture";
     element("picture_note").textContent = `Drawn: ${said}.`;
   }

@@ -6,6 +6,7 @@
    S all tokens (keys), N image tokens, D width, H heads, K key/value heads, Dh head width, V vocabulary. */
 
 class Tensor {
+  /** @param {Float32Array} data @param {number[]} shape */
   constructor(data, ...shape) {
     this.data = data;
     this.shape = shape;
@@ -13,6 +14,7 @@ class Tensor {
     this.rows = data.length / this.width; // all axes but the last, as one
   }
 
+  /** @param {number[]} shape */
   static zeros(...shape) {
     return new Tensor(new Float32Array(shape.reduce((a, b) => a * b, 1)), ...shape);
   }
@@ -22,10 +24,12 @@ class Tensor {
   }
 }
 
-/* x [T, in], weight [out, in], bias [out] or none -> x weight^T + bias [T, out]
+/** x [T, in], weight [out, in], bias [out] or none -> x weight^T + bias [T, out]
 
    As torch.nn.Linear. Eight products at a time: two rows of x with four rows of the weight. Each number that is read
-   from memory is then used two or four times, which makes this four times as fast as one product after the other. */
+   from memory is then used two or four times, which makes this four times as fast as one product after the other.
+
+   @param {Tensor} x @param {Tensor} weight @param {Tensor?} bias */
 function linear(x, weight, bias = null) {
   const T = x.rows, out = weight.rows, width = x.width;
   const y = Tensor.zeros(T, out);
@@ -61,26 +65,28 @@ function linear(x, weight, bias = null) {
   return y;
 }
 
-/* x [T, D] -> [D, T] */
+/** x [T, D] -> [D, T] @param {Tensor} x */
 function transpose(x) {
   const y = Tensor.zeros(x.width, x.rows);
   for (let i = 0; i < x.rows; i++) for (let j = 0; j < x.width; j++) y.data[j * x.rows + i] = x.data[i * x.width + j];
   return y;
 }
 
+/** @param {Tensor} x @param {Tensor} y */
 function add(x, y) {
   const sum = Tensor.zeros(...x.shape);
   for (let i = 0; i < sum.data.length; i++) sum.data[i] = x.data[i] + y.data[i];
   return sum;
 }
 
+/** @param {Tensor} x @param {number} factor */
 function times(x, factor) {
   const y = Tensor.zeros(...x.shape);
   for (let i = 0; i < y.data.length; i++) y.data[i] = x.data[i] * factor;
   return y;
 }
 
-/* Columns start to start + width of x [T, D]. */
+/** Columns start to start + width of x [T, D]. @param {Tensor} x @param {number} start @param {number} width */
 function columns(x, start, width) {
   const y = Tensor.zeros(x.rows, width);
   for (let t = 0; t < x.rows; t++) y.row(t).set(x.row(t).subarray(start, start + width));
@@ -92,7 +98,8 @@ function gelu(x) {
   return 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x * x * x)));
 }
 
-/* Each row of x [T, D] to mean 0 and variance 1, then scaled and shifted. */
+/** Each row of x [T, D] to mean 0 and variance 1, then scaled and shifted.
+ * @param {Tensor} x @param {Tensor} weight @param {Tensor} bias @param {number} eps */
 function layer_norm(x, weight, bias, eps) {
   const y = Tensor.zeros(...x.shape);
   for (let t = 0; t < x.rows; t++) {
@@ -106,7 +113,8 @@ function layer_norm(x, weight, bias, eps) {
   return y;
 }
 
-/* Each row of x [T, D] to a mean square of 1. Gemma's convention: the stored weight w means a factor of 1 + w. */
+/** Each row of x [T, D] to a mean square of 1. Gemma's convention: the stored weight w means a factor of 1 + w.
+ * @param {Tensor} x @param {Tensor} weight @param {number} eps */
 function rms_norm(x, weight, eps) {
   const y = Tensor.zeros(...x.shape);
   for (let t = 0; t < x.rows; t++) {
@@ -119,7 +127,7 @@ function rms_norm(x, weight, eps) {
   return y;
 }
 
-/* Scores (an array of numbers) -> shares that sum to 1; the largest is subtracted so that nothing overflows. */
+/** Scores -> shares that sum to 1; the largest is subtracted so that nothing overflows. @param {ArrayLike<number>} scores */
 function softmax(scores) {
   let largest = -Infinity, sum = 0;
   for (let i = 0; i < scores.length; i++) if (scores[i] > largest) largest = scores[i];
@@ -129,6 +137,7 @@ function softmax(scores) {
   return shares;
 }
 
+/** @param {ArrayLike<number>} values */
 function argmax(values) {
   let best = 0;
   for (let i = 1; i < values.length; i++) if (values[i] > values[best]) best = i;

@@ -20,7 +20,10 @@ class Tokenizer {
     this.special_ids = new Set(added_tokens.filter((token) => token.special).map((token) => token.id));
     this.ranks = new Map(model.merges.map((pair, rank) => [pair.join(" "), rank])); // no symbol holds a space
     const id_of = (name) => added_tokens.find((token) => token.content === name)?.id;
-    [this.pad_id, this.bos_id, this.eos_id, this.image_id] = ["<pad>", "<bos>", "<eos>", "<image>"].map(id_of);
+    this.pad_id = id_of("<pad>");
+    this.bos_id = id_of("<bos>");
+    this.eos_id = id_of("<eos>");
+    this.image_id = id_of("<image>");
   }
 
   /* The ids of a user's text; nothing is added. */

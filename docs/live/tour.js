@@ -3,12 +3,17 @@
    course explains it. The texts are in tour_steps.js. */
 
 class Tour {
-  constructor() {
+  constructor(editor) {
+    this.editor = editor;
+    /** @type {number?} */
     this.step = null;
+    /** @type {number?} */
     this.guess = null;
     element("tour_start").onclick = () => this.go(this.step === null ? 0 : null);
-    element("tour_back").onclick = () => this.go(this.step - 1);
-    element("tour_next").onclick = () => this.go(this.step + 1);
+    this.back = element("tour_back", HTMLButtonElement);
+    this.next = element("tour_next", HTMLButtonElement);
+    this.back.onclick = () => this.go((this.step ?? 0) - 1);
+    this.next.onclick = () => this.go((this.step ?? 0) + 1);
   }
 
   go(step) {
@@ -22,18 +27,17 @@ class Tour {
 
   /* The setting of a step: a picture, a prompt, what is looked at. Everything else is as in the beginning. */
   set_up({ sample, ...settings }) {
-    page.parts.find((part) => part instanceof Editor).remember(); // so that undo brings the reader's picture back
+    this.editor.remember(); // so that undo brings the reader's picture back
     load_sample(sample);
     Object.assign(page, { breaks: {}, temperature: 0, top_p: 1, stage: "language_model.layers.1", head: null }, settings);
     changed();
   }
 
   show() {
-    const running = this.step !== null;
-    element("tour").hidden = !running;
-    element("tour_start").textContent = running ? "Leave the tour" : "Guided tour";
+    element("tour").hidden = this.step === null;
+    element("tour_start").textContent = this.step === null ? "Guided tour" : "Leave the tour";
     const key = `${this.step} ${this.guess}`;
-    if (!running || this.shown === key) return;
+    if (this.step === null || this.shown === key) return;
     this.shown = key;
     const { title, say, question, choices, right, then, todo, notebook, set } = TOUR[this.step];
     element("tour_title").textContent = `${this.step + 1} of ${TOUR.length}. ${title}`;
@@ -45,17 +49,17 @@ class Tour {
     element("tour_again").onclick = () => this.set_up(set);
     const answer = choices[right].replace(/[.]$/, "");
     element("tour_then").textContent = `${this.guess === right ? "As you predicted." : `Rather: ${answer}.`} ${then}`;
-    if (this.guess === null) element("tour_compare").open = false;
+    if (this.guess === null) element("tour_compare", HTMLDetailsElement).open = false;
     element("tour_notebook").replaceChildren("In the course: ", notebook_link(...notebook));
-    element("tour_back").disabled = this.step === 0;
-    element("tour_next").disabled = this.step === TOUR.length - 1;
+    this.back.disabled = this.step === 0;
+    this.next.disabled = this.step === TOUR.length - 1;
   }
 
   choice(text, number) {
     const guess = () => {
       this.guess = number;
       this.show();
-      element("tour_choices").children[number].focus();
+      buttons_in("tour_choices")[number].focus();
     };
     return make("button", { type: "button", ariaPressed: String(this.guess === number), onclick: guess }, text);
   }

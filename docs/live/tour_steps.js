@@ -17,7 +17,7 @@ const TOUR = [
   },
   {
     title: "Patches",
-    say: "The model does not see shapes. It sees 64 squares of 8 × 8 pixels, the patches, and each becomes one vector: an image token.",
+    say: "The model does not see shapes. It sees 64 squares of 8 × 8 pixels, the patches. Each becomes one vector, a list of numbers, and stands in the row as a word does: an image token.",
     todo: "choose the circle and press − until it is as small as a patch. Watch what the sentence calls it.",
     set: { sample: 2, prompt: "caption en" },
     question: "A pixel is red, green and blue. How many numbers does the model get of one patch?",
@@ -28,7 +28,7 @@ const TOUR = [
   },
   {
     title: "Patches look at patches",
-    say: "In the image tower, every patch takes something from the others: attention. The map shows where the chosen patch looks.",
+    say: "The image tower is the part that reads the picture. In each of its layers, every patch takes something from the others, from some more than from others: attention. The map shows where the chosen patch looks.",
     todo: "choose patches in the map below, on things and on the ground, and change between the layers of the tower.",
     set: { sample: 2, prompt: "caption en", stage: "vision_tower.layers.0", head: null, token: 45 },
     question: "In which layers does a patch look at its neighbors?",
@@ -61,7 +61,7 @@ const TOUR = [
   },
   {
     title: "Who may look at whom",
-    say: "A language model is causal: a token sees only what lies before it. PaliGemma lets picture and prompt see each other in both directions, and only the answer is causal.",
+    say: "The mask says which tokens a token may look at. In a language model it is causal: a token sees only what lies before it. PaliGemma lets picture and prompt see each other in both directions, and only the answer is causal.",
     todo: "look at the drawing of the mask, then switch on “causal mask”.",
     set: { sample: 2, prompt: "detect pink circle" },
     question: "With the causal mask, how many tokens does the first patch see?",

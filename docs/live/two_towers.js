@@ -9,13 +9,16 @@ const FEWEST_PAIRS = 2, MOST_PAIRS = 6, MAX_CAPTION = 200; // characters
 const PAUSE = 700; // milliseconds without an edit before the losses are read out
 
 const page = {
-  pairs: [], // {scene, caption}
+  /** @type {Pair[]} */
+  pairs: [],
   number: 0, // whose picture is in the editor
   cell: [0, 0], // which one is followed: picture, caption
   logit_scale: model.logit_scale,
   logit_bias: model.logit_bias,
+  /** @type {ReturnType<typeof compare>?} */
   result: null,
   upload: null, // pictures are drawn here, never uploaded
+  /** @type {Part[]} */
   parts: [],
   get scene() {
     return this.pairs[this.number].scene;
@@ -32,7 +35,7 @@ function changed() {
   waiting = true;
   requestAnimationFrame(() => {
     waiting = false;
-    compare();
+    page.result = compare();
     show_all();
   });
 }
@@ -55,7 +58,13 @@ function compare() {
   read = kept;
   const cosines = similarity(images, texts);
   const clip = clip_loss(cosines, page.logit_scale), siglip = siglip_loss(cosines, page.logit_scale, page.logit_bias);
-  page.result = { pictures, cosines, clip, siglip };
+  return { pictures, cosines, clip, siglip };
+}
+
+/* The result, for those who ask when there is one. */
+function compared() {
+  if (page.result === null) throw new Error("nothing has been compared yet");
+  return page.result;
 }
 
 /* A batch of TRIES, with the temperature and the bias as they were learned. */
@@ -67,7 +76,8 @@ function load_try(number) {
 }
 
 window.addEventListener("DOMContentLoaded", () => {
-  page.parts = [PairEditor, Batch, Losses, FollowedCell].map((kind) => new kind());
+  const editor = new PairEditor();
+  page.parts = [editor, new Batch(editor), new Losses(editor), new FollowedCell()];
   show_book_link();
   element("notebooks").append("In the course: ", notebook_link("02_clip_and_siglip", "02, CLIP and SigLIP"), ", and ",
     notebook_link("10_contrastive_training", "10, Contrastive training"), ".");

@@ -37,7 +37,7 @@ class VisionTower {
   }
 
   /* pixel_values [C, height, width] -> [N, D] */
-  forward(pixel_values, record = () => {}, breaks = {}) {
+  forward(pixel_values, record = unrecorded, breaks = {}) {
     let x = this.embed(pixel_values, breaks);
     record("vision_tower.embeddings", x);
     for (let l = 0; l < this.config.num_hidden_layers; l++) {

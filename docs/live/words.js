@@ -5,7 +5,7 @@ class Prompt {
   streams = true;
 
   constructor() {
-    this.field = element("prompt");
+    this.field = element("prompt", HTMLInputElement);
     this.field.maxLength = MAX_PROMPT;
     this.field.oninput = () => this.ask(this.field.value);
     element("ask").onsubmit = (event) => event.preventDefault();
@@ -33,11 +33,12 @@ class Prompt {
   show() {
     if (document.activeElement !== this.field) this.field.value = page.prompt;
     this.show_suggestions();
-    const { words, done, whole, milliseconds } = page.result ?? { words: [] }, text = page.result ? answer_text() : "";
+    const text = page.result ? answer_text() : "", done = page.result?.done, whole = page.result?.whole;
     element("answer").textContent = page.problem ?? (text || (done ? "(nothing)" : "…"));
     element("answer").classList.toggle("coded", text.includes("<"));
-    element("whole_answer").hidden = whole === null || whole === undefined;
+    element("whole_answer").hidden = !whole && whole !== "";
     element("whole_answer").textContent = `As it was trained, it says: ${whole}`;
+    const { words, milliseconds } = page.result ?? { words: [], milliseconds: 0 };
     const time = `${words.length} tokens; picture and prompt read in ${Math.round(milliseconds)} ms`;
     element("timing").textContent = milliseconds ? time : "";
     // Only whole answers are read out, and only new ones.
@@ -77,9 +78,7 @@ class Chips {
       const token = prefix_ids.length + i;
       chips.push(this.chip(shown_name(word.token_id), "answer_token", looked.token === token, token, shares?.[token]));
     });
-    const focused = document.activeElement?.dataset?.token;
-    element("chips").replaceChildren(...chips);
-    if (focused !== undefined) element("chips").querySelector(`[data-token="${focused}"]`)?.focus();
+    keeping_focus(element("chips"), "token", () => element("chips").replaceChildren(...chips));
   }
 
   chip(name, kind, pressed, token, share = 0) {

@@ -265,6 +265,63 @@ def test_temperature_and_bias(towers: Page, shipped: tuple[SigLIP, PairProcessor
     assert (value(towers, "clip_value"), value(towers, "siglip_value")) == learned
 
 
+def drag_bias(page: Page, *places: float) -> None:
+    """Take the slider at the first place, shares of its width, and let it go at the last."""
+    box = page.locator("#bias").bounding_box()
+    assert box is not None
+    for number, place in enumerate(places):
+        page.mouse.move(box["x"] + place * box["width"], box["y"] + box["height"] / 2, steps=5)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def test_undo_after_a_slider_that_came_back(towers: Page) -> None:
+    drag_bias(towers, 0.3, 0.4)
+    drag_bias(towers, 0.4, 0.9, 0.4)
+    caption = towers.locator("#pairs textarea").first
+    caption.fill("a small star")
+    settled(towers)
+    before = towers.evaluate("page.logit_bias")
+    drag_bias(towers, 0.4, 0.7)
+    settled(towers)
+    assert towers.evaluate("page.logit_bias") > before
+    towers.keyboard.press("Control+z")
+    settled(towers)
+    assert towers.evaluate("[page.pairs[0].caption, page.logit_bias]") == ["a small star", before]
+
+
+def test_undo_takes_back_temperature_and_bias(towers: Page) -> None:
+    """With pictures and captions, in their order. A slider that is dragged is one step."""
+
+    def state() -> list[Any]:
+        settled(towers)
+        parts: list[Any] = towers.evaluate(
+            "[page.logit_scale, page.logit_bias, page.pairs[0].caption, page.result.siglip.loss]"
+        )
+        return parts
+
+    edits = [
+        lambda: towers.locator("#temperature").fill("-1"),
+        lambda: drag_bias(towers, 0.3, 0.9),
+        lambda: towers.locator("#pairs textarea").first.fill("a small star"),
+        lambda: towers.locator("#learned").click(),
+        lambda: towers.locator("#temperature").press("ArrowLeft"),
+        lambda: towers.locator("#tries button").nth(1).click(),
+    ]
+    states = [state()]
+    for edit in edits:
+        edit()
+        states.append(state())
+        assert states[-1] != states[-2]
+    towers.locator("#temperature").focus()
+    for before in reversed(states[:-1]):
+        towers.keyboard.press("Control+z")
+        assert state() == before
+    expect(towers.locator("#undo")).to_be_disabled()
+    assert float(towers.locator("#temperature").input_value()) == pytest.approx(-states[0][0], abs=0.006)
+
+
 def test_two_to_six_pairs(towers: Page, shipped: tuple[SigLIP, PairProcessor]) -> None:
     for _ in range(2):
         towers.locator("#more").click()
