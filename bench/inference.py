@@ -60,6 +60,7 @@ SIZES = {  # of pictures, in pixels
     "deepseek": (384, 384),  # 576 image tokens; in DeepSeek-VL2, 421
     "llama": (560, 560),  # one tile
 }
+FRAME = (112, 112)  # pixels of a frame of a video, which is read at its size: 16 tokens for two of them
 OURS, PACKED, PEER = "minivlm", "minivlm packed", "transformers"
 Rounds = dict[str, list[dict[str, Any]]]  # by side, one result per round
 
@@ -264,6 +265,13 @@ def main() -> None:
     parser.add_argument("--qwen", type=Path, help="a folder of Qwen2-VL or Qwen2.5-VL")
     parser.add_argument("--deepseek", type=Path, help="a folder of DeepSeek-VL or deepseek-vl2-tiny")
     parser.add_argument("--llama", type=Path, help="a folder of Llama 3.2 Vision")
+    parser.add_argument(
+        "--picture",
+        nargs=2,
+        type=int,
+        metavar=("WIDTH", "HEIGHT"),
+        help="pixels of the picture for Qwen, DeepSeek and Llama (default: see SIZES)",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
@@ -325,7 +333,7 @@ def main() -> None:
             )
             say(*table, "", *limits(options.folder, results, bandwidth, operations))
         if "load" in parts:
-            say(*loading([OURS, *packed, "minivlm int8", PEER], options.rounds, job))
+            say(*loading([OURS, *packed, "minivlm int8", "minivlm int4", PEER], options.rounds, job))
         if "eight" in parts:
             say("", *answers("Eight at once, padded", [OURS, *packed, *peers], two, {**few, "batch": 8})[0])
         if "second" in parts and options.second:
@@ -343,13 +351,13 @@ def main() -> None:
         for name, size in SIZES.items():
             folder = getattr(options, name)
             if name in parts and folder:
-                asked = {**job, "folder": str(folder), "size": size}
+                asked = {**job, "folder": str(folder), "size": options.picture or size}
                 # Llama's 21 GB fit into memory once, as a file that is mapped: one answer, and no copies.
                 asked |= {"repeats": 1} if name == "llama" else {}
                 sides = [OURS, PEER] if name == "llama" else [OURS, *packed, PEER]
                 say("", *answers(folder.name, sides, options.rounds, asked)[0])
         if "video" in parts and options.qwen:
-            asked = {**few, "folder": str(options.qwen), "size": (224, 224), "frames": 64, "tokens": 4}
+            asked = {**few, "folder": str(options.qwen), "size": FRAME, "frames": 64, "tokens": 4}
             say("", *answers(f"{options.qwen.name}, a video of 64 frames", [OURS, PEER], 1, asked)[0])
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,13 +65,13 @@ READ = (
 
 
 class Ours:
-    """minivlm: bf16, `int8`, either of them compiled, and bf16 packed."""
+    """minivlm: bf16, `int8` and `int4`, any of them compiled, and bf16 packed."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import minivlm
         from minivlm.speed import speed_up
 
-        quantize = "int8" if "int8" in job["side"] else None
+        quantize = next((kind for kind in ("int8", "int4") if kind in job["side"]), None)
         dtype, folder = dtype_of(job), job["folder"]
         pack = "packed" in job["side"]
         self.system = system_of(Path(folder))
@@ -242,6 +243,8 @@ def inputs_for(side: Any, job: dict[str, Any]) -> dict[str, Tensor]:
     torch.manual_seed(0)  # here: opening a model may have drawn numbers
     processor = side.processor
     width, height = job.get("size") or [side.size, side.size]
+    if "frames" in job:  # read at their size, where a published budget would enlarge small frames
+        processor.video_budget = replace(processor.video_budget, min_pixels=width * height)
     pictures, prompts = [], []
     for row in range(job["batch"]):
         noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy()
