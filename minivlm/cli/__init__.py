@@ -16,7 +16,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 import minivlm
@@ -35,7 +36,7 @@ from minivlm.cli import (
     train_contrastive,
     workshop,
 )
-from minivlm.cli.options import one_line, show, tell
+from minivlm.cli.options import is_first, one_line, processes, show, tell
 from minivlm.cli.program import command
 from minivlm.errors import InputError, extra
 
@@ -120,13 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         options = _parse(arguments)
-        code = options.run(options) or 0
+        with _joined(options):
+            code = options.run(options) or 0
         sys.stdout.flush()
     except InputError as error:
-        show(error, "error")
+        if type(error).__name__ != "ToldElsewhere":  # its module takes seconds to import
+            show(error, "error")
         return 2
     except KeyboardInterrupt as stop:
-        print(f"minivlm: stopped {one_line(str(stop))}".rstrip(), file=sys.stderr)
+        if is_first():
+            print(f"minivlm: stopped {one_line(str(stop))}".rstrip(), file=sys.stderr)
         return 130
     except OSError as error:
         if error.filename is not None:  # a name too long for the system, for instance
@@ -138,6 +142,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return int(code)
+
+
+@contextmanager
+def _joined(options: argparse.Namespace) -> Iterator[None]:
+    """Be one of the processes that torchrun has started. Only the first has something to say.
+
+    Raises InputError: a command that has no use for several.
+    """
+    number, count = processes()
+    if count == 1:
+        yield
+        return
+    if not hasattr(options, "exchange_timeout"):
+        if number == 0:
+            raise InputError("torchrun is for commands that train: start this one without it")
+        raise SystemExit(2)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of what was chosen on purpose
+    from minivlm.distributed.torchrun import joined
+
+    with joined(options.exchange_timeout), open(os.devnull, "w") as nowhere:
+        if number == 0:
+            yield
+        else:
+            with redirect_stdout(nowhere):
+                yield
 
 
 def _open_closed_streams() -> None:

@@ -187,6 +187,8 @@ def run(options: argparse.Namespace) -> None:
         done = finetune_adapter(
             options.out, config, lora, options.data, options.validation, warn=warn, loop=loop
         )
+    if not shared.is_first():
+        return
     measured = [line for line in read_log(options.out / LOG) if line.get("exact match") is not None]
     if measured:
         first, last = measured[0], measured[-1]

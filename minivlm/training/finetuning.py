@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minivlm.data.augment import Augment, check_kinds
 from minivlm.data.lines import BadLines
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.data.shards import ShardItems
+from minivlm.distributed.agreement import total
+from minivlm.distributed.parallel import backward, data_parallel, without_exchange
+from minivlm.distributed.places import Place
 from minivlm.errors import InputError
 from minivlm.evaluation.own import answer_own_words, box_iou_of
 from minivlm.models.load import SHIPPED, load_answering
@@ -120,6 +123,7 @@ class Finetuning(Trainable):
         large = sum(parameter.numel() for parameter in model.parameters()) > 1e8
         self.lr = config.lr if config.lr is not None else self.rates[large]
         self.masters, self.working = self.prepare()
+        self.compute: Callable[[Inputs], Tensor] = self._loss  # of rows of this process
         trained = [parameter for parameter in self.masters.parameters() if parameter.requires_grad]
         self.optimizers = {"adamw": torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)}
         self.rows_per_step = config.batch_size * config.accumulate
@@ -205,6 +209,7 @@ class Finetuning(Trainable):
             change=Augment(kinds, self.config.seed) if (kinds := self.config.augment) else None,
             more=rows_of_the_world(replay, self.config.seed, self.processor) if replay else None,
             order=self.samples.order if isinstance(self.samples, ShardItems) else None,
+            among=(0, 1) if self.among is None else (self.among.rank, self.among.size),
         )
         for batches in in_order(data, range(self.step, self.total_steps), self.workers):
             if isinstance(batches, InputError):
@@ -215,14 +220,19 @@ class Finetuning(Trainable):
         """One optimization step on the mean loss over all answer tokens of its batches."""
         self.masters.zero_grad()
         tokens = [_answer_tokens(part) for part in batch]
-        total = 0.0
-        for part, count in zip(batch, tokens, strict=True):
-            # In a mean of the batches' means, a token in a batch of short answers would count for more.
-            loss = self.read(part, learning=True).loss * (count / sum(tokens))
-            total += loss.item()
-            self.check_finite("the loss", total)
-            loss.backward()
+        whole = total(self.among, [sum(tokens)])[0]
+        loss = 0.0
+        for number, (part, count) in enumerate(zip(batch, tokens, strict=True), start=1):
+            # A copy hands its gradients over after each batch, so they have to be complete by then.
+            later = number < len(batch) and self.working is self.masters
+            with without_exchange(self.compute, later):
+                # In a mean of the batches' means, a token in a batch of short answers would count for more.
+                share = self.compute(part) * (count / whole)
+                loss += share.item()
+                backward(self.among, share)
             collect_gradients(self.masters, self.working)
+        loss = total(self.among, [loss])[0]
+        self.check_finite("the loss", loss)
         norm = nn.utils.clip_grad_norm_(self.masters.parameters(), MAX_GRADIENT_NORM)
         self.check_finite("the gradient", norm.item())
         for group in self.optimizers["adamw"].param_groups:
@@ -230,7 +240,18 @@ class Finetuning(Trainable):
         self.optimizers["adamw"].step()
         follow_masters(self.masters, self.working)
         self.step += 1
-        return {"loss": total}
+        return {"loss": loss}
+
+    def _loss(self, part: Inputs) -> Tensor:
+        """The mean over the answer tokens of a batch; 0 if there are none, see `SampleBatches`."""
+        output = self.read(part, learning=True)
+        loss: Tensor = output.loss if _answer_tokens(part) else 0 * output.logits.sum()
+        return loss
+
+    def spread(self, among: Place) -> None:
+        """Each process reads a part of the rows of every batch."""
+        self.among = among
+        self.compute = data_parallel(self.working, self._loss, among)
 
     def learning_rate(self) -> float:
         """The rate of the next step."""

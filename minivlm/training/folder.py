@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from minivlm.distributed.agreement import is_first, together
+from minivlm.distributed.places import here
 from minivlm.errors import InputError
 from minivlm.files import remove_leftovers
 from minivlm.training.best import NAME as BEST
@@ -34,11 +36,22 @@ _held: set[Path] = set()  # folders of this process's runs: to the system, all o
 def run_folder(out: Path, resume: bool) -> Iterator[None]:
     """Make the folder of a run, and keep other runs out of it to the end of the block.
 
-    What a run that was killed while writing has left half done is removed.
+    What a run that was killed while writing has left half done is removed. Of several processes, the first
+    does all this for the others.
 
     Raises InputError: the folder cannot be made or written to; another run works in it; it holds a run and
     `resume` is not set, or the other way round; it holds a checkpoint or a file that this run would replace.
     """
+    place = here()
+    with ExitStack() as held:
+        with together(place):
+            if is_first(place):
+                held.enter_context(_folder(out, resume))
+        yield
+
+
+@contextmanager
+def _folder(out: Path, resume: bool) -> Iterator[None]:
     _check(out, resume)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,9 @@ Each run defines its own step (`Trainable`). The loop leaves in the run's folder
 
 Every file is written aside and then renamed. A run that is killed at any moment resumes from its last save,
 and ends with the same weights as one that was never interrupted (on the same machine, with as many threads).
+
+Of several processes (see `minivlm.distributed`), each computes its share of every step. The first one writes
+all files, and all stop together.
 """
 
 from __future__ import annotations
@@ -33,6 +36,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from minivlm.distributed.agreement import (
+    ToldElsewhere,
+    anyone,
+    as_the_first,
+    check_same,
+    is_first,
+    together,
+)
+from minivlm.distributed.places import Place, gave_up, here
 from minivlm.errors import InputError
 from minivlm.evaluation.waiting import Bar
 from minivlm.training.best import (
@@ -117,6 +129,7 @@ class Trainable(ABC):
     starts_trained: bool = False  # then it is worth measuring before the first step
     choice: Choice | None = None  # how its best state is chosen; None: it ends with its last one
     grows: Mapping[str, Any] = {}  # settings that may be larger when it is resumed, with their defaults
+    among: Place | None = None  # this process's place among those that share each step
 
     @property
     @abstractmethod
@@ -150,6 +163,13 @@ class Trainable(ABC):
     @abstractmethod
     def advice(self) -> str:
         """What to try when the numbers are no longer finite."""
+
+    def spread(self, among: Place) -> None:
+        """From now on, compute only this process's share of each step.
+
+        Raises InputError: this kind of run is trained by one process, or there is too little to share.
+        """
+        raise InputError(f"this run is trained by one process, and {among.size} were started: start one")
 
     def how_it_goes_on(self, lines: Sequence[Line]) -> str | None:
         """A sentence about a run that is resumed with this log, if there is something to say."""
@@ -234,14 +254,19 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
     def is_due(every: int) -> bool:
         return run.step % every == 0 or run.step == run.total_steps
 
-    folder = RunFolder(run, out)
-    if loop.resume:
-        folder.resume()
-        if loop.tell is not None and (said := run.how_it_goes_on(folder.lines)):
-            loop.tell(said)
-    else:
-        remove_weights(out, but=[])  # of a run that was killed before its first save
-    if loop.log == "tensorboard":
+    place = here()
+    folder = RunFolder(run, out, is_first(place))
+    check_same(place, run.settings())
+    with together(place):
+        if loop.resume:
+            folder.resume()
+            if loop.tell is not None and (said := run.how_it_goes_on(folder.lines)):
+                loop.tell(said)
+        elif folder.writes:
+            remove_weights(out, but=[])  # of a run that was killed before its first save
+        if place is not None:
+            run.spread(place)
+    if loop.log == "tensorboard" and folder.writes:
         folder.events = Events(out, run.step)
     bar = Bar(run.batches(), initial=run.step, total=run.total_steps, unit="step", progress=loop.progress)
     with bar, _stops_explained(folder), note_interrupts() as interrupted:
@@ -254,21 +279,23 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
             measure = measures and is_due(measure_every)
             if measure or is_due(log_every):
                 folder.log(bar, measure)
-            if interrupted():
+            if anyone(place, interrupted()):
                 folder.save()
                 raise KeyboardInterrupt(f"after step {run.step} of {run.total_steps}")
             if is_due(loop.save_every) or folder.ran_out():
                 folder.save()
     folder.put_back_best()
-    run.save(out)
-    plot_log(folder.lines, out / PLOT, run.losses)
+    if folder.writes:
+        run.save(out)
+        plot_log(folder.lines, out / PLOT, run.losses)
 
 
 class RunFolder:
     """What a run leaves in its folder on the way: a state to resume from, and a log."""
 
-    def __init__(self, run: Trainable, out: Path) -> None:
+    def __init__(self, run: Trainable, out: Path, writes: bool = True) -> None:
         self.run, self.out = run, out
+        self.writes = writes  # of several processes, only the first does
         self.saved = 0  # the step of the last state
         self.events: Events | None = None  # the log once more, for TensorBoard
         self.lines: list[Line] = []  # of the log
@@ -287,24 +314,33 @@ class RunFolder:
         best = self.best_step()
         if best is not None:
             check_weights(self.out, best)
-            remove_weights(self.out, but=[best])
+            if self.writes:
+                remove_weights(self.out, but=[best])
 
     def log(self, bar: Bar, measure: bool) -> None:
         """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
         run = self.run
         here = {**run.place(), **_means(self.unlogged, run.losses)}
         bar.set_postfix({name: value for name, value in here.items() if value is not None})
-        self.lines.append({"step": run.step, **here, **_rates(run), **(_metrics(run) if measure else {})})
+        metrics = as_the_first(run.among, _metrics(run)) if measure else {}
+        self.lines.append({"step": run.step, **here, **_rates(run), **metrics})
         self.unlogged.clear()
+        with together(run.among):
+            self._write_line(measure)
+
+    def _write_line(self, measure: bool) -> None:
+        """The last line, into all that keeps lines, and its weights if they are the best so far."""
+        run = self.run
         best = self.best_step()
         if measure and best is not None:
             self.lines[-1][COLUMN] = best
-            if best == run.step:
+            if best == run.step and self.writes:
                 keep_weights(self.out, best, run.masters)
                 # A run that is killed now goes on from the last state, which had another best one.
                 remove_weights(self.out, but=[best, self.best_step(self.saved)])
         # Before the state: a run killed in between has too many lines, which are easily left out.
-        write_log(self.out / LOG, self.lines)
+        if self.writes:
+            write_log(self.out / LOG, self.lines)
         if self.events is not None:
             self.events.write(self.lines[-1])
 
@@ -312,9 +348,12 @@ class RunFolder:
         """Write the state. Raises InputError: as `save_state`. Raises Diverged: as `_check_weights`."""
         run = self.run
         _check_weights(run)
-        save_state(self.out / STATE, run.step, run.masters, run.optimizers, run.settings(), self.unlogged)
+        with together(run.among):
+            if self.writes:
+                settings = run.settings()
+                save_state(self.out / STATE, run.step, run.masters, run.optimizers, settings, self.unlogged)
         self.saved = run.step
-        if run.choice is not None:
+        if run.choice is not None and self.writes:
             remove_weights(self.out, but=[self.best_step()])
 
     def best_step(self, until: int | None = None) -> int | None:
@@ -347,13 +386,17 @@ def _stops_explained(folder: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         where = str(stop) or f"in step {folder.run.step + 1} of {folder.run.total_steps}"
         raise KeyboardInterrupt(f"{where}; {folder.how_to_go_on()}") from None
+    except ToldElsewhere:
+        raise
     except Diverged as error:  # where going on would only diverge again
+        if not folder.writes:  # the same numbers are in all processes
+            raise ToldElsewhere(str(error)) from error
         kept = f"; {folder.out} keeps the state of step {folder.saved}" if folder.saved else ""
         raise Diverged(f"{error}{kept}") from error
     except InputError as error:
         raise InputError(f"{error}; {folder.how_to_go_on()}") from error
     except (RuntimeError, MemoryError, EOFError, ConnectionError) as error:
-        reason = _outside(error)
+        reason = gave_up(folder.run.among, error) or _outside(error)
         if reason is None:
             raise
         raise InputError(f"{reason}; {folder.how_to_go_on()}") from error

@@ -1,0 +1,112 @@
+"""What tests/distributed/test_parallel_training.py runs in real processes, and in one to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from small_run import CONFIG
+from small_towers import config as towers
+
+from minivlm.adapters import LoraConfig
+from minivlm.errors import InputError
+from minivlm.training.contrastive import ContrastiveRun, train_contrastive
+from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
+from minivlm.training.loop import Loop, Trainable
+from minivlm.training.lora import finetune_adapter
+from minivlm.training.scratch import Run, train
+from minivlm.training.systems import SystemConfig, train_system
+
+STEPS = 20
+LOOP = Loop(save_every=10, log_every=10, measure_every=0, workers=0, progress=False)
+# 5 pictures in 2 to 4 processes: some have one more than others
+SCRATCH = replace(CONFIG, tower_steps=6, packed_steps=7, prefix_steps=7, tower_pictures=4, pictures=5)
+
+Losses = list[dict[str, float]]
+
+
+@contextmanager
+def recorded(kind: type[Trainable]) -> Iterator[Losses]:
+    """The losses of each step."""
+    losses: Losses = []
+    advance = kind.advance
+
+    def noting(run: Any, batch: Any) -> dict[str, float]:
+        losses.append(advance(run, batch))
+        return losses[-1]
+
+    with patch.object(kind, "advance", noting):
+        yield losses
+
+
+def tuning(start: Path, **changes: Any) -> FinetuningConfig:
+    """Seven lines in batches of 4, so that the last of 20 steps has one row."""
+    fixed: dict[str, Any] = {"model": str(start), "epochs": 11, "batch_size": 4, "lr": 1e-3, "bf16": False}
+    return FinetuningConfig(**fixed | changes)
+
+
+def all_cases(
+    start: Path, data: Path, pairs: Path, teacher: Path, out: Path, names: Sequence[str]
+) -> dict[str, Losses]:
+    """The losses of twenty steps of every kind of run, by name."""
+    torch.set_num_threads(1)
+    runs: dict[str, tuple[type[Trainable], Callable[[Path], object]]] = {
+        "scratch": (Run, lambda to: train(to, SCRATCH, loop=LOOP)),
+        "finetune": (Finetuning, lambda to: finetune(to, tuning(start), data, loop=LOOP)),
+        "accumulated": (
+            Finetuning,
+            lambda to: finetune(
+                to, tuning(start, batch_size=3, accumulate=2, epochs=17, freeze=("tower",)), data, loop=LOOP
+            ),
+        ),
+        "adapter": (
+            Finetuning,
+            lambda to: finetune_adapter(to, tuning(start), LoraConfig(r=2), data, loop=LOOP),
+        ),
+    }
+    for objective in ("siglip", "clip", "lit", "distill"):
+        settings = towers(
+            objective, steps=STEPS, batch_size=12, teacher=str(teacher) if objective == "distill" else None
+        )
+        file = pairs if objective in ("siglip", "clip") else None
+        runs[objective] = (
+            ContrastiveRun,
+            partial(train_contrastive, config=settings, data=file, loop=LOOP),
+        )
+    found = {}
+    for name in names:
+        kind, run = runs[name]
+        with recorded(kind) as losses:
+            run(out / name)
+        found[name] = losses
+    return found
+
+
+def refusals(start: Path, data: Path, out: Path) -> dict[str, str]:
+    """What each process is told, by name."""
+    rank = dist.get_rank()
+    other = data.with_name("validation.jsonl")
+    runs: dict[str, Callable[[], object]] = {
+        "data": lambda: finetune(out / "data", tuning(start), other if rank == 1 else data, loop=LOOP),
+        "settings": lambda: train(out / "settings", replace(SCRATCH, seed=rank), loop=LOOP),
+        "batch": lambda: train_contrastive(out / "batch", towers(batch_size=7), loop=LOOP),
+        "pictures": lambda: train(out / "pictures", replace(SCRATCH, pictures=1), loop=LOOP),
+        "one process": lambda: train_system(
+            out / "system", SystemConfig("llava", text_steps=1, steps=1, text_rows=1, rows=1), loop=LOOP
+        ),
+        "folder": lambda: finetune(data, tuning(start), data, loop=LOOP),  # a file stands in its place
+    }
+    found = {}
+    for name, run in runs.items():
+        try:
+            run()
+        except InputError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
