@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from small_towers import config as towers
 
 from minivlm.adapters import LoraConfig
 from minivlm.errors import InputError
+from minivlm.training import loop
 from minivlm.training.contrastive import ContrastiveRun, train_contrastive
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
 from minivlm.training.loop import Loop, Trainable
@@ -28,6 +31,8 @@ STEPS = 20
 LOOP = Loop(save_every=10, log_every=10, measure_every=0, workers=0, progress=False)
 # 5 pictures in 2 to 4 processes: some have one more than others
 SCRATCH = replace(CONFIG, tower_steps=6, packed_steps=7, prefix_steps=7, tower_pictures=4, pictures=5)
+
+SOME_TOWERS, OFTEN = towers(steps=12), replace(LOOP, save_every=5, log_every=3)
 
 Losses = list[dict[str, float]]
 
@@ -110,3 +115,23 @@ def refusals(start: Path, data: Path, out: Path) -> dict[str, str]:
         except InputError as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
+
+
+def stops(out: Path, how: str, resume: bool) -> None:
+    """Two towers, of whose processes the last one is stopped in step 7, or the first one's disk is full."""
+    torch.set_num_threads(1)
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    advance, save = ContrastiveRun.advance, loop.save_state
+
+    def step(run: Any, batch: Any) -> dict[str, float]:
+        if run.step == 6 and how in ("SIGSTOP", "SIGKILL") and rank == last:
+            os.kill(os.getpid(), getattr(signal, how))
+        return advance(run, batch)
+
+    def full(*args: Any) -> None:
+        if how == "full disk" and args[1] == 10:
+            raise InputError("cannot write state.safetensors: No space left on device")
+        save(*args)
+
+    with patch.object(ContrastiveRun, "advance", step), patch.object(loop, "save_state", full):
+        train_contrastive(out, SOME_TOWERS, loop=replace(OFTEN, resume=resume))

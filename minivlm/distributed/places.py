@@ -56,10 +56,12 @@ class Place:
 
     def in_vain(self, what: str, error: Exception) -> str:
         """What to tell of an exchange that did not finish."""
+        line = str(error).splitlines()[0]  # gloo begins with a line of its own source, and ends with advice
+        reason = re.sub(r"^\[\S*\] ", "", line).partition(". This is typically")[0]
         return (
             f"process {self.rank} of {self.size} waited in vain for {what}: another process stopped, or "
             "is behind by more than the timeout of the process group. Read the first error of the "
-            f"other processes, then restart all of them (the error here: {str(error).splitlines()[0]})"
+            f"other processes, then restart all of them (the error here: {reason})"
         )
 
 

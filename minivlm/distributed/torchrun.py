@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from minivlm.distributed.places import Place, here
+from minivlm.distributed.places import ExchangeError, Place, here
 from minivlm.errors import InputError
 
 TIMEOUT = 600.0  # seconds that a process waits for another
@@ -30,14 +30,18 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Place | None]:
     Args:
         timeout: seconds that this process waits for another before it gives up.
 
-    Raises InputError: the others do not come.
+    Raises InputError: the others do not come, or one of them is gone in the middle of an exchange.
     """
     if not dist.is_torchelastic_launched():
         yield None
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    limit = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # Processes that are started again may find the addresses of those before them in the same store.
+        store = dist.PrefixStore(f"start-{restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -46,6 +50,8 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Place | None]:
         ) from error
     try:
         yield here()
+    except ExchangeError as error:
+        raise InputError(str(error)) from error
     finally:
         dist.destroy_process_group()
 
@@ -58,6 +64,6 @@ def own_device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def was_restarted() -> bool:
-    """Whether `torchrun` has started the processes again after one of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often `torchrun` has started the processes again, after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,13 @@ import parallel_cases as cases
 import pytest
 import torch
 from PIL import Image, ImageColor
-from small_run import CONFIG, files
+from small_run import CONFIG, assert_same_end, files, log_of
 from small_towers import make_pairs, make_towers
 
 import minivlm
-from minivlm import distributed
+from minivlm import cli, distributed
+from minivlm.distributed import ProcessError
+from minivlm.training.contrastive import train_contrastive
 from minivlm.training.recipe import build
 
 WORDS = {"red": "ruby", "green": "a leaf in the wind", "blue": "<loc0000><loc0000><loc1023><loc1023> sea"}
@@ -90,3 +97,72 @@ def test_what_several_processes_cannot_train(inputs: dict[str, Path], tmp_path: 
     assert "2 processes share 1 pictures: start fewer" in first["pictures"]
     assert "this run is trained by one process, and 2 were started" in first["one process"]
     assert "cannot be made" in first["folder"]
+
+
+# ---- what goes wrong on the way ----------------------------------------------------------------------------
+
+
+def stopped(out: Path, how: str) -> dict[int, str]:
+    """What each process reports."""
+    with pytest.raises(ProcessError) as caught:
+        distributed.run(2, cases.stops, out, how, False, exchange_timeout=3.0)
+    return caught.value.reports
+
+
+def test_a_process_that_is_stopped_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
+    """It is not dead, and does not answer. How long the others wait is the timeout of the group."""
+    told = stopped(tmp_path, "SIGSTOP")
+    assert told.keys() == {0}
+    assert "process 0 of 2 waited in vain for the sizes of the others: another process stopped" in told[0]
+    assert "Timed out waiting 3000ms" in told[0]
+    assert "with --resume goes on from step 5" in told[0]
+
+
+def test_a_killed_process_and_another_number_of_them(tmp_path: Path) -> None:
+    """Whoever resumes, the end is that of a run that was never interrupted."""
+    whole, again, alone = (tmp_path / name for name in ("whole", "again", "alone"))
+    distributed.run(2, cases.stops, whole, "never", False)
+    told = stopped(again, "SIGKILL")
+    assert any("with --resume goes on from step 5" in report for report in told.values())
+    shutil.copytree(again, alone)
+    distributed.run(2, cases.stops, again, "never", True)
+    assert_same_end(again, whole)  # bit for bit
+    train_contrastive(alone, cases.SOME_TOWERS, loop=replace(cases.OFTEN, resume=True))
+    for ours, wanted in zip(log_of(alone), log_of(whole), strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_full_disk_ends_all(tmp_path: Path) -> None:
+    told = stopped(tmp_path, "full disk")
+    assert told[0].endswith(
+        "InputError: cannot write state.safetensors: No space left on device; the same command with --resume "
+        f"goes on from step 5, saved in {tmp_path}"
+    )
+    assert told[1].endswith("ToldElsewhere: cannot write state.safetensors: No space left on device")
+
+
+def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
+    """The real launcher, the real command, and a process that dies in step 7."""
+    typed = (
+        "train-contrastive --image-size 16 --tower-width 16 --tower-layers 1 --tower-heads 2 --text-width 16 "
+    )
+    typed += (
+        "--text-layers 1 --text-heads 2 --max-length 28 --steps 12 --batch-size 4 --no-bf16 --save-every 5 "
+    )
+    typed += "--measure-every 0 --workers 0 --exchange-timeout 60 --out"
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    threads = torch.get_num_threads()
+    assert cli.main([*typed.split(), str(alone), "--threads", "1"]) == 0
+    torch.set_num_threads(threads)
+    script = Path(__file__).parents[1] / "killed_by_itself.py"
+    started = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    ended = subprocess.run(
+        [sys.executable, *started, str(script), *typed.split(), str(two)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("The model is in") == 1  # one of them talks
+    (ours,), (wanted,) = log_of(two), log_of(alone)  # the losses of steps before the kill are in it, too
+    assert ours == pytest.approx(wanted, rel=1e-5)
