@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +17,11 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from small_run import CONFIG
+from small_run import CONFIG, Stop
 from small_towers import config as towers
 
 from minivlm.adapters import LoraConfig
+from minivlm.distributed.places import here
 from minivlm.errors import InputError
 from minivlm.training import loop
 from minivlm.training.contrastive import ContrastiveRun, train_contrastive
@@ -33,6 +37,8 @@ LOOP = Loop(save_every=10, log_every=10, measure_every=0, workers=0, progress=Fa
 SCRATCH = replace(CONFIG, tower_steps=6, packed_steps=7, prefix_steps=7, tower_pictures=4, pictures=5)
 
 SOME_TOWERS, OFTEN = towers(steps=12), replace(LOOP, save_every=5, log_every=3)
+
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc
 
 Losses = list[dict[str, float]]
 
@@ -69,6 +75,15 @@ def all_cases(
             Finetuning,
             lambda to: finetune(
                 to, tuning(start, batch_size=3, accumulate=2, epochs=17, freeze=("tower",)), data, loop=LOOP
+            ),
+        ),
+        "sharded": (
+            Finetuning,
+            lambda to: finetune(
+                to,
+                tuning(start, batch_size=3, accumulate=2, epochs=17, freeze=("tower",)),
+                data,
+                loop=replace(LOOP, checkpointing=True, shard=here() is not None),
             ),
         ),
         "adapter": (
@@ -115,6 +130,43 @@ def refusals(start: Path, data: Path, out: Path) -> dict[str, str]:
         except InputError as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
+
+
+def interrupted(start: Path, data: Path, out: Path, resume: bool) -> Losses:
+    """Divided weights, a run that ends in step 13, and that goes on with as many processes as there are."""
+    torch.set_num_threads(1)
+    advance: Any = Finetuning.advance
+
+    def step(run: Any, batch: Any) -> dict[str, float]:
+        if run.step == 12 and not resume:
+            raise Stop
+        found: dict[str, float] = advance(run, batch)
+        return found
+
+    with patch.object(Finetuning, "advance", step), recorded(Finetuning) as losses, suppress(Stop):
+        settings = tuning(start, batch_size=3, accumulate=2, epochs=17, freeze=("tower",))
+        finetune(out, settings, data, loop=replace(LOOP, shard=True, resume=resume))
+    return losses
+
+
+def within_a_limit(start: Path, data: Path, out: Path, megabytes: int, shard: bool) -> str:
+    """What becomes of a run in a process that may have so much more address space than it has before."""
+    torch.set_num_threads(1)
+    libc = ctypes.CDLL(None)  # a heap that gives back what is free, so that what is counted is what is needed
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.mallopt(M_ARENA_MAX, 1)
+    for module in ("minivlm.distributed.sharded", "torch._refs", "matplotlib.figure"):
+        importlib.import_module(module)  # what is not the model's
+    _, limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, limit))
+    try:
+        finetune(
+            out, tuning(start, epochs=None, steps=1, batch_size=2), data, loop=replace(LOOP, shard=shard)
+        )
+    except InputError as error:
+        return str(error)
+    return "done"
 
 
 def stops(out: Path, how: str, resume: bool) -> None:

@@ -1,5 +1,5 @@
 """The command line, a file for each command: `minivlm demo | ask | look | eval`, to train
-`data | train | finetune | merge | train-contrastive | train-codebook`, and for a classroom
+`data | train | finetune | merge | train-contrastive | train-codebook | plan`, and for a classroom
 `doctor | workshop | progress`.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
@@ -30,6 +30,7 @@ from minivlm.cli import (
     finetune,
     look,
     merge,
+    plan,
     progress,
     train,
     train_codebook,
@@ -64,6 +65,7 @@ examples:
   minivlm train-codebook --out runs/masks.npz
   minivlm eval --model runs/tiny --scenes 200
   minivlm eval --model runs/siglip
+  minivlm plan --gpus 64 --model google/paligemma-3b-pt-224
   minivlm doctor
   minivlm workshop workshop
   minivlm progress handed_in --yes
@@ -203,7 +205,19 @@ def _parser() -> argparse.ArgumentParser:
         help="print a script for the shell that completes what is typed",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    models = (demo, ask, look, data, train, finetune, merge, train_contrastive, train_codebook, evaluate)
+    models = (
+        demo,
+        ask,
+        look,
+        data,
+        train,
+        finetune,
+        merge,
+        train_contrastive,
+        train_codebook,
+        evaluate,
+        plan,
+    )
     for module in (*models, doctor, workshop, progress):
         module.add_to(commands)
     for one in commands.choices.values():

@@ -112,6 +112,12 @@ def add_to(commands: Commands) -> None:
         action="store_true",
         help="gradient checkpointing: less memory, about a third more time, the same result",
     )
+    recipe.add_argument(
+        "--shard",
+        action="store_true",
+        help="with torchrun: divide weights, gradients and moments among the processes, so that a model fits "
+        "that is too large for one",
+    )
     number("--accumulate", type=int, help="batches for one step, as one larger batch (default: 1)")
     number("--lr", type=float, help="learning rate (default: 1e-3 for small models, 2e-5 for large ones)")
     recipe.add_argument(
@@ -174,7 +180,11 @@ def run(options: argparse.Namespace) -> None:
     config = FinetuningConfig(**values)
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
     loop = replace(
-        shared.prepare_loop(options), checkpointing=options.checkpointing, log=options.log, tell=shared.say
+        shared.prepare_loop(options),
+        checkpointing=options.checkpointing,
+        shard=options.shard,
+        log=options.log,
+        tell=shared.say,
     )
     started = time.monotonic()
     if options.lora is None:

@@ -185,13 +185,13 @@ def prepare_loop(options: argparse.Namespace, out: Path | None = None) -> Loop:
 
     from minivlm.checkpoints.devices import check_device
     from minivlm.distributed.torchrun import own_device, restarts
-    from minivlm.training.folder import STATE
+    from minivlm.training.folder import holds_state
     from minivlm.training.limits import MOST_AT_ONCE
     from minivlm.training.loop import Loop
 
     loop = Loop(
         # Processes that torchrun starts again get the same command, and go on from what they have saved.
-        resume=options.resume or (restarts() > 0 and ((out or options.out) / STATE).is_file()),
+        resume=options.resume or (restarts() > 0 and holds_state(out or options.out)),
         save_every=options.save_every,
         measure_every=options.measure_every,  # None: as often as suits the kind of run
         workers=options.workers,

@@ -21,6 +21,7 @@ else:
     import fcntl
 
 STATE, LOG, PLOT, LOCK = "state.safetensors", "log.csv", "loss.png", ".lock"
+SHARDED = "state.json"  # what STATE is where processes divide the weights: names a folder with their parts
 # A run writes files of these names at its end, or they would stay beside its own as if they belonged to them.
 CHECKPOINT = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -63,8 +64,13 @@ def _folder(out: Path, resume: bool) -> Iterator[None]:
         yield
 
 
+def holds_state(out: Path) -> bool:
+    """Whether there is a run to resume."""
+    return any((out / name).is_file() for name in (STATE, SHARDED))
+
+
 def _check(out: Path, resume: bool) -> None:
-    exists = (out / STATE).is_file()
+    exists = holds_state(out)
     if exists and not resume:
         raise InputError(
             f"{out} already holds a training run: add --resume to continue it, or choose another folder"

@@ -33,7 +33,7 @@ from threading import Timer
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from minivlm.distributed.agreement import (
@@ -56,11 +56,11 @@ from minivlm.training.best import (
     remove_weights,
 )
 from minivlm.training.events import Events, check_tensorboard
-from minivlm.training.folder import LOG, PLOT, STATE, run_folder
+from minivlm.training.folder import LOG, PLOT, SHARDED, STATE, run_folder
 from minivlm.training.interrupts import ignore_interrupts, note_interrupts
 from minivlm.training.limits import MOST_AT_ONCE
 from minivlm.training.log import Line, log_as_json, plot_log, read_log, write_log
-from minivlm.training.state import load_state, save_state
+from minivlm.training.state import check_config, load_state, save_state
 
 __all__ = [
     "DEFAULT_LOOP",
@@ -91,6 +91,7 @@ class Loop:
     device: torch.device | str = "cpu"
     progress: bool | None = None  # True: a bar, False: nothing, None: a bar on a terminal, else lines
     log: str = "csv"  # or "tensorboard", beside it
+    shard: bool = False  # divide the weights, too, among the processes that share each step
     checkpointing: bool = False  # compute blocks twice instead of keeping what they computed
     tell: Callable[[str], object] | None = field(default=None, compare=False)  # sentences about the run
 
@@ -130,6 +131,7 @@ class Trainable(ABC):
     choice: Choice | None = None  # how its best state is chosen; None: it ends with its last one
     grows: Mapping[str, Any] = {}  # settings that may be larger when it is resumed, with their defaults
     among: Place | None = None  # this process's place among those that share each step
+    divides: bool = False  # whether these divide the weights as well, see `minivlm.distributed.sharded`
 
     @property
     @abstractmethod
@@ -258,14 +260,15 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
     folder = RunFolder(run, out, is_first(place))
     check_same(place, run.settings())
     with together(place):
+        if place is not None:
+            run.spread(place)
+    with together(place):
         if loop.resume:
             folder.resume()
             if loop.tell is not None and (said := run.how_it_goes_on(folder.lines)):
                 loop.tell(said)
         elif folder.writes:
             remove_weights(out, but=[])  # of a run that was killed before its first save
-        if place is not None:
-            run.spread(place)
     if loop.log == "tensorboard" and folder.writes:
         folder.events = Events(out, run.step)
     bar = Bar(run.batches(), initial=run.step, total=run.total_steps, unit="step", progress=loop.progress)
@@ -285,8 +288,9 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
             if is_due(loop.save_every) or folder.ran_out():
                 folder.save()
     folder.put_back_best()
-    if folder.writes:
+    if folder.writes or run.divides:
         run.save(out)
+    if folder.writes:
         plot_log(folder.lines, out / PLOT, run.losses)
 
 
@@ -304,10 +308,20 @@ class RunFolder:
     def resume(self) -> None:
         """Put the run back to where it was saved. Raises InputError: as `load_state` and `read_log`."""
         run = self.run
-        run.step, self.unlogged = load_state(
-            self.out / STATE, run.masters, run.optimizers, run.settings(), run.grows
-        )
-        run.working.load_state_dict(run.masters.state_dict())
+        self._check_kind()
+        if run.divides and run.among is not None:
+            from minivlm.distributed.sharded import load_shards
+
+            (optimizer,) = run.optimizers.values()
+            run.step, saved, self.unlogged = load_shards(
+                self.out / SHARDED, run.masters, optimizer, run.among
+            )
+            check_config(self.out, saved, run.settings(), run.grows)
+        else:
+            run.step, self.unlogged = load_state(
+                self.out / STATE, run.masters, run.optimizers, run.settings(), run.grows
+            )
+            run.working.load_state_dict(run.masters.state_dict())
         self.saved = run.step
         log_so_far = read_log(self.out / LOG) if (self.out / LOG).is_file() else []
         self.lines = [line for line in log_so_far if line["step"] <= run.step]
@@ -316,6 +330,14 @@ class RunFolder:
             check_weights(self.out, best)
             if self.writes:
                 remove_weights(self.out, but=[best])
+
+    def _check_kind(self) -> None:
+        """Raises InputError: the run was saved divided and is to go on whole, or the other way round."""
+        divided = (self.out / SHARDED).is_file()
+        if divided != self.run.divides:
+            raise InputError(
+                f"{self.out} holds a run {'with' if divided else 'without'} --shard: resume it the same way"
+            )
 
     def log(self, bar: Bar, measure: bool) -> None:
         """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
@@ -348,10 +370,16 @@ class RunFolder:
         """Write the state. Raises InputError: as `save_state`. Raises Diverged: as `_check_weights`."""
         run = self.run
         _check_weights(run)
+        settings, unlogged = run.settings(), self.unlogged
         with together(run.among):
-            if self.writes:
-                settings = run.settings()
-                save_state(self.out / STATE, run.step, run.masters, run.optimizers, settings, self.unlogged)
+            if run.divides and run.among is not None:
+                from minivlm.distributed.sharded import save_shards
+
+                (optimizer,) = run.optimizers.values()
+                about = self.out / SHARDED
+                save_shards(about, run.step, run.masters, optimizer, settings, unlogged, run.among)
+            elif self.writes:
+                save_state(self.out / STATE, run.step, run.masters, run.optimizers, settings, unlogged)
         self.saved = run.step
         if run.choice is not None and self.writes:
             remove_weights(self.out, but=[self.best_step()])
@@ -444,5 +472,10 @@ def _check_weights(run: Trainable) -> None:
 
     A step that is too large shows only in the next loss. By then the state before it must not be overwritten.
     """
-    if not all(bool(weight.isfinite().all()) for weight in run.masters.parameters()):
+    weights: Iterable[Tensor] = run.masters.parameters()
+    if run.divides:
+        from minivlm.distributed.sharded import own_part
+
+        weights = map(own_part, weights)
+    if anyone(run.among, not all(bool(weight.isfinite().all()) for weight in weights)):
         raise Diverged(f"the weights are not numbers after step {run.step}: {run.advice()}")
