@@ -90,7 +90,8 @@ def reduce_scatter() -> int:
     size = dist.get_world_size()
     part = torch.empty(SUMMED // size)
     before = traffic()[0]
-    dist.reduce_scatter_tensor(part, torch.ones(size * len(part)))
+    summed = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its new name
+    summed(part, torch.ones(size * len(part)))
     return traffic()[0] - before
 
 

@@ -51,7 +51,7 @@ from minivlm.world.demo import read_samples, write_samples
 
 COMMANDS = (
     "demo", "ask", "look", "data", "train", "finetune", "merge", "train-contrastive", "train-codebook",
-    "eval", "doctor", "workshop", "progress",
+    "eval", "plan", "doctor", "workshop", "progress",
 )  # fmt: skip
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023
