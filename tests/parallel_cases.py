@@ -23,7 +23,7 @@ from small_towers import config as towers
 from minivlm.adapters import LoraConfig
 from minivlm.distributed.places import here
 from minivlm.errors import InputError
-from minivlm.training import loop
+from minivlm.training import loop, state
 from minivlm.training.contrastive import ContrastiveRun, train_contrastive
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
 from minivlm.training.loop import Loop, Trainable
@@ -169,11 +169,11 @@ def within_a_limit(start: Path, data: Path, out: Path, megabytes: int, shard: bo
     return "done"
 
 
-def stops(out: Path, how: str, resume: bool) -> None:
+def stops(out: Path, how: str, resume: bool) -> str:
     """Two towers, of whose processes the last one is stopped in step 7, or the first one's disk is full."""
     torch.set_num_threads(1)
     rank, last = dist.get_rank(), dist.get_world_size() - 1
-    advance, save = ContrastiveRun.advance, loop.save_state
+    advance, save = ContrastiveRun.advance, state.save_state
 
     def step(run: Any, batch: Any) -> dict[str, float]:
         if run.step == 6 and how in ("SIGSTOP", "SIGKILL") and rank == last:
@@ -186,4 +186,10 @@ def stops(out: Path, how: str, resume: bool) -> None:
         save(*args)
 
     with patch.object(ContrastiveRun, "advance", step), patch.object(loop, "save_state", full):
-        train_contrastive(out, SOME_TOWERS, loop=replace(OFTEN, resume=resume))
+        try:
+            train_contrastive(out, SOME_TOWERS, loop=replace(OFTEN, resume=resume))
+        except InputError as error:
+            if how != "full disk":  # a process that has failed is waited for only for a moment
+                raise
+            return f"{type(error).__name__}: {error}"
+    return "done"

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -35,6 +35,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -125,8 +127,8 @@ def save_shards(
     """
     folder = about.parent / f"state-{step}"
     try:
-        dcp.save(_tensors(model, optimizer), checkpoint_id=folder, process_group=place.group)
-    except dcp.api.CheckpointException as error:
+        save(_tensors(model, optimizer), checkpoint_id=folder, process_group=place.group)
+    except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         told = str(getattr(reason, "strerror", None) or reason).splitlines()[0]
         raise InputError(
@@ -151,8 +153,8 @@ def load_shards(
     try:
         values = json.loads(about.read_text(encoding="utf-8"))
         tensors = _tensors(model, optimizer)
-        dcp.load(tensors, checkpoint_id=about.parent / f"state-{values['step']}", process_group=place.group)
-    except (OSError, ValueError, dcp.api.CheckpointException) as error:
+        load(tensors, checkpoint_id=about.parent / f"state-{values['step']}", process_group=place.group)
+    except (OSError, ValueError, CheckpointException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{about} cannot be read ({reason}): start a new run in another folder") from error
     set_model_state_dict(model, tensors["model"])

@@ -16,6 +16,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from minivlm.distributed.places import ExchangeError, Place, here
 from minivlm.errors import InputError
@@ -38,9 +40,9 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Place | None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store, rank, size = next(rendezvous("env://", timeout=limit))
         # Processes that are started again may find the addresses of those before them in the same store.
-        store = dist.PrefixStore(f"start-{restarts()}", store)
+        store = PrefixStore(f"start-{restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

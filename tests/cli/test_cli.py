@@ -1333,7 +1333,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
     training = {"train", "finetune", "merge", "train-contrastive", "train-codebook"}
-    others = {"demo", "ask", "look", "data", "eval", "doctor", "workshop", "progress"}
+    others = {"demo", "ask", "look", "data", "eval", "plan", "doctor", "workshop", "progress"}
     assert {line.split()[1] for line in examples} == training | others
     assert cli.EXAMPLES in out
 

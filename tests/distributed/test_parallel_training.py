@@ -76,10 +76,10 @@ def test_the_loss_curve_is_that_of_one_process(
     )
     for name in names:
         assert len(alone[name]) == cases.STEPS
-        for found in everyone:
-            assert found[name] == everyone[0][name], name  # all log the loss of the whole batch
-            for step, (ours, wanted) in enumerate(zip(found[name], alone[name], strict=True)):
-                assert ours == pytest.approx(wanted, rel=1e-5, abs=1e-5), (name, step)
+        for one in everyone:
+            assert one[name] == everyone[0][name], name  # all log the loss of the whole batch
+            for step, (ours, expected) in enumerate(zip(one[name], alone[name], strict=True)):
+                assert ours == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, step)
     # Written once, by the first: another would have found the folder taken.
     assert files(tmp_path / "accumulated") >= {
         "state.safetensors",
@@ -89,12 +89,12 @@ def test_the_loss_curve_is_that_of_one_process(
     }
     minivlm.load(tmp_path / "siglip")
     if "sharded" in names:
-        ours, wanted = (
+        found, wanted = (
             load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "accumulated")
         )
-        assert ours.keys() == wanted.keys()  # gathered, as a folder like any other
+        assert found.keys() == wanted.keys()  # gathered, as a folder like any other
         for key in wanted:
-            assert torch.allclose(ours[key], wanted[key], atol=1e-4), key
+            assert torch.allclose(found[key], wanted[key], atol=1e-4), key
 
 
 def test_what_several_processes_cannot_train(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -181,12 +181,12 @@ def test_a_killed_process_and_another_number_of_them(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_all(tmp_path: Path) -> None:
-    told = stopped(tmp_path, "full disk")
-    assert told[0].endswith(
+    first, second = distributed.run(2, cases.stops, tmp_path, "full disk", False, timeout=PATIENCE)
+    assert first == (
         "InputError: cannot write state.safetensors: No space left on device; the same command with --resume "
         f"goes on from step 5, saved in {tmp_path}"
     )
-    assert told[1].endswith("ToldElsewhere: cannot write state.safetensors: No space left on device")
+    assert second == "ToldElsewhere: cannot write state.safetensors: No space left on device"
 
 
 def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
