@@ -129,6 +129,8 @@ def save_shards(
     try:
         save(_tensors(model, optimizer), checkpoint_id=folder, process_group=place.group)
     except CheckpointException as error:
+        if is_first(place):
+            shutil.rmtree(folder, ignore_errors=True)
         rank, (reason, _) = next(iter(error.failures.items()))
         told = str(getattr(reason, "strerror", None) or reason).splitlines()[0]
         raise InputError(
