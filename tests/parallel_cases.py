@@ -45,15 +45,22 @@ Losses = list[dict[str, float]]
 
 @contextmanager
 def recorded(kind: type[Trainable]) -> Iterator[Losses]:
-    """The losses of each step."""
+    """The losses of each step, and the norm of its gradient, which AdamW does not let one see in them."""
     losses: Losses = []
-    advance = kind.advance
+    norms: list[float] = []
+    advance, check_finite = kind.advance, kind.check_finite
 
     def noting(run: Any, batch: Any) -> dict[str, float]:
-        losses.append(advance(run, batch))
-        return losses[-1]
+        found = advance(run, batch)
+        losses.append({**found, "gradient": norms[-1]})
+        return found
 
-    with patch.object(kind, "advance", noting):
+    def noting_norm(run: Any, what: str, value: float) -> None:
+        if what == "the gradient":
+            norms.append(value)
+        check_finite(run, what, value)
+
+    with patch.object(kind, "advance", noting), patch.object(kind, "check_finite", noting_norm):
         yield losses
 
 

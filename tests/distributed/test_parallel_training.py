@@ -66,6 +66,14 @@ def alone(
     torch.set_num_threads(threads)
 
 
+def assert_same_curve(ours: cases.Losses, wanted: cases.Losses, name: str) -> None:
+    """Losses to 1e-5. Rounding shows more in the norm of a gradient; a wrong factor would show far more."""
+    for step, (one, other) in enumerate(zip(ours, wanted, strict=True)):
+        assert one.pop("gradient") == pytest.approx(other["gradient"], rel=1e-3), (name, step)
+        expected = {kind: value for kind, value in other.items() if kind != "gradient"}
+        assert one == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, step)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_loss_curve_is_that_of_one_process(
     size: int, inputs: dict[str, Path], alone: dict[str, cases.Losses], tmp_path: Path
@@ -76,10 +84,9 @@ def test_the_loss_curve_is_that_of_one_process(
     )
     for name in names:
         assert len(alone[name]) == cases.STEPS
-        for one in everyone:
+        for one in everyone[1:]:
             assert one[name] == everyone[0][name], name  # all log the loss of the whole batch
-            for step, (ours, expected) in enumerate(zip(one[name], alone[name], strict=True)):
-                assert ours == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, step)
+        assert_same_curve(everyone[0][name], alone[name], name)
     # Written once, by the first: another would have found the folder taken.
     assert files(tmp_path / "accumulated") >= {
         "state.safetensors",
@@ -125,8 +132,7 @@ def test_shards_are_read_by_another_number_of_processes(
     before = distributed.run(2, cases.interrupted, start, data, tmp_path, False, timeout=PATIENCE)[0]
     assert sorted(path.name for path in tmp_path.glob("state*")) == ["state-10", "state.json"]
     after = distributed.run(3, cases.interrupted, start, data, tmp_path, True, timeout=PATIENCE)[0]
-    for ours, wanted in zip([*before[:10], *after], alone["sharded"], strict=True):
-        assert ours == pytest.approx(wanted, rel=1e-5)
+    assert_same_curve([*before[:10], *after], alone["sharded"], "sharded")
     with pytest.raises(InputError, match="holds a run with --shard: resume it the same way"):
         finetune(tmp_path, cases.tuning(start), data, loop=replace(cases.LOOP, resume=True))
 
