@@ -1,5 +1,5 @@
 """The command line, a file for each command: `minivlm demo | ask | look | eval`, to train
-`data | train | finetune | merge | train-contrastive | train-codebook`, and for a classroom
+`data | train | finetune | merge | train-contrastive | train-codebook | plan`, and for a classroom
 `doctor | workshop | progress`.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
@@ -16,7 +16,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 import minivlm
@@ -29,13 +30,14 @@ from minivlm.cli import (
     finetune,
     look,
     merge,
+    plan,
     progress,
     train,
     train_codebook,
     train_contrastive,
     workshop,
 )
-from minivlm.cli.options import one_line, show, tell
+from minivlm.cli.options import is_first, one_line, processes, show, tell
 from minivlm.cli.program import command
 from minivlm.errors import InputError, extra
 
@@ -63,6 +65,7 @@ examples:
   minivlm train-codebook --out runs/masks.npz
   minivlm eval --model runs/tiny --scenes 200
   minivlm eval --model runs/siglip
+  minivlm plan --gpus 64 --model google/paligemma-3b-pt-224
   minivlm doctor
   minivlm workshop workshop
   minivlm progress handed_in --yes
@@ -120,13 +123,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         options = _parse(arguments)
-        code = options.run(options) or 0
+        with _joined(options):
+            code = options.run(options) or 0
         sys.stdout.flush()
     except InputError as error:
-        show(error, "error")
+        if type(error).__name__ != "ToldElsewhere":  # its module takes seconds to import
+            show(error, "error")
         return 2
     except KeyboardInterrupt as stop:
-        print(f"minivlm: stopped {one_line(str(stop))}".rstrip(), file=sys.stderr)
+        if is_first():
+            print(f"minivlm: stopped {one_line(str(stop))}".rstrip(), file=sys.stderr)
         return 130
     except OSError as error:
         if error.filename is not None:  # a name too long for the system, for instance
@@ -138,6 +144,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return int(code)
+
+
+@contextmanager
+def _joined(options: argparse.Namespace) -> Iterator[None]:
+    """Be one of the processes that torchrun has started. Only the first has something to say.
+
+    Raises InputError: a command that has no use for several.
+    """
+    number, count = processes()
+    if count == 1:
+        yield
+        return
+    if not hasattr(options, "exchange_timeout"):
+        if number == 0:
+            raise InputError("torchrun is for commands that train: start this one without it")
+        raise SystemExit(2)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of what was chosen on purpose
+    from minivlm.distributed.torchrun import joined
+
+    with joined(options.exchange_timeout), open(os.devnull, "w") as nowhere:
+        if number == 0:
+            yield
+        else:
+            with redirect_stdout(nowhere):
+                yield
 
 
 def _open_closed_streams() -> None:
@@ -174,7 +205,19 @@ def _parser() -> argparse.ArgumentParser:
         help="print a script for the shell that completes what is typed",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    models = (demo, ask, look, data, train, finetune, merge, train_contrastive, train_codebook, evaluate)
+    models = (
+        demo,
+        ask,
+        look,
+        data,
+        train,
+        finetune,
+        merge,
+        train_contrastive,
+        train_codebook,
+        evaluate,
+        plan,
+    )
     for module in (*models, doctor, workshop, progress):
         module.add_to(commands)
     for one in commands.choices.values():

@@ -112,6 +112,12 @@ def add_to(commands: Commands) -> None:
         action="store_true",
         help="gradient checkpointing: less memory, about a third more time, the same result",
     )
+    recipe.add_argument(
+        "--shard",
+        action="store_true",
+        help="with torchrun: divide weights, gradients and moments among the processes, so that a model fits "
+        "that is too large for one",
+    )
     number("--accumulate", type=int, help="batches for one step, as one larger batch (default: 1)")
     number("--lr", type=float, help="learning rate (default: 1e-3 for small models, 2e-5 for large ones)")
     recipe.add_argument(
@@ -174,7 +180,11 @@ def run(options: argparse.Namespace) -> None:
     config = FinetuningConfig(**values)
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
     loop = replace(
-        shared.prepare_loop(options), checkpointing=options.checkpointing, log=options.log, tell=shared.say
+        shared.prepare_loop(options),
+        checkpointing=options.checkpointing,
+        shard=options.shard,
+        log=options.log,
+        tell=shared.say,
     )
     started = time.monotonic()
     if options.lora is None:
@@ -187,6 +197,8 @@ def run(options: argparse.Namespace) -> None:
         done = finetune_adapter(
             options.out, config, lora, options.data, options.validation, warn=warn, loop=loop
         )
+    if not shared.is_first():
+        return
     measured = [line for line in read_log(options.out / LOG) if line.get("exact match") is not None]
     if measured:
         first, last = measured[0], measured[-1]

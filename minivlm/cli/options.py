@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 import time
@@ -144,6 +145,12 @@ def add_run(
     )
     add_device(group)
     number("--threads", type=at_least_1, help="to compute with (default: all cores)")
+    number(
+        "--exchange-timeout",
+        type=above_0,
+        default=600.0,
+        help="seconds that a process waits for another, of those that torchrun started (default: 600)",
+    )
     number("--workers", type=at_least_0, default=1, help="processes that prepare batches (default: 1)")
     number("--seed", type=int, help="(default: 0)")
     number("--warmup-steps", type=int, help=f"(default: {warmup})")
@@ -167,23 +174,29 @@ def add_recipe(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
             )
 
 
-def prepare_loop(options: argparse.Namespace) -> Loop:
+def prepare_loop(options: argparse.Namespace, out: Path | None = None) -> Loop:
     """Set the number of threads, and return what the options of `add_run` say about the loop.
+
+    out: the run's folder, where it is not --out.
 
     Raises InputError: the device cannot be used; more threads or workers than make sense here.
     """
     import torch
 
     from minivlm.checkpoints.devices import check_device
+    from minivlm.distributed.torchrun import own_device, restarts
+    from minivlm.training.folder import holds_state
     from minivlm.training.limits import MOST_AT_ONCE
     from minivlm.training.loop import Loop
 
     loop = Loop(
-        resume=options.resume,
+        # Processes that torchrun starts again get the same command, and go on from what they have saved.
+        resume=options.resume or (restarts() > 0 and holds_state(out or options.out)),
         save_every=options.save_every,
         measure_every=options.measure_every,  # None: as often as suits the kind of run
         workers=options.workers,
-        device=check_device(options.device),
+        device=check_device(own_device(options.device)),
+        progress=None if is_first() else False,
     )
     if options.threads is not None:
         if options.threads > MOST_AT_ONCE:
@@ -285,9 +298,22 @@ def say(text: str, end: str = "\n") -> None:
     print(plain(text), end=end, flush=True)
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process, and how many torchrun has started; (0, 1) without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def is_first() -> bool:
+    """Whether this process is the one that talks."""
+    return processes()[0] == 0
+
+
 def tell(message: str, kind: str) -> None:
-    """A line on standard error. `kind` is error, warning or note."""
-    print(f"minivlm: {kind}: {one_line(message)}", file=sys.stderr)
+    """A line on standard error. `kind` is error, warning or note; all processes have only errors to tell."""
+    if kind == "error" or is_first():
+        print(f"minivlm: {kind}: {one_line(message)}", file=sys.stderr)
 
 
 def one_line(message: str) -> str:

@@ -101,9 +101,11 @@ def run(options: argparse.Namespace) -> None:
     config = ContrastiveConfig(**shared.given(options, names))
     out = options.out or Path("runs") / config.objective
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
-    loop = shared.prepare_loop(options)
+    loop = shared.prepare_loop(options, out)
     started = time.monotonic()
     train_contrastive(out, config, options.data, options.validation, warn=warn, loop=loop)
+    if not shared.is_first():
+        return
     for line in reversed(read_log(out / LOG)):
         if line.get("image to text recall@1") is not None:
             shared.say(

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from minivlm.data.lines import BadLines, check_picture, read_lines
 from minivlm.data.objects import check_marks, read_texts
+from minivlm.distributed.agreement import part_of
 from minivlm.errors import InputError
 from minivlm.processing import CaptionTokenizer, PairProcessor, load_picture, to_rgb
 
@@ -108,6 +109,7 @@ class FilePairs(Dataset[list[Inputs] | InputError]):
         steps: int,
         batch_size: int,
     ) -> None:
+        self.among = (0, 1)  # rank of this process, and how many share each batch
         self.pairs, self.processors = pairs, processors
         self.seed, self.steps, self.batch_size = seed, steps, batch_size
         if len(pairs) < batch_size:
@@ -120,7 +122,8 @@ class FilePairs(Dataset[list[Inputs] | InputError]):
         return self.steps
 
     def __getitem__(self, step: int) -> list[Inputs] | InputError:
-        chosen = self.choose(step)
+        mine = part_of(range(self.batch_size), *self.among)
+        chosen = self.choose(step)[mine.start : mine.stop]
         try:
             pictures = [open_picture(pair) for pair in chosen]
         except InputError as error:  # returned: raised in a worker process it would come with a traceback

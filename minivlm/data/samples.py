@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from minivlm.data.lines import BadLines, check_picture, read_lines
 from minivlm.data.objects import check_marks, images_of, read_object, text_of
+from minivlm.distributed.agreement import part_of
 from minivlm.errors import InputError
 from minivlm.processing import AnswerProcessor, load_picture, text_to_boxes, to_rgb
-from minivlm.processing.inputs import Inputs
+from minivlm.processing.inputs import IGNORE, Inputs
 
 KEYS = ("image", "prefix", "suffix")
 
@@ -169,6 +171,8 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         change: what becomes of a row, from its number in the run.
         more: rows that come on top in a batch, from the first of its rows to below the last.
         order: the numbers of all samples as an epoch shows them; None: any order is as likely as any other.
+        among: the rank of this process and the number of processes that share each batch. One that gets no
+            row of a small batch reads its first one without an answer, which has no loss.
     """
 
     def __init__(
@@ -183,8 +187,9 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         change: Callable[[Opened, int], Opened] | None = None,
         more: Callable[[int, int], Sequence[Opened]] | None = None,
         order: Callable[[np.random.Generator], np.ndarray] | None = None,
+        among: tuple[int, int] = (0, 1),
     ) -> None:
-        self.change, self.more, self.order = change, more, order
+        self.change, self.more, self.order, self.among = change, more, order, among
         self.samples, self.processor = samples, processor
         self.seed, self.rows, self.batch_size, self.accumulate = seed, rows, batch_size, accumulate
         self._order = (-1, np.arange(0))  # the epoch used last, and its order
@@ -197,9 +202,17 @@ class SampleBatches(Dataset[list[Inputs] | InputError]):
         last = min(first + self.batch_size * self.accumulate, self.rows)
         starts = range(first, last, self.batch_size)
         try:
-            return [self._inputs(start, min(start + self.batch_size, last)) for start in starts]
+            return [self._share(range(start, min(start + self.batch_size, last))) for start in starts]
         except InputError as error:  # returned: raised in a worker process it would come with a traceback
             return error
+
+    def _share(self, rows: range) -> Inputs:
+        """What this process reads of a batch. Raises InputError: as `make_inputs`."""
+        mine = part_of(rows, *self.among)
+        if mine:
+            return self._inputs(mine.start, mine.stop)
+        inputs = make_inputs(self.processor, [self.sample(rows.start)])
+        return inputs | {"labels": torch.full_like(inputs["labels"], IGNORE)}
 
     def _inputs(self, first: int, last: int) -> Inputs:
         """The batch of these rows. Raises InputError: as `make_inputs`."""

@@ -8,6 +8,7 @@ before anything is exchanged, and every wait ends at the latest after the timeou
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# How errors of gloo and NCCL can be told from others.
+FROM_BACKEND = re.compile(
+    "gloo|NCCL|ProcessGroup|Connection (closed|reset)|Broken pipe|Timed out", re.IGNORECASE
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -47,12 +52,29 @@ class Place:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ExchangeError(
-                f"process {self.rank} of {self.size} waited in vain for {what}: another process stopped, or "
-                "is behind by more than the timeout of the process group. Read the first error of the "
-                f"other processes, then restart all of them (the error here: {reason})"
-            ) from error
+            raise ExchangeError(self.in_vain(what, error)) from error
+
+    def in_vain(self, what: str, error: Exception) -> str:
+        """What to tell of an exchange that did not finish."""
+        line = str(error).splitlines()[0]  # gloo begins with a line of its own source, and ends with advice
+        reason = re.sub(r"^\[\S*\] ", "", line).partition(". This is typically")[0]
+        return (
+            f"process {self.rank} of {self.size} waited in vain for {what}: another process stopped, or "
+            "is behind by more than the timeout of the process group. Read the first error of the "
+            f"other processes, then restart all of them (the error here: {reason})"
+        )
+
+
+def gave_up(place: Place | None, error: Exception) -> str | None:
+    """What to tell of an error in a training step if it is an exchange that did not finish, or None.
+
+    DistributedDataParallel exchanges gradients in the middle of the backward pass, where any error may arise.
+    """
+    if isinstance(error, ExchangeError):
+        return str(error)
+    if place is None or not FROM_BACKEND.search(str(error)):
+        return None
+    return place.in_vain("the gradients of the others", error)
 
 
 def here(group: dist.ProcessGroup | None = None) -> Place | None:

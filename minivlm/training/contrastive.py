@@ -19,10 +19,14 @@ from torch import Tensor, nn
 
 from minivlm.data.lines import BadLines
 from minivlm.data.pairs import FilePairs, Pair, read_captions, read_pairs
+from minivlm.distributed import clip_loss, distillation_loss, siglip_loss
+from minivlm.distributed.agreement import total
+from minivlm.distributed.parallel import data_parallel
+from minivlm.distributed.places import Place
 from minivlm.errors import InputError
 from minivlm.evaluation.columns import COLUMNS
 from minivlm.evaluation.contrastive import distinct_scenes, encode, evaluate_own_pairs, retrieval_scores
-from minivlm.losses import clip_loss, distillation_loss, siglip_loss, similarity
+from minivlm.losses import similarity
 from minivlm.models.load import load
 from minivlm.models.siglip import SigLIP
 from minivlm.processing import CaptionTokenizer, PairProcessor
@@ -92,6 +96,7 @@ class ContrastiveRun(Trainable):
         self.working = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
         groups = parameter_groups(model, config.weight_decay)
         self.optimizers = {"adamw": torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))}
+        self.compute: Callable[[list[Inputs]], Tensor] = self._loss  # of the pairs of this process
         processors = [processor] if teacher is None else [processor, teacher[1]]
         numbers = {"seed": config.seed, "steps": config.steps, "batch_size": config.batch_size}
         self.data = (
@@ -134,8 +139,8 @@ class ContrastiveRun(Trainable):
     def advance(self, batch: list[Inputs]) -> dict[str, float]:
         """One optimization step."""
         self.masters.zero_grad()
-        loss = self._loss(batch)
-        value = loss.item()
+        loss = self.compute(batch)
+        value = self._mean(loss.item())
         self.check_finite("the loss", value)
         loss.backward()
         collect_gradients(self.masters, self.working)
@@ -149,6 +154,25 @@ class ContrastiveRun(Trainable):
         follow_masters(self.masters, self.working)
         self.step += 1
         return {"loss": value}
+
+    def spread(self, among: Place) -> None:
+        """Pairs are divided; the loss compares them with those of all processes, SigLIP's in a ring."""
+        if self.config.batch_size % among.size:
+            raise InputError(
+                f"batch_size is {self.config.batch_size}, for {among.size} processes that compare as many "
+                f"pairs each: choose a multiple of {among.size}"
+            )
+        self.among, self.data.among = among, (among.rank, among.size)
+        learns: nn.Module = self.working
+        if self.working is not self.masters:  # temperature and bias are those of the masters, see `_loss`
+            names = ("logit_scale", "logit_bias")
+            numbers = [one for name, one in self.masters.named_parameters() if name in names]
+            learns = nn.ModuleList([self.working, nn.ParameterList(numbers)])
+        self.compute = data_parallel(learns, self._loss, among)
+
+    def _mean(self, loss: float) -> float:
+        """The loss of the whole batch, from that of each process."""
+        return loss if self.among is None else total(self.among, [loss])[0] / self.among.size
 
     def _loss(self, batch: list[Inputs]) -> Tensor:
         towers, scale = self.working, self.model.logit_scale

@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minivlm.data.augment import Augment, check_kinds
 from minivlm.data.lines import BadLines
 from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_samples
 from minivlm.data.shards import ShardItems
+from minivlm.distributed.agreement import total
+from minivlm.distributed.parallel import backward, data_parallel, without_exchange
+from minivlm.distributed.places import Place, here
 from minivlm.errors import InputError
 from minivlm.evaluation.own import answer_own_words, box_iou_of
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import IGNORE, Inputs, to_device
-from minivlm.speed.checkpointing import checkpoint_blocks
+from minivlm.speed.checkpointing import blocks_of, checkpoint_blocks
 from minivlm.training.best import METRICS, Choice
 from minivlm.training.choosing import check_choice, has_boxes
 from minivlm.training.digest import digest_of_lines
@@ -105,8 +108,9 @@ class Finetuning(Trainable):
         samples: Sequence[Sample],
         validation: Sequence[Sample] = (),
         workers: int = 1,
+        divides: bool = False,
     ) -> None:
-        self.config, self.processor, self.workers = config, processor, workers
+        self.config, self.processor, self.workers, self.divides = config, processor, workers, divides
         self.samples, self.validation = samples, validation
         assert isinstance(model, nn.Module)  # as every model that is loaded
         if config.best is not None:
@@ -123,14 +127,18 @@ class Finetuning(Trainable):
             return_freed_memory()
         self.lr = config.lr if config.lr is not None else self.rates[large]
         self.masters, self.working = self.prepare()
-        trained = [parameter for parameter in self.masters.parameters() if parameter.requires_grad]
-        self.optimizers = {"adamw": torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)}
+        self.compute: Callable[[Inputs], Tensor] = self._loss  # of rows of this process
+        self.optimizers = self._optimizers()
         self.rows_per_step = config.batch_size * config.accumulate
         if config.steps is not None:
             self.rows = config.steps * self.rows_per_step
         else:
             self.rows = (config.epochs or EPOCHS) * len(samples)
         check_warmup(config.warmup_steps or 1, self.total_steps)
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        trained = [parameter for parameter in self.masters.parameters() if parameter.requires_grad]
+        return {"adamw": torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)}
 
     def prepare(self) -> tuple[nn.Module, nn.Module]:
         """What the optimizer changes, and the copy of it that computes.
@@ -144,10 +152,11 @@ class Finetuning(Trainable):
                 f"weights in {config.quantize} cannot be trained: train an adapter beside them, or leave "
                 "quantize out"
             )
-        self.require_room(model)
+        if not self.divides:
+            self.require_room(model)
         for part in (part for name in config.freeze for part in PARTS[name] if hasattr(model, part)):
             getattr(model, part).requires_grad_(False)
-        bf16 = computes_in_bf16(config, model.device)
+        bf16 = computes_in_bf16(config, model.device) and not self.divides
         return model, copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
 
     def require_room(self, trained: nn.Module) -> None:
@@ -208,6 +217,7 @@ class Finetuning(Trainable):
             change=Augment(kinds, self.config.seed) if (kinds := self.config.augment) else None,
             more=rows_of_the_world(replay, self.config.seed, self.processor) if replay else None,
             order=self.samples.order if isinstance(self.samples, ShardItems) else None,
+            among=(0, 1) if self.among is None else (self.among.rank, self.among.size),
         )
         for batches in in_order(data, range(self.step, self.total_steps), self.workers):
             if isinstance(batches, InputError):
@@ -218,22 +228,56 @@ class Finetuning(Trainable):
         """One optimization step on the mean loss over all answer tokens of its batches."""
         self.masters.zero_grad()
         tokens = [_answer_tokens(part) for part in batch]
-        total = 0.0
-        for part, count in zip(batch, tokens, strict=True):
-            # In a mean of the batches' means, a token in a batch of short answers would count for more.
-            loss = self.read(part, learning=True).loss * (count / sum(tokens))
-            total += loss.item()
-            self.check_finite("the loss", total)
-            loss.backward()
+        whole = total(self.among, [sum(tokens)])[0]
+        loss = 0.0
+        for number, (part, count) in enumerate(zip(batch, tokens, strict=True), start=1):
+            # A copy hands its gradients over after each batch, so they have to be complete by then.
+            later = number < len(batch) and self.working is self.masters
+            with without_exchange(self.compute, later):
+                # In a mean of the batches' means, a token in a batch of short answers would count for more.
+                share = self.compute(part) * (count / whole)
+                loss += share.item()
+                backward(self.among, share)
             collect_gradients(self.masters, self.working)
+        loss = total(self.among, [loss])[0]
+        self.check_finite("the loss", loss)
         norm = nn.utils.clip_grad_norm_(self.masters.parameters(), MAX_GRADIENT_NORM)
+        if self.divides:
+            from minivlm.distributed.sharded import whole as summed
+
+            norm = summed(norm)
         self.check_finite("the gradient", norm.item())
         for group in self.optimizers["adamw"].param_groups:
             group["lr"] = self.learning_rate()
         self.optimizers["adamw"].step()
         follow_masters(self.masters, self.working)
         self.step += 1
-        return {"loss": total}
+        return {"loss": loss}
+
+    def _loss(self, part: Inputs) -> Tensor:
+        """The mean over the answer tokens of a batch; 0 if there are none, see `SampleBatches`."""
+        output = self.read(part, learning=True)
+        loss: Tensor = output.loss if _answer_tokens(part) else 0 * output.logits.sum()
+        return loss
+
+    def spread(self, among: Place) -> None:
+        """Each process reads a part of every batch; with `divides`, it holds a part of all weights.
+
+        Raises InputError: what cannot be done with divided weights.
+        """
+        self.among = among
+        if not self.divides:
+            self.compute = data_parallel(self.working, self._loss, among)
+            return
+        from minivlm.distributed.sharded import shard  # takes a second
+
+        model = self.masters
+        for name, given in (("best", self.config.best), ("replay", self.config.replay)):
+            if given is not None:
+                raise InputError(f"{name} needs the whole model in one process: leave it or --shard out")
+        bf16 = computes_in_bf16(self.config, self.model.device)
+        self.hull = shard(model, blocks_of(model), among, bf16)
+        self.optimizers = self._optimizers()
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -266,7 +310,14 @@ class Finetuning(Trainable):
 
     def save(self, folder: Path) -> None:
         """The trained model so far, as a checkpoint folder in fp32."""
-        self.model.save_pretrained(folder)
+        model: Any = self.model
+        if self.divides and self.among is not None:
+            from minivlm.distributed.sharded import gathered
+
+            model = gathered(self.masters, self.hull, self.among)
+            if model is None:  # the first process has it
+                return
+        model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
 
@@ -327,7 +378,9 @@ def finetune(
             read_samples, processor=processor, max_length=limit, warn=warn, empty_answer=config.empty_answer
         )
         samples, others = read(data), [] if validation is None else read(validation)
-        run = make(config, model, processor, samples, others, loop.workers)
+        if loop.shard and here() is None:
+            raise InputError("shard divides the weights among processes: start several with torchrun")
+        run = make(config, model, processor, samples, others, loop.workers, divides=loop.shard)
         if config.best is not None:
             if loop.measure_every == 0:
                 raise InputError("measure_every is 0, and the best state is measured: choose another number")
@@ -337,7 +390,7 @@ def finetune(
         )  # nothing is learned yet
         if before is not None:
             check_known(before, config.model)
-        if loop.tell is not None:
+        if loop.tell is not None and not loop.shard:  # it reads a row with the whole model
             loop.tell(estimate(run, loop.checkpointing).told(run.model.device))
         if loop.checkpointing:
             checkpoint_blocks(run.working) or checkpoint_blocks(run.model)

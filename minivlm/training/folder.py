@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from minivlm.distributed.agreement import is_first, together
+from minivlm.distributed.places import here
 from minivlm.errors import InputError
 from minivlm.files import remove_leftovers
 from minivlm.training.best import NAME as BEST
@@ -19,6 +21,7 @@ else:
     import fcntl
 
 STATE, LOG, PLOT, LOCK = "state.safetensors", "log.csv", "loss.png", ".lock"
+SHARDED = "state.json"  # what STATE is where processes divide the weights: names a folder with their parts
 # A run writes files of these names at its end, or they would stay beside its own as if they belonged to them.
 CHECKPOINT = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -34,11 +37,22 @@ _held: set[Path] = set()  # folders of this process's runs: to the system, all o
 def run_folder(out: Path, resume: bool) -> Iterator[None]:
     """Make the folder of a run, and keep other runs out of it to the end of the block.
 
-    What a run that was killed while writing has left half done is removed.
+    What a run that was killed while writing has left half done is removed. Of several processes, the first
+    does all this for the others.
 
     Raises InputError: the folder cannot be made or written to; another run works in it; it holds a run and
     `resume` is not set, or the other way round; it holds a checkpoint or a file that this run would replace.
     """
+    place = here()
+    with ExitStack() as held:
+        with together(place):
+            if is_first(place):
+                held.enter_context(_folder(out, resume))
+        yield
+
+
+@contextmanager
+def _folder(out: Path, resume: bool) -> Iterator[None]:
     _check(out, resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -50,8 +64,13 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
         yield
 
 
+def holds_state(out: Path) -> bool:
+    """Whether there is a run to resume."""
+    return any((out / name).is_file() for name in (STATE, SHARDED))
+
+
 def _check(out: Path, resume: bool) -> None:
-    exists = (out / STATE).is_file()
+    exists = holds_state(out)
     if exists and not resume:
         raise InputError(
             f"{out} already holds a training run: add --resume to continue it, or choose another folder"

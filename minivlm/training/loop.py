@@ -11,6 +11,9 @@ Each run defines its own step (`Trainable`). The loop leaves in the run's folder
 
 Every file is written aside and then renamed. A run that is killed at any moment resumes from its last save,
 and ends with the same weights as one that was never interrupted (on the same machine, with as many threads).
+
+Of several processes (see `minivlm.distributed`), each computes its share of every step. The first one writes
+all files, and all stop together.
 """
 
 from __future__ import annotations
@@ -30,9 +33,18 @@ from threading import Timer
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from minivlm.distributed.agreement import (
+    ToldElsewhere,
+    anyone,
+    as_the_first,
+    check_same,
+    is_first,
+    together,
+)
+from minivlm.distributed.places import Place, gave_up, here
 from minivlm.errors import InputError
 from minivlm.evaluation.waiting import Bar
 from minivlm.training.best import (
@@ -44,11 +56,11 @@ from minivlm.training.best import (
     remove_weights,
 )
 from minivlm.training.events import Events, check_tensorboard
-from minivlm.training.folder import LOG, PLOT, STATE, run_folder
+from minivlm.training.folder import LOG, PLOT, SHARDED, STATE, run_folder
 from minivlm.training.interrupts import ignore_interrupts, note_interrupts
 from minivlm.training.limits import MOST_AT_ONCE
 from minivlm.training.log import Line, log_as_json, plot_log, read_log, write_log
-from minivlm.training.state import load_state, save_state
+from minivlm.training.state import check_config, load_state, save_state
 
 __all__ = [
     "DEFAULT_LOOP",
@@ -79,6 +91,7 @@ class Loop:
     device: torch.device | str = "cpu"
     progress: bool | None = None  # True: a bar, False: nothing, None: a bar on a terminal, else lines
     log: str = "csv"  # or "tensorboard", beside it
+    shard: bool = False  # divide the weights, too, among the processes that share each step
     checkpointing: bool = False  # compute blocks twice instead of keeping what they computed
     tell: Callable[[str], object] | None = field(default=None, compare=False)  # sentences about the run
 
@@ -117,6 +130,8 @@ class Trainable(ABC):
     starts_trained: bool = False  # then it is worth measuring before the first step
     choice: Choice | None = None  # how its best state is chosen; None: it ends with its last one
     grows: Mapping[str, Any] = {}  # settings that may be larger when it is resumed, with their defaults
+    among: Place | None = None  # this process's place among those that share each step
+    divides: bool = False  # whether these divide the weights as well, see `minivlm.distributed.sharded`
 
     @property
     @abstractmethod
@@ -150,6 +165,13 @@ class Trainable(ABC):
     @abstractmethod
     def advice(self) -> str:
         """What to try when the numbers are no longer finite."""
+
+    def spread(self, among: Place) -> None:
+        """From now on, compute only this process's share of each step.
+
+        Raises InputError: this kind of run is trained by one process, or there is too little to share.
+        """
+        raise InputError(f"this run is trained by one process, and {among.size} were started: start one")
 
     def how_it_goes_on(self, lines: Sequence[Line]) -> str | None:
         """A sentence about a run that is resumed with this log, if there is something to say."""
@@ -234,14 +256,20 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
     def is_due(every: int) -> bool:
         return run.step % every == 0 or run.step == run.total_steps
 
-    folder = RunFolder(run, out)
-    if loop.resume:
-        folder.resume()
-        if loop.tell is not None and (said := run.how_it_goes_on(folder.lines)):
-            loop.tell(said)
-    else:
-        remove_weights(out, but=[])  # of a run that was killed before its first save
-    if loop.log == "tensorboard":
+    place = here()
+    folder = RunFolder(run, out, is_first(place))
+    check_same(place, run.settings())
+    with together(place):
+        if place is not None:
+            run.spread(place)
+    with together(place):
+        if loop.resume:
+            folder.resume()
+            if loop.tell is not None and (said := run.how_it_goes_on(folder.lines)):
+                loop.tell(said)
+        elif folder.writes:
+            remove_weights(out, but=[])  # of a run that was killed before its first save
+    if loop.log == "tensorboard" and folder.writes:
         folder.events = Events(out, run.step)
     bar = Bar(run.batches(), initial=run.step, total=run.total_steps, unit="step", progress=loop.progress)
     with bar, _stops_explained(folder), note_interrupts() as interrupted:
@@ -254,21 +282,24 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
             measure = measures and is_due(measure_every)
             if measure or is_due(log_every):
                 folder.log(bar, measure)
-            if interrupted():
+            if anyone(place, interrupted()):
                 folder.save()
                 raise KeyboardInterrupt(f"after step {run.step} of {run.total_steps}")
             if is_due(loop.save_every) or folder.ran_out():
                 folder.save()
     folder.put_back_best()
-    run.save(out)
-    plot_log(folder.lines, out / PLOT, run.losses)
+    if folder.writes or run.divides:
+        run.save(out)
+    if folder.writes:
+        plot_log(folder.lines, out / PLOT, run.losses)
 
 
 class RunFolder:
     """What a run leaves in its folder on the way: a state to resume from, and a log."""
 
-    def __init__(self, run: Trainable, out: Path) -> None:
+    def __init__(self, run: Trainable, out: Path, writes: bool = True) -> None:
         self.run, self.out = run, out
+        self.writes = writes  # of several processes, only the first does
         self.saved = 0  # the step of the last state
         self.events: Events | None = None  # the log once more, for TensorBoard
         self.lines: list[Line] = []  # of the log
@@ -277,34 +308,61 @@ class RunFolder:
     def resume(self) -> None:
         """Put the run back to where it was saved. Raises InputError: as `load_state` and `read_log`."""
         run = self.run
-        run.step, self.unlogged = load_state(
-            self.out / STATE, run.masters, run.optimizers, run.settings(), run.grows
-        )
-        run.working.load_state_dict(run.masters.state_dict())
+        self._check_kind()
+        if run.divides and run.among is not None:
+            from minivlm.distributed.sharded import load_shards
+
+            (optimizer,) = run.optimizers.values()
+            run.step, saved, self.unlogged = load_shards(
+                self.out / SHARDED, run.masters, optimizer, run.among
+            )
+            check_config(self.out, saved, run.settings(), run.grows)
+        else:
+            run.step, self.unlogged = load_state(
+                self.out / STATE, run.masters, run.optimizers, run.settings(), run.grows
+            )
+            run.working.load_state_dict(run.masters.state_dict())
         self.saved = run.step
         log_so_far = read_log(self.out / LOG) if (self.out / LOG).is_file() else []
         self.lines = [line for line in log_so_far if line["step"] <= run.step]
         best = self.best_step()
         if best is not None:
             check_weights(self.out, best)
-            remove_weights(self.out, but=[best])
+            if self.writes:
+                remove_weights(self.out, but=[best])
+
+    def _check_kind(self) -> None:
+        """Raises InputError: the run was saved divided and is to go on whole, or the other way round."""
+        divided = (self.out / SHARDED).is_file()
+        if divided != self.run.divides:
+            raise InputError(
+                f"{self.out} holds a run {'with' if divided else 'without'} --shard: resume it the same way"
+            )
 
     def log(self, bar: Bar, measure: bool) -> None:
         """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
         run = self.run
         here = {**run.place(), **_means(self.unlogged, run.losses)}
         bar.set_postfix({name: value for name, value in here.items() if value is not None})
-        self.lines.append({"step": run.step, **here, **_rates(run), **(_metrics(run) if measure else {})})
+        metrics = as_the_first(run.among, _metrics(run)) if measure else {}
+        self.lines.append({"step": run.step, **here, **_rates(run), **metrics})
         self.unlogged.clear()
+        with together(run.among):
+            self._write_line(measure)
+
+    def _write_line(self, measure: bool) -> None:
+        """The last line, into all that keeps lines, and its weights if they are the best so far."""
+        run = self.run
         best = self.best_step()
         if measure and best is not None:
             self.lines[-1][COLUMN] = best
-            if best == run.step:
+            if best == run.step and self.writes:
                 keep_weights(self.out, best, run.masters)
                 # A run that is killed now goes on from the last state, which had another best one.
                 remove_weights(self.out, but=[best, self.best_step(self.saved)])
         # Before the state: a run killed in between has too many lines, which are easily left out.
-        write_log(self.out / LOG, self.lines)
+        if self.writes:
+            write_log(self.out / LOG, self.lines)
         if self.events is not None:
             self.events.write(self.lines[-1])
 
@@ -312,9 +370,18 @@ class RunFolder:
         """Write the state. Raises InputError: as `save_state`. Raises Diverged: as `_check_weights`."""
         run = self.run
         _check_weights(run)
-        save_state(self.out / STATE, run.step, run.masters, run.optimizers, run.settings(), self.unlogged)
+        settings, unlogged = run.settings(), self.unlogged
+        with together(run.among):
+            if run.divides and run.among is not None:
+                from minivlm.distributed.sharded import save_shards
+
+                (optimizer,) = run.optimizers.values()
+                about = self.out / SHARDED
+                save_shards(about, run.step, run.masters, optimizer, settings, unlogged, run.among)
+            elif self.writes:
+                save_state(self.out / STATE, run.step, run.masters, run.optimizers, settings, unlogged)
         self.saved = run.step
-        if run.choice is not None:
+        if run.choice is not None and self.writes:
             remove_weights(self.out, but=[self.best_step()])
 
     def best_step(self, until: int | None = None) -> int | None:
@@ -347,13 +414,17 @@ def _stops_explained(folder: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         where = str(stop) or f"in step {folder.run.step + 1} of {folder.run.total_steps}"
         raise KeyboardInterrupt(f"{where}; {folder.how_to_go_on()}") from None
+    except ToldElsewhere:
+        raise
     except Diverged as error:  # where going on would only diverge again
+        if not folder.writes:  # the same numbers are in all processes
+            raise ToldElsewhere(str(error)) from error
         kept = f"; {folder.out} keeps the state of step {folder.saved}" if folder.saved else ""
         raise Diverged(f"{error}{kept}") from error
     except InputError as error:
         raise InputError(f"{error}; {folder.how_to_go_on()}") from error
     except (RuntimeError, MemoryError, EOFError, ConnectionError) as error:
-        reason = _outside(error)
+        reason = gave_up(folder.run.among, error) or _outside(error)
         if reason is None:
             raise
         raise InputError(f"{reason}; {folder.how_to_go_on()}") from error
@@ -401,5 +472,10 @@ def _check_weights(run: Trainable) -> None:
 
     A step that is too large shows only in the next loss. By then the state before it must not be overwritten.
     """
-    if not all(bool(weight.isfinite().all()) for weight in run.masters.parameters()):
+    weights: Iterable[Tensor] = run.masters.parameters()
+    if run.divides:
+        from minivlm.distributed.sharded import own_part
+
+        weights = map(own_part, weights)
+    if anyone(run.among, not all(bool(weight.isfinite().all()) for weight in weights)):
         raise Diverged(f"the weights are not numbers after step {run.step}: {run.advice()}")

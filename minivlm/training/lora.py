@@ -32,7 +32,11 @@ class AdapterFinetuning(Finetuning):
         2e-4,
     )  # five and ten times those of all weights: B starts at zero, and is multiplied by small numbers
 
-    def __init__(self, *args: Any, lora: LoraConfig) -> None:
+    def __init__(self, *args: Any, lora: LoraConfig, divides: bool = False) -> None:
+        if divides:
+            raise InputError(
+                "shard divides weights that learn, and those under an adapter do not: leave it out"
+            )
         self.lora = lora
         super().__init__(*args)
 

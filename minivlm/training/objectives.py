@@ -25,8 +25,11 @@ class PatchHead(nn.Linear):
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, sum(self.sizes))
 
-    def loss(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of color, shape and size, and the error of the box, from tokens [P, N, D]."""
+    def loss(self, tokens: Tensor, batch: Batch, things: Tensor | None = None) -> Tensor:
+        """Cross-entropy of color, shape and size, and the error of the box, from tokens [P, N, D].
+
+        things: how many patches show one, if those of other pictures count as well.
+        """
         color, shape, size, box = self(tokens).float().split(self.sizes, dim=-1)
         pairs = ((color, batch.patch_color), (shape, batch.patch_shape), (size, batch.patch_size))
         loss = torch.stack(
@@ -35,7 +38,8 @@ class PatchHead(nn.Linear):
         on_thing = (batch.patch_color > 0)[..., None]
         scale = WORLD / 4  # units; brings the box error to the size of the other losses
         error = F.smooth_l1_loss(box, batch.patch_box / scale, reduction="none", beta=0.1)
-        return loss.sum() + (error * on_thing).sum() / (4 * on_thing.sum())
+        things = on_thing.sum() if things is None else things
+        return loss.sum() + (error * on_thing).sum() / (4 * things)
 
 
 def answer_loss(

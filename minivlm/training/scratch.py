@@ -18,16 +18,20 @@ optimizers hold stay in fp32.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
+from minivlm.distributed.agreement import share_of, total
+from minivlm.distributed.parallel import backward, data_parallel
+from minivlm.distributed.places import Place
+from minivlm.errors import InputError
 from minivlm.evaluation import evaluate
 from minivlm.models.paligemma import PaliGemma
 from minivlm.training.limits import require_room
@@ -77,6 +81,7 @@ class Run(Trainable):
         self.masters.to(self.device)
         bf16 = config.bf16 if config.bf16 is not None else bf16_pays(self.device)
         self.working = copy.deepcopy(self.masters).to(torch.bfloat16 if bf16 else torch.float32)
+        self.compute: Callable[..., dict[str, Tensor]] = self._losses  # of rows of this process
         self.soft = SoftTargets(self.processor.tokenizer, config.loc_sigma)
         self.soft.bells = self.soft.bells.to(self.device)
         groups = parameter_groups(self.masters)
@@ -132,25 +137,44 @@ class Run(Trainable):
 
     def advance(self, batch: Batch) -> dict[str, float]:
         """One step of optimization. Returns the losses."""
-        stage = self.config.stage(self.step)
         batch = batch.to(self.device)
-        model, head = self.working["model"], self.working["head"]
-        assert isinstance(model, PaliGemma)
-        assert isinstance(head, PatchHead)
-        pixels = batch.pixel_values.to(model.multi_modal_projector.weight.dtype)
-        tokens = model.vision_tower(pixels)
-        losses = {"patch": head.loss(tokens, batch)}
-        loss = losses["patch"]
-        if stage != "tower":
-            losses["answer"] = answer_loss(model, tokens, batch, stage == "prefix", self.soft)
+        pictures = share_of(self.among, range(len(batch.pixel_values)))
+        losses = self.compute(batch if self.among is None else batch.part(pictures), batch)
+        if "answer" in losses:
             loss = losses["answer"] + self.config.dense_weight * losses["patch"]
-        values = {name: value.item() for name, value in losses.items()}
+        else:
+            loss = losses["patch"]
+        values = dict(zip(losses, total(self.among, [one.item() for one in losses.values()]), strict=True))
         for name, value in values.items():
             self.check_finite(f"the {name} loss", value)
-        loss.backward()
+        backward(self.among, loss)
         self._update()
         self.step += 1
         return values
+
+    def _losses(self, mine: Batch, batch: Batch) -> dict[str, Tensor]:
+        """What these pictures and their rows add to the losses of the batch."""
+        stage = self.config.stage(self.step)
+        model, head = self.working["model"], self.working["head"]
+        assert isinstance(model, PaliGemma)
+        assert isinstance(head, PatchHead)
+        pixels = mine.pixel_values.to(model.multi_modal_projector.weight.dtype)
+        tokens = model.vision_tower(pixels)
+        share = len(mine.pixel_values) / len(batch.pixel_values)  # of a mean over pictures; alone, all of it
+        things = (batch.patch_color > 0).sum() * share
+        losses = {"patch": share * head.loss(tokens, mine, things)}
+        if stage != "tower":
+            share = (mine.weights.sum() / batch.weights.sum()).item()  # of a mean over words
+            losses["answer"] = share * answer_loss(model, tokens, mine, stage == "prefix", self.soft)
+        return losses
+
+    def spread(self, among: Place) -> None:
+        """Every process draws the whole batch, in which one picture's random numbers follow another's."""
+        fewest = min(self.config.tower_pictures, self.config.pictures)
+        if among.size > fewest:
+            raise InputError(f"{among.size} processes share {fewest} pictures: start fewer processes")
+        self.among = among
+        self.compute = data_parallel(self.working, self._losses, among)
 
     def _update(self) -> None:
         """Hand the gradients to the masters, take one step of each optimizer, and hand the weights back."""

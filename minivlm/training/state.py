@@ -82,15 +82,8 @@ def load_state(
             raise OSError("it was damaged or changed, or is not of this version")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): start a new run in another folder") from error
-    step, saved = int(metadata["step"]), json.loads(metadata["config"])
-    wanted = json.loads(json.dumps(dict(config)))  # as it comes back from the file: tuples are lists
-    differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-    differing = [name for name in differing if not _grew(name, saved.get(name), wanted.get(name), grows)]
-    if differing:
-        changes = ", ".join(f"{name} {saved.get(name)} -> {wanted.get(name)}" for name in differing)
-        raise InputError(
-            f"{path.parent} holds a run with other settings ({changes}): use the old ones, or another folder"
-        )
+    step = int(metadata["step"])
+    check_config(path.parent, json.loads(metadata["config"]), config, grows)
     try:
         modules.load_state_dict(_part(tensors, "weights."))
     except RuntimeError as error:  # the settings name a folder, and its weights may have been replaced
@@ -105,6 +98,20 @@ def load_state(
             state.setdefault(int(index), {})[slot] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return step, json.loads(metadata["unlogged"])
+
+
+def check_config(
+    out: Path, saved: Mapping[str, Any], config: Mapping[str, Any], grows: Mapping[str, Any]
+) -> None:
+    """Raises InputError: the run in `out` was saved with other settings, and they are none that may grow."""
+    wanted = json.loads(json.dumps(dict(config)))  # as it comes back from the file: tuples are lists
+    differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    differing = [name for name in differing if not _grew(name, saved.get(name), wanted.get(name), grows)]
+    if differing:
+        changes = ", ".join(f"{name} {saved.get(name)} -> {wanted.get(name)}" for name in differing)
+        raise InputError(
+            f"{out} holds a run with other settings ({changes}): use the old ones, or another folder"
+        )
 
 
 def _grew(name: str, before: Any, after: Any, grows: Mapping[str, Any]) -> bool:

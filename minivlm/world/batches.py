@@ -10,7 +10,7 @@ worker processes deliver the same batches however many there are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 import numpy as np
@@ -47,6 +47,18 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def part(self, pictures: range) -> Batch:
+        """Some of the pictures, neighbors, with their rows."""
+        rows = (self.pictures >= pictures.start) & (self.pictures < pictures.stop)
+        of_picture = {"pixel_values", "patch_color", "patch_shape", "patch_size", "patch_box"}
+        chosen = {
+            field.name: getattr(self, field.name)[
+                slice(pictures.start, pictures.stop) if field.name in of_picture else rows
+            ]
+            for field in fields(self)
+        }
+        return replace(Batch(**chosen), pictures=chosen["pictures"] - pictures.start)
 
 
 def question_mask(batch: Batch, num_image_tokens: int, image_sees_prompt: bool) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from minivlm.distributed.agreement import part_of
 from minivlm.processing import PairProcessor
 from minivlm.world.augmentations import PLAIN_SHARE, as_photographed, varied
 from minivlm.world.scenes import make_scene
@@ -27,6 +28,7 @@ class DrawnPairs(Dataset[list[Inputs]]):
     def __init__(
         self, processors: Sequence[PairProcessor], *, seed: int, steps: int, batch_size: int
     ) -> None:
+        self.among = (0, 1)  # rank of this process, and how many share each batch
         self.processors = processors
         self.seed, self.steps, self.batch_size = seed, steps, batch_size
         self.pixels = max(processor.image_processor.image_size for processor in processors)
@@ -36,6 +38,8 @@ class DrawnPairs(Dataset[list[Inputs]]):
 
     def __getitem__(self, step: int) -> list[Inputs]:
         pictures, captions = self.draw(step)
+        mine = part_of(range(self.batch_size), *self.among)
+        pictures, captions = pictures[mine.start : mine.stop], captions[mine.start : mine.stop]
         return [processor(pictures, captions) for processor in self.processors]
 
     def draw(self, step: int) -> tuple[list[Image.Image], list[str]]:

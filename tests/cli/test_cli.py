@@ -51,7 +51,7 @@ from minivlm.world.demo import read_samples, write_samples
 
 COMMANDS = (
     "demo", "ask", "look", "data", "train", "finetune", "merge", "train-contrastive", "train-codebook",
-    "eval", "doctor", "workshop", "progress",
+    "eval", "plan", "doctor", "workshop", "progress",
 )  # fmt: skip
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023
@@ -1333,7 +1333,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
     training = {"train", "finetune", "merge", "train-contrastive", "train-codebook"}
-    others = {"demo", "ask", "look", "data", "eval", "doctor", "workshop", "progress"}
+    others = {"demo", "ask", "look", "data", "eval", "plan", "doctor", "workshop", "progress"}
     assert {line.split()[1] for line in examples} == training | others
     assert cli.EXAMPLES in out
 
