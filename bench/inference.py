@@ -44,11 +44,11 @@ import transformers
 from attention import processor as name_of_cpu
 from matplotlib.figure import Figure
 
+from minivlm.attention import onednn_has_bf16
 from minivlm.checkpoints.hub import read_config
 from minivlm.models.paligemma import PaliGemmaConfig
 from minivlm.models.sizes import decode_bytes, image_operations, prefill_operations
 from minivlm.speed.one_row import linear
-from minivlm.speed.widened import onednn_has_bf16
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from itertools import product
 
 import torch
@@ -42,6 +43,14 @@ def record_attention() -> Iterator[list[Tensor]]:
         _recorded.reset(token)
 
 
+@cache
+def onednn_has_bf16() -> bool:
+    """Whether PyTorch hands bf16 products to oneDNN on this machine, which then is fast at them."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
 ) -> Tensor:
@@ -66,6 +75,8 @@ def attend(
     # The form is chosen here and nowhere else, based on measurements (bench/attention.py): on a CPU, the
     # plain form is faster with gradients, and in bf16 with many queries.
     on_cpu, needs_gradient = q.device.type == "cpu", torch.is_grad_enabled() and q.requires_grad
+    if on_cpu and q.dtype == torch.bfloat16 and not onednn_has_bf16():
+        return attend_without_bf16(q, k, v, mask, scale, softcap)
     if on_cpu and needs_gradient:
         return attend_plain(q, k, v, mask, scale, softcap)
     if softcap is not None or (on_cpu and q.dtype == torch.bfloat16 and q.shape[2] > 1):
@@ -142,6 +153,19 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
         q = q.view(B, K, H // K, Dh)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != K)
     return out.reshape(B, H, T, Dh)
+
+
+def attend_without_bf16(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor:
+    """`attend` for bf16 on a processor that multiplies fp32 only: the plain form takes twenty times as long.
+
+    The fused kernel widens what it reads by itself.
+    """
+    if softcap is None:
+        return attend_fused(q, k, v, mask, scale)
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+    return attend_in_blocks(q.float(), k.float(), v.float(), mask, scale, softcap).to(q.dtype)
 
 
 class Attention(nn.Module):

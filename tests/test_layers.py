@@ -119,7 +119,8 @@ def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monke
 
 @torch.no_grad()
 def test_no_matrix_of_scores_of_a_long_row(monkeypatch: pytest.MonkeyPatch):
-    """In bf16 on a CPU, 4 heads * 2,000 * 2,000 scores are never held at once."""
+    """In bf16 on a CPU that multiplies it, 4 heads * 2,000 * 2,000 scores are never held at once."""
+    monkeypatch.setattr(attention, "onednn_has_bf16", lambda: True)
     q, k, v = (torch.randn(1, heads, 2000, 8, dtype=torch.bfloat16) for heads in (4, 1, 1))
     sizes = []
     weights_of = attention.attention_weights
@@ -164,6 +165,34 @@ def test_attend_chooses_a_form_and_both_agree(grad: bool, monkeypatch: pytest.Mo
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(attend(q, k, v, mask_of("causal"), SCALE), expected)
     assert calls == ([] if grad else ["fused"])
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_bf16_where_the_processor_lacks_it(
+    softcap: float | None, mask: str, grad: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is multiplied in bf16: each result is the exact one, rounded once, and so are gradients."""
+    monkeypatch.setattr(attention, "onednn_has_bf16", lambda: False)
+    seen: list[torch.dtype] = []
+    weights_of = attention.attention_weights
+    monkeypatch.setattr(
+        attention, "attention_weights", lambda *args: (seen.append(args[0].dtype), weights_of(*args))[1]
+    )
+    q, k, v = (x.detach().to(torch.bfloat16).requires_grad_(grad) for x in qkv(kv_heads=2))
+    look = None if mask == "none" else mask_of("causal")
+    exact = attend_plain(q.double(), k.double(), v.double(), look, SCALE, softcap)
+    assert seen == [torch.float64]
+    given = attention.additive(look, torch.bfloat16) if look is not None and mask == "additive" else look
+    out = attend(q, k, v, given, SCALE, softcap)
+    assert torch.bfloat16 not in seen
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=2**-8)
+    if grad:
+        right = torch.autograd.grad(exact.sum(), [q, k, v])
+        for found, expected in zip(torch.autograd.grad(out.sum(), [q, k, v]), right, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

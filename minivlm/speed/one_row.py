@@ -22,7 +22,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from minivlm.speed.widened import onednn_has_bf16, product
+from minivlm.attention import onednn_has_bf16
+from minivlm.speed.widened import product
 
 
 def is_one_row(x: Tensor) -> bool:

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from minivlm.attention import onednn_has_bf16
 from minivlm.errors import InputError
 from minivlm.speed.one_row import is_one_row, linear
-from minivlm.speed.widened import onednn_has_bf16
 
 ROWS_PER_PRODUCT = 256  # a prompt's: the tiles are chosen for this many rows, and also work for fewer
 SHORT_ROW = 8192  # inputs; up to here, a single row is faster with PyTorch's own kernel than with tiles

@@ -13,23 +13,16 @@ product has a backward of its own, which widens the blocks again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minivlm.attention import onednn_has_bf16
+
 FEW_ROWS = 8  # up to this many, PyTorch's bf16 product is as fast
 WEIGHTS_PER_BLOCK = 2**19  # widened at a time: 2 MiB in fp32, which stay in the processor's cache
-
-
-@cache
-def onednn_has_bf16() -> bool:
-    """Whether PyTorch hands bf16 products to oneDNN on this machine."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

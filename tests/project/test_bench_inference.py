@@ -10,8 +10,8 @@ import torch
 from qwen2_folders import write_folder
 from small_checkpoints import SMALL, imported
 
+from minivlm.attention import onednn_has_bf16
 from minivlm.models.load import SHIPPED
-from minivlm.speed.widened import onednn_has_bf16
 
 BENCH = Path(__file__).parents[2] / "bench"
 

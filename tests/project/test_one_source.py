@@ -34,6 +34,8 @@ TAUGHT = [
 LATER: dict[str, str] = {}
 # Public names of these files that no notebook shows, and why. Configs are lists of numbers: no reason needed.
 NOT_SHOWN = {
+    "attend_without_bf16": "for processors that multiply fp32 only",
+    "onednn_has_bf16": "asks what the processor can do",
     "build_decoder": "chooses between two classes",
     "check_size": "refuses pictures without area",
     "last_token_indices": "counts padding; notebook 06 has the same line inside `prefill`",

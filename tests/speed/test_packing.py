@@ -12,6 +12,7 @@ from torch import nn
 
 import minivlm
 from minivlm import InputError
+from minivlm.attention import onednn_has_bf16
 from minivlm.checkpoints import devices
 from minivlm.cli import main
 from minivlm.models import load
@@ -19,7 +20,6 @@ from minivlm.models.load import load_answering
 from minivlm.speed import packing
 from minivlm.speed.compiled import compile_parts
 from minivlm.speed.packing import PackedLinear, matrices, pack_matrices
-from minivlm.speed.widened import onednn_has_bf16
 
 needs_kernels = pytest.mark.skipif(not onednn_has_bf16(), reason="needs bf16 instructions and oneDNN")
 BF16 = torch.bfloat16
