@@ -103,7 +103,7 @@ def assert_in_the_window(page: Page, name: str) -> None:
       return [frame.top, frame.bottom, innerHeight];
     }""")
     assert top >= 0
-    assert bottom <= height or top < 0.6 * height
+    assert bottom <= height or top < 40
     expect(part.locator(".task")).to_be_in_viewport(ratio=1)
 
 
