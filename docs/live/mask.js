@@ -15,10 +15,10 @@ class Mask {
     const pen = pen_of(canvas);
     const unseen = color("unseen"), kinds = [["image", 0, IMAGE_TOKENS], ["prompt", IMAGE_TOKENS, T], ["answer", T, length]];
     mask.forEach((row, t) => {
-      pen.globalAlpha = t === looks ? 1 : 0.7;
       for (const [kind, from, to] of kinds) {
         const seen = color(kind);
         for (let s = from; s < to; s++) {
+          pen.globalAlpha = row[s] && t !== looks ? 0.7 : 1;
           pen.fillStyle = row[s] ? seen : unseen;
           pen.fillRect(s, t, 1, 1);
         }

@@ -24,7 +24,7 @@ from minivlm.world.demo import sample_scene
 from minivlm.world.scenes import Scene, Thing
 
 sys.path.insert(0, str(ROOT / "docs"))
-from live.build import write_live
+from live.build import main, write_live
 
 DONE = "page.result !== null && page.result.done && !waiting"
 PHONE = {"width": 390, "height": 844}
@@ -229,6 +229,13 @@ def test_a_prompt_that_is_too_long(live: Page) -> None:
     live.locator("#prompt").fill("how many objects are there?")
     settled(live)
     assert answer_of(live) == "3"
+
+
+def test_help_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_says_where_the_weights_are(page: Page) -> None:
