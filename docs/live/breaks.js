@@ -4,16 +4,16 @@
 const BREAKS = [
   ["no_newline", "no newline after the prompt",
     "The newline is the writer of the first word: the model was trained to begin there."],
-  ["causal_mask", "causal mask",
-    "The picture cannot look at the prompt, and no patch at those behind it."],
-  ["no_rope", "no rotary positions",
-    "The decoder does not know in which order its tokens come."],
-  ["no_tower_positions", "no positions in the tower",
-    "A patch does not know where in the picture it lies."],
+  ["causal_mask", "stricter (causal) mask",
+    "Everyone sees only what stands before: the picture cannot look at the prompt, and no patch at those behind it."],
+  ["no_rope", "no order of tokens",
+    "No rotary positions: the decoder does not know in which order its tokens come."],
+  ["no_tower_positions", "no places of patches",
+    "No positions in the tower: a patch does not know where in the picture it lies."],
   ["no_projector", "no projector",
     "The decoder gets the tower's vectors as they are, with zeros at the end."],
-  ["words_not_scaled", "words not times √D",
-    "The embeddings of words are eleven times too short beside those of patches."],
+  ["words_not_scaled", "word vectors too small",
+    "Not times √D, which is 11: they are too short beside those of patches."],
 ];
 
 class Breaks {
@@ -47,6 +47,7 @@ class Breaks {
 
   show() {
     for (const [name] of BREAKS) element(name, HTMLInputElement).checked = Boolean(page.breaks[name]);
+    element("broken_answer").textContent = page.problem ?? (page.result ? answer_text() || "(nothing)" : "");
     const off = page.breaks.head_off;
     this.head_off.value = off ? `${off.layer},${off.head}` : "";
     element("mend", HTMLButtonElement).disabled = Object.keys(page.breaks).length === 0;

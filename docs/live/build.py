@@ -10,6 +10,7 @@ A page that was opened from the disk may load scripts, and nothing else. So ever
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import shutil
@@ -26,7 +27,9 @@ WRITTEN_FOR_TOWERS = "two_towers_weights.js"
 
 def main(arguments: list[str]) -> int:
     """Build the page, and say where it is."""
-    folder = Path(arguments[0]) if arguments else ROOT / "build" / "live"
+    parser = argparse.ArgumentParser(description="Builds the live page, which opens by a double click.")
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "live", help="where to")
+    folder: Path = parser.parse_args(arguments).folder
     write_live(folder)
     print(f"The page is in {folder}: open {folder / 'index.html'} in a browser.")
     return 0

@@ -26,8 +26,8 @@ class Looking {
       show_all();
     };
     element("occlude").onclick = () => this.occlude(page.result);
-    this.attention = new PatchMap(element("attention_map"), (n) => look_at(n));
-    this.dependence = new PatchMap(element("occlusion_map"), null);
+    this.attention = new PatchMap(element("attention_map"), percent, (n) => look_at(n));
+    this.dependence = new PatchMap(element("occlusion_map"), (drop) => drop.toFixed(1), null);
   }
 
   /* The row of attention that is looked at: one share for each token that may be seen. */
@@ -57,6 +57,7 @@ class Looking {
     const option = (h) => make("option", { value: h }, h === "mean" ? "mean of all" : `head ${h + 1}`);
     if (this.head.children.length !== heads.length) this.head.replaceChildren(...heads.map(option));
     this.head.value = String(page.head ?? "mean");
+    element("open_head").textContent = `Open head ${(page.head ?? 0) + 1}: q, k, scores, softmax, v`;
     this.show_attention();
     this.show_occlusion();
   }
@@ -67,7 +68,7 @@ class Looking {
     this.attention.draw(picture, on_picture, is_patch ? looks : null, FULL_SHARE);
     const names = [...prefix_ids, ...words.map((one) => one.token_id)].map(shown_name);
     let who = is_patch ? `The patch in ${place(looks)}` : `“${names[looks]}”`;
-    if (is_answer) who = `The writer of “${names[prefix_ids.length + word]}” (the token before it, “${names[looks]}”)`;
+    if (is_answer) who = `“${names[looks]}”, the writer of “${names[prefix_ids.length + word]}”,`;
     const rest = in_tower(page.stage) ? "" : ` gives ${percent(sum(on_picture))} of its attention to the picture, and`;
     const said = `${who}${rest} looks most at the patch in ${place(best)}: ${percent(on_picture[best])}.`;
     element("attention_said").textContent = said;
@@ -80,7 +81,7 @@ class Looking {
     element("occlusion_said").textContent = count === 0 ? "Not measured yet: it reads the picture 65 times."
       : count < IMAGE_TOKENS ? `${count} of ${IMAGE_TOKENS} patches …`
       : drops[best] <= 0 ? "No patch makes it less sure when it is hidden."
-      : `Hiding the patch in ${place(best)} makes it least sure: the log-odds of the answer fall by ${drops[best].toFixed(1)}.`;
+      : `Hiding the patch in ${place(best)} makes it least sure of its answer: the log-odds fall by ${drops[best].toFixed(1)}.`;
   }
 }
 
@@ -89,10 +90,15 @@ function place(patch) {
   return `row ${Math.floor(patch / side) + 1}, column ${(patch % side) + 1}`;
 }
 
-/* A picture with its patches, each colored by a number: the largest is darkest, unless it is below `full`, so that a map
-   of next to nothing looks like nothing. What is not above 0 has no color. */
+/* A picture with its patches, each colored by a number: the largest is reddest, unless it is below `full`, so that a map
+   of next to nothing looks like nothing. What is not above 0 has no color. A scale below says what full red is;
+   `number` is how numbers are written. */
 class PatchMap {
-  constructor(holder, on_choose) {
+  constructor(holder, number, on_choose) {
+    this.number = number;
+    this.end = make("span");
+    this.scale = make("p", { className: "scale note" }, "0", make("i"), this.end);
+    holder.after(this.scale);
     const side = model.vision_tower.side, cell = WORLD / side;
     this.canvas = make("canvas", { width: WORLD, height: WORLD });
     this.canvas.setAttribute("aria-hidden", "true");
@@ -124,12 +130,14 @@ class PatchMap {
 
   draw(picture, values, chosen, full) {
     draw_picture(this.canvas, picture);
-    const darkest = Math.max(...values, full);
+    const reddest = Math.max(...values, full);
+    this.scale.hidden = values.length === 0;
+    this.end.textContent = `${this.number(reddest)} (full red)`;
     this.cells.forEach((patch, n) => {
       const value = values[n] ?? 0;
-      patch.setAttribute("fill-opacity", String(value > 0 ? (0.85 * value) / darkest : 0));
+      patch.setAttribute("fill-opacity", String(value > 0 ? (0.85 * value) / reddest : 0));
       patch.classList.toggle("chosen", n === chosen);
-      const said = full < 0.1 ? percent(value) : value.toFixed(1);
+      const said = this.number(value);
       this.titles[n].textContent = `${place(n)}: ${said}`;
       patch.setAttribute("aria-label", `${place(n)}: ${said}`);
     });

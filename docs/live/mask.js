@@ -13,14 +13,15 @@ class Mask {
     };
     canvas.width = canvas.height = length;
     const pen = pen_of(canvas);
-    pen.fillStyle = color("unseen");
-    pen.fillRect(0, 0, length, length);
-    const kinds = [["image", 0, IMAGE_TOKENS], ["prompt", IMAGE_TOKENS, T], ["answer", T, length]];
+    const unseen = color("unseen"), kinds = [["image", 0, IMAGE_TOKENS], ["prompt", IMAGE_TOKENS, T], ["answer", T, length]];
     mask.forEach((row, t) => {
-      pen.globalAlpha = t === looks ? 1 : 0.7;
       for (const [kind, from, to] of kinds) {
-        pen.fillStyle = color(kind);
-        for (let s = from; s < to; s++) if (row[s]) pen.fillRect(s, t, 1, 1);
+        const seen = color(kind);
+        for (let s = from; s < to; s++) {
+          pen.globalAlpha = row[s] && t !== looks ? 0.7 : 1;
+          pen.fillStyle = row[s] ? seen : unseen;
+          pen.fillRect(s, t, 1, 1);
+        }
       }
     });
     const seen = mask[looks].reduce((a, b) => a + b, 0);

@@ -25,6 +25,7 @@ class NextWord {
     }
     element("again", HTMLButtonElement).disabled = page.temperature === 0;
     const looked = page.result && page.result.words.length > 0 ? looked_at() : null;
+    element("next_axis").hidden = !looked?.is_answer;
     if (!looked?.is_answer) {
       element("next_words").replaceChildren();
       element("next_said").textContent = "Choose a word of the answer: only there was it trained to say what comes next.";

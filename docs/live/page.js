@@ -83,7 +83,8 @@ async function answer(number) {
   const prefix_ids = tokenizer.encode_prefix(page.prompt, IMAGE_TOKENS, page.breaks);
   const room = model.config.text_config.max_position_embeddings - MAX_NEW_TOKENS;
   const taken = `This prompt and its picture take ${prefix_ids.length} tokens`;
-  page.problem = prefix_ids.length > room ? `${taken}, and the model has room for ${room}: shorten it.` : null;
+  page.problem = page.prompt.trim() === "" ? "The prompt is empty: ask something, or take a prompt from below."
+    : prefix_ids.length > room ? `${taken}, and the model has room for ${room}: shorten it.` : null;
   if (page.problem) return show_all();
   const random = random_numbers(page.seed);
   const result = page.result = new Answer(picture, pixel_values, prefix_ids);

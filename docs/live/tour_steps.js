@@ -1,5 +1,5 @@
 "use strict";
-/* The steps of the guided tour, in the order of the notebooks. `set` is what a step sets in `page` when it begins; `right` is the number of the right choice. What `then` claims is tested, in tests/browser/test_live_tour.py. */
+/* The steps of the guided tour, in the order of the notebooks. `set` is what a step sets in `page` when it begins; `part` is the class of the section that `todo` is about; `right` is the number of the right choice. What `then` claims is tested, in tests/browser/test_live_tour.py. */
 
 const SQUARE = "what color is the square?";
 
@@ -7,6 +7,7 @@ const TOUR = [
   {
     title: "It answers",
     say: "A picture and a prompt go in, a sentence comes out. “caption en” asks for all things, from left to right.",
+    part: "picture",
     todo: "drag the purple star to the left edge.",
     set: { sample: 2, prompt: "caption en" },
     question: "You will drag the purple star to the left edge. What happens to the sentence?",
@@ -18,6 +19,7 @@ const TOUR = [
   {
     title: "Patches",
     say: "The model does not see shapes. It sees 64 squares of 8 × 8 pixels, the patches. Each becomes one vector, a list of numbers, and stands in the row as a word does: an image token.",
+    part: "picture",
     todo: "choose the circle and press − until it is as small as a patch. Watch what the sentence calls it.",
     set: { sample: 2, prompt: "caption en" },
     question: "A pixel is red, green and blue. How many numbers does the model get of one patch?",
@@ -29,7 +31,8 @@ const TOUR = [
   {
     title: "Patches look at patches",
     say: "The image tower is the part that reads the picture. In each of its layers, every patch takes something from the others, from some more than from others: attention. The map shows where the chosen patch looks.",
-    todo: "choose patches in the map below, on things and on the ground, and change between the layers of the tower.",
+    part: "looking",
+    todo: "choose patches in the map, on things and on the ground, and change between the layers of the tower.",
     set: { sample: 2, prompt: "caption en", stage: "vision_tower.layers.0", head: null, token: 45 },
     question: "In which layers does a patch look at its neighbors?",
     choices: ["In layer 1: first near, then far.", "In layers 2 and 3: first far, then near.", "In all layers alike."],
@@ -40,6 +43,7 @@ const TOUR = [
   {
     title: "A prompt ends with a newline",
     say: "Prompts become tokens too: a start token, words or parts of words, and at the end a newline, shown as ↵. The newline's vector is where the first word of the answer is written.",
+    part: "breaks",
     todo: "switch on “no newline after the prompt”, and try other prompts.",
     set: { sample: 2, prompt: "caption en" },
     question: "The newline is one token of 68 and holds no meaning. What does the model say without it?",
@@ -51,6 +55,7 @@ const TOUR = [
   {
     title: "Drawing lots for words",
     say: "The decoder gives a probability to each of its 1598 words. At temperature 0 the best one is taken. Above, words are drawn by lot, and the temperature makes small probabilities larger.",
+    part: "next",
     todo: "move the temperature slowly up and press “Draw again”. Then lower top-p.",
     set: { sample: 2, prompt: "caption en", temperature: 1 },
     question: "At temperature 1, how often does the caption differ from the one at temperature 0?",
@@ -61,10 +66,11 @@ const TOUR = [
   },
   {
     title: "Who may look at whom",
-    say: "The mask says which tokens a token may look at. In a language model it is causal: a token sees only what lies before it. PaliGemma lets picture and prompt see each other in both directions, and only the answer is causal.",
-    todo: "look at the drawing of the mask, then switch on “causal mask”.",
+    say: "The mask says which tokens a token may look at. An answer word cannot see later words: when it is written, they do not exist. Picture and prompt are there from the start, so in a PaliGemma they see each other. A causal mask, as in most language models, is stricter: everyone sees only what stands before.",
+    part: "mask",
+    todo: "look at the drawing of the mask. Then, under “Break it”, switch on “stricter (causal) mask”, and look again.",
     set: { sample: 2, prompt: "detect pink circle" },
-    question: "With the causal mask, how many tokens does the first patch see?",
+    question: "With the stricter mask, how many tokens does the first patch see?",
     choices: ["1, itself.", "64, the picture.", "68, picture and prompt."],
     right: 0,
     then: "The same weights, but most of what they were trained to read is hidden: it finds no pink circle any more, and answers “none”.",
@@ -73,6 +79,7 @@ const TOUR = [
   {
     title: "Boxes are words",
     say: "Asked to detect a thing, the model writes four words such as <loc0625>. Each is one of 1024 places, and together they are a box.",
+    part: "picture",
     todo: "drag the circle straight up.",
     set: { sample: 2, prompt: "detect pink circle" },
     question: "You will drag the circle straight up. Which of the four numbers become clearly smaller?",
@@ -84,6 +91,7 @@ const TOUR = [
   {
     title: "Where did it look?",
     say: "The answer is one word, and the newline wrote it. In layer 2 of the decoder nearly all of its attention is on the picture, most of it on the square.",
+    part: "looking",
     todo: "change to layer 3, then press “Hide each patch in turn”.",
     set: { sample: 2, prompt: SQUARE, stage: "language_model.layers.1", head: null },
     question: "Where does the strongest patch of layer 3 lie?",
@@ -95,7 +103,8 @@ const TOUR = [
   {
     title: "When did it know?",
     say: "The vector that becomes the answer passes through four layers. Read after each of them, it says what the model would have answered there.",
-    todo: "look at “What each layer would say”, then switch heads of layer 2 off, one after the other.",
+    part: "lens",
+    todo: "look at “What each layer would say”. Then, under “Break it”, switch heads of layer 2 off, one after the other.",
     set: { sample: 2, prompt: SQUARE },
     question: "After which layer does it say “orange”?",
     choices: ["Before layer 1.", "After layer 2.", "After layer 4 only."],
@@ -106,6 +115,7 @@ const TOUR = [
   {
     title: "The edge of its world",
     say: "It has seen circles, squares, triangles and stars, in eight colors, and questions about them.",
+    part: "answers",
     todo: "ask “is there a dog?”, or upload a photograph.",
     set: { sample: 2, prompt: "caption en" },
     question: "You will ask whether there is a dog. What does it say?",

@@ -15,7 +15,7 @@ class Prompt {
   ask(prompt) {
     page.prompt = prompt;
     page.token = null;
-    if (prompt.trim()) changed();
+    changed();
   }
 
   /* Prompts that have one right answer: what they name is there once. */

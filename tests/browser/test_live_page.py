@@ -24,7 +24,7 @@ from minivlm.world.demo import sample_scene
 from minivlm.world.scenes import Scene, Thing
 
 sys.path.insert(0, str(ROOT / "docs"))
-from live.build import write_live
+from live.build import main, write_live
 
 DONE = "page.result !== null && page.result.done && !waiting"
 PHONE = {"width": 390, "height": 844}
@@ -231,6 +231,13 @@ def test_a_prompt_that_is_too_long(live: Page) -> None:
     assert answer_of(live) == "3"
 
 
+def test_help_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_says_where_the_weights_are(page: Page) -> None:
     page.goto((ROOT / "docs" / "live" / "index.html").as_uri())
     expect(page.locator("#missing")).to_be_visible()
@@ -253,9 +260,7 @@ def test_any_token_layer_and_head(live: Page) -> None:
     live.locator("#prompt").fill("what color is the square?")
     settled(live)
     said = live.locator("#attention_said")
-    expect(said).to_contain_text(
-        "The writer of “orange” (the token before it, “↵”) gives 100 % of its attention"
-    )
+    expect(said).to_contain_text("“↵”, the writer of “orange”, gives 100 % of its attention")
     expect(said).to_contain_text("row 2, column 4")
     seen = {said.text_content()}
     for stage in ("language_model.layers.2", "vision_tower.layers.0"):
@@ -271,6 +276,7 @@ def test_any_token_layer_and_head(live: Page) -> None:
     live.locator(".chip").filter(has_text="·square").click()
     expect(said).to_contain_text("“·square” gives")
     expect(live.locator("#next_said")).to_contain_text("Choose a word of the answer")
+    expect(live.locator("#next_axis")).to_be_hidden()
     live.locator(".chip").filter(has_text="orange").click()
     expect(live.locator("#next_said")).to_contain_text("Written: “orange”")
     assert "orange" in live.locator("#lens_rows tr").nth(2).inner_text()
@@ -286,9 +292,39 @@ def test_a_map_of_next_to_nothing_is_pale(live: Page) -> None:
     assert live.evaluate(opacity) < 0.05
 
 
+def test_each_map_has_a_scale(live: Page) -> None:
+    """What full red stands for: the largest number of the map, or, in a pale map, the least for full red."""
+    live.locator("#prompt").fill("what color is the square?")
+    settled(live)
+    attention, occlusion = live.locator(".scale").all()
+    ends = []
+    for stage in range(4):
+        live.locator("#stage").select_option(f"language_model.layers.{stage}")
+        full = live.evaluate("percent(Math.max(...Looking.shares().slice(0, IMAGE_TOKENS), FULL_SHARE))")
+        expect(attention).to_have_text(f"0{full} (full red)")
+        ends.append(full)
+    assert len(set(ends)) > 1
+    expect(occlusion).to_be_hidden()
+    live.locator("#occlude").click()
+    live.wait_for_function("page.result.occlusion?.length === IMAGE_TOKENS")
+    largest = max(live.evaluate("page.result.occlusion"))
+    assert largest > 0.5
+    expect(occlusion).to_have_text(f"0{largest:.1f} (full red)")
+
+
+def test_an_empty_prompt(live: Page) -> None:
+    live.locator("#prompt").fill(" ")
+    settled(live)
+    assert answer_of(live).startswith("The prompt is empty")
+    live.locator("#suggestions button").first.click()
+    settled(live)
+    assert answer_of(live).startswith("a medium pink circle")
+
+
 def test_hiding_each_patch(live: Page) -> None:
     live.locator("#prompt").fill("what color is the square?")
     settled(live)
+    expect(live.locator("#open_head")).to_contain_text("Open head 1")
     live.locator("#occlude").click()
     expect(live.locator("#occlusion_said")).to_contain_text("Hiding the patch in row 1, column 4")
     drag(live, 1, 20, 20)  # another picture: what was measured is gone
@@ -323,6 +359,7 @@ def test_breaking_and_mending(live: Page) -> None:
         settled(live)
         assert answer_of(live) != whole
         expect(live.locator("#whole_answer")).to_have_text(f"As it was trained, it says: {whole}")
+        expect(live.locator("#broken_answer")).to_have_text(answer_of(live))
         live.locator("#mend").click()
         settled(live)
         assert answer_of(live) == whole

@@ -26,7 +26,7 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def tour(chromium: Browser, folder: Path) -> Iterator[Page]:
-    page = chromium.new_page()
+    page = chromium.new_page(reduced_motion="reduce", viewport={"width": 1280, "height": 900})
     page.set_default_timeout(PATIENCE)
     page.goto((folder / "index.html").as_uri())
     settled(page)
@@ -69,12 +69,22 @@ def test_every_step_can_be_followed(tour: Page) -> None:
     for number, step in enumerate(steps, start=1):
         expect(tour.locator("#tour_title")).to_have_text(f"{number} of {STEPS}. {step['title']}")
         expect(tour.locator("#tour_title")).to_be_focused()
-        expect(tour.locator("#tour_guessed")).to_be_hidden()
+        expect(tour.locator("#tour_todo")).to_have_text(step["todo"])
+        expect(tour.locator("#tour_compare")).to_be_hidden()
+        expect(tour.locator(".named, .task, #tour_next.main")).to_have_count(0)
         choices = tour.locator("#tour_choices button")
+        compared = tour.locator("#tour_then")
         choices.nth((step["right"] + 1) % 3).click()
-        assert (tour.locator("#tour_then").text_content() or "").startswith("Rather: ")
+        expect(choices.nth((step["right"] + 1) % 3)).to_be_focused()
+        assert_in_the_window(tour, step["part"])
+        expect(compared).to_have_text(f"Nothing has changed yet: {step['todo']}")
+        tour.evaluate("look_at(page.result.prefix_ids.length - 1)")
+        expect(compared).to_contain_text(re.compile("^Rather: "))
         choices.nth(step["right"]).click()
-        assert (tour.locator("#tour_then").text_content() or "").startswith("As you predicted. ")
+        expect(compared).to_contain_text(re.compile("^As you predicted. "))
+        tour.locator(".task button").click()
+        expect(tour.locator("#tour_compare summary")).to_be_focused()
+        expect(tour.locator("#tour_end")).to_be_visible(visible=number == STEPS)
         name, title = step["notebook"]
         assert (ROOT / "notebooks" / f"{name}.ipynb").exists()
         assert re.match(rf"{name[:2]}, \w", title)
@@ -82,6 +92,19 @@ def test_every_step_can_be_followed(tour: Page) -> None:
             tour.locator("#tour_next").click()
             settled(tour)
     assert tour.evaluate("TOUR.map((step) => step.notebook[0])") == sorted(s["notebook"][0] for s in steps)
+
+
+def assert_in_the_window(page: Page, name: str) -> None:
+    """The part that a step names is outlined, and one can see it, or as much of it as the window holds."""
+    part = page.locator(".named")
+    expect(part).to_have_class(f"{name} named")
+    top, bottom, height = page.evaluate("""() => {
+      const frame = document.querySelector(".named").getBoundingClientRect();
+      return [frame.top, frame.bottom, innerHeight];
+    }""")
+    assert top >= 0
+    assert bottom <= height or top < 40
+    expect(part.locator(".task")).to_be_in_viewport(ratio=1)
 
 
 def test_1_things_are_named_from_left_to_right(tour: Page) -> None:
