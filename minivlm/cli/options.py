@@ -195,7 +195,7 @@ def prepare_loop(options: argparse.Namespace, out: Path | None = None) -> Loop:
         save_every=options.save_every,
         measure_every=options.measure_every,  # None: as often as suits the kind of run
         workers=options.workers,
-        device=check_device(own_device(options.device)),
+        device=own_device(check_device(options.device)),
         progress=None if is_first() else False,
     )
     if options.threads is not None:
