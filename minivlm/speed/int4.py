@@ -27,14 +27,13 @@ from minivlm.errors import InputError
 from minivlm.speed.int8 import (
     EPS,
     WEIGHTS_PER_BLOCK,
-    Int8Embedding,
     Int8Linear,
     bias_of,
-    check_head,
-    quantize_rows,
+    decoder_to_quantize,
+    quantize_table,
 )
-from minivlm.speed.one_row import TiedHead
 from minivlm.speed.pages import give_back
+from minivlm.speed.replacing import replace_linear_layers
 from minivlm.speed.widened import product
 
 GROUP = 32  # weights with one scale; the kernel knows 32, 64, 128 and 256
@@ -191,22 +190,17 @@ def quantize_decoder_to_int4(model: nn.Module, group: int = GROUP) -> None:
     Raises:
         InputError: the decoder is already quantized, or scores words in a way of its own.
     """
-    decoder: Any = model.get_submodule("language_model")
-    check_head(decoder)
+    decoder = decoder_to_quantize(model)
     if any(isinstance(module, Int4Linear | Int8Linear) for module in decoder.modules()):
         raise InputError("the decoder is already quantized: do it only once, or load the folder again")
-    table = quantize_rows(decoder.embed_tokens.weight.detach())
-    give_back(decoder.embed_tokens.weight)
-    decoder.embed_tokens = Int8Embedding(*table)
-    if decoder.lm_head is None or isinstance(decoder.lm_head, TiedHead):  # tied: the head is the table
-        decoder.lm_head = Int8Linear(*table)
-    else:
-        decoder.lm_head = Int8Linear(*quantize_rows(decoder.lm_head.weight.detach()))
-    for parent in list(decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int4Linear(child.weight.detach(), group, bias_of(child)))
-                give_back(child.weight)
+
+    def rounded(layer: nn.Linear) -> Int4Linear:
+        new = Int4Linear(layer.weight.detach(), group, bias_of(layer))
+        give_back(layer.weight)
+        return new
+
+    quantize_table(decoder)
+    replace_linear_layers(decoder, rounded)
 
 
 def bytes_in_int4(decoder: nn.Module, dtype: torch.dtype | None, group: int = GROUP) -> int:

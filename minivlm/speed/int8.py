@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minivlm.errors import InputError
 from minivlm.speed.one_row import TiedHead
 from minivlm.speed.pages import give_back
+from minivlm.speed.replacing import replace_linear_layers
 from minivlm.speed.widened import product
 
 FEW_ROWS = 8  # up to this many rows in bf16, the int8 kernel is faster than converting the weights back
@@ -107,15 +108,35 @@ class Int8Embedding(nn.Module):
         return self.weight[input_ids].to(self.scale.dtype) * self.scale[input_ids][..., None]
 
 
-def check_head(decoder: nn.Module) -> None:
-    """Raise InputError if a decoder scores words with more than a matrix."""
-    if not hasattr(decoder, "lm_head"):
-        raise InputError(f"{type(decoder).__name__} has no head to round: leave quantize out")
-
-
 def bias_of(layer: nn.Linear) -> Tensor | None:
     """What is added after the product."""
     return None if layer.bias is None else layer.bias.detach()
+
+
+def quantize_table(decoder: Any) -> None:
+    """Convert the embedding table and the head to int8, in place. A tied head stays the table."""
+    head = decoder.lm_head
+    table = quantize_rows(decoder.embed_tokens.weight.detach())
+    give_back(decoder.embed_tokens.weight)
+    decoder.embed_tokens = Int8Embedding(*table)
+    if head is None or isinstance(head, TiedHead):
+        decoder.lm_head = Int8Linear(*table)
+    else:
+        decoder.lm_head = _rounded(head)
+
+
+def _rounded(layer: nn.Linear) -> Int8Linear:
+    rounded = Int8Linear(*quantize_rows(layer.weight.detach()), bias_of(layer))
+    give_back(layer.weight)
+    return rounded
+
+
+def decoder_to_quantize(model: nn.Module) -> Any:
+    """`model.language_model`. Raises InputError: it scores words with more than a matrix."""
+    decoder = model.get_submodule("language_model")
+    if not hasattr(decoder, "lm_head"):
+        raise InputError(f"{type(decoder).__name__} has no head to round: leave quantize out")
+    return decoder
 
 
 def quantize_decoder(model: nn.Module) -> None:
@@ -126,18 +147,8 @@ def quantize_decoder(model: nn.Module) -> None:
     Raises:
         InputError: the decoder is already quantized, or scores words in a way of its own.
     """
-    decoder: Any = model.get_submodule("language_model")
-    check_head(decoder)
+    decoder = decoder_to_quantize(model)
     if any(isinstance(module, Int8Linear) for module in decoder.modules()):
         raise InputError("the decoder is already in int8: quantize it only once, or load the folder again")
-    # The table first, while little else is held: it is the largest.
-    table = quantize_rows(decoder.embed_tokens.weight.detach())
-    give_back(decoder.embed_tokens.weight)
-    decoder.embed_tokens = Int8Embedding(*table)
-    if decoder.lm_head is None or isinstance(decoder.lm_head, TiedHead):  # tied: the head is the table
-        decoder.lm_head = Int8Linear(*table)
-    for parent in list(decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(*quantize_rows(child.weight.detach()), bias_of(child)))
-                give_back(child.weight)
+    quantize_table(decoder)  # first, while little else is held: it is the largest
+    replace_linear_layers(decoder, _rounded)

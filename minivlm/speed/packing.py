@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minivlm.attention import onednn_has_bf16
 from minivlm.errors import InputError
 from minivlm.speed.one_row import is_one_row, linear
+from minivlm.speed.replacing import replace_linear_layers
 
 ROWS_PER_PRODUCT = 256  # a prompt's: the tiles are chosen for this many rows, and also work for fewer
 SHORT_ROW = 8192  # inputs; up to here, a single row is faster with PyTorch's own kernel than with tiles
@@ -72,10 +73,7 @@ def pack_matrices(model: nn.Module) -> None:
         raise InputError("the model is already packed: pack it only once, or load the folder again")
     for matrix in matrices(model):
         check_packing(matrix.weight.dtype, matrix.weight.device)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child))
+    replace_linear_layers(model, PackedLinear)
 
 
 def matrices(model: nn.Module) -> list[nn.Linear]:

@@ -7,7 +7,7 @@ plain one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -28,3 +28,11 @@ def replace_modules(model: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Mo
         for name, child in list(parent.named_children()):
             if type(child) in kinds:
                 setattr(parent, name, replaced(child, kinds[type(child)]))
+
+
+def replace_linear_layers(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace every linear layer inside a model with what is made of it, one at a time."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, make(child))
