@@ -1,4 +1,4 @@
-"""The one exception that a user can fix.
+"""The one exception that a user can fix, and a kind of it for several processes.
 
 Whatever is wrong with a picture, a prompt or a folder that a user supplies is raised as an `InputError`: one
 line that says what was wrong, what was expected and what to do. It is a `ValueError`, so library users need
@@ -12,6 +12,10 @@ from contextlib import contextmanager
 
 class InputError(ValueError):
     """Bad input from a user. The message is one line and says what to do about it."""
+
+
+class ToldElsewhere(InputError):
+    """An error that process 0 has reported, too: it need not be shown twice."""
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from minivlm.cli import (
 )
 from minivlm.cli.options import is_first, one_line, processes, show, tell
 from minivlm.cli.program import command
-from minivlm.errors import InputError, extra
+from minivlm.errors import InputError, ToldElsewhere, extra
 
 EXAMPLES = """\
 examples:
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = options.run(options) or 0
         sys.stdout.flush()
     except InputError as error:
-        if type(error).__name__ != "ToldElsewhere":  # its module takes seconds to import
+        if not isinstance(error, ToldElsewhere):
             show(error, "error")
         return 2
     except KeyboardInterrupt as stop:

@@ -14,13 +14,9 @@ import torch
 import torch.distributed as dist
 
 from minivlm.distributed.places import Place
-from minivlm.errors import InputError
+from minivlm.errors import InputError, ToldElsewhere
 
 Value = TypeVar("Value")
-
-
-class ToldElsewhere(InputError):
-    """An error that process 0 has reported, too: it need not be shown twice."""
 
 
 def is_first(place: Place | None) -> bool:

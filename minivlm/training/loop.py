@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from minivlm.distributed.agreement import (
-    ToldElsewhere,
     anyone,
     as_the_first,
     check_same,
@@ -45,7 +44,7 @@ from minivlm.distributed.agreement import (
     together,
 )
 from minivlm.distributed.places import Place, gave_up, here
-from minivlm.errors import InputError
+from minivlm.errors import InputError, ToldElsewhere
 from minivlm.evaluation.waiting import Bar
 from minivlm.training.best import (
     COLUMN,
