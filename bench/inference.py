@@ -42,6 +42,7 @@ from typing import Any
 import torch
 import transformers
 from attention import processor as name_of_cpu
+from attention import spread
 from matplotlib.figure import Figure
 
 from minivlm.attention import onednn_has_bf16
@@ -63,11 +64,6 @@ SIZES = {  # of pictures, in pixels
 FRAME = (112, 112)  # pixels of a frame of a video, which is read at its size: 16 tokens for two of them
 OURS, PACKED, PEER = "minivlm", "minivlm packed", "transformers"
 Rounds = dict[str, list[dict[str, Any]]]  # by side, one result per round
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median (least to most)."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def in_turns(sides: Sequence[str], rounds: int, job: dict[str, Any]) -> Rounds:

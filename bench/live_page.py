@@ -10,15 +10,14 @@ page answers anew: from the key to the whole answer. Milliseconds, by the page's
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from attention import processor
+from attention import processor, spread
 from playwright.sync_api import sync_playwright
+
+from minivlm.world.renderers import QUIET, find_browser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from live.build import write_live
@@ -36,11 +35,6 @@ MOVE = """
 """
 
 
-def spread(times: Sequence[float]) -> str:
-    """Median (least to most)."""
-    return f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})"
-
-
 def main() -> None:
     """Print both times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -52,9 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         write_live(Path(folder))
         for _ in range(options.rounds):
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-            )
+            browser = playwright.chromium.launch(executable_path=find_browser(), args=list(QUIET))
             version, page = browser.version, browser.new_page()
             page.goto((Path(folder) / "index.html").as_uri(), wait_until="commit")
             page.wait_for_function(f"typeof page === 'object' && {DONE}", polling=5)
@@ -64,8 +56,8 @@ def main() -> None:
             browser.close()
     lines = [f"{processor()}; Chromium {version}; {options.rounds} browsers", ""]
     lines += ["| | ms: median (least to most) |", "|---|---|"]
-    lines += [f"| opened, until the first answer | {spread(first)} |"]
-    lines += [f"| a thing moved, until the answer | {spread(edits)} |"]
+    lines += [f"| opened, until the first answer | {spread(first, 0)} |"]
+    lines += [f"| a thing moved, until the answer | {spread(edits, 0)} |"]
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

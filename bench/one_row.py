@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attention import processor
+from attention import processor, spread
 from torch import Tensor
 
 from minivlm.speed import one_row
@@ -74,9 +74,8 @@ def main() -> None:
     for name, times in tokens.items():
         ratio = [mine / other for mine, other in zip(times, best, strict=True)]
         token = statistics.median(times)
-        spread = f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
         speed = f"{token * 1e3:6.0f} ms   {size / token / 1e9:5.1f} GB/s"
-        lines.append(f"{name:22} {speed}   {spread} of oneDNN off")
+        lines.append(f"{name:22} {speed}   {spread(ratio)} of oneDNN off")
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 import transformers
 from attention import processor as name_of_cpu
+from attention import spread
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -62,11 +63,6 @@ Clock = Callable[[], float]
 def clock_for(threads: int) -> Clock:
     """Processor time where one thread does everything (other programs count little), else the wall's."""
     return time.process_time if threads == 1 else time.perf_counter
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median (least to most)."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def in_turns(workers: Sequence[Seconds], rounds: int) -> list[list[float]]:

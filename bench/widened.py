@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attention import processor
+from attention import processor, spread
 
 from minivlm.speed.widened import product
 
@@ -53,9 +53,7 @@ def main() -> None:
         )
         turns = [[seconds(kernel) for kernel in kernels] for _ in range(options.rounds + 1)][1:]
         times = " | ".join(f"{1e3 * statistics.median(column):.1f}" for column in zip(*turns, strict=True))
-        ratio = [turn[0] / turn[1] for turn in turns]
-        spread = f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
-        lines.append(f"| {rows} | {times} | {spread} |")
+        lines.append(f"| {rows} | {times} | {spread([turn[0] / turn[1] for turn in turns])} |")
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
