@@ -6,7 +6,7 @@
 
 Evidence in boxes can be checked: whether they are true, by the scene, and whether the conclusion follows from
 them, by `conclude`, which looks at question and boxes and at no picture. Words for what a model "thinks" are
-elsewhere in the literature (chain of thought, https://arxiv.org/abs/2201.11903); few can be checked like this.
+elsewhere in the literature (chain of thought, https://arxiv.org/abs/2201.11903); few can be checked so.
 """
 
 from __future__ import annotations

@@ -1,0 +1,104 @@
+"""How likely a model finds given answers, with a gradient: what supervised and rewarded steps both need.
+
+A PaliGemma reads all answers of a group behind one prompt, where no answer sees another:
+
+    prompt   answer 1  answer 2          1 1 | 0 0 | 0 0
+    ------   --------  --------          1 1 | 0 0 | 0 0
+     p  p      a  b      c  d            1 1 | 1 0 | 0 0
+                                         1 1 | 1 1 | 0 0
+    positions 0 1 2 3 2 3                1 1 | 0 0 | 1 0
+                                         1 1 | 0 0 | 1 1
+
+Any other model reads a row for each answer, which gives the same numbers and takes longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minivlm.models.paligemma import PaliGemma
+from minivlm.models.protocols import Answers
+from minivlm.processing import AnswerProcessor, to_device
+from minivlm.processing.inputs import Inputs, Picture
+
+
+def answer_log_probs(
+    model: Answers,
+    processor: AnswerProcessor,
+    pictures: Sequence[Picture],
+    prompts: Sequence[str],
+    tokens: Tensor,
+    real: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The log-probability of each token of G answers to each of P prompts, [P, G, L]; 0 for padding.
+
+    Args:
+        tokens, real: [P, G, L], as in `Rollout`.
+        temperature: by which logits are divided, as when the answers were drawn.
+    """
+    if isinstance(model, PaliGemma):
+        hidden = _behind_one_prompt(model, to_device(processor(pictures, prompts), model.device), tokens)
+        logits = model.logits(hidden[real])
+    else:
+        group = tokens.shape[1]
+        all_pictures, all_prompts = (
+            [one for one in ones for _ in range(group)] for ones in (pictures, prompts)
+        )
+        inputs = to_device(processor(all_pictures, all_prompts), model.device)
+        prompt = inputs["input_ids"].shape[1]
+        rows = extended(inputs, tokens.flatten(0, 1), real.flatten(0, 1))
+        logits = model(**rows).logits[:, prompt - 1 : -1].unflatten(0, (-1, group))[real]
+    log_probs = (logits.float() / temperature).log_softmax(dim=-1)  # [answers' tokens, V]
+    chosen = log_probs.gather(-1, tokens[real][:, None])[:, 0]
+    return chosen.new_zeros(tokens.shape).masked_scatter(real, chosen)
+
+
+def extended(inputs: Inputs, tokens: Tensor, real: Tensor) -> Inputs:
+    """Prompts [B, T], padded on the left, that go on with tokens [B, L] of an answer."""
+    rows = dict(inputs)
+    rows["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+    rows["attention_mask"] = torch.cat([inputs["attention_mask"], real.long()], dim=1)
+    if "token_type_ids" in inputs:
+        rows["token_type_ids"] = torch.cat([inputs["token_type_ids"], real.long()], dim=1)
+    return rows
+
+
+def answer_ids(
+    processor: AnswerProcessor, prompts: Sequence[str], answers: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """True answers as `tokens` and `real` with one answer a prompt: [P, 1, L]."""
+    written = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = processor.encode_row(prompt, answer)
+        written.append([index for index, is_written in zip(row.ids, row.written, strict=True) if is_written])
+    longest = max(map(len, written))
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in written])
+    lengths = torch.tensor([len(ids) for ids in written])
+    return tokens[:, None], (torch.arange(longest) < lengths[:, None])[:, None]
+
+
+def _behind_one_prompt(model: PaliGemma, inputs: Inputs, tokens: Tensor) -> Tensor:
+    """Hidden states [P, G, L, D] that predict tokens [P, G, L]."""
+    group, length = tokens.shape[1:]
+    is_prompt = inputs["attention_mask"].bool()  # [P, T], padding on the left
+    features = model.encode_image(inputs["pixel_values"])
+    embeds = torch.cat(
+        [model.merge(inputs["input_ids"], features), model.language_model.embed(tokens.flatten(1))], dim=1
+    )  # [P, T + G L, D]
+    prompt_positions = (is_prompt.cumsum(dim=1) - 1).clamp(min=0)
+    steps = torch.arange(length, device=tokens.device).repeat(group)  # [G L]
+    position_ids = torch.cat([prompt_positions, is_prompt.sum(dim=1, keepdim=True) + steps], dim=1)
+    answer = torch.arange(group, device=tokens.device).repeat_interleave(length)
+    own_past = (answer[:, None] == answer) & (steps[:, None] >= steps)  # [G L, G L]
+    prompt, total = is_prompt.shape[1], embeds.shape[1]
+    mask = own_past.new_zeros(len(tokens), total, total)
+    mask[:, :, :prompt] = is_prompt[:, None]
+    mask[:, prompt:, prompt:] = own_past
+    hidden = model.language_model(embeds, position_ids, mask[:, None])
+    of_answers = hidden[:, prompt:].unflatten(1, (group, length))
+    first = hidden[:, None, prompt - 1 : prompt].expand(-1, group, -1, -1)
+    return torch.cat([first, of_answers[:, :, :-1]], dim=2)
