@@ -123,6 +123,7 @@ class Trainable(ABC):
     working: nn.Module  # the copy that computes, see precision.py
     optimizers: dict[str, torch.optim.Optimizer]
     losses: tuple[str, ...]  # columns of the log that are losses
+    curves: tuple[str, ...] = ()  # other numbers of every step, of which the log has the means
     log_every: int = 50  # steps, where the loop does not say
     measure_every: int = 500  # likewise
     measures: bool = True  # whether there is something to measure on
@@ -341,7 +342,7 @@ class RunFolder:
     def log(self, bar: Bar, measure: bool) -> None:
         """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
         run = self.run
-        here = {**run.place(), **_means(self.unlogged, run.losses)}
+        here = {**run.place(), **_means(self.unlogged, (*run.losses, *run.curves))}
         bar.set_postfix({name: value for name, value in here.items() if value is not None})
         metrics = as_the_first(run.among, _metrics(run)) if measure else {}
         self.lines.append({"step": run.step, **here, **_rates(run), **metrics})
