@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minivlm.evaluation.continued import extended
 from minivlm.models.paligemma import PaliGemma
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor, to_device
@@ -55,30 +56,6 @@ def answer_log_probs(
     log_probs = (logits.float() / temperature).log_softmax(dim=-1)  # [answers' tokens, V]
     chosen = log_probs.gather(-1, tokens[real][:, None])[:, 0]
     return chosen.new_zeros(tokens.shape).masked_scatter(real, chosen)
-
-
-def extended(inputs: Inputs, tokens: Tensor, real: Tensor) -> Inputs:
-    """Prompts [B, T], padded on the left, that go on with tokens [B, L] of an answer."""
-    rows = dict(inputs)
-    rows["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
-    rows["attention_mask"] = torch.cat([inputs["attention_mask"], real.long()], dim=1)
-    if "token_type_ids" in inputs:
-        rows["token_type_ids"] = torch.cat([inputs["token_type_ids"], real.long()], dim=1)
-    return rows
-
-
-def answer_ids(
-    processor: AnswerProcessor, prompts: Sequence[str], answers: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """True answers as `tokens` and `real` with one answer a prompt: [P, 1, L]."""
-    written = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        row = processor.encode_row(prompt, answer)
-        written.append([index for index, is_written in zip(row.ids, row.written, strict=True) if is_written])
-    longest = max(map(len, written))
-    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in written])
-    lengths = torch.tensor([len(ids) for ids in written])
-    return tokens[:, None], (torch.arange(longest) < lengths[:, None])[:, None]
 
 
 def _behind_one_prompt(model: PaliGemma, inputs: Inputs, tokens: Tensor) -> Tensor:

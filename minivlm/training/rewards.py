@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minivlm.evaluation.detection import box_iou
+from minivlm.evaluation import faithfulness
 from minivlm.evaluation.scoring import Question
 from minivlm.training.rollouts import Rollout
 from minivlm.world.thinking import THINK, conclude, conclusion, evidence
@@ -43,18 +43,8 @@ def form(question: Question, answer: Answer) -> float:
 
 
 def true_boxes(question: Question, answer: Answer) -> float:
-    """How true the evidence is, from 0 to 1: IoU of each box with the thing of its name, as a mean.
-
-    The mean is over the boxes named or those wanted, whichever are more: neither one box too many nor one too
-    few pays.
-    """
-    found = evidence(answer.text)
-    wanted = {thing.name: thing.box for thing in question.example.things}
-    named: dict[str, float] = {}
-    for box in found:
-        if box.name in wanted:
-            named[box.name] = max(named.get(box.name, 0.0), box_iou(box[:4], wanted[box.name]))
-    return sum(named.values()) / max(len(found), len(wanted), 1)
+    """How true the evidence is, from 0 to 1, see `minivlm.evaluation.faithfulness.true_boxes`."""
+    return faithfulness.true_boxes(question, answer.text)
 
 
 def follows(question: Question, answer: Answer) -> float:

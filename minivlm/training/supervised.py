@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minivlm.evaluation.continued import answer_ids
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import Picture
-from minivlm.training.log_probs import answer_ids, answer_log_probs
+from minivlm.training.log_probs import answer_log_probs
 from minivlm.world.thinking import conclusion
 
 HEAVY = 3.0  # weight of a conclusion's tokens, and of the first word of each box; of others, 1

@@ -14,11 +14,11 @@ from small_run import Stop, assert_same_end, files, log_of
 from minivlm.cli import main
 from minivlm.errors import InputError
 from minivlm.evaluation.composed import make_composed
+from minivlm.evaluation.continued import answer_ids
 from minivlm.models.load import SHIPPED, load
 from minivlm.processing import box_to_tokens
 from minivlm.training import reasoning
 from minivlm.training.collapse import WINDOW, Watch
-from minivlm.training.log_probs import answer_ids
 from minivlm.training.loop import Loop
 from minivlm.training.reasoning import Collapsed, ReasoningConfig, ReasoningRun, train_reasoning
 from minivlm.training.rewards import REWARDS, Answer

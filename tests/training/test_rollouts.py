@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from minivlm.evaluation.answers import make_questions
+from minivlm.evaluation.continued import answer_ids, extended
 from minivlm.models.load import SHIPPED, load_answering
-from minivlm.training import log_probs as log_probs_file
-from minivlm.training.log_probs import answer_ids, answer_log_probs
+from minivlm.training.log_probs import answer_log_probs
 from minivlm.training.rollouts import sample_groups
 
 FOLDERS = {
@@ -60,7 +60,7 @@ def test_log_probs_are_those_of_the_answers_alone(
         for p, g in np.ndindex(len(prompts), GROUP):
             tokens = rollout.tokens[p, g][rollout.real[p, g]]
             inputs = processor([pictures[p]], [prompts[p]])
-            rows = log_probs_file.extended(inputs, tokens[None], torch.ones(1, len(tokens), dtype=torch.bool))
+            rows = extended(inputs, tokens[None], torch.ones(1, len(tokens), dtype=torch.bool))
             logits = model(**rows).logits[0, -len(tokens) - 1 : -1]
             alone = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
             torch.testing.assert_close(found[p, g, : len(tokens)], alone, atol=1e-4, rtol=1e-4)
