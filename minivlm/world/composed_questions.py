@@ -21,6 +21,7 @@ from minivlm.world.scenes import SIZES, Scene, Thing
 
 COMPOSED_TASKS = ("larger", "nearer", "left_count", "vertical")
 LEAST_GAP = 5.0  # units in height, and between two distances; less is hard to see in 64 pixels
+LEAST_RATIO = 1.1  # of the areas of two boxes
 
 _SIZE_NAMES = tuple(SIZES)
 
@@ -35,19 +36,23 @@ def ask_composed(scene: Scene, task: str, rng: np.random.Generator) -> Example |
 
 
 def _ask_larger(scene: Scene, named: list[Thing], rng: np.random.Generator) -> Example | None:
-    """About things of different sizes, so that none is larger by a pixel."""
-    pairs = [(a, b) for a in named for b in named if a.size != b.size]
-    if not pairs:
+    """About things of different sizes, so that none is larger by a pixel, where boxes say the same.
+
+    A square whose corners are as far from its middle as a circle's rim takes half of the circle's box: of a
+    small circle and a medium square, either may be called the larger one.
+    """
+    sizes = [(_SIZE_NAMES.index(thing.size), _box_area(thing), thing) for thing in named]
+    larger = [
+        (a, b) for size, area, a in sizes for other_size, other_area, b in sizes
+        if size > other_size and area > LEAST_RATIO * other_area
+    ]  # fmt: skip
+    if not larger:
         return None
-    # Both orders of a pair are in the list, so half of the answers are yes.
-    first, second = pairs[rng.integers(len(pairs))]
-    larger = _SIZE_NAMES.index(first.size) > _SIZE_NAMES.index(second.size)
-    return Example(
-        "larger",
-        f"is the {first.name} larger than the {second.name}?",
-        "yes" if larger else "no",
-        (first, second),
-    )
+    first, second = larger[rng.integers(len(larger))]
+    answer = "yes"
+    if rng.random() < 0.5:
+        first, second, answer = second, first, "no"
+    return Example("larger", f"is the {first.name} larger than the {second.name}?", answer, (first, second))
 
 
 def _ask_nearer(scene: Scene, named: list[Thing], rng: np.random.Generator) -> Example | None:
@@ -93,6 +98,11 @@ def _ask_vertical(scene: Scene, named: list[Thing], rng: np.random.Generator) ->
         "yes" if holds else "no",
         (first, second),
     )
+
+
+def _box_area(thing: Thing) -> float:
+    x0, y0, x1, y1 = thing.box
+    return (x1 - x0) * (y1 - y0)
 
 
 def _distance(a: Thing, b: Thing) -> float:

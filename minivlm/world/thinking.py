@@ -29,8 +29,6 @@ _LARGER = re.compile(rf"is the ({_NAME}) larger than the ({_NAME})\?")
 _NEARER = re.compile(rf"which is nearer to the ({_NAME}), the ({_NAME}) or the ({_NAME})\?")
 _LEFT_COUNT = re.compile(rf"how many objects are left of the ({_NAME})\?")
 _EXISTENCE = re.compile(rf"is there an? ({_NAME})\?")
-# The width of a box over the radius of the circle around the shape, as scenes draw it without a turn.
-_WIDTHS = {"circle": 2.0, "square": 2**0.5, "triangle": 3**0.5, "star": 2 * math.cos(math.radians(18))}
 
 
 def think(example: Example, width: float = WORLD, height: float = WORLD) -> Example:
@@ -62,7 +60,7 @@ def boxes_of(scene: Scene) -> list[Box]:
 def conclude(prompt: str, boxes: Sequence[Box]) -> str | None:
     """The answer that follows from boxes alone; None where they do not say, or the question is no such one.
 
-    Only the form of a question decides how boxes are compared: their middles, their widths, their number. A
+    Only the form of a question decides how boxes are compared: their middles, their areas, their number. A
     name has to be that of one box. To count what lies to the left, all boxes are evidence.
     """
     question = prompt.removeprefix(THINK)
@@ -77,7 +75,7 @@ def conclude(prompt: str, boxes: Sequence[Box]) -> str | None:
         first, second = (_named(boxes, name) for name in match.groups())
         if first is None or second is None:
             return None
-        return "yes" if _radius(first) > _radius(second) else "no"
+        return "yes" if _area(first) > _area(second) else "no"
     if match := _RELATION.fullmatch(question):
         first, second = _named(boxes, match[1]), _named(boxes, match[3])
         if first is None or second is None:
@@ -103,6 +101,5 @@ def _middle(box: Box) -> tuple[float, float]:
     return (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
 
 
-def _radius(box: Box) -> float:
-    """Of the circle around the shape that the box's name says."""
-    return (box.x1 - box.x0) / _WIDTHS[box.name.split()[-1]]
+def _area(box: Box) -> float:
+    return (box.x1 - box.x0) * (box.y1 - box.y0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minivlm.processing.boxes import Box
-from minivlm.world.composed_questions import COMPOSED_TASKS, LEAST_GAP, ask_composed
+from minivlm.world.composed_questions import COMPOSED_TASKS, LEAST_GAP, LEAST_RATIO, ask_composed
 from minivlm.world.questions import Example, ask, examples, vocabulary
 from minivlm.world.scenes import SIZES, Scene, Thing, make_scene
 from minivlm.world.thinking import END, boxes_of, conclude, conclusion, evidence, think
@@ -44,7 +44,10 @@ def test_the_answer_again(task: str) -> None:
         assert things == list(example.things[: len(things)])
         if task == "larger":
             sizes = [list(SIZES).index(thing.size) for thing in things]
+            areas = [(t.box[2] - t.box[0]) * (t.box[3] - t.box[1]) for t in things]
+            assert (sizes[0] > sizes[1]) == (areas[0] > areas[1])
             assert sizes[0] != sizes[1]
+            assert max(areas) > LEAST_RATIO * min(areas)
             assert example.suffix == ("yes" if sizes[0] > sizes[1] else "no")
         elif task == "nearer":
             near, far = sorted(things[1:], key=lambda t: (t.x - things[0].x) ** 2 + (t.y - things[0].y) ** 2)
