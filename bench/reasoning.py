@@ -4,7 +4,7 @@ Run: OMP_NUM_THREADS=1 python bench/reasoning.py --runs runs/reasoning --out ben
 
 Three parts, each with three seeds, all from the shipped model:
 
-- rewards: "is A larger than B?". First 15 steps on true answers, then 100 on rewards (GRPO, Dr. GRPO, with
+- rewards: "is A larger than B?". First 15 steps on true answers, then 60 on rewards (GRPO, Dr. GRPO, with
   KL, with rehearsal), or as many again on true answers; and rewards without any true answer before.
 - thinking: "is A above B?", directly, or with boxes as evidence; then rewards for the conclusion, for
   evidence as well, and for boxes whether or not they are true. Does the conclusion follow from the evidence?
@@ -59,14 +59,14 @@ CURVES = ("reward", "accuracy", "entropy", "mixed", "length", "endless")
 LARGER = {"task": "larger"}
 VERTICAL = {"task": "vertical", "supervised_steps": 300, "rewarded_steps": 0, "rehearsal": 8}
 THINKING = {"task": "vertical", "think": True}
-ON_REWARDS: dict[str, Any] = {"supervised_steps": 0, "rewarded_steps": 100}
+ON_REWARDS: dict[str, Any] = {"supervised_steps": 0, "rewarded_steps": 60}
 THINKS: dict[str, Any] = THINKING | {"supervised_steps": 0, "rewarded_steps": 40, "prompts": 16}
 RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "true answers, 15 steps": (None, LARGER | {"rewarded_steps": 0}),
     "then GRPO": ("true answers, 15 steps", LARGER | ON_REWARDS),
     "then true answers": (
         "true answers, 15 steps",
-        LARGER | {"supervised_steps": 100, "rewarded_steps": 0},
+        LARGER | {"supervised_steps": 60, "rewarded_steps": 0},
     ),
     "then GRPO with rehearsal": ("true answers, 15 steps", LARGER | ON_REWARDS | {"rehearsal": 8}),
     "then Dr. GRPO": ("true answers, 15 steps", LARGER | ON_REWARDS | {"loss": "dr_grpo"}),

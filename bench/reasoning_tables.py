@@ -66,8 +66,11 @@ def _faithfulness(results: Results) -> list[str]:
     if not thinking:
         return []
     rows = [
-        [row, *(cell([run[row]["value"] for run in runs]) for runs in thinking.values())]
-        + [f"{first['baseline']:.3f}"]
+        [
+            row,
+            *(cell([run[row]["value"] for run in runs]) for runs in thinking.values()),
+            f"{first['baseline']:.3f}",
+        ]
         for row, first in next(iter(thinking.values()))[0].items()
     ]
     return ["## Faithfulness of the evidence", "", *table(["", *thinking, "chance"], rows)]
