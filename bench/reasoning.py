@@ -1,6 +1,7 @@
 """What do rewards teach beyond true answers, is evidence used, and when is the picture not?
 
-Run: OMP_NUM_THREADS=1 python bench/reasoning.py --runs runs/reasoning --out bench/results/reasoning.txt
+Run: OMP_NUM_THREADS=1 python bench/reasoning.py --runs runs/reasoning --out bench/results/reasoning.txt \\
+    --numbers minivlm/assets/reasoning.json
 
 Three parts, each with three seeds, all from the shipped model:
 
@@ -45,7 +46,8 @@ from minivlm.models.contrastive_decoding import Contrastive, diffused
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.training.log import read_log
 from minivlm.training.loop import LOG, Loop, run_folder, run_to_end
-from minivlm.training.reasoning import Collapsed, ReasoningConfig, ReasoningRun
+from minivlm.training.reasoning import Collapsed, ReasoningRun
+from minivlm.training.reasoning_recipe import ReasoningConfig
 from minivlm.training.supervised import Shown, supervised_loss
 
 SEEDS = (0, 1, 2)
@@ -82,6 +84,7 @@ RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
 TASK_OF = {name: str(changes["task"]) for name, (_, changes) in RUNS.items()}
 STEPS_OF_BIAS, ROWS_OF_BIAS = 150, 32
 FADED = (0.3, 0.15, 0.1)  # saturations at which the color of stars is asked for
+STARS = 400  # questions at each
 ALPHAS = (1.0, 3.0, 10.0)
 
 
@@ -205,7 +208,7 @@ def look(name: str, seed: int, folder: Path) -> dict[str, Any]:
     for saturation in FADED:
         rng = np.random.default_rng([1, 78])
         questions = [
-            star_question(rng, "test", lambda scene, rng, s=saturation: faded(scene, s)) for _ in range(400)
+            star_question(rng, "test", lambda scene, rng, s=saturation: faded(scene, s)) for _ in range(STARS)
         ]
         answers = {"plain": answers_to(model, processor, questions)}
         if name == "biased":
@@ -285,7 +288,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--only", nargs="+", choices=UNITS, default=list(UNITS), help="these units alone")
     parser.add_argument("--runs", type=Path, required=True, help="folder of runs and single results")
-    parser.add_argument("--out", type=Path, help="the tables; numbers go beside them with the suffix .json")
+    parser.add_argument("--out", type=Path, help="the tables")
+    parser.add_argument("--numbers", type=Path, help="the numbers, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.runs.mkdir(parents=True, exist_ok=True)
@@ -301,10 +305,10 @@ def main() -> None:
     results = stored(options.runs, options.seeds)
     text = as_text(results, TASK_OF)
     print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
-        numbers = json.dumps(results, indent=1) + "\n"
-        options.out.with_suffix(".json").write_text(numbers, encoding="utf-8")
+    numbers = json.dumps(results, indent=1)
+    for path, content in ((options.out, text), (options.numbers, numbers)):
+        if path is not None:
+            path.write_text(content + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,13 @@ def add_to(commands: Commands) -> None:
     ask.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the best tokens of total probability P"
     )
+    ask.add_argument(
+        "--contrast",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="above 0: against what a distorted picture would say, with this weight (default: 0)",
+    )
     ask.add_argument("--seed", type=shared.seed, help="makes sampling repeatable")
     ask.set_defaults(run=run)
 
@@ -135,7 +142,7 @@ def _ask(
     from minivlm.cli import notes
     from minivlm.models.answering import AnswerStream
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "contrast")
     stream = AnswerStream(*loaded, picture, prompt, **{name: getattr(options, name) for name in names})
     pieces = iter(stream)
     answer = next(pieces)  # what is refused here is refused before anything is printed

@@ -103,7 +103,8 @@ def run(options: argparse.Namespace) -> None:
     """Train, and say how many conclusions are right and where to look."""
     from minivlm.training.log import read_log
     from minivlm.training.loop import LOG
-    from minivlm.training.reasoning import CURVES, ReasoningConfig, train_reasoning
+    from minivlm.training.reasoning import CURVES, train_reasoning
+    from minivlm.training.reasoning_recipe import ReasoningConfig
 
     shared.refuse(options, ("bf16",), "is for large models: these runs compute in fp32, leave it out")
     names = [*OWN, "seed", "warmup_steps", *(name for numbers in RECIPE.values() for name in numbers)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minivlm.errors import InputError
+from minivlm.models.contrastive_decoding import Contrastive, distorted
 from minivlm.models.load import load_answering
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor, BaseTokenizer, Video, to_device
@@ -28,7 +31,8 @@ def answer(picture: Picture | Video, prompt: str, using: Loaded | None = None, *
     Args:
         picture: a PIL image, the path of a picture, or what `open_video` returns.
         using: a model and its processor, as `load` returns them; None: the shipped model.
-        **choices: of `minivlm.generate.stream`: max_new_tokens, temperature, top_k, top_p, seed.
+        **choices: of `minivlm.generate.stream`: max_new_tokens, temperature, top_k, top_p, seed; and contrast
+            with a distorted picture, as in `AnswerStream`.
 
     Raises InputError: as the processor and `minivlm.generate.stream`.
     """
@@ -49,6 +53,9 @@ class AnswerStream:
     shape codes, so such a token counts as sure as the model is that one of its kind comes here. That says
     whether there is a thing, not how well its edges are met. None: the model told nothing.
 
+    With `contrast` above 0, words are those that the picture makes more probable than a distorted picture
+    does, see `minivlm.models.contrastive_decoding`, and so is the confidence.
+
     A model that is lost may write one token again and again. Such an answer is stopped: `repeats` is True.
     """
 
@@ -58,9 +65,12 @@ class AnswerStream:
         processor: AnswerProcessor,
         picture: Picture | Video,
         prompt: str,
+        contrast: float = 0.0,
         **choices: Any,
     ) -> None:
-        self.model, self.processor, self.choices = model, processor, choices
+        if not 0 <= contrast < math.inf:
+            raise InputError(f"contrast is {contrast}: choose 0 for none, or a number above, such as 1")
+        self.model, self.processor, self.contrast, self.choices = model, processor, contrast, choices
         self.inputs: dict[str, Any] = to_device(processor([picture], [prompt]), model.device)
         self.confidence: float | None = None
         self.repeats = False
@@ -68,7 +78,10 @@ class AnswerStream:
     def __iter__(self) -> Iterator[str]:
         ids: list[int] = []
         shown = ""
-        noting, seg_ids = _Noting(self.model), self.processor.tokenizer.seg_ids
+        scoring: Any = self.model
+        if self.contrast:
+            scoring = Contrastive(self.model, distorted(self.inputs), self.contrast)
+        noting, seg_ids = _Noting(scoring), self.processor.tokenizer.seg_ids
         # Called on the class: the model's own loop, which asks `noting` for logits.
         for token in type(self.model).stream(noting, **self.inputs, **self.choices):
             ids.append(int(token[0]))

@@ -11,8 +11,7 @@ With a = 0 this is ordinary decoding. It takes twice the time.
 `Contrastive` is a model beside the model, for every way of generating:
 
     inputs = processor([picture], [prompt])
-    other = {"pixel_values": diffused(inputs["pixel_values"])}
-    Contrastive(model, other, alpha=1.0).generate(**inputs)
+    Contrastive(model, distorted(inputs), alpha=1.0).generate(**inputs)
 """
 
 from __future__ import annotations
@@ -76,6 +75,11 @@ def contrasted(seen: Tensor, other: Tensor, alpha: float, beta: float) -> Tensor
     log_probs = seen.log_softmax(dim=-1)
     plausible = log_probs.exp() >= beta * log_probs.amax(dim=-1, keepdim=True).exp()
     return scores.masked_fill(~plausible, NEVER)
+
+
+def distorted(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The pixels among inputs, diffused: what `Contrastive` takes as `other`."""
+    return {name: diffused(tensor) for name, tensor in inputs.items() if name.startswith("pixel_values")}
 
 
 def diffused(pixel_values: Tensor, step: int = 500, seed: int = 0) -> Tensor:

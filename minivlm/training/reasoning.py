@@ -5,33 +5,29 @@
    grpo.py). No true answer is shown any more, only what an answer is worth (rewards.py).
 
 The image tower stays as it is. So that old skills are not lost, each step may also show some rows of the
-questions that the model was trained on (`rehearsal`). A batch is a function of (seed, step), and so are the
-random numbers of its answers: a run that was killed goes on as if it had not been.
+questions that the model was trained on (`rehearsal`). Batches and the random numbers of answers depend on
+seed and step alone: a run that was killed goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
-from minivlm.errors import InputError
 from minivlm.evaluation.answers import answer_all, drawn_side
-from minivlm.evaluation.composed import check_task, conclusions_right, draw_question, make_composed
-from minivlm.evaluation.scoring import Question
-from minivlm.models.load import SHIPPED, load_answering
+from minivlm.evaluation.composed import conclusions_right, make_composed
+from minivlm.models.load import load_answering
 from minivlm.models.protocols import Answers
 from minivlm.training.collapse import Watch
 from minivlm.training.curves import plot_curves
 from minivlm.training.grpo import advantages, grpo_loss, mixed_groups
-from minivlm.training.limits import check_numbers, check_warmup
 from minivlm.training.log import read_log
 from minivlm.training.log_probs import answer_log_probs
 from minivlm.training.loop import (
@@ -44,122 +40,25 @@ from minivlm.training.loop import (
     run_folder,
     run_to_end,
 )
-from minivlm.training.replay import WorldRows
-from minivlm.training.rewards import REWARDS, reward_groups
+from minivlm.training.reasoning_recipe import STREAM, Asked, ReasoningBatches, ReasoningConfig
+from minivlm.training.rewards import reward_groups
 from minivlm.training.rollouts import Rollout, sample_groups
 from minivlm.training.schedule import warm_up
 from minivlm.training.supervised import Shown, supervised_loss
 
 CURVES = "curves.png"
-LOSSES = {"grpo": "GRPO as published", "dr_grpo": "Dr. GRPO, without the two divisions"}
 MEASURED = 200  # held-out questions
-STREAM = 2**29  # of random numbers: [seed, stream, step, number]
 
 
 class Collapsed(Diverged):
     """The answers have become worthless to learn from. The weights are those after the step."""
 
 
-@dataclass(frozen=True)
-class ReasoningConfig:
-    """Everything that decides the result. The defaults take about a minute."""
-
-    model: str = str(SHIPPED)  # folder or repo id of a model that answers
-    task: str = "larger"  # of COMPOSED_TASKS, or an old one
-    think: bool = False  # name boxes before the conclusion
-    seed: int = 0
-    supervised_steps: int = 15
-    rows: int = 32  # of a supervised step
-    supervised_lr: float = 1e-3
-    rewarded_steps: int = 100
-    prompts: int = 32  # of a rewarded step
-    group: int = 8  # answers to each
-    temperature: float = 1.0
-    max_new_tokens: int | None = None  # None: 12, or 64 where it thinks
-    lr: float = 2e-4
-    loss: str = "grpo"
-    updates: int = 1  # steps of the optimizer on the answers of one
-    clip_ratio: float = 0.2  # PPO's clipping, which matters from the second update on
-    kl: float = 0.0  # weight of the distance from the model after its supervised steps
-    rehearsal: int = 0  # rows of old questions in every step
-    warmup_steps: int = 5  # of each stage
-    clip: float = 1.0  # norm of the gradient
-    # What an answer is worth: the weight of each reward.
-    right: float = 1.0
-    form: float = 0.0
-    true_boxes: float = 0.0
-    follows: float = 0.0
-    length: float = 0.0
-    boxes: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises InputError: a number that nothing can be trained with, or an unknown task or loss."""
-        check_numbers(asdict(self))
-        check_task(self.task, self.think)
-        if self.loss not in LOSSES:
-            raise InputError(f"there is no loss {self.loss!r}: choose from {', '.join(LOSSES)}")
-        if self.supervised_steps + self.rewarded_steps == 0:
-            raise InputError("there are no steps: nothing would be trained")
-        if self.rewarded_steps and self.group < 2:
-            raise InputError(
-                f"group is {self.group}: an answer alone is no better than its group, take 2 or more"
-            )
-        if self.rewarded_steps and not any(self.weights.values()):
-            raise InputError("nothing is rewarded: give at least one reward a weight, such as right 1")
-        if not 0.001 <= self.temperature <= 1000:
-            raise InputError(f"temperature is {self.temperature}: choose a number from 0.001 to 1000")
-        check_warmup(self.warmup_steps, max(self.supervised_steps, self.rewarded_steps))
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Of the rewards, by name."""
-        return {name: getattr(self, name) for name in REWARDS}
-
-    @property
-    def most_tokens(self) -> int:
-        """Of an answer."""
-        return self.max_new_tokens or (64 if self.think else 12)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a step is about."""
-
-    questions: list[Question]
-    rehearsed: list[Shown]
-
-
-class ReasoningBatches(Dataset[Asked]):
-    """Batch number `step` of a run."""
-
-    def __init__(self, config: ReasoningConfig, pixels: int) -> None:
-        self.config, self.pixels = config, pixels
-        self.old = WorldRows(0.5, config.seed, pixels)
-
-    def __len__(self) -> int:
-        return self.config.supervised_steps + self.config.rewarded_steps
-
-    def __getitem__(self, step: int) -> Asked:
-        config = self.config
-        count = config.rows if step < config.supervised_steps else config.prompts
-        questions = [
-            draw_question(
-                np.random.default_rng([config.seed, STREAM, step, number]),
-                config.task,
-                self.pixels,
-                thinks=config.think,
-            )
-            for number in range(count)
-        ]
-        old = (self.old.row(step * config.rehearsal + number) for number in range(config.rehearsal))
-        return Asked(questions, [Shown(one.pictures[0], one.prefix, one.suffix) for one in old])
-
-
 class ReasoningRun(Trainable):
     """A training run at some step."""
 
-    losses = ("supervised", "rehearsed", "policy")
-    curves = ("reward", "accuracy", "entropy", "mixed", "length", "endless", "kl", "clipped")
+    losses = ("supervised", "rehearsed")
+    curves = ("reward", "accuracy", "entropy", "mixed", "length", "endless", "policy", "kl", "clipped")
     log_every = 5
     measure_every = 50
     starts_trained = True
@@ -258,17 +157,17 @@ class ReasoningRun(Trainable):
         return numbers
 
     def _policy(
-        self, batch: Asked, rollout: Rollout, rewards: torch.Tensor, kept: torch.Tensor, update: int
-    ) -> dict[str, torch.Tensor]:
+        self, batch: Asked, rollout: Rollout, rewards: Tensor, kept: Tensor, update: int
+    ) -> dict[str, Tensor]:
         """The loss of one update and its parts."""
         config, device = self.config, self.model.device
-        parts: dict[str, torch.Tensor] = {}
+        parts: dict[str, Tensor] = {}
         total = torch.zeros((), device=device)
         if bool(kept.any()):
             chosen = [question for question, keep in zip(batch.questions, kept.tolist(), strict=True) if keep]
             tokens, real = rollout.tokens[kept], rollout.real[kept]
 
-            def scores(model: Answers) -> torch.Tensor:
+            def scores(model: Answers) -> Tensor:
                 pictures = [question.picture for question in chosen]
                 prompts = [question.example.prefix for question in chosen]
                 return answer_log_probs(
@@ -305,7 +204,7 @@ class ReasoningRun(Trainable):
             total = total + parts["rehearsed"]
         return {"loss": total} | parts
 
-    def _update(self, loss: torch.Tensor, stage: str, number: int) -> None:
+    def _update(self, loss: Tensor, stage: str, number: int) -> None:
         """One step of a stage's optimizer, its `number`-th."""
         self.check_finite(f"the {stage} loss", loss.item())
         for weight in self.weights:

@@ -46,7 +46,7 @@ from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, images, text_to_masks
 from minivlm.training import codebook, finetuning
 from minivlm.training.contrastive_recipe import OBJECTIVES, SIZES_OF_TOWERS, ContrastiveConfig
-from minivlm.training.reasoning import LOSSES, ReasoningConfig
+from minivlm.training.reasoning_recipe import LOSSES, ReasoningConfig
 from minivlm.training.recipe import TrainingConfig, build
 from minivlm.world.composed_questions import COMPOSED_TASKS
 from minivlm.world.demo import read_samples, write_samples
@@ -800,6 +800,7 @@ def test_pictures_that_are_refused(
         (["--prompt", "caption en", "--max-new-tokens", "10000"], "context of 512: ask for at most 44[0-9]"),
         (["--prompt", "x " * 600], "more than the model's context of 512: .*shorten the prompt"),
         (["--prompt", "caption en", "--temperature", "-1"], "temperature is -1.0: use 0"),
+        (["--prompt", "caption en", "--contrast", "-1"], "contrast is -1.0: choose 0 for none"),
         (
             ["--prompt", "caption en", "--temperature", "1", "--top-p", "0"],
             "top_p is 0.0: it is a probability",

@@ -20,7 +20,8 @@ from minivlm.processing import box_to_tokens
 from minivlm.training import reasoning
 from minivlm.training.collapse import WINDOW, Watch
 from minivlm.training.loop import Loop
-from minivlm.training.reasoning import Collapsed, ReasoningConfig, ReasoningRun, train_reasoning
+from minivlm.training.reasoning import Collapsed, ReasoningRun, train_reasoning
+from minivlm.training.reasoning_recipe import ReasoningConfig
 from minivlm.training.rewards import REWARDS, Answer
 from minivlm.training.supervised import Shown, answer_weights
 
