@@ -46,9 +46,8 @@ def answer_log_probs(
         logits = model.logits(hidden[real])
     else:
         group = tokens.shape[1]
-        all_pictures, all_prompts = (
-            [one for one in ones for _ in range(group)] for ones in (pictures, prompts)
-        )
+        all_pictures = [picture for picture in pictures for _ in range(group)]
+        all_prompts = [prompt for prompt in prompts for _ in range(group)]
         inputs = to_device(processor(all_pictures, all_prompts), model.device)
         prompt = inputs["input_ids"].shape[1]
         rows = extended(inputs, tokens.flatten(0, 1), real.flatten(0, 1))

@@ -63,7 +63,7 @@ def sample_groups(
     grouped = Grouped(model, group, temperature)
     # Called on the class: the model's own loop, with another prefill.
     tokens = type(model).generate(
-        grouped,  # type: ignore[arg-type]
+        grouped,
         **rows,
         **inputs,
         max_new_tokens=max_new_tokens,
