@@ -36,6 +36,17 @@ def test_without_alpha_it_is_ordinary(system: Any) -> None:
     assert torch.equal(Contrastive(model, other, alpha=0.0).generate(**inputs, max_new_tokens=8), wanted)
 
 
+@torch.no_grad()
+def test_the_other_picture_is_read(system: Any) -> None:
+    """The first scores are those of both readings."""
+    model, inputs, other = system
+    contrast = Contrastive(model, other, alpha=2.0)
+    found = contrast.logits(contrast.prefill(**inputs)[0])
+    seen, dark = (model.logits(model.prefill(**{**inputs, **more})[0]).float() for more in ({}, other))
+    assert (seen - dark).abs().max() > 1
+    torch.testing.assert_close(found, contrasted(seen, dark, 2.0, 0.1))
+
+
 def test_the_same_picture_has_no_contrast(system: Any) -> None:
     model, inputs, _ = system
     wanted = model.generate(**inputs, max_new_tokens=8)

@@ -182,6 +182,20 @@ def test_verdicts(numbers: dict[str, float], said: str | None) -> None:
     assert watched(WINDOW // 2 - 1, **numbers) is None  # too early to say
 
 
+def test_what_was_watched_is_part_of_the_state() -> None:
+    watch, other = Watch(), Watch()
+    for step in range(WINDOW + 3):
+        watch.note({"reward": 1.0, "accuracy": 0.9 - 0.04 * step, "mixed": 0.5, "endless": 0.0})
+    other.load_state_dict(watch.state_dict())
+    assert watch.verdict() is None
+    for _ in range(3):
+        assert watch.verdict() == other.verdict()
+        for one in (watch, other):
+            one.note({"reward": 1.0, "accuracy": 0.1, "mixed": 0.5, "endless": 0.0})
+    assert watch.verdict() == other.verdict()
+    assert "fell from 0.72 to" in str(watch.verdict())
+
+
 # Answers that are alike, and never right.
 COLLAPSING = replace(SMALL, task="nearer", supervised_steps=0, rewarded_steps=30, temperature=0.01)
 

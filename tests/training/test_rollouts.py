@@ -54,15 +54,17 @@ def test_log_probs_are_those_of_the_answers_alone(
 ) -> None:
     model, processor = system
     pictures, prompts = asked
-    rollout = sample_groups(model, processor, pictures, prompts, GROUP, max_new_tokens=12, seed=6)
+    rollout = sample_groups(  # of a temperature at which the answers of a group differ
+        model, processor, pictures, prompts, GROUP, max_new_tokens=12, seed=6, temperature=2.0
+    )
     with torch.no_grad():
-        found = answer_log_probs(model, processor, pictures, prompts, rollout.tokens, rollout.real)
+        found = answer_log_probs(model, processor, pictures, prompts, rollout.tokens, rollout.real, 2.0)
         for p, g in np.ndindex(len(prompts), GROUP):
             tokens = rollout.tokens[p, g][rollout.real[p, g]]
             inputs = processor([pictures[p]], [prompts[p]])
             rows = extended(inputs, tokens[None], torch.ones(1, len(tokens), dtype=torch.bool))
             logits = model(**rows).logits[0, -len(tokens) - 1 : -1]
-            alone = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            alone = (logits / 2.0).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
             torch.testing.assert_close(found[p, g, : len(tokens)], alone, atol=1e-4, rtol=1e-4)
             assert bool((found[p, g, len(tokens) :] == 0).all())
 
