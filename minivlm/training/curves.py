@@ -22,6 +22,7 @@ SHOWN = {
     "endless": "answers that never end",
 }
 SHARES = ("accuracy", "mixed", "endless")
+FROM_0 = ("entropy", "length")
 
 
 def plot_curves(lines: Sequence[Line], path: Path) -> None:
@@ -46,6 +47,8 @@ def plot_curves(lines: Sequence[Line], path: Path) -> None:
         axis.grid(alpha=0.3)
         if name in SHARES:
             axis.set_ylim(-0.03, 1.03)
+        elif name in FROM_0:
+            axis.set_ylim(bottom=0)
         if axis.get_legend_handles_labels()[0] and name == "accuracy":
             axis.legend(fontsize="x-small")
     for axis in axes[3:]:
