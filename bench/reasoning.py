@@ -7,6 +7,7 @@ Three parts, each with three seeds, all from the shipped model:
 
 - rewards: "is A larger than B?". First 15 steps on true answers, then 60 on rewards (GRPO, Dr. GRPO, with
   KL, with rehearsal), or as many again on true answers; and rewards without any true answer before.
+  And on "which is nearer to A?", of which the shipped model never answers one rightly.
 - thinking: "is A above B?", directly, or with boxes as evidence; then rewards for the conclusion, for
   evidence as well, and for boxes whether or not they are true. Does the conclusion follow from the evidence?
 - looking: the color of the star, learned where stars are nearly always cyan and colors hard to see. How often
@@ -75,6 +76,7 @@ RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "then GRPO with KL": ("true answers, 15 steps", LARGER | ON_REWARDS | {"kl": 0.05}),
     "GRPO alone": (None, LARGER | ON_REWARDS),
     "GRPO alone, lr 1e-3": (None, LARGER | ON_REWARDS | {"lr": 1e-3}),
+    "GRPO alone, nearer": (None, ON_REWARDS | {"task": "nearer"}),
     "direct": (None, VERTICAL),
     "thinking": (None, VERTICAL | THINKING),
     "thinking, then right": ("thinking", THINKS),
@@ -241,7 +243,7 @@ def against(model: Any, processor: Any, questions: Sequence[Question], alpha: fl
 def shipped(name: str, seed: int, folder: Path) -> dict[str, Any]:
     """The shipped model: right without training, neglect, POPE. The seed is that of the questions."""
     model, processor = load_answering()
-    tasks = ("larger", "vertical")
+    tasks = ("larger", "nearer", "vertical")
     found: dict[str, Any] = {
         "right": {
             task: plain({"right": conclusions_right(asked, answers_to(model, processor, asked))})["right"]

@@ -8,7 +8,11 @@ from typing import Any
 
 Results = Mapping[str, Mapping[str, dict[str, Any]]]  # unit -> seed -> what was found
 OLD = ("questions", "captions", "boxes")  # skills from before
-TITLES = {"larger": "Rewards: is A larger than B?", "vertical": "Thinking: is A above B?"}
+TITLES = {
+    "larger": "Rewards: is A larger than B?",
+    "nearer": "Nothing to reward: which is nearer to A, B or C?",
+    "vertical": "Thinking: is A above B?",
+}
 
 
 def as_text(results: Results, task_of: Mapping[str, str]) -> str:
