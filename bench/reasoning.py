@@ -5,7 +5,7 @@ Run: OMP_NUM_THREADS=1 python bench/reasoning.py --runs runs/reasoning --out ben
 
 Three parts, each with three seeds, all from the shipped model:
 
-- rewards: "is A larger than B?". First 15 steps on true answers, then 60 on rewards (GRPO, Dr. GRPO, with
+- rewards: "is A larger than B?". First 20 steps on true answers, then 60 on rewards (GRPO, Dr. GRPO, with
   KL, with rehearsal), or as many again on true answers; and rewards without any true answer before.
   And on "which is nearer to A?", of which the shipped model never answers one rightly.
 - thinking: "is A above B?", directly, or with boxes as evidence; then rewards for the conclusion, for
@@ -65,15 +65,15 @@ THINKING = {"task": "vertical", "think": True}
 ON_REWARDS: dict[str, Any] = {"supervised_steps": 0, "rewarded_steps": 60}
 THINKS: dict[str, Any] = THINKING | {"supervised_steps": 0, "rewarded_steps": 40, "prompts": 16}
 RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "true answers, 15 steps": (None, LARGER | {"rewarded_steps": 0}),
-    "then GRPO": ("true answers, 15 steps", LARGER | ON_REWARDS),
+    "true answers, 20 steps": (None, LARGER | {"supervised_steps": 20, "rewarded_steps": 0}),
+    "then GRPO": ("true answers, 20 steps", LARGER | ON_REWARDS),
     "then true answers": (
-        "true answers, 15 steps",
+        "true answers, 20 steps",
         LARGER | {"supervised_steps": 60, "rewarded_steps": 0},
     ),
-    "then GRPO with rehearsal": ("true answers, 15 steps", LARGER | ON_REWARDS | {"rehearsal": 8}),
-    "then Dr. GRPO": ("true answers, 15 steps", LARGER | ON_REWARDS | {"loss": "dr_grpo"}),
-    "then GRPO with KL": ("true answers, 15 steps", LARGER | ON_REWARDS | {"kl": 0.05}),
+    "then GRPO with rehearsal": ("true answers, 20 steps", LARGER | ON_REWARDS | {"rehearsal": 8}),
+    "then Dr. GRPO": ("true answers, 20 steps", LARGER | ON_REWARDS | {"loss": "dr_grpo"}),
+    "then GRPO with KL": ("true answers, 20 steps", LARGER | ON_REWARDS | {"kl": 0.05}),
     "GRPO alone": (None, LARGER | ON_REWARDS),
     "GRPO alone, lr 1e-3": (None, LARGER | ON_REWARDS | {"lr": 1e-3}),
     "GRPO alone, nearer": (None, ON_REWARDS | {"task": "nearer"}),

@@ -43,7 +43,7 @@ def _runs(results: Results, task: str, names: Sequence[str]) -> list[str]:
     rows, lines = [], []
     for one in list(results.get("shipped", {}).values())[:1]:
         right = one["right"][task]
-        rows.append(["shipped model", f"{right['value']:.3f}", "", "", *_old([one]), ""])
+        rows.append(["the shipped model", f"{right['value']:.3f}", "", "", *_old([one]), ""])
         lines = [f"Always the most frequent answer: {right['baseline']:.3f}.", ""]
     for name in names:
         runs = list(results.get(name, {}).values())

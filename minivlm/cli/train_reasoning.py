@@ -35,7 +35,7 @@ LOSSES = ("grpo", "dr_grpo")
 WARMUP_STEPS = 5
 RECIPE: shared.Recipe = {
     "true answers": {
-        "supervised_steps": (15, ""),
+        "supervised_steps": (20, ""),
         "rows": (32, "questions of a step"),
         "supervised_lr": (0.001, "peak learning rate"),
         "rehearsal": (0, "rows of old questions in every step, also on rewards"),

@@ -41,20 +41,31 @@ def answer_log_probs(
         tokens, real: [P, G, L], as in `Rollout`.
         temperature: by which logits are divided, as when the answers were drawn.
     """
-    if isinstance(model, PaliGemma):
-        hidden = _behind_one_prompt(model, to_device(processor(pictures, prompts), model.device), tokens)
-        logits = model.logits(hidden[real])
-    else:
-        group = tokens.shape[1]
-        all_pictures = [picture for picture in pictures for _ in range(group)]
-        all_prompts = [prompt for prompt in prompts for _ in range(group)]
-        inputs = to_device(processor(all_pictures, all_prompts), model.device)
-        prompt = inputs["input_ids"].shape[1]
-        rows = extended(inputs, tokens.flatten(0, 1), real.flatten(0, 1))
-        logits = model(**rows).logits[:, prompt - 1 : -1].unflatten(0, (-1, group))[real]
-    log_probs = (logits.float() / temperature).log_softmax(dim=-1)  # [answers' tokens, V]
+    logits = answer_logits(model, processor, pictures, prompts, tokens, real)
+    log_probs = (logits / temperature).log_softmax(dim=-1)
     chosen = log_probs.gather(-1, tokens[real][:, None])[:, 0]
     return chosen.new_zeros(tokens.shape).masked_scatter(real, chosen)
+
+
+def answer_logits(
+    model: Answers,
+    processor: AnswerProcessor,
+    pictures: Sequence[Picture],
+    prompts: Sequence[str],
+    tokens: Tensor,
+    real: Tensor,
+) -> Tensor:
+    """What predicts the n real tokens of the answers, in the order of `tokens[real]`: [n, V] in fp32."""
+    if isinstance(model, PaliGemma):
+        hidden = _behind_one_prompt(model, to_device(processor(pictures, prompts), model.device), tokens)
+        return model.logits(hidden[real]).float()
+    group = tokens.shape[1]
+    all_pictures = [picture for picture in pictures for _ in range(group)]
+    all_prompts = [prompt for prompt in prompts for _ in range(group)]
+    inputs = to_device(processor(all_pictures, all_prompts), model.device)
+    prompt = inputs["input_ids"].shape[1]
+    rows = extended(inputs, tokens.flatten(0, 1), real.flatten(0, 1))
+    return model(**rows).logits[:, prompt - 1 : -1].unflatten(0, (-1, group))[real].float()
 
 
 def _behind_one_prompt(model: PaliGemma, inputs: Inputs, tokens: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from minivlm.training.loop import (
 from minivlm.training.reasoning_recipe import STREAM, Asked, ReasoningBatches, ReasoningConfig
 from minivlm.training.rewards import reward_groups
 from minivlm.training.rollouts import Rollout, sample_groups
-from minivlm.training.schedule import warm_up
+from minivlm.training.schedule import warm_up, warm_up_then_fall
 from minivlm.training.supervised import Shown, supervised_loss
 
 CURVES = "curves.png"
@@ -211,9 +211,13 @@ class ReasoningRun(Trainable):
             weight.grad = None
         loss.backward()
         self.check_finite("the gradient", nn.utils.clip_grad_norm_(self.weights, self.config.clip).item())
-        peak = self.config.supervised_lr if stage == "supervised" else self.config.lr
-        self.optimizers[stage].param_groups[0]["lr"] = peak * warm_up(number, self.config.warmup_steps)
-        self.optimizers[stage].step()
+        config, optimizer = self.config, self.optimizers[stage]
+        if stage == "supervised":
+            rate = warm_up_then_fall(number, config.supervised_steps, config.warmup_steps)
+            optimizer.param_groups[0]["lr"] = config.supervised_lr * rate
+        else:  # nobody knows where it will end
+            optimizer.param_groups[0]["lr"] = config.lr * warm_up(number, config.warmup_steps)
+        optimizer.step()
 
     def advice(self) -> str:
         return f"try a lower learning rate in a new folder, such as --lr {self.config.lr / 2:g}"

@@ -31,7 +31,7 @@ class ReasoningConfig:
     task: str = "larger"  # of COMPOSED_TASKS, or an old one
     think: bool = False  # name boxes before the conclusion
     seed: int = 0
-    supervised_steps: int = 15
+    supervised_steps: int = 20
     rows: int = 32  # of a supervised step
     supervised_lr: float = 1e-3
     rewarded_steps: int = 100
