@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,10 +19,7 @@ good = reasoning.solutions
 
 
 def predicted(**instead: Any) -> Callable[[], Any]:
-    names = {
-        name.replace("_", " ").replace("ten two", "ten, two"): n
-        for name, n in instead.items()
-    }
+    names = {name.replace("_", " ").replace("ten two", "ten, two"): n for name, n in instead.items()}
     return lambda: good.groups_that_teach() | names
 
 
@@ -101,9 +99,7 @@ def squared(named: Any, wanted: Any) -> float:
 
 def sum_minus(named: Any, wanted: Any) -> float:
     """Takes a part off for each false box and each one too many, without an end."""
-    best = [
-        max((box_iou(a[:4], b[:4]) for a in named if a.name == b.name), default=0.0) for b in wanted
-    ]
+    best = [max((box_iou(a[:4], b[:4]) for a in named if a.name == b.name), default=0.0) for b in wanted]
     false = sum(all(box_iou(a[:4], b[:4]) < 0.5 for b in wanted if a.name == b.name) for a in named)
     return sum(best) / len(wanted) - 0.3 * false - 0.3 * max(0, len(named) - len(wanted))
 
@@ -213,4 +209,5 @@ def test_ten_wrong_answers(name: str) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_found(fault: str) -> None:
-    assert good.diagnose(lambda *x: reasoning.policy_loss(*x, fault=fault), reasoning.policy_loss) == fault
+    faulty = partial(reasoning.policy_loss, fault=fault)
+    assert good.diagnose(faulty, reasoning.policy_loss) == fault
