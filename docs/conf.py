@@ -94,7 +94,7 @@ def _dashes(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """What Sphinx calls first: connect our own steps. Each looks at one page, so pages may be made at once."""
+    """What Sphinx calls first: connect our own steps. Each looks at one page; pages may be made at once."""
     app.connect("autodoc-process-docstring", _docstring, priority=400)  # napoleon, at 500, reads the result
     app.connect("autodoc-process-docstring", _property, priority=600)
     app.connect("doctree-read", _dashes)
