@@ -1,4 +1,4 @@
-"""What notebook 21 runs in each of several real processes: they import it, and cannot import a notebook's cells.
+"""What notebook 21 runs in each of several real processes, which cannot import the cells of a notebook.
 
 `minivlm.distributed.run` starts the processes, calls one of these functions in each, and ends them.
 """
@@ -70,6 +70,24 @@ def sum_at_one(vectors: Tensor) -> Summed:
     """The same by way of process 0."""
     total, sent = all_reduce_at_one(vectors[dist.get_rank()])
     return Summed(total, sent, [])
+
+
+class Met(NamedTuple):
+    """What a process saw of texts that travel."""
+
+    owners: list[int]  # whose texts it held, in order
+    sent: int  # bytes
+
+
+def texts_around(texts: Tensor) -> Met:
+    """Every process begins with its part of the texts [n, D]; they go around the ring once."""
+    ring = Ring()
+    passing = texts.chunk(ring.size)[ring.rank].clone()
+    owners = [ring.rank]
+    for step in range(1, ring.size):
+        passing = ring.pass_on(passing)
+        owners.append((ring.rank - step) % ring.size)
+    return Met(owners, ring.sent)
 
 
 class Step(NamedTuple):

@@ -72,7 +72,7 @@ def _end(started: subprocess.Popen[bytes]) -> None:
 
 
 def _end_of(said: tempfile._TemporaryFileWrapper[bytes]) -> str:
-    """What the processes said last. The report of `torchrun` itself, which comes after it, names no reason."""
+    """What the processes said last. The report of `torchrun`, which comes after it, names no reason."""
     said.seek(0)
     lines = said.read().decode(errors="replace").splitlines()
     of_processes = list(takewhile(lambda line: not FAILED.match(line), lines))
