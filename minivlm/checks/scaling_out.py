@@ -248,7 +248,7 @@ def diagnose(answer: Callable[..., Any]) -> None:
 
 def equal_traffic(answer: Callable[..., Any]) -> None:
     """The bytes of both, by the package's formulas, for batches of that size."""
-    for weights, width in ((1_572_864, 64), (3_145_728, 512)):
+    for weights, width in ((1_474_560, 96), (3_145_728, 512)):
         found = call(answer, weights, width)
         try:
             pairs = float(found)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import IO
 
 from minivlm.distributed.processes import ProcessError
 
@@ -71,7 +72,7 @@ def _end(started: subprocess.Popen[bytes]) -> None:
             started.wait()
 
 
-def _end_of(said: tempfile._TemporaryFileWrapper[bytes]) -> str:
+def _end_of(said: IO[bytes]) -> str:
     """What the processes said last. The report of `torchrun`, which comes after it, names no reason."""
     said.seek(0)
     lines = said.read().decode(errors="replace").splitlines()
