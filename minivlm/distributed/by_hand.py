@@ -35,11 +35,9 @@ class Ring:
     def pass_on(self, x: Tensor) -> Tensor:
         """Send to the right neighbor; return what comes from the left one."""
         arrived = torch.empty_like(x)
-        requests = [
-            dist.isend(x, (self.rank + 1) % self.size),
-            dist.irecv(arrived, (self.rank - 1) % self.size),
-        ]
-        for request in requests:
+        to_right = dist.P2POp(dist.isend, x, (self.rank + 1) % self.size)
+        from_left = dist.P2POp(dist.irecv, arrived, (self.rank - 1) % self.size)
+        for request in dist.batch_isend_irecv([to_right, from_left]):
             request.wait()
         self.sent += x.nbytes
         return arrived
