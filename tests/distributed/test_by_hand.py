@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from minivlm.classroom import lessons
-from minivlm.distributed import ProcessError, costs, plan, run, shift
+from minivlm.classroom import one_step, smallest_run
+from minivlm.distributed import ProcessError, costs, plan, run, shift, shown
 from minivlm.distributed.launch import launched
 from minivlm.models.load import load
 from minivlm.training.log import read_log
@@ -25,8 +25,8 @@ PATIENCE: dict[str, Any] = {"timeout": 400.0, "exchange_timeout": 200.0}
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_sums_and_texts(size: int) -> None:
     vectors = torch.randn(size, 6, generator=torch.Generator().manual_seed(0))
-    theirs = run(size, lessons.collectives, vectors, **PATIENCE)
-    ring = run(size, lessons.sum_in_ring, vectors, **PATIENCE)
+    theirs = run(size, shown.collectives, vectors, **PATIENCE)
+    ring = run(size, shown.sum_in_ring, vectors, **PATIENCE)
     numbers = plan.Model(6, 6, 0, 0, 0, 0)
     for rank, mine in enumerate(theirs):
         assert torch.allclose(mine.all_reduce, vectors.sum(dim=0))
@@ -39,17 +39,17 @@ def test_sums_and_texts(size: int) -> None:
 
 def test_a_sum_by_way_of_one_and_texts_that_travel() -> None:
     vectors = torch.arange(12.0).view(3, 4)
-    found = run(3, lessons.sum_at_one, vectors, **PATIENCE)
+    found = run(3, shown.sum_at_one, vectors, **PATIENCE)
     assert [mine.sent for mine in found] == [32, 16, 16]
     assert all(torch.equal(mine.total, vectors.sum(dim=0)) for mine in found)
-    met = run(3, lessons.texts_around, torch.randn(6, 5), **PATIENCE)
+    met = run(3, shown.texts_around, torch.randn(6, 5), **PATIENCE)
     assert [mine.owners for mine in met] == [[0, 2, 1], [1, 0, 2], [2, 1, 0]]
     assert {mine.sent for mine in met} == {costs.bytes_sent(shift, 2, 5, 3)}
 
 
 def test_a_divided_layer_has_the_gradient_of_a_whole_one() -> None:
     weight, x, y = torch.randn(6, 4), torch.randn(9, 4), torch.randn(9, 6)
-    found = run(3, lessons.divided_linear, weight, x, y, **PATIENCE)
+    found = run(3, shown.divided_linear, weight, x, y, **PATIENCE)
     weight.requires_grad_()
     F.mse_loss(F.linear(x, weight), y).backward()
     assert weight.grad is not None
@@ -73,15 +73,15 @@ def test_every_way_takes_the_step_of_one_process() -> None:
     batches[1]["pixel_values"] = whole["pixel_values"][1:]
     counts = [int((one["labels"][:, 1:] != -100).sum()) for one in batches]
     shares = [count / sum(counts) for count in counts]
-    alone = lessons.step([whole], "alone")
+    alone = one_step.step([whole], "alone")
     for how in ("by hand", "DDP", "FSDP"):
-        found = run(2, lessons.step, batches, how, shares, **PATIENCE)
+        found = run(2, one_step.step, batches, how, shares, **PATIENCE)
         for mine in found:
             assert _apart(mine.gradient, alone.gradient) < 1e-5, how
             assert _apart(mine.weights, alone.weights) < 1e-6, how
         assert torch.equal(found[0].weights, found[1].weights)
         assert found[0].held == pytest.approx(alone.held / (2 if how == "FSDP" else 1), rel=0.01)
-    unfair = run(2, lessons.step, batches, "by hand", **PATIENCE)
+    unfair = run(2, one_step.step, batches, "by hand", **PATIENCE)
     assert _apart(unfair[0].gradient, alone.gradient) > 0.1
 
 
@@ -94,7 +94,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 WORKER = """
 import os, sys
 from pathlib import Path
-from minivlm.classroom.lessons import train_towers
+from minivlm.classroom.smallest_run import train_towers
 if __name__ == "__main__":
     Path(sys.argv[1], f"process {os.environ['RANK']}").write_text(str(os.getpid()))
     train_towers(Path(sys.argv[1], "out"))
@@ -110,7 +110,7 @@ def alive(process: int) -> bool:
 
 
 def test_a_process_that_is_killed_is_started_again(tmp_path: Path) -> None:
-    run(2, lessons.train_quietly, tmp_path / "whole", **PATIENCE)
+    run(2, smallest_run.train_quietly, tmp_path / "whole", **PATIENCE)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     with launched(2, script, str(tmp_path), restarts=1, timeout=400) as torchrun:
