@@ -164,7 +164,8 @@ def run(options: argparse.Namespace) -> None:
 
     from minivlm.data.overlap import name_overlap, overlap
     from minivlm.training.finetuning import FinetuningConfig, finetune
-    from minivlm.training.loop import LOG, read_log
+    from minivlm.training.folder import LOG
+    from minivlm.training.log import read_log
     from minivlm.training.replay import forgetting_as_text
 
     if options.suggest:

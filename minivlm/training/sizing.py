@@ -22,7 +22,13 @@ def size_of(name: str | Path, freeze: Iterable[str] = ()) -> Model:
     Raises InputError: as `load_answering`.
     """
     model: Any = load_answering(name, dtype=None)[0]
-    frozen = [getattr(model, part) for each in freeze for part in PARTS[each] if hasattr(model, part)]
+    return numbers_of(
+        model, [getattr(model, part) for each in freeze for part in PARTS[each] if hasattr(model, part)]
+    )
+
+
+def numbers_of(model: Any, frozen: Iterable[nn.Module] = ()) -> Model:
+    """Of a model that answers, which may have been built on the meta device; `frozen` are parts of it."""
     text = model.language_model.config
     return Model(
         weights=_weights(model),
