@@ -82,18 +82,13 @@ class QwenVLConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QwenVLConfig:
-        """From a whole config.json. Raises InputError: it describes another system, or quantized weights."""
+        """From a whole config.json. Raises InputError: it describes another system."""
         require_system(values, "qwen")
         visual = part_of(values, "visual")
         if not visual:
             raise InputError(
                 "config.json is of Qwen without pictures (it has no `visual`): only Qwen-VL and Qwen-VL-Chat "
                 "are supported here"
-            )
-        if values.get("quantization_config"):
-            raise InputError(
-                "config.json is of quantized weights (quantization_config), which are not supported here: "
-                "use Qwen-VL or Qwen-VL-Chat"
             )
         return cls(
             vision=QwenVLVisionConfig.from_dict(visual),

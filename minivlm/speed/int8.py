@@ -39,8 +39,10 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         values [out, in] in int8, and scale [out] in the dtype of weight: values * scale[:, None] is at most
-        half a step away from weight.
+        half a step away from weight. On the meta device, shapes are all that is made.
     """
+    if weight.is_meta:  # where rounding would import PyTorch's compiler, which takes seconds
+        return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
     pieces = [_round(piece) for piece in weight.split(ROWS_PER_PIECE)]
     values, scales = zip(*pieces, strict=True)
     return torch.cat(values), torch.cat(scales)
@@ -142,7 +144,7 @@ def decoder_to_quantize(model: nn.Module) -> Any:
 def quantize_decoder(model: nn.Module) -> None:
     """Convert the matrices of `model.language_model` to int8, in place and one at a time.
 
-    The result is for inference only: it cannot be trained or saved.
+    The result is for inference only, and is saved by `minivlm.models.quantized`.
 
     Raises:
         InputError: the decoder is already quantized, or scores words in a way of its own.

@@ -26,7 +26,6 @@ from minivlm.checkpoints.hub import (
     require_equal,
     special_ids,
 )
-from minivlm.checkpoints.layouts import Layout
 from minivlm.configs import known, part_of, require_system
 from minivlm.models.miniatures.shipped_tower import PREFIX, TOWER, left_out, require_shipped
 from minivlm.models.views import CacheShape, HasDecoder
@@ -35,8 +34,6 @@ from minivlm.processing.llava import LlavaProcessor
 from minivlm.processing.paligemma import Processor
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
 from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
-
-LAYOUTS: dict[str, Layout] = {"as it is": [("", "")]}  # the names of our modules
 
 
 class TowerConfig(Protocol):
@@ -159,7 +156,7 @@ class Miniature(HasDecoder):
             cls,
             config,
             folder,
-            LAYOUTS,
+            weights.AS_IT_IS,
             dtype=dtype,
             device=device,
             elsewhere=left_out(folder, values),
@@ -173,7 +170,7 @@ class Miniature(HasDecoder):
 
         Raises InputError: the tower is another one; otherwise as `weights.save_model`.
         """
-        values, layout = self.config.to_dict(), LAYOUTS["as it is"]
+        values, layout = self.config.to_dict(), weights.AS_IT_IS["as it is"]
         if tower:
             weights.save_model(self, values, Path(folder), layout)
             return
