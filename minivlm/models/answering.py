@@ -1,10 +1,10 @@
-"""From a picture and a prompt to an answer in words, and how sure the model is of it."""
+"""From a picture and prompts to answers in words, and how sure the model is of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,21 +19,37 @@ MOST_REPEATS = 8  # of one token in a row; after them an answer is stopped
 Loaded = tuple[Answers, AnswerProcessor]  # what `load` returns
 
 
-def answer(picture: Picture | Video, prompt: str, using: Loaded | None = None, **choices: Any) -> str:
-    """The answer to one prompt about one picture, or about one video where the model reads videos.
+@overload
+def answer(picture: Picture | Video, prompt: str, using: Loaded | None = None, **choices: Any) -> str: ...
+@overload
+def answer(
+    picture: Picture | Video, prompt: Sequence[str], using: Loaded | None = None, **choices: Any
+) -> list[str]: ...
+
+
+def answer(
+    picture: Picture | Video, prompt: str | Sequence[str], using: Loaded | None = None, **choices: Any
+) -> str | list[str]:
+    """The answer to a prompt about a picture, or about a video where the model reads videos.
 
     >>> answer("photo.jpg", "caption en")
     >>> answer("photo.jpg", "caption en", load("google/paligemma-3b-mix-224"), max_new_tokens=20)
+    >>> answer("photo.jpg", ["caption en", "what color is the star?"])  # a list, and faster than one by one
 
     Args:
         picture: a PIL image, the path of a picture, or what `open_video` returns.
+        prompt: one, or several, for which the picture is read once (`minivlm.models.many_answers`).
         using: a model and its processor, as `load` returns them; None: the shipped model.
         **choices: of `minivlm.generate.stream`: max_new_tokens, temperature, top_k, top_p, seed.
 
     Raises InputError: as the processor and `minivlm.generate.stream`.
     """
     model, processor = _shipped() if using is None else using
-    return "".join(AnswerStream(model, processor, picture, prompt, **choices))
+    if isinstance(prompt, str):
+        return "".join(AnswerStream(model, processor, picture, prompt, **choices))
+    from minivlm.models.many_answers import answers_about
+
+    return [one.text for one in answers_about(model, processor, picture, prompt, **choices)]
 
 
 @cache
@@ -66,43 +82,65 @@ class AnswerStream:
         self.repeats = False
 
     def __iter__(self) -> Iterator[str]:
-        ids: list[int] = []
-        shown = ""
-        noting, seg_ids = _Noting(self.model), self.processor.tokenizer.seg_ids
+        noting, row, shown = Noting(self.model), Row(self.processor.tokenizer), ""
         # Called on the class: the model's own loop, which asks `noting` for logits.
         for token in type(self.model).stream(noting, **self.inputs, **self.choices):
-            ids.append(int(token[0]))
-            if noting.last is not None:
-                sure = _probability(noting.last[0], ids[-1], self.processor.tokenizer)
-                self.confidence = min(sure, 1.0 if self.confidence is None else self.confidence)
-            text = self.processor.decode(torch.tensor([ids]))[0]
+            row.add(int(token[0]), None if noting.last is None else noting.last[0])
+            self.confidence, self.repeats = row.confidence, row.repeats
+            text = self.processor.decode(torch.tensor([row.ids]))[0]
             # Half of a character that takes several byte tokens decodes to U+FFFD: wait for the rest.
             if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
-            # A mask may well have one shape code in many of its places.
-            self.repeats = ids[-1] not in seg_ids and ids[-MOST_REPEATS:] == [ids[-1]] * MOST_REPEATS
-            if self.repeats:
+            if row.repeats:
                 break
         yield text[len(shown) :]
 
 
-class _Noting:
+class Row:
+    """The tokens of an answer so far, and what is known about it; see `AnswerStream`."""
+
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.confidence: float | None = None
+        self.repeats = False
+
+    def add(self, token_id: int, scores: Tensor | None) -> None:
+        """A token, and the scores [V] that it was chosen by."""
+        self.ids.append(token_id)
+        if scores is not None:
+            sure = _probability(scores, token_id, self.tokenizer)
+            self.confidence = min(sure, 1.0 if self.confidence is None else self.confidence)
+        # A mask may well have one shape code in many of its places.
+        is_shape = token_id in self.tokenizer.seg_ids
+        self.repeats = not is_shape and self.ids[-MOST_REPEATS:] == [token_id] * MOST_REPEATS
+
+
+class Noting:
     """A model that keeps what it scores on the way, so that nothing is read twice.
 
     It stands beside the model and changes nothing in it: another thread may use the same one.
     """
 
-    def __init__(self, model: Answers) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.last: Tensor | None = None  # [1, V]
+        self.last: Tensor | None = None  # [B, V]
+        self.unfinished: Tensor | None = None  # [B], which rows have not ended; None: nothing is read on yet
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
+        """As the model's, and noted."""
         self.last = self.model.logits(hidden_states)
         return self.last
+
+    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: Any) -> Tensor:
+        """As the model's, and noted which rows go on."""
+        self.unfinished = unfinished
+        hidden: Tensor = self.model.decode(token_ids, unfinished, cache)
+        return hidden
 
 
 def _probability(logits: Tensor, token_id: int, tokenizer: BaseTokenizer) -> float:

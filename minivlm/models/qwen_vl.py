@@ -181,6 +181,15 @@ class QwenVL(HasDecoder):
         """Qwen reads pictures and words alike, from left to right."""
         return self.language_model(self.merge(input_ids, image), *place(attention_mask, cache), cache)
 
+    def is_picture(self, input_ids: Tensor) -> Tensor:
+        """As of every system with a decoder: the places of a picture, and the two marks around them."""
+        start = self.config.image_start_id
+        return self.is_place(input_ids) | (input_ids == start) | (input_ids == start + 1)
+
+    def reads_apart(self, attention_mask: Tensor) -> bool:
+        """Not if a row is so long that all of its angles are stretched."""
+        return int(attention_mask.sum(dim=1).max()) <= self.config.text.seq_length
+
     def _limits(self) -> dict[str, Any]:
         return {**super()._limits(), "eos_token_id": self.config.end_token_ids}
 

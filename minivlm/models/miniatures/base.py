@@ -129,11 +129,11 @@ class Miniature(HasDecoder):
                 f"{each} of them, in the order of the rows; let the processor build both"
             )
 
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
-        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
+    def read_on(self, input_ids: Tensor, attention_mask: Tensor, cache: KVCache) -> Tensor:
+        """More words [B, T] of rows that a cache holds -> hidden states [B, T, D]."""
         # No picture comes with an `<image>` that the model writes.
-        token_ids = token_ids.masked_fill(token_ids == self.config.image_token_id, 0)
-        return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
+        input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+        return self.read(input_ids, attention_mask, None, cache)
 
     @classmethod
     def from_pretrained(

@@ -141,6 +141,10 @@ class SimVLM(Miniature):
         """pixel_values [M, C, height, width] -> patches in the decoder's width [M, N, D]."""
         return self.projection(self.patches(pixel_values))
 
+    def reads_apart(self, attention_mask: Tensor) -> bool:
+        """No: patches see the text that comes after them."""
+        return False
+
     def hidden_states(
         self,
         input_ids: Tensor,
