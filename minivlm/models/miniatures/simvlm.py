@@ -118,6 +118,7 @@ class RelativeAttention(nn.Module):
 class SimVLMCache(KVCache):
     """Beside keys and values: how many tokens of each row are patches, which count apart from the text."""
 
+    of_each_row = ("image_lengths",)
     image_lengths: Tensor | None = None  # [B]
 
 
