@@ -39,10 +39,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         values [out, in] in int8, and scale [out] in the dtype of weight: values * scale[:, None] is at most
-        half a step away from weight. On the meta device, shapes are all that is made.
+        half a step away from weight.
     """
-    if weight.is_meta:  # where rounding would import PyTorch's compiler, which takes seconds
-        return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
     pieces = [_round(piece) for piece in weight.split(ROWS_PER_PIECE)]
     values, scales = zip(*pieces, strict=True)
     return torch.cat(values), torch.cat(scales)
@@ -118,7 +116,7 @@ def bias_of(layer: nn.Linear) -> Tensor | None:
 def quantize_table(decoder: Any) -> None:
     """Convert the embedding table and the head to int8, in place. A tied head stays the table."""
     head = decoder.lm_head
-    table = quantize_rows(decoder.embed_tokens.weight.detach())
+    table = _rounded_rows(decoder.embed_tokens.weight.detach())
     give_back(decoder.embed_tokens.weight)
     decoder.embed_tokens = Int8Embedding(*table)
     if head is None or isinstance(head, TiedHead):
@@ -128,9 +126,16 @@ def quantize_table(decoder: Any) -> None:
 
 
 def _rounded(layer: nn.Linear) -> Int8Linear:
-    rounded = Int8Linear(*quantize_rows(layer.weight.detach()), bias_of(layer))
+    rounded = Int8Linear(*_rounded_rows(layer.weight.detach()), bias_of(layer))
     give_back(layer.weight)
     return rounded
+
+
+def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows`; of a weight on the meta device, shapes alone."""
+    if weight.is_meta:  # where rounding would import PyTorch's compiler, which takes seconds
+        return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
+    return quantize_rows(weight)
 
 
 def decoder_to_quantize(model: nn.Module) -> Any:

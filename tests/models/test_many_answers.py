@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,21 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
                 said += capsys.readouterr().out
         assert said == together.out
     assert together.err.count("never saw") == 3
+
+
+@pytest.mark.parametrize("name", ["paligemma", "llava", "flamingo"])
+def test_two_threads_at_once(name: str, tmp_path: Path) -> None:
+    """On one model, several prompts in each thread: the answers of one after the other."""
+    model, processor = load(WRITERS[name](tmp_path / "folder"))
+    asked = [(scene, PROMPTS[number:]) for number, scene in enumerate(SCENES[:4])]
+
+    def ask(one: tuple[str, list[str]]) -> list[Answer]:
+        return answers_about(model, processor, *one, max_new_tokens=6)
+
+    alone = [ask(one) for one in asked]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, asked)) == alone
+    assert len({tuple(one) for one in alone}) > 1
 
 
 def test_global_state_is_as_before(shipped: tuple[Any, Any]) -> None:

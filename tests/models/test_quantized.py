@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from minivlm.adapters import LoraConfig, merge, new_adapter
 from minivlm.checkpoints.weights import ROUNDED
 from minivlm.cli import main
 from minivlm.models.load import SHIPPED, load
-from minivlm.models.quantized import save_quantized
+from minivlm.models.quantized import quantization_of, save_quantized
 from minivlm.speed import int4
 from minivlm.speed.int4 import Int4Linear, Order
 from minivlm.training.sizing import size_of
@@ -130,6 +131,15 @@ def test_opening_imports_no_compiler(folders: dict[str, Path]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_threads_that_open_rounded_and_plain_folders_at_once(folders: dict[str, Path]) -> None:
+    """How a folder is opened is said where it is opened, and not for the whole process."""
+    names = [folders["int8"], SHIPPED, folders["int4"], SHIPPED] * 3
+    with ThreadPoolExecutor(4) as pool:
+        models = [loaded[0] for loaded in pool.map(load, names)]
+    found = [None if one is None else one.weights for one in map(quantization_of, models)]
+    assert found == ["int8", None, "int4", None] * 3
 
 
 def test_in_the_order_of_another_processor(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -314,7 +324,7 @@ def test_a_killed_run_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
     """Not even one that is complete: it has its name at the end."""
     program = (
         "import os, sys\nfrom minivlm.checkpoints import weights\nfrom minivlm.models.load import load\n"
-        "from minivlm.models.quantized import save_quantized\n"
+        "from minivlm.models.quantized import quantization_of, save_quantized\n"
         "weights.save_file = lambda *_, **__: os._exit(9)\n"
         "save_quantized(*load(quantize='int8'), sys.argv[1])"
     )
