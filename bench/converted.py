@@ -82,8 +82,8 @@ def main() -> None:
     for number in range(options.rounds):
         order = list(ways)
         for way in order[number:] + order[:number]:
-            folder, form = ways[way]
-            results[way].append(in_a_process(str(folder), form))
+            folder, quantize = ways[way]
+            results[way].append(in_a_process(str(folder), quantize))
     lines += [
         "",
         "| | load s | first token s | GB that are not in the file | peak GB | GB on disk |",

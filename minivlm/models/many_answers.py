@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minivlm.cache import KVCache
-from minivlm.models.answering import AnswerStream, Noting, Row
+from minivlm.models.answer_stream import AnswerStream, Noting, Row
 from minivlm.models.cache_rows import selected
 from minivlm.models.protocols import Answers
 from minivlm.models.shared_picture import SharedPicture

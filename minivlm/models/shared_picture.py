@@ -73,11 +73,12 @@ class SharedPicture:
         self, input_ids: Tensor, attention_mask: Tensor, **pixels: Tensor
     ) -> tuple[Tensor, Any]:
         """Whole rows, after one run of the tower where pictures need nothing else of the model."""
-        kind, model = type(self.model), self.model
-        asks_tower = isinstance(model, HasDecoder) and kind.encode_images is HasDecoder.encode_images  # type: ignore[attr-defined]
+        kind: Any = type(self.model)
+        model = self.model
+        asks_tower = isinstance(model, HasDecoder) and kind.encode_images is HasDecoder.encode_images
         if asks_tower or isinstance(model, PaliGemma):
             # Called on the class: the model's own code, which asks `self` for the picture.
-            found: tuple[Tensor, Any] = kind.prefill(self, input_ids, attention_mask, **pixels)  # type: ignore[arg-type]
+            found: tuple[Tensor, Any] = kind.prefill(self, input_ids, attention_mask, **pixels)
             return found
         every = {name: torch.cat([tensor] * len(input_ids)) for name, tensor in pixels.items()}
         return model.prefill(input_ids, attention_mask, **every)

@@ -145,7 +145,9 @@ class HasDecoder(Writes):
 
     def is_picture(self, input_ids: Tensor) -> Tensor:
         """Which tokens [B, S] stand for pictures or videos: boolean [B, S]."""
-        return input_ids == self.config.image_token_id
+        config: Any = self.config  # a system without this token says how else pictures stand in a row
+        is_picture: Tensor = input_ids == config.image_token_id
+        return is_picture
 
     def reads_apart(self, attention_mask: Tensor) -> bool:
         """Whether the beginning of each row [B, S] can be read before the rest, and gives the same."""
