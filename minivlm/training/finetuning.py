@@ -30,6 +30,7 @@ from minivlm.errors import InputError
 from minivlm.evaluation.own import answer_own_words, box_iou_of
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.protocols import Answers
+from minivlm.models.quantized import quantization_of
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import IGNORE, Inputs, to_device
 from minivlm.speed.checkpointing import blocks_of, checkpoint_blocks
@@ -149,10 +150,11 @@ class Finetuning(Trainable):
         """
         config, model = self.config, self.model
         assert isinstance(model, nn.Module)
-        if config.quantize is not None:
+        rounded = quantization_of(model)
+        if rounded is not None:
+            instead = "leave quantize out" if config.quantize else "take the folder that they were made from"
             raise InputError(
-                f"weights in {config.quantize} cannot be trained: train an adapter beside them, or leave "
-                "quantize out"
+                f"weights in {rounded.weights} cannot be trained: train an adapter beside them, or {instead}"
             )
         if not self.divides:
             self.require_room(model)

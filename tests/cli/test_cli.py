@@ -51,8 +51,8 @@ from minivlm.training.recipe import TrainingConfig, build
 from minivlm.world.demo import read_samples, write_samples
 
 COMMANDS = (
-    "demo", "ask", "look", "data", "train", "finetune", "merge", "train-contrastive", "train-codebook",
-    "eval", "plan", "doctor", "workshop", "progress",
+    "demo", "ask", "look", "data", "train", "finetune", "merge", "convert", "train-contrastive",
+    "train-codebook", "eval", "plan", "doctor", "workshop", "progress",
 )  # fmt: skip
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023
@@ -1334,7 +1334,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
-    training = {"train", "finetune", "merge", "train-contrastive", "train-codebook"}
+    training = {"train", "finetune", "merge", "convert", "train-contrastive", "train-codebook"}
     others = {"demo", "ask", "look", "data", "eval", "plan", "doctor", "workshop", "progress"}
     assert {line.split()[1] for line in examples} == training | others
     assert cli.EXAMPLES in out
@@ -1429,6 +1429,7 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
         ),
         ("finetune", ["--resume", "--no-bf16", "--freeze", "suffix", "(default: runs/tuned)", "--lora RANK"]),
         ("merge", ["--model", "--adapter", "--out"]),
+        ("convert", ["--model", "--quantize {int8,int4}", "--out"]),
         ("train-contrastive", ["--resume", "--teacher", "distill", "(default: 0.002)", "runs/OBJECTIVE"]),
         ("train-codebook", ["--steps", "(default: "]),
         ("eval", ["--scenes", "(default: 2000)", "--json", "unseen_pairs"]),
