@@ -1,6 +1,6 @@
 """The command line, a file for each command: `minivlm demo | ask | look | eval`, to train
-`data | train | finetune | merge | convert | train-contrastive | train-codebook | plan`, and for a
-classroom `doctor | workshop | progress`.
+`data | train | finetune | merge | convert | train-contrastive | train-codebook | train-reasoning | plan`,
+and for a classroom `doctor | workshop | progress`.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
 output as they are generated; notes and progress go to standard error.
@@ -36,6 +36,7 @@ from minivlm.cli import (
     train,
     train_codebook,
     train_contrastive,
+    train_reasoning,
     workshop,
 )
 from minivlm.cli.options import is_first, one_line, processes, show, tell
@@ -65,6 +66,7 @@ examples:
   minivlm convert --model google/paligemma-3b-mix-224 --quantize int8 --out paligemma-int8
   minivlm train-contrastive --objective siglip --out runs/siglip
   minivlm train-codebook --out runs/masks.npz
+  minivlm train-reasoning --task larger --out runs/larger
   minivlm eval --model runs/tiny --scenes 200
   minivlm eval --model runs/siglip
   minivlm plan --gpus 64 --model google/paligemma-3b-pt-224
@@ -218,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         convert,
         train_contrastive,
         train_codebook,
+        train_reasoning,
         evaluate,
         plan,
     )

@@ -80,6 +80,13 @@ def add_to(commands: Commands) -> None:
     ask.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the best tokens of total probability P"
     )
+    ask.add_argument(
+        "--contrast",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="above 0: against what a distorted picture would say, with this weight (default: 0)",
+    )
     ask.add_argument("--seed", type=shared.seed, help="makes sampling repeatable")
     ask.add_argument(
         "--batch-tokens",
@@ -185,7 +192,7 @@ def _ask_together(
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "contrast")
     return {name: getattr(options, name) for name in names}
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minivlm.errors import InputError
+from minivlm.models.contrastive_decoding import Contrastive, distorted
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor, BaseTokenizer, Video, to_device
 from minivlm.processing.inputs import Picture
@@ -23,6 +26,9 @@ class AnswerStream:
     shape codes, so such a token counts as sure as the model is that one of its kind comes here. That says
     whether there is a thing, not how well its edges are met. None: the model told nothing.
 
+    With `contrast` above 0, words are those that the picture makes more probable than a distorted picture
+    does, see `minivlm.models.contrastive_decoding`, and so is the confidence.
+
     A model that is lost may write one token again and again. Such an answer is stopped: `repeats` is True.
     """
 
@@ -32,15 +38,21 @@ class AnswerStream:
         processor: AnswerProcessor,
         picture: Picture | Video,
         prompt: str,
+        contrast: float = 0.0,
         **choices: Any,
     ) -> None:
-        self.model, self.processor, self.choices = model, processor, choices
+        if not 0 <= contrast < math.inf:
+            raise InputError(f"contrast is {contrast}: choose 0 for none, or a number above, such as 1")
+        self.model, self.processor, self.contrast, self.choices = model, processor, contrast, choices
         self.inputs: dict[str, Any] = to_device(processor([picture], [prompt]), model.device)
         self.confidence: float | None = None
         self.repeats = False
 
     def __iter__(self) -> Iterator[str]:
-        noting, row, shown = Noting(self.model), Row(self.processor.tokenizer), ""
+        scoring: Any = self.model
+        if self.contrast:
+            scoring = Contrastive(self.model, distorted(self.inputs), self.contrast)
+        noting, row, shown = Noting(scoring), Row(self.processor.tokenizer), ""
         # Called on the class: the model's own loop, which asks `noting` for logits.
         for token in type(self.model).stream(noting, **self.inputs, **self.choices):
             row.add(int(token[0]), None if noting.last is None else noting.last[0])

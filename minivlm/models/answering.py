@@ -39,7 +39,8 @@ def answer(
         picture: a PIL image, the path of a picture, or what `open_video` returns.
         prompt: one, or several, for which the picture is read once (`minivlm.models.many_answers`).
         using: a model and its processor, as `load` returns them; None: the shipped model.
-        **choices: of `minivlm.generate.stream`: max_new_tokens, temperature, top_k, top_p, seed.
+        **choices: of `minivlm.generate.stream`: max_new_tokens, temperature, top_k, top_p, seed; and contrast
+            with a distorted picture, as in `AnswerStream`.
 
     Raises InputError: as the processor and `minivlm.generate.stream`.
     """

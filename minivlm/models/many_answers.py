@@ -6,7 +6,8 @@ are made of rows that are sorted by length, and rows whose answers have ended le
 takes is bounded by its tokens, padding and answers included.
 
 Every answer is that of its prompt alone. (Where words are drawn from a seed, the next row of a batch would
-get the next seed; so there prompts are answered one after the other.)
+get the next seed; so there prompts are answered one after the other. So they are in contrastive decoding,
+which reads two pictures.)
 """
 
 from __future__ import annotations
@@ -48,18 +49,20 @@ def answers_about(
     prompts: Sequence[str],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    contrast: float = 0.0,
     **choices: Any,
 ) -> list[Answer]:
     """Answers to several prompts about one picture, in their order.
 
     Args:
         batch_tokens: of the rows that are written at a time.
-        **choices: as in `minivlm.models.answering.answer`.
+        contrast, **choices: as in `minivlm.models.answering.answer`.
 
     Raises InputError: as `answer`, with nothing answered.
     """
     prompts = as_list(prompts, "prompt")
-    if _is_repeatable(choices):
+    if _takes_turns(choices, contrast):
+        choices["contrast"] = contrast
         return [_alone(model, processor, picture, prompt, choices) for prompt in prompts]
     (pictures,) = open_rows([picture], 1, isinstance(processor, ReadsVideos))
     rows = []
@@ -84,6 +87,7 @@ def answers_to(
     prompts: Sequence[str],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    contrast: float = 0.0,
     **choices: Any,
 ) -> Iterator[list[Answer]]:
     """Answers to every prompt about every picture: those about a picture together, in the order asked.
@@ -92,13 +96,21 @@ def answers_to(
         pictures: better paths than opened pictures, of which many fill the memory. Each is opened when it is
             its turn; before, where the number of its tokens depends on its shape.
         batch_tokens: of the rows that are written at a time.
-        **choices: as in `minivlm.models.answering.answer`.
+        contrast, **choices: as in `minivlm.models.answering.answer`.
 
     Raises InputError: as `answer`, once the answers before are given.
     """
-    if len(prompts) != 1 or _is_repeatable(choices):
+    if len(prompts) != 1 or _takes_turns(choices, contrast):
         for picture in pictures:
-            yield answers_about(model, processor, picture, prompts, batch_tokens=batch_tokens, **choices)
+            yield answers_about(
+                model,
+                processor,
+                picture,
+                prompts,
+                batch_tokens=batch_tokens,
+                contrast=contrast,
+                **choices,
+            )
         return
     check_prompt(prompts[0], 0)
     beside = getattr(model, "tokens_beside", 0)

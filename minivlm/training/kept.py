@@ -71,7 +71,7 @@ class RunFolder:
     def log(self, bar: Bar, measure: bool) -> None:
         """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
         run = self.run
-        here = {**run.place(), **_means(self.unlogged, run.losses)}
+        here = {**run.place(), **_means(self.unlogged, (*run.losses, *run.curves))}
         bar.set_postfix({name: value for name, value in here.items() if value is not None})
         metrics = as_the_first(run.among, _metrics(run)) if measure else {}
         self.lines.append({"step": run.step, **here, **_rates(run), **metrics})

@@ -17,7 +17,10 @@ from minivlm.errors import InputError
 
 MOST_AT_ONCE = max(8, 4 * (os.cpu_count() or 1))  # threads, or processes: more only wait for each other
 
-FROM_0 = ("seed", "tower_steps", "packed_steps", "review_steps", "prefix_steps", "text_steps")
+FROM_0 = (
+    "seed", "tower_steps", "packed_steps", "review_steps", "prefix_steps", "text_steps",
+    "supervised_steps", "rewarded_steps", "rehearsal",
+)  # fmt: skip
 LEAST = {
     "row_tokens": 16,  # a short question with its answer
     "prefix_row_tokens": 16,

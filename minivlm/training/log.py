@@ -121,7 +121,8 @@ def plot_log(lines: Sequence[Line], path: Path, losses: Sequence[str]) -> None:
             axis.axvline(border, color="gray", linestyle=":", linewidth=1)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", ncols=2)
+        if axis.get_legend_handles_labels()[0]:  # a loss may never have been computed
+            axis.legend(fontsize="small", ncols=2)
     axes[0].set_yscale("log")
     axes[-1].set_xlabel("step")
     with write_aside(path) as temporary:

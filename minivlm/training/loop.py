@@ -207,7 +207,7 @@ def _stops_explained(folder: RunFolder) -> Iterator[None]:
         if not folder.writes:  # the same numbers are in all processes
             raise ToldElsewhere(str(error)) from error
         kept = f"; {folder.out} keeps the state of step {folder.saved}" if folder.saved else ""
-        raise Diverged(f"{error}{kept}") from error
+        raise type(error)(f"{error}{kept}") from error
     except InputError as error:
         raise InputError(f"{error}; {folder.how_to_go_on()}") from error
     except (RuntimeError, MemoryError, EOFError, ConnectionError) as error:

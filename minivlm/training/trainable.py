@@ -32,6 +32,7 @@ class Trainable(ABC):
     working: nn.Module  # the copy that computes, see precision.py
     optimizers: dict[str, torch.optim.Optimizer]
     losses: tuple[str, ...]  # columns of the log that are losses
+    curves: tuple[str, ...] = ()  # other numbers of every step, of which the log has the means
     log_every: int = 50  # steps, where the loop does not say
     measure_every: int = 500  # likewise
     measures: bool = True  # whether there is something to measure on

@@ -47,12 +47,14 @@ from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, images, text_to_masks
 from minivlm.training import codebook, finetuning
 from minivlm.training.contrastive_recipe import OBJECTIVES, SIZES_OF_TOWERS, ContrastiveConfig
+from minivlm.training.reasoning_recipe import LOSSES, ReasoningConfig
 from minivlm.training.recipe import TrainingConfig, build
+from minivlm.world.composed_questions import COMPOSED_TASKS
 from minivlm.world.demo import read_samples, write_samples
 
 COMMANDS = (
     "demo", "ask", "look", "data", "train", "finetune", "merge", "convert", "train-contrastive",
-    "train-codebook", "eval", "plan", "doctor", "workshop", "progress",
+    "train-codebook", "train-reasoning", "eval", "plan", "doctor", "workshop", "progress",
 )  # fmt: skip
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023
@@ -800,6 +802,7 @@ def test_pictures_that_are_refused(
         (["--prompt", "caption en", "--max-new-tokens", "10000"], "context of 512: ask for at most 44[0-9]"),
         (["--prompt", "x " * 600], "more than the model's context of 512: .*shorten the prompt"),
         (["--prompt", "caption en", "--temperature", "-1"], "temperature is -1.0: use 0"),
+        (["--prompt", "caption en", "--contrast", "-1"], "contrast is -1.0: choose 0 for none"),
         (
             ["--prompt", "caption en", "--temperature", "1", "--top-p", "0"],
             "top_p is 0.0: it is a probability",
@@ -1334,7 +1337,8 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
-    training = {"train", "finetune", "merge", "convert", "train-contrastive", "train-codebook"}
+    training = {"train", "finetune", "merge", "convert"}
+    training |= {"train-contrastive", "train-codebook", "train-reasoning"}
     others = {"demo", "ask", "look", "data", "eval", "plan", "doctor", "workshop", "progress"}
     assert {line.split()[1] for line in examples} == training | others
     assert cli.EXAMPLES in out
@@ -1383,6 +1387,7 @@ def test_numbers_that_commands_repeat() -> None:
     recipes = (
         (cli.train.RECIPE, TrainingConfig, ()),
         (cli.train_contrastive.RECIPE, ContrastiveConfig, cli.train_contrastive.OWN),
+        (cli.train_reasoning.RECIPE, ReasoningConfig, cli.train_reasoning.OWN),
     )
     for recipe, config, own in recipes:
         written = {name: default for numbers in recipe.values() for name, (default, _) in numbers.items()}
@@ -1391,6 +1396,9 @@ def test_numbers_that_commands_repeat() -> None:
     assert tuple(COLUMNS) == cli.evaluate.COLUMNS
     assert tuple(finetuning.PARTS) == cli.finetune.PARTS
     assert cli.train_contrastive.OBJECTIVES == OBJECTIVES
+    assert cli.train_reasoning.TASKS == COMPOSED_TASKS
+    assert tuple(LOSSES) == cli.train_reasoning.LOSSES
+    assert ReasoningConfig().warmup_steps == cli.train_reasoning.WARMUP_STEPS
     assert set(cli.train_contrastive.RECIPE["sizes of new towers"]) == set(SIZES_OF_TOWERS)
     assert signature(codebook.train_masks).parameters["steps"].default == cli.train_codebook.STEPS
 
@@ -1432,6 +1440,10 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
         ("convert", ["--model", "--quantize {int8,int4}", "--out"]),
         ("train-contrastive", ["--resume", "--teacher", "distill", "(default: 0.002)", "runs/OBJECTIVE"]),
         ("train-codebook", ["--steps", "(default: "]),
+        (
+            "train-reasoning",
+            ["--think", "--task", "(default: 0.0002)", "--resume", "left_count", "curves.png"],
+        ),
         ("eval", ["--scenes", "(default: 2000)", "--json", "unseen_pairs"]),
         ("data", ["convert", "check", "split"]),
         ("demo", ["--out"]),

@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 import minivlm
 from minivlm.errors import InputError
 from minivlm.models.answering import MOST_REPEATS, AnswerStream
+from minivlm.models.contrastive_decoding import Contrastive, distorted
 from minivlm.models.load import SHIPPED
 
 SCENE = Path("figures/samples/scene_1.png")
@@ -30,6 +31,24 @@ def test_from_a_picture_to_words(picture: Image.Image | str | Path) -> None:
     assert minivlm.answer(picture, "caption en") == wanted
     assert minivlm.answer(picture, "caption en", (model, processor), max_new_tokens=3) == "a small yellow"
     assert processor.batch_decode(ids, skip_special_tokens=True) == [wanted]
+
+
+def test_an_answer_against_a_distorted_picture() -> None:
+    """As `Contrastive` writes it, and without a weight as ever."""
+    model, processor = minivlm.load()
+    inputs = processor([SCENE], ["detect yellow star"])
+    wanted = Contrastive(model, distorted(inputs), 40.0, beta=0.1).generate(**inputs)
+    found = minivlm.answer(SCENE, "detect yellow star", contrast=40.0)
+    assert found == processor.decode(wanted)[0] != minivlm.answer(SCENE, "detect yellow star")
+    assert minivlm.answer(SCENE, "detect yellow star", contrast=0.0) == minivlm.answer(
+        SCENE, "detect yellow star"
+    )
+
+
+@pytest.mark.parametrize("contrast", [-1.0, float("inf"), float("nan")])
+def test_contrasts_that_are_refused(contrast: float) -> None:
+    with pytest.raises(InputError, match="choose 0 for none"):
+        minivlm.answer(SCENE, "caption en", contrast=contrast)
 
 
 def test_what_is_refused() -> None:

@@ -1,0 +1,318 @@
+"""What do rewards teach beyond true answers, is evidence used, and when is the picture not?
+
+Run: OMP_NUM_THREADS=1 python bench/reasoning.py --runs runs/reasoning --out bench/results/reasoning.txt \\
+    --numbers minivlm/assets/reasoning.json
+
+Three parts, each with three seeds, all from the shipped model:
+
+- rewards: "is A larger than B?". First 20 steps on true answers, then 60 on rewards (GRPO, Dr. GRPO, with
+  KL, with rehearsal), or as many again on true answers; and rewards without any true answer before.
+  And on "which is nearer to A?", of which the shipped model never answers one rightly.
+- thinking: "is A above B?", directly, or with boxes as evidence; then rewards for the conclusion, for
+  evidence as well, and for boxes whether or not they are true. Does the conclusion follow from the evidence?
+- looking: the color of the star, learned where stars are nearly always cyan and colors hard to see. How often
+  is that guessed where it is not so, and what does contrastive decoding repair?
+
+Each run leaves a file in --runs when it is done. Called again, the program goes on with those that are
+missing. The tables are made by reasoning_tables.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any, cast
+
+import numpy as np
+import torch
+from reasoning_tables import as_text
+from torch import nn
+
+from minivlm.evaluation.answers import answer_all, evaluate
+from minivlm.evaluation.composed import Change, conclusions_right, draw_question, make_composed
+from minivlm.evaluation.faithfulness import faithfulness
+from minivlm.evaluation.hallucination import pope
+from minivlm.evaluation.neglect import BIASED, biased, faded, gray_thing, neglect
+from minivlm.evaluation.scoring import Question
+from minivlm.evaluation.tables import Metric
+from minivlm.models.contrastive_decoding import Contrastive, diffused
+from minivlm.models.load import SHIPPED, load_answering
+from minivlm.training.log import read_log
+from minivlm.training.folder import LOG, run_folder
+from minivlm.training.loop import Loop, run_to_end
+from minivlm.training.reasoning import Collapsed, ReasoningRun
+from minivlm.training.reasoning_recipe import ReasoningConfig
+from minivlm.training.supervised import Shown, supervised_loss
+
+SEEDS = (0, 1, 2)
+ASKED = 600  # held-out questions
+THOUGHT = 300  # of these, whose evidence is looked at
+OLD_SCENES = 40  # of the questions that the model knew before
+QUIET = Loop(save_every=50, log_every=5, measure_every=0, workers=0, progress=False)
+CURVES = ("reward", "accuracy", "entropy", "mixed", "length", "endless")
+
+# By name: the run that it goes on from, None for the shipped model, and what it changes in the recipe.
+LARGER = {"task": "larger"}
+VERTICAL = {"task": "vertical", "supervised_steps": 300, "rewarded_steps": 0, "rehearsal": 8}
+THINKING = {"task": "vertical", "think": True}
+ON_REWARDS: dict[str, Any] = {"supervised_steps": 0, "rewarded_steps": 60}
+THINKS: dict[str, Any] = THINKING | {"supervised_steps": 0, "rewarded_steps": 40, "prompts": 16}
+RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "true answers, 20 steps": (None, LARGER | {"supervised_steps": 20, "rewarded_steps": 0}),
+    "then GRPO": ("true answers, 20 steps", LARGER | ON_REWARDS),
+    "then true answers": (
+        "true answers, 20 steps",
+        LARGER | {"supervised_steps": 60, "rewarded_steps": 0},
+    ),
+    "then GRPO with rehearsal": ("true answers, 20 steps", LARGER | ON_REWARDS | {"rehearsal": 8}),
+    "then Dr. GRPO": ("true answers, 20 steps", LARGER | ON_REWARDS | {"loss": "dr_grpo"}),
+    "then GRPO with KL": ("true answers, 20 steps", LARGER | ON_REWARDS | {"kl": 0.05}),
+    "GRPO alone": (None, LARGER | ON_REWARDS),
+    "GRPO alone, lr 1e-3": (None, LARGER | ON_REWARDS | {"lr": 1e-3}),
+    "GRPO alone, nearer": (None, ON_REWARDS | {"task": "nearer"}),
+    "direct": (None, VERTICAL),
+    "thinking": (None, VERTICAL | THINKING),
+    "thinking, then right": ("thinking", THINKS),
+    "thinking, then right and evidence": ("thinking", THINKS | {"true_boxes": 0.5, "follows": 0.5}),
+    "thinking, then right and any boxes": ("thinking", THINKS | {"boxes": 1.0}),
+}
+TASK_OF = {name: str(changes["task"]) for name, (_, changes) in RUNS.items()}
+STEPS_OF_BIAS, ROWS_OF_BIAS = 150, 32
+FADED = (0.3, 0.15, 0.1)  # saturations at which the color of stars is asked for
+STARS = 400  # questions at each
+ALPHAS = (1.0, 3.0, 10.0)
+
+
+def old_skills(model: Any, processor: Any) -> dict[str, float]:
+    """How good the model still is at what it was trained on."""
+    table = evaluate(model, processor, OLD_SCENES, progress=False, columns=["held_out"])["held_out"]
+    names = {"questions": "all questions", "captions": "exact caption", "boxes": "box mean IoU"}
+    return {short: table[name].value for short, name in names.items()}
+
+
+def answers_to(model: Any, processor: Any, questions: Sequence[Question]) -> list[str]:
+    """Greedy answers."""
+    return answer_all(
+        model,
+        processor,
+        [question.picture for question in questions],
+        [question.example.prefix for question in questions],
+        progress=False,
+        expected=[question.example.suffix for question in questions],
+    )
+
+
+def plain(table: dict[str, Metric]) -> dict[str, dict[str, float]]:
+    """As numbers, rounded."""
+    return {
+        name: {key: round(value, 4) for key, value in asdict(metric).items()}
+        for name, metric in table.items()
+    }
+
+
+def train(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """One of RUNS, measured; its checkpoint stays in `folder`."""
+    start, changes = RUNS[name]
+    model = str(SHIPPED) if start is None else str(folder / folder_of(start, seed))
+    config = ReasoningConfig(model=model, seed=seed, **changes)
+    out = folder / folder_of(name, seed)
+    shutil.rmtree(out, ignore_errors=True)
+    run = ReasoningRun(config)
+    started, said = time.process_time(), None
+    with run_folder(out, resume=False):
+        try:
+            run_to_end(run, out, QUIET)
+        except Collapsed as error:
+            said = str(error).partition(";")[0]
+    seconds = time.process_time() - started
+    questions = make_composed(config.task, ASKED, thinks=config.think)
+    answers = answers_to(run.model, run.processor, questions)
+    found: dict[str, Any] = {
+        "steps": run.step,
+        "seconds": round(seconds),
+        "stopped": said,
+        "right": plain({"right": conclusions_right(questions, answers)})["right"],
+        "length": mean(len(run.processor.tokenizer.encode(answer)) + 1 for answer in answers),
+        "old": {key: round(value, 4) for key, value in old_skills(run.model, run.processor).items()},
+    }
+    if config.think:
+        found["faithfulness"] = plain(faithfulness(run.model, run.processor, questions[:THOUGHT]))
+    lines = [
+        line for line in read_log(out / LOG) if line["stage"] == "rewarded" and line.get("reward") is not None
+    ]
+    if lines:
+        found["curves"] = {"step": [line["step"] for line in lines]}
+        found["curves"] |= {key: [line[key] for line in lines] for key in CURVES}
+    return found
+
+
+def folder_of(name: str, seed: int) -> str:
+    """The name of a run's folder."""
+    return f"{name} {seed}".replace(",", "").replace(".", "").replace(" ", "_")
+
+
+# ---- looking -----------------------------------------------------------------------------------------------
+
+
+def only_one_star(scene: Any, rng: np.random.Generator, then: Change) -> Any:
+    """The scene with its other stars made circles, changed, so that "the star" is one thing."""
+    stars = [number for number, thing in enumerate(scene.things) if thing.shape == BIASED[0]]
+    things = tuple(
+        replace(thing, shape="circle") if number in stars[1:] else thing
+        for number, thing in enumerate(scene.things)
+    )
+    return then(replace(scene, things=things), rng)
+
+
+def star_question(rng: np.random.Generator, split: Any, then: Change) -> Question:
+    """What color is the star? About a scene that has one."""
+    while True:
+        question = draw_question(rng, "color", 64, split, change=partial(only_one_star, then=then))
+        if question.example.prefix == f"what color is the {BIASED[0]}?":
+            return question
+
+
+def as_it_is(scene: Any, rng: np.random.Generator) -> Any:
+    """Stars of every color, faded as in biased training."""
+    return biased(scene, rng, share=0.0)
+
+
+def train_on_stars(seed: int, then: Change) -> tuple[Any, Any]:
+    """The shipped model after some steps on the color of stars."""
+    model, processor = load_answering()
+    cast(nn.Module, model.vision_tower).requires_grad_(False)
+    weights = [weight for weight in cast(nn.Module, model).parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(STEPS_OF_BIAS):
+        rng = np.random.default_rng([seed, 77, step])
+        asked = [star_question(rng, "train", then) for _ in range(ROWS_OF_BIAS)]
+        rows = [Shown(one.picture, one.example.prefix, one.example.suffix) for one in asked]
+        loss = supervised_loss(model, processor, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+    return model, processor
+
+
+def look(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The color of stars after biased training, or after training without the bias."""
+    then: Change = biased if name == "biased" else as_it_is
+    model, processor = train_on_stars(seed, then)
+    found: dict[str, Any] = {}
+    for saturation in FADED:
+        rng = np.random.default_rng([1, 78])
+        questions = [
+            star_question(rng, "test", lambda scene, rng, s=saturation: faded(scene, s)) for _ in range(STARS)
+        ]
+        answers = {"plain": answers_to(model, processor, questions)}
+        if name == "biased":
+            for other, alpha in product(("noise", "gray star"), ALPHAS):
+                answers[f"{other}, a = {alpha:g}"] = against(model, processor, questions, alpha, other)
+        rows = {
+            way: {
+                "right": round(conclusions_right(questions, said).value, 4),
+                "says cyan": round(mean(answer == BIASED[1] for answer in said), 4),
+            }
+            for way, said in answers.items()
+        }
+        found[f"{saturation:g}"] = rows
+    return found
+
+
+def against(model: Any, processor: Any, questions: Sequence[Question], alpha: float, other: str) -> list[str]:
+    """Answers contrasted with those about other pictures: after diffusion, or with the star in gray."""
+    answers: list[str] = []
+    for start in range(0, len(questions), 64):
+        part = questions[start : start + 64]
+        inputs = processor([one.picture for one in part], [one.example.prefix for one in part])
+        pixels = {"pixel_values": diffused(inputs["pixel_values"])}
+        if other == "gray star":
+            pixels = processor.pixels([gray_thing(one.scene, BIASED[0]).draw() for one in part])
+        answers += processor.decode(Contrastive(model, pixels, alpha).generate(**inputs, max_new_tokens=12))
+    return answers
+
+
+def shipped(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The shipped model: right without training, neglect, POPE. The seed is that of the questions."""
+    model, processor = load_answering()
+    tasks = ("larger", "nearer", "vertical")
+    found: dict[str, Any] = {
+        "right": {
+            task: plain({"right": conclusions_right(asked, answers_to(model, processor, asked))})["right"]
+            for task in tasks
+            for asked in [make_composed(task, ASKED)]
+        },
+        "old": old_skills(model, processor),
+        "neglect": {
+            task: plain(neglect(model, processor, make_composed(task, THOUGHT, seed=1 + seed)))
+            for task in ("existence", "vertical")
+        },
+        "hallucination": {
+            way: plain(row) for way, row in pope(model, processor, scenes=THOUGHT, seed=1 + seed).items()
+        },
+    }
+    return found
+
+
+UNITS: dict[str, Callable[[str, int, Path], dict[str, Any]]] = {
+    "shipped": shipped,
+    **dict.fromkeys(RUNS, train),
+    "biased": look,
+    "without bias": look,
+}
+
+
+def stored(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What has been measured so far: by unit, by seed."""
+    return {
+        name: {
+            str(seed): json.loads(path.read_text(encoding="utf-8"))
+            for seed in seeds
+            if (path := folder / f"{folder_of(name, seed)}.json").is_file()
+        }
+        for name in UNITS
+    }
+
+
+def main() -> None:
+    """Carry out what is missing, and write the tables and the numbers."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--only", nargs="+", choices=UNITS, default=list(UNITS), help="these units alone")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of runs and single results")
+    parser.add_argument("--out", type=Path, help="the tables")
+    parser.add_argument("--numbers", type=Path, help="the numbers, as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for name in options.only:
+            path = options.runs / f"{folder_of(name, seed)}.json"
+            if not path.is_file():
+                found = UNITS[name](name, seed, options.runs)
+                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                print(
+                    name, seed, {key: found[key] for key in ("right", "seconds") if key in found}, flush=True
+                )
+    results = stored(options.runs, options.seeds)
+    text = as_text(results, TASK_OF)
+    print(text)
+    numbers = json.dumps(results, indent=1)
+    for path, content in ((options.out, text), (options.numbers, numbers)):
+        if path is not None:
+            path.write_text(content + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
