@@ -162,9 +162,9 @@ def batches(lengths: Sequence[int], batch_tokens: int, choices: dict[str, Any]) 
     return found
 
 
-def _is_repeatable(choices: dict[str, Any]) -> bool:
-    """Whether answers are sampled, and from a seed."""
-    return choices.get("temperature", 0) > 0 and choices.get("seed") is not None
+def _takes_turns(choices: dict[str, Any], contrast: float) -> bool:
+    """Whether answers are sampled, and from a seed, or held against those to another picture."""
+    return contrast != 0 or (choices.get("temperature", 0) > 0 and choices.get("seed") is not None)
 
 
 def _alone(
