@@ -233,6 +233,20 @@ def test_sampled_answers(choices: dict[str, Any], shipped: tuple[Any, Any]) -> N
         assert len(set(found)) == 4
 
 
+def test_answers_held_against_another_picture(shipped: tuple[Any, Any]) -> None:
+    """They read two pictures, so they are written one after the other."""
+    picture, prompts = SCENES[0], ["caption en", "how many objects are there?"]
+    found = answers_about(*shipped, picture, prompts, contrast=3.0)
+    streams = [AnswerStream(*shipped, picture, prompt, contrast=3.0) for prompt in prompts]
+    assert_alike(found, [Answer("".join(one), one.confidence, one.repeats) for one in streams])
+    plain = answers_about(*shipped, picture, prompts)
+    assert [one.confidence for one in found] != [one.confidence for one in plain]
+    ((first,), _) = answers_to(*shipped, [picture] * 2, prompts[:1], contrast=3.0)
+    assert_alike([first], found[:1])
+    with pytest.raises(InputError, match="contrast is -1"):
+        answers_about(*shipped, picture, prompts, contrast=-1)
+
+
 def test_what_is_refused(shipped: tuple[Any, Any]) -> None:
     with pytest.raises(InputError, match="prompt 2 is empty"):
         answer(SCENES[0], ["caption en", " "], shipped)
