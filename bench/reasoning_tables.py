@@ -10,7 +10,7 @@ Results = Mapping[str, Mapping[str, dict[str, Any]]]  # unit -> seed -> what was
 OLD = ("questions", "captions", "boxes")  # skills from before
 TITLES = {
     "larger": "Rewards: is A larger than B?",
-    "nearer": "Nothing to reward: which is nearer to A, B or C?",
+    "nearer": "Nothing to reward: which is nearer to A, B or C? (one of the two at random: .500)",
     "vertical": "Thinking: is A above B?",
 }
 

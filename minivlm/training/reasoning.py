@@ -204,13 +204,15 @@ class ReasoningRun(Trainable):
             weight.grad = None
         loss.backward()
         self.check_finite("the gradient", nn.utils.clip_grad_norm_(self.weights, self.config.clip).item())
-        config, optimizer = self.config, self.optimizers[stage]
+        config = self.config
         if stage == "supervised":
-            rate = warm_up_then_fall(number, config.supervised_steps, config.warmup_steps)
-            optimizer.param_groups[0]["lr"] = config.supervised_lr * rate
+            share = warm_up_then_fall(number, config.supervised_steps, config.warmup_steps)
+            rate = config.supervised_lr * share
         else:  # nobody knows where it will end
-            optimizer.param_groups[0]["lr"] = config.lr * warm_up(number, config.warmup_steps)
-        optimizer.step()
+            rate = config.lr * warm_up(number, config.warmup_steps)
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = rate if name == stage else 0.0
+        self.optimizers[stage].step()
 
     def advice(self) -> str:
         return f"try a lower learning rate in a new folder, such as --lr {self.config.lr / 2:g}"
