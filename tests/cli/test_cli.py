@@ -42,6 +42,7 @@ from minivlm.cli.notes import unknown_words
 from minivlm.cli.pictures import run_lengths
 from minivlm.evaluation.columns import COLUMNS
 from minivlm.models import load as loading
+from minivlm.models import many_answers
 from minivlm.models.answering import AnswerStream
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, images, text_to_masks
@@ -130,18 +131,24 @@ def ask(folder: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, processor: Processor) -> Callable[..., list[Tensor]]:
-    """Make the model give these answers, one for each call. Returns the list of the prompts' ids."""
+    """Make the model give these answers, in the order of the prompts. Returns the prompts' ids."""
 
     def answer_with(*answers: str) -> list[Tensor]:
         left = iter(answers)
         prompts: list[Tensor] = []
 
-        def stream(model: PaliGemma, input_ids: Tensor, **options: Any) -> Iterator[Tensor]:
-            prompts.append(input_ids)
-            for token in [*processor.tokenizer.encode(next(left)), processor.tokenizer.eos_id]:
-                yield torch.tensor([token])
+        def stream(model: Any, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Iterator[Tensor]:
+            tokenizer = processor.tokenizer
+            prompts.extend(
+                ids[mask.bool()][None] for ids, mask in zip(input_ids, attention_mask, strict=True)
+            )
+            rows = [[*tokenizer.encode(next(left)), tokenizer.eos_id] for _ in input_ids]
+            for step in range(max(map(len, rows))):
+                model.unfinished = torch.tensor([step < len(row) for row in rows])  # as `Noting` does
+                yield torch.tensor([row[step] if step < len(row) else tokenizer.pad_id for row in rows])
 
         monkeypatch.setattr(PaliGemma, "stream", stream)
+        monkeypatch.setattr(many_answers, "batches", lambda lengths, *_: [list(range(len(lengths)))])
         return prompts
 
     return answer_with
