@@ -48,11 +48,12 @@ napoleon_use_rtype = False
 highlight_language = "text"  # a block that names no language is a drawing or a command
 python_maximum_signature_line_length = 88
 OTHERS = (
-    "abc|argparse|collections|contextlib|dataclasses|matplotlib|numpy|np|pathlib|PIL|tokenizers|torch|tqdm"
+    "abc|argparse|collections|contextlib|dataclasses|matplotlib|nn|numpy|np|pathlib|PIL|subprocess|tokenizers|"
+    "torch|tqdm"
 )
 nitpick_ignore_regex = [
     # For type checkers only; then types of attributes, which Sphinx cuts at their comma.
-    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Image\.Image|Kind|Grid|tqdm"),
+    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Picture|Image\.Image|Kind|Grid|tqdm"),
     (r"py:.*", r"(int \| )?tuple\[(int|str)"),
 ]
 
