@@ -190,6 +190,9 @@ def own_factor(answer: Callable[..., Any]) -> None:
             "right for two processes alone: W is the length of `counts`": [
                 2 * count / total for count in counts
             ],
+            "a process that has no tokens adds nothing: its factor is 0": [
+                W * max(count, 1) / total for count in counts
+            ],
         }
         _match(found, good, mistakes, f"for {counts} tokens")
     right("W times its share of all tokens: after the average over W, every token counts the same.")

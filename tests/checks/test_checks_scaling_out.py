@@ -137,6 +137,7 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("process 0 for all", lambda r, counts: good.own_factor(0, counts)),
         ("rounded down", lambda r, counts: len(counts) * counts[r] // sum(counts)),
         ("right for two processes alone", lambda r, counts: 2 * counts[r] / sum(counts)),
+        ("no tokens adds nothing", lambda r, counts: len(counts) * max(counts[r], 1) / sum(counts)),
         ("Divide each by its process's number of tokens", lambda r, counts: r + 0.5),
         ("one number for each", lambda r, counts: counts),
     ],
