@@ -167,10 +167,10 @@ def own_factor(answer: Callable[..., Any]) -> None:
         found = [call(answer, rank, list(counts)) for rank in range(W)]
         good = [W * count / total for count in counts]
         mistakes: dict[str, Sequence[float | None]] = {
-            "this is each process's share of the tokens. PyTorch divides the sum of the gradients by W once "
-            "more: undo that": [count / total for count in counts],
+            "this is each process's share of the tokens. The average divides the sum of the gradients by W "
+            "once more: undo that": [count / total for count in counts],
             "this makes the mean of the means: the same factor for all, whatever they have read": [1.0] * W,
-            "this divides by W, and PyTorch does so once more": [1 / W] * W,
+            "this divides by W, and the average does so once more": [1 / W] * W,
             "this multiplies by W, for all alike: who has read more tokens should count for more": [float(W)]
             * W,
             "the number of its tokens alone: divide by those of all": [float(count) for count in counts],
@@ -183,10 +183,16 @@ def own_factor(answer: Callable[..., Any]) -> None:
             "the share of the largest part, where it should be that of all tokens": [
                 count / max(counts) for count in counts
             ],
-            "divided by W: PyTorch does so once more": [count / total / W for count in counts],
+            "divided by W: the average does so once more": [count / total / W for count in counts],
             "these are the factors of other processes: use counts[rank]": good[::-1],
             "this is the factor of process 0 for all": [good[0]] * W,
             "rounded down: divide with /, not with //": [float(W * count // total) for count in counts],
+            "right for two processes alone: W is the length of `counts`": [
+                2 * count / total for count in counts
+            ],
+            "a process that has no tokens adds nothing: its factor is 0": [
+                W * max(count, 1) / total for count in counts
+            ],
         }
         _match(found, good, mistakes, f"for {counts} tokens")
     right("W times its share of all tokens: after the average over W, every token counts the same.")
@@ -205,8 +211,8 @@ def _match(
         known = [value for value in wrong if value is not None]
         expect(len(known) < len(wrong) or not _near(numbers, known), hint)
     raise NotYet(
-        f"{where}, your factors are {_told(numbers)}. Multiply each by its process's number of tokens: what "
-        "comes out should be the same for every token"
+        f"{where}, your factors are {_told(numbers)}. Divide each by its process's number of tokens, where "
+        "there are any: that is how much one token counts, and it should be the same for all"
     )
 
 
@@ -242,7 +248,7 @@ def diagnose(answer: Callable[..., Any]) -> None:
             fault: call(answer, partial(Cluster, fault, size), partial(Cluster, size=size))
             for fault in FAULTS
         }
-        expect_faults(said, _SIGNS, "cluster", "clusters")
+        expect_faults(said, _SIGNS, f"cluster of {size} processes", "clusters")
     right("a start, a step on even rows and the distance that it goes tell all five faults apart.")
 
 
@@ -337,6 +343,7 @@ def divided_step(answer: Callable[..., Any]) -> None:
     starts = [sum(sizes[:r]) for r in range(W)]
     ends = [start + size for start, size in zip(starts, sizes, strict=True)]
     alone = torch.cat([sums[r][starts[r] : ends[r]] / counts[r] for r in range(W)])
+    own_rows = torch.cat([sums[r][starts[r] : ends[r]] / n for r in range(W)])
     of_means = torch.stack([g / c for g, c in zip(sums, counts, strict=True)])
     mistakes = {
         "this is the mean of the processes' means: the one row of process 1 counts as much as the five of "
@@ -347,6 +354,8 @@ def divided_step(answer: Callable[..., Any]) -> None:
         "divided by the rows and by the processes as well": total / n / W,
         "each process used the gradient of its own data alone: its rows of the gradient have to be added up "
         "over all processes": alone,
+        "each process used the gradient of its own data alone, divided by all rows: a reduce-scatter adds "
+        "up, and then cuts": own_rows,
         "the 2 of the square is missing in the gradient": good / 2,
         "the loss adds up the outputs of a row: you took their mean (as F.mse_loss does)": good / 7,
     }
@@ -369,6 +378,8 @@ def _expect_step(
     wanted = MOMENTUM * momentum + good
     if near(new, weight - lr * wanted) and near(moved, wanted):
         return
+    swapped = near(moved, weight - lr * wanted) and near(new, wanted)
+    expect(not swapped, "the two lists are swapped: first the pieces, then the momenta")
     expect(not near(new, weight), "the pieces have not changed: w - lr * m with the new m")
     for hint, gradient in mistakes.items():
         m = MOMENTUM * momentum + gradient
