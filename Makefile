@@ -38,7 +38,9 @@ demo: $(READY) ## answer questions about pictures with the shipped model
 
 test: $(DEV) ## about half an hour: run lint, unit and nbval; all three, also where one of them fails
 	@echo "make test: about half an hour on two cores"
-	@failed=; for part in lint unit nbval; do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+	@failed=; $(BIN)/python docs/book/build.py --unless-current & \
+	$(MAKE) --no-print-directory lint || failed=" lint"; wait; \
+	for part in unit nbval; do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
 	if [ -n "$$failed" ]; then echo "make test: failed in:$$failed" >&2; exit 1; fi
 
 lint: $(DEV) ## check style, types and spelling
@@ -49,8 +51,8 @@ lint: $(DEV) ## check style, types and spelling
 	$(BIN)/python docs/live/check_types.py
 
 unit: $(DEV) ## build the book, then run the tests
-	$(BIN)/python docs/book/build.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(BIN)/python docs/book/build.py --unless-current
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 nbval: $(DEV) ## run every notebook and compare what comes out with what is stored
 	$(NBVAL) notebooks/

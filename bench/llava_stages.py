@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from minivlm.models.llava import Llava, LlavaConfig
 from minivlm.processing.inputs import Inputs
-from minivlm.training.loop import read_log
+from minivlm.training.log import read_log
 from minivlm.training.muon import Muon
 from minivlm.training.schedule import warm_up_then_fall
 from minivlm.training.systems import MEASURE_STREAM, PICTURE_STREAM, TEXT_STREAM, SystemRows

@@ -46,7 +46,8 @@ from minivlm.evaluation.clips import evaluate_clips
 from minivlm.models.qwen2_5_vl import Qwen2_5_VL
 from minivlm.models.qwen2_vl import Qwen2VL
 from minivlm.processing import Qwen2VLImageProcessor, Qwen2VLProcessor
-from minivlm.training.loop import Loop, run_folder, run_to_end
+from minivlm.training.folder import run_folder
+from minivlm.training.loop import Loop, run_to_end
 from minivlm.training.moving import SYSTEMS, MovingConfig, MovingRun, build
 from minivlm.vision.qwen2_vl import Qwen2VLVisionConfig, Qwen2VLVisionModel, grid_positions
 from minivlm.world.clip_batches import PICTURE_SIDES, ClipBatches

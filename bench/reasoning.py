@@ -45,8 +45,9 @@ from minivlm.evaluation.scoring import Question
 from minivlm.evaluation.tables import Metric
 from minivlm.models.contrastive_decoding import Contrastive, diffused
 from minivlm.models.load import SHIPPED, load_answering
+from minivlm.training.folder import LOG, run_folder
 from minivlm.training.log import read_log
-from minivlm.training.loop import LOG, Loop, run_folder, run_to_end
+from minivlm.training.loop import Loop, run_to_end
 from minivlm.training.reasoning import Collapsed, ReasoningRun
 from minivlm.training.reasoning_recipe import ReasoningConfig
 from minivlm.training.supervised import Shown, supervised_loss

@@ -47,7 +47,8 @@ from minivlm.models.load import load
 from minivlm.models.miniatures.magic import magic_generate, match_with
 from minivlm.training.contrastive import train_contrastive
 from minivlm.training.contrastive_recipe import ContrastiveConfig
-from minivlm.training.loop import Loop, read_log
+from minivlm.training.log import read_log
+from minivlm.training.loop import Loop
 from minivlm.training.systems import SystemConfig, SystemRun, train_system
 from minivlm.training.ways import WAYS
 from minivlm.world.scenes import make_scene

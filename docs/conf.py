@@ -48,11 +48,12 @@ napoleon_use_rtype = False
 highlight_language = "text"  # a block that names no language is a drawing or a command
 python_maximum_signature_line_length = 88
 OTHERS = (
-    "abc|argparse|collections|contextlib|dataclasses|matplotlib|numpy|np|pathlib|PIL|tokenizers|torch|tqdm"
+    "abc|argparse|collections|contextlib|dataclasses|matplotlib|nn|numpy|np|pathlib|PIL|subprocess|tokenizers|"
+    "torch|tqdm"
 )
 nitpick_ignore_regex = [
     # For type checkers only; then types of attributes, which Sphinx cuts at their comma.
-    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Image\.Image|Kind|Grid|tqdm"),
+    (r"py:.*", rf"({OTHERS})\..*|Tensor|Commands|NotebookNode|Path|Picture|Image\.Image|Kind|Grid|tqdm"),
     (r"py:.*", r"(int \| )?tuple\[(int|str)"),
 ]
 
@@ -93,8 +94,8 @@ def _dashes(app: Sphinx, doctree: nodes.document) -> None:
         text.parent.replace(text, nodes.Text(" – "))
 
 
-def setup(app: Sphinx) -> None:
-    """What Sphinx calls first: connect our own steps."""
+def setup(app: Sphinx) -> dict[str, bool]:
+    """What Sphinx calls first: connect our own steps. Each looks at one page; pages may be made at once."""
     app.connect("autodoc-process-docstring", _docstring, priority=400)  # napoleon, at 500, reads the result
     app.connect("autodoc-process-docstring", _property, priority=600)
     app.connect("doctree-read", _dashes)
@@ -105,3 +106,4 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-resolved", reading.leave_out_of_search)
     app.connect("html-page-context", excerpts.add_script)
     app.connect("build-finished", excerpts.write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -65,6 +65,7 @@ PARTS = {
     "18": ("DeepSeek-VL", ("image processor", "blocks", "projector")),
     "19": ("DeepSeek-VL2", ("image processor", "merge", "decoder")),
     "20": ("Llama 3.2 Vision", ("image processor", "blocks", "projector", "decoder")),
+    "21": ("Scaling out", ("patches", "blocks", "projector", "embedding", "decoder", "loss")),
     "22": ("Reasoning", ("decoder", "answer")),
 }
 

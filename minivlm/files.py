@@ -69,8 +69,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
     Raises InputError: something is there already; it cannot be written.
     """
-    if os.path.lexists(path):
-        raise InputError(f"{path} exists: choose another name for a folder, or remove it first")
+    _check_new(path)
     temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -109,6 +108,20 @@ def check_output(path: Path, inputs: Iterable[str | Path] = (), replace: bool = 
         raise InputError(f"cannot write {path}: {folder} is not a folder. Choose another name to write to")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {path}: {folder} may not be written into. Choose another folder")
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse before the work what `folder_aside` would refuse after it. Nothing is written here.
+
+    Raises InputError: something is there already; its folder cannot be made or written into.
+    """
+    _check_new(path)
+    check_output(path / "file")
+
+
+def _check_new(path: Path) -> None:
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists: choose another name for a folder, or remove it first")
 
 
 def _behind_links(path: Path) -> Path:

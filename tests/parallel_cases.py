@@ -23,13 +23,14 @@ from small_towers import config as towers
 from minivlm.adapters import LoraConfig
 from minivlm.distributed.places import here
 from minivlm.errors import InputError
-from minivlm.training import loop, state
+from minivlm.training import kept, state
 from minivlm.training.contrastive import ContrastiveRun, train_contrastive
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
-from minivlm.training.loop import Loop, Trainable
+from minivlm.training.loop import Loop
 from minivlm.training.lora import finetune_adapter
 from minivlm.training.scratch import Run, train
 from minivlm.training.systems import SystemConfig, train_system
+from minivlm.training.trainable import Trainable
 
 STEPS = 20
 LOOP = Loop(save_every=10, log_every=10, measure_every=0, workers=0, progress=False)
@@ -192,7 +193,7 @@ def stops(out: Path, how: str, resume: bool) -> str:
             raise InputError("cannot write state.safetensors: No space left on device")
         save(*args)
 
-    with patch.object(ContrastiveRun, "advance", step), patch.object(loop, "save_state", full):
+    with patch.object(ContrastiveRun, "advance", step), patch.object(kept, "save_state", full):
         try:
             train_contrastive(out, SOME_TOWERS, loop=replace(OFTEN, resume=resume))
         except InputError as error:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minivlm.training.loop import Loop, read_log
+from minivlm.training.log import read_log
+from minivlm.training.loop import Loop
 from minivlm.training.muon import Muon
 from minivlm.training.recipe import TrainingConfig
 

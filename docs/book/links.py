@@ -11,7 +11,6 @@ import ast
 import importlib
 import inspect
 import re
-import sys
 from typing import Any, TypeVar
 
 from docutils import nodes
@@ -59,7 +58,7 @@ def resolve(app: Sphinx, env: Any, node: Any, content: nodes.Node) -> nodes.Node
     if node.get("refdomain") != "py":
         return None
     module, target = node.get("py:module") or "minivlm", node["reftarget"]
-    if isinstance(getattr(sys.modules.get(module), target.rpartition(".")[2], None), TypeVar):
+    if isinstance(getattr(_module(module), target.rpartition(".")[2], None), TypeVar):
         return content  # stands for any type, so there is nowhere to lead
     entry = env.domains.python_domain.objects.get(full_name(module, target))
     if entry is None:

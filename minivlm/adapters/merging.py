@@ -54,7 +54,8 @@ def _check(layers: list[AdaptedLinear]) -> None:
     if not all(isinstance(layer.base, nn.Linear) for layer in layers):
         raise InputError(
             "the weights are quantized or packed, and nothing can be merged into them: load the model "
-            "without quantizing or packing, merge, save, and quantize or pack when loading"
+            "without quantizing or packing (from the folder that a converted one was made from), merge, "
+            "save, and quantize or pack when loading"
         )
 
 

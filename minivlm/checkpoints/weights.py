@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,8 @@ from minivlm.files import write_aside
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ROUNDED = "quantized.safetensors"  # in place of WEIGHTS: no other program takes it for weights that it knows
+AS_IT_IS: dict[str, Layout] = {"as it is": [("", "")]}  # the names of our modules
 # Looking for NaN reads every byte. Up to this size (bytes) it is cheap; above it, `generate` still checks
 # the logits of every token.
 CHECKED_SIZE = 256 * 2**20
@@ -55,6 +58,28 @@ class HasText(Protocol):
     @property
     def text(self) -> Any:
         """The decoder's part."""
+
+
+class Rounding(NamedTuple):
+    """How a folder holds rounded weights, which `minivlm.models.quantized` knows how to make and to read."""
+
+    replace: Callable[[nn.Module], None]  # a model's layers, while they have shapes alone
+    finish: Callable[[nn.Module], None]  # once they have their values
+    config: Mapping[str, Any]  # what config.json says beside the model's own
+    leave_out: tuple[str, ...] = ()  # names of ours that are not written
+
+
+_rounding: ContextVar[Rounding | None] = ContextVar("rounding", default=None)
+
+
+@contextmanager
+def rounded_by(rounding: Rounding) -> Iterator[None]:
+    """Folders that are opened or written inside hold rounded weights, with the names of our modules."""
+    token = _rounding.set(rounding)
+    try:
+        yield
+    finally:
+        _rounding.reset(token)
 
 
 def read_tensors(folder: Path, file: str = WEIGHTS) -> dict[str, Tensor]:
@@ -91,6 +116,8 @@ def read_tensors(folder: Path, file: str = WEIGHTS) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path, file: str) -> list[Path]:
+    if file == WEIGHTS and _rounding.get() is not None:
+        file = ROUNDED
     if (folder / file).is_file():
         return [folder / file]
     if file == WEIGHTS and (folder / INDEX).is_file():
@@ -114,6 +141,11 @@ def _weight_files(folder: Path, file: str) -> list[Path]:
             )
         return shards
     refuse_pickles(folder, (path.name for path in folder.iterdir()))
+    if file == WEIGHTS and (folder / ROUNDED).is_file():
+        raise InputError(
+            f"{folder} has its weights rounded, in {ROUNDED}: open it with minivlm.load, or take the folder "
+            "that it was made from"
+        )
     wanted = f"neither {WEIGHTS} nor {INDEX}" if file == WEIGHTS else f"no {file}"
     raise InputError(f"{folder} has {wanted}: download the weights as well")
 
@@ -142,12 +174,15 @@ def load_model(
         InputError: the tensors do not fit the config, or contain NaN or infinity (folders up to 256 MB); the
             device cannot compute in the dtype, or has too little memory free for the copies.
     """
-    found = read_tensors(folder, file)
+    found, rounding = read_tensors(folder, file), _rounding.get()
+    with torch.device("meta"), _Uninitialized():  # shapes without memory: the values come from the file
+        model = cls(config)
+    if rounding is not None:
+        rounding.replace(model)
+        layouts = AS_IT_IS
     layout_name, layout = max(
         layouts.items(), key=lambda item: sum(to_ours(name, item[1]) is not None for name in found)
     )
-    with torch.device("meta"), _Uninitialized():  # shapes without memory: the values come from the file
-        model = cls(config)
     elsewhere = elsewhere or {}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in elsewhere}
     tensors, problems = _fit(found, layout, wanted)
@@ -171,6 +206,8 @@ def load_model(
         reset_buffers = getattr(module, "reset_buffers", None)
         if reset_buffers is not None:  # buffers that are in no file are still on the meta device
             reset_buffers()
+    if rounding is not None:
+        rounding.finish(model)
     return model.eval()
 
 
@@ -241,11 +278,12 @@ def _check_device(
     folder: Path, found: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
     """Refuse what would fail only after gigabytes are read."""
-    found = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
-    for kind in {dtype} if dtype is not None else {tensor.dtype for tensor in found.values()}:
+    numbers = [tensor for tensor in found.values() if tensor.is_floating_point()]
+    for kind in {dtype} if dtype is not None else {tensor.dtype for tensor in numbers}:
         check_dtype(kind, device)
-    needed = bytes_needed(found.values(), dtype, device)
-    smaller = bytes_needed(found.values(), torch.bfloat16, device)
+    rounded = bytes_needed((one for one in found.values() if not one.is_floating_point()), None, device)
+    needed = rounded + bytes_needed(numbers, dtype, device)
+    smaller = rounded + bytes_needed(numbers, torch.bfloat16, device)
     advice = "use a smaller checkpoint, or a machine with more memory"
     if smaller < needed:
         takes = (
@@ -291,10 +329,16 @@ def save_model(
         InputError: the folder cannot be written, for example because the disk is full; the model is
             quantized or packed, or wears adapters.
     """
+    rounding = _rounding.get()
+    if rounding is not None:
+        layout, names = AS_IT_IS["as it is"], (names[0], ROUNDED)
+        config, leave_out = {**config, **rounding.config}, (*leave_out, *rounding.leave_out)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(leave_out)}
-    if any(tensor.dtype == torch.int8 for tensor in state.values()):
+    if rounding is None and any(tensor.dtype == torch.int8 for tensor in state.values()):
         raise InputError(
-            "a quantized model cannot be saved: save it before quantizing, and quantize it when loading"
+            "a quantized model cannot be saved as one of the Hub: save it before quantizing, and quantize it "
+            "when loading; or write a folder for this package alone with "
+            "minivlm.models.quantized.save_quantized"
         )
     if any(tensor.is_mkldnn for tensor in state.values()):
         raise InputError("a packed model cannot be saved: save it before packing, and pack it when loading")

@@ -1,6 +1,6 @@
 """The command line, a file for each command: `minivlm demo | ask | look | eval`, to train
-`data | train | finetune | merge | train-contrastive | train-codebook | train-reasoning | plan`, and for a
-classroom `doctor | workshop | progress`.
+`data | train | finetune | merge | convert | train-contrastive | train-codebook | train-reasoning | plan`,
+and for a classroom `doctor | workshop | progress`.
 
 Bad input ends with a message on standard error that says what to do, and exit code 2. Answers go to standard
 output as they are generated; notes and progress go to standard error.
@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import minivlm
 from minivlm.cli import (
     ask,
+    convert,
     data,
     demo,
     doctor,
@@ -62,6 +63,7 @@ examples:
   minivlm finetune --data my-train.jsonl --validation my-validation.jsonl --suggest
   minivlm eval --model runs/tuned --data my-validation.jsonl --worst worst.html
   minivlm merge --adapter runs/adapter --out runs/merged
+  minivlm convert --model google/paligemma-3b-mix-224 --quantize int8 --out paligemma-int8
   minivlm train-contrastive --objective siglip --out runs/siglip
   minivlm train-codebook --out runs/masks.npz
   minivlm train-reasoning --task larger --out runs/larger
@@ -215,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         train,
         finetune,
         merge,
+        convert,
         train_contrastive,
         train_codebook,
         train_reasoning,

@@ -1,4 +1,8 @@
-"""`minivlm ask`: every prompt about every picture."""
+"""`minivlm ask`: every prompt about every picture.
+
+A single answer is printed while it is written. Several are written together, which is faster, and each is
+printed when it is its turn.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,6 @@ from minivlm.cli import options as shared
 from minivlm.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from minivlm.cli.options import Commands
     from minivlm.models.answering import Loaded
     from minivlm.processing import Video
@@ -86,6 +88,14 @@ def add_to(commands: Commands) -> None:
         help="above 0: against what a distorted picture would say, with this weight (default: 0)",
     )
     ask.add_argument("--seed", type=shared.seed, help="makes sampling repeatable")
+    ask.add_argument(
+        "--batch-tokens",
+        type=shared.at_least_1,
+        default=4096,
+        metavar="N",
+        help="of several answers, so many tokens are in memory at a time, with their pictures and prompts; 1 "
+        "answers one after the other (default: 4096)",
+    )
     ask.set_defaults(run=run)
 
 
@@ -93,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
     """Ask, and print each answer while it is generated."""
     from minivlm.cli.pictures import draw_answers, drawings, save_picture
     from minivlm.cli.videos import open_videos, set_rate
-    from minivlm.processing import Video, load_picture, to_rgb
+    from minivlm.processing import load_picture, to_rgb
 
     prompts: Iterable[str] = [*options.prompt, *_read_prompts(options.prompts_file)]
     if not all(prompt.strip() for prompt in prompts):
@@ -113,61 +123,115 @@ def run(options: argparse.Namespace) -> None:
         drawn = drawings(options.draw, options.pictures, sizes, inputs)
     loaded = shared.open_answering(options)
     set_rate(loaded[1], options.fps)
-    for path, drawing in zip(options.pictures, drawn, strict=True):
-        picture = videos.get(path) or to_rgb(load_picture(path))
-        answers: list[str] = []
-        for prompt in prompts:
-            try:
-                answers.append(_ask(loaded, path, picture, prompt, options, chat, first=not answers))
-            except InputError as error:
-                if not chat:
-                    raise
-                shared.show(error, "error")
-        if drawing is not None and not isinstance(picture, Video):
-            save_picture(draw_answers(picture, answers), drawing)
+    shown: list[str | Video] = [videos.get(path, path) for path in options.pictures]
+    answered: Iterable[list[str]]
+    if chat or len(shown) == len(list(prompts)) == 1:
+        answered = [_ask_in_turn(loaded, options, shown[0], sizes[0], prompts, chat)]
+    else:
+        answered = _ask_together(loaded, options, shown, sizes, list(prompts))
+    for path, drawing, answers in zip(options.pictures, drawn, answered, strict=True):
+        if drawing is not None:  # which is refused where there are videos
+            save_picture(draw_answers(to_rgb(load_picture(path)), answers), drawing)
             if not options.json:
                 shared.say(f"drawn: {drawing}")
 
 
-def _ask(
+def _ask_in_turn(
     loaded: Loaded,
-    path: str,
-    picture: Image.Image | Video,
-    prompt: str,
     options: argparse.Namespace,
+    shown: str | Video,
+    size: tuple[int, int],
+    prompts: Iterable[str],
     chat: bool,
-    first: bool,
-) -> str:
-    """Print and return the answer to one prompt. `first`: about this picture."""
-    from minivlm.cli import notes
+) -> list[str]:
+    """Print answers about one picture while they are written, and return them."""
     from minivlm.models.answering import AnswerStream
 
+    answers: list[str] = []
+    for prompt in prompts:
+        try:
+            stream = AnswerStream(*loaded, shown, prompt, **_choices(options))
+            pieces = iter(stream)
+            answer = next(pieces)  # what is refused here is refused before anything is printed
+            if not options.json:
+                start = "" if chat else f"{options.pictures[0]} | {prompt}\n"
+                shared.say(f"{start}{answer}", end="")
+            for piece in pieces:
+                answer += piece
+                if not options.json:
+                    shared.say(piece, end="")
+        except InputError as error:
+            if not chat:
+                raise
+            shared.show(error, "error")
+            continue
+        first = not answers
+        answers.append(answer)
+        asked = options.pictures[0], shown, size, prompt
+        _tell(loaded, options, asked, answer, stream.confidence, stream.repeats, first)
+    return answers
+
+
+def _ask_together(
+    loaded: Loaded,
+    options: argparse.Namespace,
+    shown: Sequence[str | Video],
+    sizes: Sequence[tuple[int, int]],
+    prompts: Sequence[str],
+) -> Iterator[list[str]]:
+    """Print the answers about each picture, and yield them."""
+    from minivlm.models.many_answers import answers_to
+
+    several = answers_to(*loaded, shown, prompts, batch_tokens=options.batch_tokens, **_choices(options))
+    for path, picture, size, answers in zip(options.pictures, shown, sizes, several, strict=True):
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            if not options.json:
+                shared.say(f"{path} | {prompt}\n{answer.text}", end="")
+            _tell(loaded, options, (path, picture, size, prompt), *answer, first=number == 0)
+        yield [answer.text for answer in answers]
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "contrast")
-    stream = AnswerStream(*loaded, picture, prompt, **{name: getattr(options, name) for name in names})
-    pieces = iter(stream)
-    answer = next(pieces)  # what is refused here is refused before anything is printed
-    if not options.json:
-        shared.say(f"{answer}" if chat else f"{path} | {prompt}\n{answer}", end="")
-    for piece in pieces:
-        answer += piece
-        if not options.json:
-            shared.say(piece, end="")
-    found = _found(answer, picture)
+    return {name: getattr(options, name) for name in names}
+
+
+def _tell(
+    loaded: Loaded,
+    options: argparse.Namespace,
+    asked: tuple[str, str | Video, tuple[int, int], str],
+    answer: str,
+    confidence: float | None,
+    repeats: bool,
+    first: bool,
+) -> None:
+    """Print what is to be said after an answer: its boxes and notes, or all of it as JSON.
+
+    Args:
+        asked: the path, what is there, its size, and the prompt.
+        first: whether this is the first answer about the picture.
+    """
+    from minivlm.cli import notes
+    from minivlm.processing import Video
+
+    path, shown, size, prompt = asked
+    found = _found(answer, size)
     if options.json:
-        sure = None if stream.confidence is None else round(stream.confidence, 4)
+        sure = None if confidence is None else round(confidence, 4)
         line = {"picture": path, "prompt": prompt, "answer": answer, "confidence": sure, **found}
         print(json.dumps(line), flush=True)
     else:
         shared.say("")
         for box in found["boxes"]:
             shared.say(f"  {box['name']}: {box['box']}")
-    for note in (
-        *(notes.of_shown(picture, loaded[1]) if first else ()),
-        *notes.of_prompt(prompt, loaded[1].tokenizer),
-        *notes.of_answer(stream.confidence, stream.repeats),
-    ):
+    of_shown: Iterable[str] = ()
+    if first and isinstance(shown, Video):
+        of_shown = notes.of_video(shown, loaded[1])
+    elif first:
+        of_shown = notes.of_picture(*size, loaded[1].image_processor)
+    of_words = notes.of_prompt(prompt, loaded[1].tokenizer)
+    for note in (*of_shown, *of_words, *notes.of_answer(confidence, repeats)):
         shared.tell(note, "note")
-    return answer
 
 
 def _typed() -> Iterator[str]:
@@ -183,7 +247,7 @@ def _typed() -> Iterator[str]:
     print()
 
 
-def _found(answer: str, picture: Image.Image | Video) -> dict[str, list[dict[str, Any]]]:
+def _found(answer: str, size: tuple[int, int]) -> dict[str, list[dict[str, Any]]]:
     """The boxes in an answer, and its masks, in pixels of the picture or of the frames."""
     from minivlm.cli.pictures import run_lengths
     from minivlm.processing import text_to_boxes, text_to_masks
@@ -191,8 +255,8 @@ def _found(answer: str, picture: Image.Image | Video) -> dict[str, list[dict[str
     def described(box: tuple[Any, ...]) -> dict[str, Any]:
         return {"name": box[4], "box": [round(edge, 1) for edge in box[:4]]}
 
-    boxes = text_to_boxes(answer, *picture.size)
-    masks = text_to_masks(answer, *picture.size)
+    boxes = text_to_boxes(answer, *size)
+    masks = text_to_masks(answer, *size)
     return {
         "boxes": [described(box) for box in boxes],
         "masks": [described(box) | {"mask": run_lengths(mask)} for box, mask in masks],

@@ -164,7 +164,8 @@ def run(options: argparse.Namespace) -> None:
 
     from minivlm.data.overlap import name_overlap, overlap
     from minivlm.training.finetuning import FinetuningConfig, finetune
-    from minivlm.training.loop import LOG, read_log
+    from minivlm.training.folder import LOG
+    from minivlm.training.log import read_log
     from minivlm.training.replay import forgetting_as_text
 
     if options.suggest:
@@ -228,10 +229,12 @@ def _suggest(options: argparse.Namespace) -> None:
     """Print settings to begin with, and the command that has them."""
     from minivlm.data.samples import read_samples
     from minivlm.models.load import SHIPPED, load_answering
+    from minivlm.models.quantized import require_plain
     from minivlm.training.suggest import suggest, suggestions_as_text
 
     model: Any
     model, processor = load_answering(options.model or SHIPPED, dtype=None)
+    require_plain(model, "training all weights, which --suggest is about,")
     warn = partial(shared.show, kind="warning") if options.on_bad_line == "skip" else None
     limit = model.language_model.config.max_position_embeddings
     samples = read_samples(options.data, processor, limit, warn, options.empty_answer)

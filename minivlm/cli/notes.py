@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from PIL import Image
-
 from minivlm.processing import AnswerProcessor, BaseTokenizer, ImageProcessor, Video
 from minivlm.processing.inputs import ReadsVideos
 
@@ -22,11 +20,9 @@ SEEN = {
 }
 
 
-def of_shown(shown: Image.Image | Video, processor: AnswerProcessor) -> Iterator[str]:
-    """Notes about a picture or a video."""
-    if not isinstance(shown, Video):
-        yield from of_picture(*shown.size, processor.image_processor)
-    elif isinstance(processor, ReadsVideos) and (told := processor.video_budget.dropped(shown)):
+def of_video(video: Video, processor: AnswerProcessor) -> Iterator[str]:
+    """Notes about a video."""
+    if isinstance(processor, ReadsVideos) and (told := processor.video_budget.dropped(video)):
         yield told
 
 

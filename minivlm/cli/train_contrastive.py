@@ -94,7 +94,8 @@ def run(options: argparse.Namespace) -> None:
     """Train, and say how well the towers find each other and how to measure more."""
     from minivlm.training.contrastive import train_contrastive
     from minivlm.training.contrastive_recipe import ContrastiveConfig
-    from minivlm.training.loop import LOG, read_log
+    from minivlm.training.folder import LOG
+    from minivlm.training.log import read_log
 
     _check(options)
     names = [*OWN, *shared.SHARED, *(name for numbers in RECIPE.values() for name in numbers)]

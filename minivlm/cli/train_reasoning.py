@@ -101,8 +101,8 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and say how many conclusions are right and where to look."""
+    from minivlm.training.folder import LOG
     from minivlm.training.log import read_log
-    from minivlm.training.loop import LOG
     from minivlm.training.reasoning import CURVES, train_reasoning
     from minivlm.training.reasoning_recipe import ReasoningConfig
 

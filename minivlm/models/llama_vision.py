@@ -158,11 +158,18 @@ class LlamaVision(HasDecoder):
         placed = place(attention_mask, cache)
         return self.language_model(inputs_embeds, *placed, cache, looked, image_mask)
 
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: CrossAttentionCache) -> Tensor:
-        """As of every system with a decoder; a new word sees what the last one of the prompt saw."""
-        inputs_embeds = self.language_model.embed(token_ids[:, None])
-        placed = place(unfinished[:, None], cache)
-        return self.language_model(inputs_embeds, *placed, cache, cache.image, cache.image_mask)[:, 0]
+    def read_on(self, input_ids: Tensor, attention_mask: Tensor, cache: CrossAttentionCache) -> Tensor:
+        """As of every system with a decoder; a new word sees what the last one before it saw."""
+        inputs_embeds = self.language_model.embed(input_ids)
+        placed, image_mask = place(attention_mask, cache), cache.image_mask
+        if image_mask is not None:
+            image_mask = image_mask.expand(-1, -1, input_ids.shape[1], -1)
+        return self.language_model(inputs_embeds, *placed, cache, cache.image, image_mask)
+
+    @property
+    def tokens_beside(self) -> int:
+        """As of every system with a decoder: those of all tiles."""
+        return self.config.vision.max_num_tiles * self.config.vision.num_tokens
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """For the layers that read words; the others look at what `read_image` made once."""

@@ -40,6 +40,7 @@ from minivlm.models.miniatures.two_towers import TwoTowers
 from minivlm.models.miniatures.visualbert import VisualBERT
 from minivlm.models.miniatures.visualgpt import VisualGPT
 from minivlm.models.protocols import Answers, Matches
+from minivlm.models.quantized import Quantization
 from minivlm.processing import AnswerProcessor, PairProcessor
 from minivlm.speed import speed_up
 from minivlm.speed.int4 import bytes_in_int4, quantize_decoder_to_int4
@@ -126,7 +127,8 @@ def load(
         device: where the model runs, such as "cpu" or "cuda".
         revision: a branch, tag or commit of a repo; by default, the main branch.
         quantize: "int8" halves the size of a bf16 decoder, and "int4" makes its blocks a third as large, see
-            `minivlm.speed.int8` and `minivlm.speed.int4`.
+            `minivlm.speed.int8` and `minivlm.speed.int4`. A folder that holds rounded weights, see
+            `minivlm.models.quantized`, is opened without it.
         pack: on a CPU in bf16, use more memory for faster prompts and batches, see `minivlm.speed.packing`.
         adapter: a folder or repo of a low-rank adapter for this model, see `minivlm.adapters`.
         kind: accept only models that answer, match or classify.
@@ -139,16 +141,26 @@ def load(
     Raises:
         InputError: the folder cannot be found or read, holds a system that is not in `SYSTEMS`, or its files
             do not match each other; the device does not exist, does not support the dtype, or has too little
-            free memory; the quantization is unknown, or there is no decoder; the weights cannot be packed;
-            the adapter is for another model, or cannot be read.
+            free memory; the quantization is unknown, or there is no decoder, or it is rounded already; the
+            weights cannot be packed; the adapter is for another model, or cannot be read.
     """
     # Reject bad options before gigabytes are downloaded.
     _check_options(dtype, device, quantize, pack)
     files = None if adapter is None else read_adapter(adapter)
     values = describe(find_folder(name, revision, files=DESCRIPTIONS))
     system = _system(name, values.get("model_type"), kind, quantize)
+    rounding = Quantization.from_dict(name, values)
+    if rounding is not None and (quantize is not None or pack):
+        choice = "pack" if quantize is None else "quantize"
+        raise InputError(
+            f"{name} holds weights in {rounding.weights}, and they are neither rounded again nor packed: "
+            f"leave {choice} out, or take the folder that it was made from"
+        )
     folder = find_folder(name, revision, files=["*.json", system.weights, *system.vocabulary])
-    if quantize is None:
+    if rounding is not None:
+        with rounding.applied():
+            model, processor = system.open_folder(folder, values, dtype, device)
+    elif quantize is None:
         model, processor = system.open_folder(folder, values, dtype, device)
     else:
         # In the file's dtype, so that weights are rounded only once.

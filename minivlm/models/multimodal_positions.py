@@ -31,6 +31,7 @@ from minivlm.errors import InputError
 class MultimodalCache(KVCache):
     """Keys and values, and what is added to the index of a later token for its position."""
 
+    of_each_row = ("rope_deltas",)
     rope_deltas: Tensor  # [B]
 
 

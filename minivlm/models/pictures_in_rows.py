@@ -29,6 +29,7 @@ from minivlm.text.llama_vision import Looked
 class CrossAttentionCache(KVCache):
     """Also keeps the pictures, and what the last word of each row sees of them: so do all that follow."""
 
+    of_each_row = ("image", "image_mask")
     image: list[Looked] | None = None  # for each cross-attention, or None without pictures
     image_mask: Tensor | None = None  # [B, 1, 1, S_image]
 

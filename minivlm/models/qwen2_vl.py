@@ -226,12 +226,16 @@ class Qwen2VL(HasDecoder):
         """As `multimodal_positions`: position_ids [3, B, S], rope_deltas [B]."""
         return multimodal_positions(input_ids, attention_mask, media, self.config.vision.spatial_merge_size)
 
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: MultimodalCache) -> Tensor:
+    def read_on(self, input_ids: Tensor, attention_mask: Tensor, cache: MultimodalCache) -> Tensor:
         """As of every system with a decoder; a new word's position is its number and the row's delta."""
-        inputs_embeds = self.language_model.embed(token_ids[:, None])
-        numbers, mask = place(unfinished[:, None], cache)
+        inputs_embeds = self.language_model.embed(input_ids)
+        numbers, mask = place(attention_mask, cache)
         position_ids = (numbers + cache.rope_deltas[:, None]).expand(3, -1, -1)
-        return self.language_model(inputs_embeds, position_ids, mask, cache)[:, 0]
+        return self.language_model(inputs_embeds, position_ids, mask, cache)
+
+    def is_picture(self, input_ids: Tensor) -> Tensor:
+        """As of every system with a decoder; videos have a token of their own."""
+        return (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
 
     @classmethod
     def from_pretrained(

@@ -82,18 +82,13 @@ class QwenVLConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QwenVLConfig:
-        """From a whole config.json. Raises InputError: it describes another system, or quantized weights."""
+        """From a whole config.json. Raises InputError: it describes another system."""
         require_system(values, "qwen")
         visual = part_of(values, "visual")
         if not visual:
             raise InputError(
                 "config.json is of Qwen without pictures (it has no `visual`): only Qwen-VL and Qwen-VL-Chat "
                 "are supported here"
-            )
-        if values.get("quantization_config"):
-            raise InputError(
-                "config.json is of quantized weights (quantization_config), which are not supported here: "
-                "use Qwen-VL or Qwen-VL-Chat"
             )
         return cls(
             vision=QwenVLVisionConfig.from_dict(visual),
@@ -185,6 +180,15 @@ class QwenVL(HasDecoder):
     ) -> Tensor:
         """Qwen reads pictures and words alike, from left to right."""
         return self.language_model(self.merge(input_ids, image), *place(attention_mask, cache), cache)
+
+    def is_picture(self, input_ids: Tensor) -> Tensor:
+        """As of every system with a decoder: the places of a picture, and the two marks around them."""
+        start = self.config.image_start_id
+        return self.is_place(input_ids) | (input_ids == start) | (input_ids == start + 1)
+
+    def reads_apart(self, attention_mask: Tensor) -> bool:
+        """Not if a row is so long that all of its angles are stretched."""
+        return int(attention_mask.sum(dim=1).max()) <= self.config.text.seq_length
 
     def _limits(self) -> dict[str, Any]:
         return {**super()._limits(), "eos_token_id": self.config.end_token_ids}

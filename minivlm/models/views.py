@@ -136,8 +136,27 @@ class HasDecoder(Writes):
 
         A placeholder that the model writes is a word like others: no picture comes with it.
         """
-        inputs_embeds = self.language_model.embed(token_ids[:, None])
-        return self.language_model(inputs_embeds, *place(unfinished[:, None], cache), cache)[:, 0]
+        return self.read_on(token_ids[:, None], unfinished[:, None], cache)[:, 0]
+
+    def read_on(self, input_ids: Tensor, attention_mask: Tensor, cache: Any) -> Tensor:
+        """More words [B, T] of rows that a cache holds, without pictures -> hidden states [B, T, D]."""
+        inputs_embeds = self.language_model.embed(input_ids)
+        return self.language_model(inputs_embeds, *place(attention_mask, cache), cache)
+
+    def is_picture(self, input_ids: Tensor) -> Tensor:
+        """Which tokens [B, S] stand for pictures or videos: boolean [B, S]."""
+        config: Any = self.config  # a system without this token says how else pictures stand in a row
+        is_picture: Tensor = input_ids == config.image_token_id
+        return is_picture
+
+    def reads_apart(self, attention_mask: Tensor) -> bool:
+        """Whether the beginning of each row [B, S] can be read before the rest, and gives the same."""
+        return True
+
+    @property
+    def tokens_beside(self) -> int:
+        """Image tokens of a picture that stand beside its row, where the decoder looks them up."""
+        return 0
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """An empty cache of the decoder's shape."""

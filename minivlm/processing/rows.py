@@ -98,8 +98,7 @@ class RowProcessor(ABC):
             )
         rows = []
         for number, (prompt, answer, of_row) in enumerate(zip(prompts, answers, pictures, strict=True)):
-            if not prompt.strip():
-                raise InputError(f"prompt {number + 1} is empty: ask something, such as 'caption en'")
+            check_prompt(prompt, number)
             rows.append(self.encode_row(prompt, answer, len(of_row)))
         return self.batch(rows, pictures, padding_side, max_length)
 
@@ -141,6 +140,12 @@ class RowProcessor(ABC):
     ) -> list[str]:
         """As the tokenizer's `batch_decode`, under the name that processors of `transformers` have."""
         return self.tokenizer.batch_decode(ids, skip_special_tokens)
+
+
+def check_prompt(prompt: str, number: int) -> None:
+    """Raises InputError: there is nothing in the prompt of this number, counted from 0."""
+    if not prompt.strip():
+        raise InputError(f"prompt {number + 1} is empty: ask something, such as 'caption en'")
 
 
 def as_list(texts: str | Sequence[str], name: str) -> list[str]:

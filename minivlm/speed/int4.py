@@ -17,7 +17,7 @@ processor. It is found out once, so that they can be read back as well.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,18 +66,25 @@ def dequantize_groups(values: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
     return torch.addcmul(middle[..., None], steps, scale[..., None]).flatten(1)
 
 
-@cache
-def interleaved() -> tuple[int, Tensor]:
-    """How the kernel wants values: how many rows form a block, and where in its order each row comes.
+class Order(NamedTuple):
+    """How a kernel wants values.
 
-    In a block, the values of a column follow each other, two to a byte, the lower half first.
+    In a block, those of a column follow each other, two to a byte, the lower half first.
     """
+
+    size: int  # how many rows form a block
+    place: Tensor  # [size], where among the values of a column each row comes
+
+
+@cache
+def interleaved() -> Order:
+    """The order of this processor's kernel."""
     rows = torch.arange(64, dtype=torch.int32)[:, None].expand(64, 2)
     digits = [_pack(digit.contiguous()) for digit in (rows % 16, rows // 16)]
     low, high = (torch.stack([packed & 15, packed >> 4], dim=-1).flatten() for packed in digits)
     order = low + 16 * high
     size = 32 if int(order[:64].max()) < 32 else 64
-    return size, order[:size].argsort()
+    return Order(size, order[:size].argsort())
 
 
 def _pack(values: Tensor) -> Tensor:
@@ -91,9 +98,9 @@ def pack_values(values: Tensor) -> Tensor:
     return torch.cat([_pack(piece.int()) for piece in values.split(ROWS_PER_PIECE)])
 
 
-def unpack_values(packed: Tensor) -> Tensor:
-    """The values [out, in] in uint8 of whole blocks of rows."""
-    size, place = interleaved()
+def unpack_values(packed: Tensor, order: Order | None = None) -> Tensor:
+    """The values [out, in] in uint8 of whole blocks of rows, packed in an order; None: this processor's."""
+    size, place = interleaved() if order is None else order
     columns = 2 * packed.shape[1]
     by_column = packed.reshape(-1, columns, size // 2).transpose(1, 2).contiguous()  # [blocks, size / 2, in]
     rows = torch.stack([by_column & 15, by_column >> 4], dim=2).flatten(1, 2)  # [blocks, size, in]
@@ -111,7 +118,7 @@ class Int4Linear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, group: int = GROUP, bias: Tensor | None = None) -> None:
-        """weight [out, in], to be rounded, and bias [out].
+        """weight [out, in], to be rounded, and bias [out]. On the meta device, shapes are all that is made.
 
         Raises InputError: a group that the kernel does not know.
         """
@@ -121,11 +128,30 @@ class Int4Linear(nn.Module):
         self.group = group
         self.out_features, self.in_features = weight.shape
         self.register_buffer("bias", bias)
+        if weight.is_meta:
+            self.register_buffer("weight", weight.new_empty(0, 0, dtype=torch.uint8))
+            self.register_buffer("scales", weight.new_empty(0, 0, 2))
+            self.make_room(interleaved())
+            return
         size, _ = interleaved()
         weight = F.pad(weight, (0, -self.in_features % group, 0, -self.out_features % size))
         pieces = [self._round(piece) for piece in weight.split(ROWS_PER_PIECE)]
         self.register_buffer("weight", torch.cat([packed for packed, _ in pieces]))
         self.register_buffer("scales", torch.cat([scales for _, scales in pieces], dim=1).contiguous())
+
+    def make_room(self, order: Order) -> None:
+        """Take the shapes of a layer that is packed in an order, without values."""
+        rows = self.out_features + -self.out_features % order.size
+        columns = self.in_features + -self.in_features % self.group
+        self.weight = self.weight.new_empty(rows, columns // 2)
+        self.scales = self.scales.new_empty(columns // self.group, rows, 2)
+
+    def repack(self, order: Order) -> None:
+        """Pack values that another processor has packed as this one wants them."""
+        filled = -self.out_features % interleaved().size
+        values = unpack_values(self.weight, order)[: self.out_features]
+        self.weight = pack_values(F.pad(values, (0, 0, 0, filled), value=8))
+        self.scales = F.pad(self.scales[:, : self.out_features], (0, 0, 0, filled))
 
     def _round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         values, scale, middle = quantize_groups(weight, self.group)
@@ -185,7 +211,7 @@ class _Product(torch.autograd.Function):
 def quantize_decoder_to_int4(model: nn.Module, group: int = GROUP) -> None:
     """Convert the matrices of `model.language_model` to int4, and its table and head to int8, in place.
 
-    The result cannot be saved. Adapters can be trained on it, see `minivlm.adapters`.
+    The result is saved by `minivlm.models.quantized`. Adapters can be trained on it, see `minivlm.adapters`.
 
     Raises:
         InputError: the decoder is already quantized, or scores words in a way of its own.

@@ -116,7 +116,7 @@ def bias_of(layer: nn.Linear) -> Tensor | None:
 def quantize_table(decoder: Any) -> None:
     """Convert the embedding table and the head to int8, in place. A tied head stays the table."""
     head = decoder.lm_head
-    table = quantize_rows(decoder.embed_tokens.weight.detach())
+    table = _rounded_rows(decoder.embed_tokens.weight.detach())
     give_back(decoder.embed_tokens.weight)
     decoder.embed_tokens = Int8Embedding(*table)
     if head is None or isinstance(head, TiedHead):
@@ -126,9 +126,16 @@ def quantize_table(decoder: Any) -> None:
 
 
 def _rounded(layer: nn.Linear) -> Int8Linear:
-    rounded = Int8Linear(*quantize_rows(layer.weight.detach()), bias_of(layer))
+    rounded = Int8Linear(*_rounded_rows(layer.weight.detach()), bias_of(layer))
     give_back(layer.weight)
     return rounded
+
+
+def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows`; of a weight on the meta device, shapes alone."""
+    if weight.is_meta:  # where rounding would import PyTorch's compiler, which takes seconds
+        return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
+    return quantize_rows(weight)
 
 
 def decoder_to_quantize(model: nn.Module) -> Any:
@@ -142,7 +149,7 @@ def decoder_to_quantize(model: nn.Module) -> Any:
 def quantize_decoder(model: nn.Module) -> None:
     """Convert the matrices of `model.language_model` to int8, in place and one at a time.
 
-    The result is for inference only: it cannot be trained or saved.
+    The result is for inference only, and is saved by `minivlm.models.quantized`.
 
     Raises:
         InputError: the decoder is already quantized, or scores words in a way of its own.

@@ -94,6 +94,7 @@ class QwenConfig:
 class QwenCache(KVCache):
     """Also keeps how far each row's angles were stretched for its prompt."""
 
+    of_each_row = ("ntk_alpha",)
     ntk_alpha: Tensor | None = None  # [B]; None: nothing is read yet
 
     def reset(self) -> None:

@@ -32,10 +32,12 @@ from minivlm.models.siglip import SigLIP
 from minivlm.processing import CaptionTokenizer, PairProcessor
 from minivlm.training.contrastive_recipe import ContrastiveConfig, Towers, build
 from minivlm.training.digest import digest_of_lines, digest_of_weights
+from minivlm.training.folder import run_folder
 from minivlm.training.limits import require_room
-from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, in_order, run_to_end
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.schedule import warm_up_then_fall
+from minivlm.training.trainable import Trainable
 from minivlm.world.captions import DrawnPairs, Inputs
 from minivlm.world.scenes import COLORS, SHAPES, SIZES
 

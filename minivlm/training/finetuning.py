@@ -30,19 +30,22 @@ from minivlm.errors import InputError
 from minivlm.evaluation.own import answer_own_words, box_iou_of
 from minivlm.models.load import SHIPPED, load_answering
 from minivlm.models.protocols import Answers
+from minivlm.models.quantized import quantization_of
 from minivlm.processing import AnswerProcessor
 from minivlm.processing.inputs import IGNORE, Inputs, to_device
 from minivlm.speed.checkpointing import blocks_of, checkpoint_blocks
 from minivlm.training.best import METRICS, Choice
 from minivlm.training.choosing import check_choice, has_boxes
 from minivlm.training.digest import digest_of_lines
+from minivlm.training.folder import run_folder
 from minivlm.training.limits import check_numbers, check_warmup, require_room
 from minivlm.training.log import Line
-from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, in_order, run_to_end
 from minivlm.training.memory import estimate, return_freed_memory
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.replay import Scores, check_known, rows_of_the_world, world_scores
 from minivlm.training.schedule import warm_up_then_fall
+from minivlm.training.trainable import Trainable
 
 EPOCHS = 10  # where neither epochs nor steps are given
 LARGE = 1e8  # weights of a model that calls for lower rates
@@ -147,10 +150,11 @@ class Finetuning(Trainable):
         """
         config, model = self.config, self.model
         assert isinstance(model, nn.Module)
-        if config.quantize is not None:
+        rounded = quantization_of(model)
+        if rounded is not None:
+            instead = "leave quantize out" if config.quantize else "take the folder that they were made from"
             raise InputError(
-                f"weights in {config.quantize} cannot be trained: train an adapter beside them, or leave "
-                "quantize out"
+                f"weights in {rounded.weights} cannot be trained: train an adapter beside them, or {instead}"
             )
         if not self.divides:
             self.require_room(model)

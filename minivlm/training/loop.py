@@ -1,6 +1,6 @@
 """The loop that every training run shares: steps, a log, saves, and stops of every kind.
 
-Each run defines its own step (`Trainable`). The loop leaves in the run's folder
+Each run defines its own step (`Trainable`). The loop leaves in the run's folder (kept.py)
 
     state.safetensors       weights, optimizers and step, every `save_every` steps: what --resume needs
     log.csv                 losses, learning rates and metrics, every `log_every` steps
@@ -18,11 +18,9 @@ all files, and all stop together.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import active_children
@@ -33,47 +31,20 @@ from threading import Timer
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from minivlm.distributed.agreement import (
-    anyone,
-    as_the_first,
-    check_same,
-    is_first,
-    together,
-)
-from minivlm.distributed.places import Place, gave_up, here
+from minivlm.distributed.agreement import anyone, check_same, is_first, together
+from minivlm.distributed.places import gave_up, here
 from minivlm.errors import InputError, ToldElsewhere
 from minivlm.evaluation.waiting import Bar
-from minivlm.training.best import (
-    COLUMN,
-    Choice,
-    check_weights,
-    keep_weights,
-    put_back_weights,
-    remove_weights,
-)
+from minivlm.training.best import remove_weights
 from minivlm.training.events import Events, check_tensorboard
-from minivlm.training.folder import LOG, PLOT, SHARDED, STATE, run_folder
+from minivlm.training.folder import PLOT
 from minivlm.training.interrupts import ignore_interrupts, note_interrupts
+from minivlm.training.kept import RunFolder
 from minivlm.training.limits import MOST_AT_ONCE
-from minivlm.training.log import Line, log_as_json, plot_log, read_log, write_log
-from minivlm.training.state import check_config, load_state, save_state
-
-__all__ = [
-    "DEFAULT_LOOP",
-    "LOG",
-    "Diverged",
-    "Loop",
-    "Trainable",
-    "in_order",
-    "log_as_json",
-    "read_log",
-    "run_folder",
-    "run_to_end",
-]
-
+from minivlm.training.log import plot_log
+from minivlm.training.trainable import Diverged, Trainable
 
 PATIENCE = 600  # seconds to wait for a batch
 
@@ -109,78 +80,6 @@ class Loop:
 
 
 DEFAULT_LOOP = Loop()
-
-
-class Diverged(InputError):
-    """The numbers of a run are no longer finite. The weights are those before the step."""
-
-
-class Trainable(ABC):
-    """A training run at some step: the weights, the optimizers, and how to go one step further."""
-
-    step: int  # steps done
-    masters: nn.Module  # fp32; what the optimizers change and what is saved
-    working: nn.Module  # the copy that computes, see precision.py
-    optimizers: dict[str, torch.optim.Optimizer]
-    losses: tuple[str, ...]  # columns of the log that are losses
-    curves: tuple[str, ...] = ()  # other numbers of every step, of which the log has the means
-    log_every: int = 50  # steps, where the loop does not say
-    measure_every: int = 500  # likewise
-    measures: bool = True  # whether there is something to measure on
-    starts_trained: bool = False  # then it is worth measuring before the first step
-    choice: Choice | None = None  # how its best state is chosen; None: it ends with its last one
-    grows: Mapping[str, Any] = {}  # settings that may be larger when it is resumed, with their defaults
-    among: Place | None = None  # this process's place among those that share each step
-    divides: bool = False  # whether these divide the weights as well, see `minivlm.distributed.sharded`
-
-    @property
-    @abstractmethod
-    def total_steps(self) -> int:
-        """Where the run ends."""
-
-    @abstractmethod
-    def settings(self) -> Mapping[str, Any]:
-        """Everything that has to be the same when the run is resumed."""
-
-    @abstractmethod
-    def place(self) -> dict[str, Any]:
-        """Where the last step was, for the log: the stage or the epoch."""
-
-    @abstractmethod
-    def batches(self) -> Iterator[Any]:
-        """What `advance` takes, from the present step to the last."""
-
-    @abstractmethod
-    def advance(self, batch: Any) -> dict[str, float]:
-        """One step of optimization. Returns the losses. Raises Diverged: one of them is not finite."""
-
-    @abstractmethod
-    def measure(self) -> dict[str, float]:
-        """Metrics of the present weights; asked for only where `measures` is true."""
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """The trained model so far, as a checkpoint folder."""
-
-    @abstractmethod
-    def advice(self) -> str:
-        """What to try when the numbers are no longer finite."""
-
-    def spread(self, among: Place) -> None:
-        """From now on, compute only this process's share of each step.
-
-        Raises InputError: this kind of run is trained by one process, or there is too little to share.
-        """
-        raise InputError(f"this run is trained by one process, and {among.size} were started: start one")
-
-    def how_it_goes_on(self, lines: Sequence[Line]) -> str | None:
-        """A sentence about a run that is resumed with this log, if there is something to say."""
-        return None
-
-    def check_finite(self, what: str, value: float) -> None:
-        """Raises Diverged: the value is NaN or infinite."""
-        if not math.isfinite(value):
-            raise Diverged(f"{what} is not a number at step {self.step + 1}: {self.advice()}")
 
 
 def in_order(data: Dataset[Any], steps: Iterable[int], workers: int) -> Iterator[Any]:
@@ -294,118 +193,6 @@ def run_to_end(run: Trainable, out: Path, loop: Loop = DEFAULT_LOOP) -> None:
         plot_log(folder.lines, out / PLOT, run.losses)
 
 
-class RunFolder:
-    """What a run leaves in its folder on the way: a state to resume from, and a log."""
-
-    def __init__(self, run: Trainable, out: Path, writes: bool = True) -> None:
-        self.run, self.out = run, out
-        self.writes = writes  # of several processes, only the first does
-        self.saved = 0  # the step of the last state
-        self.events: Events | None = None  # the log once more, for TensorBoard
-        self.lines: list[Line] = []  # of the log
-        self.unlogged: list[dict[str, float]] = []  # losses of the steps since the last line
-
-    def resume(self) -> None:
-        """Put the run back to where it was saved. Raises InputError: as `load_state` and `read_log`."""
-        run = self.run
-        self._check_kind()
-        if run.divides and run.among is not None:
-            from minivlm.distributed.sharded import load_shards
-
-            (optimizer,) = run.optimizers.values()
-            run.step, saved, self.unlogged = load_shards(
-                self.out / SHARDED, run.masters, optimizer, run.among
-            )
-            check_config(self.out, saved, run.settings(), run.grows)
-        else:
-            run.step, self.unlogged = load_state(
-                self.out / STATE, run.masters, run.optimizers, run.settings(), run.grows
-            )
-            run.working.load_state_dict(run.masters.state_dict())
-        self.saved = run.step
-        log_so_far = read_log(self.out / LOG) if (self.out / LOG).is_file() else []
-        self.lines = [line for line in log_so_far if line["step"] <= run.step]
-        best = self.best_step()
-        if best is not None:
-            check_weights(self.out, best)
-            if self.writes:
-                remove_weights(self.out, but=[best])
-
-    def _check_kind(self) -> None:
-        """Raises InputError: the run was saved divided and is to go on whole, or the other way round."""
-        divided = (self.out / SHARDED).is_file()
-        if divided != self.run.divides:
-            raise InputError(
-                f"{self.out} holds a run {'with' if divided else 'without'} --shard: resume it the same way"
-            )
-
-    def log(self, bar: Bar, measure: bool) -> None:
-        """Write a line, and show the losses beside the bar. Raises InputError: as `write_log`."""
-        run = self.run
-        here = {**run.place(), **_means(self.unlogged, (*run.losses, *run.curves))}
-        bar.set_postfix({name: value for name, value in here.items() if value is not None})
-        metrics = as_the_first(run.among, _metrics(run)) if measure else {}
-        self.lines.append({"step": run.step, **here, **_rates(run), **metrics})
-        self.unlogged.clear()
-        with together(run.among):
-            self._write_line(measure)
-
-    def _write_line(self, measure: bool) -> None:
-        """The last line, into all that keeps lines, and its weights if they are the best so far."""
-        run = self.run
-        best = self.best_step()
-        if measure and best is not None:
-            self.lines[-1][COLUMN] = best
-            if best == run.step and self.writes:
-                keep_weights(self.out, best, run.masters)
-                # A run that is killed now goes on from the last state, which had another best one.
-                remove_weights(self.out, but=[best, self.best_step(self.saved)])
-        # Before the state: a run killed in between has too many lines, which are easily left out.
-        if self.writes:
-            write_log(self.out / LOG, self.lines)
-        if self.events is not None:
-            self.events.write(self.lines[-1])
-
-    def save(self) -> None:
-        """Write the state. Raises InputError: as `save_state`. Raises Diverged: as `_check_weights`."""
-        run = self.run
-        _check_weights(run)
-        settings, unlogged = run.settings(), self.unlogged
-        with together(run.among):
-            if run.divides and run.among is not None:
-                from minivlm.distributed.sharded import save_shards
-
-                (optimizer,) = run.optimizers.values()
-                about = self.out / SHARDED
-                save_shards(about, run.step, run.masters, optimizer, settings, unlogged, run.among)
-            elif self.writes:
-                save_state(self.out / STATE, run.step, run.masters, run.optimizers, settings, unlogged)
-        self.saved = run.step
-        if run.choice is not None and self.writes:
-            remove_weights(self.out, but=[self.best_step()])
-
-    def best_step(self, until: int | None = None) -> int | None:
-        """The step of the best state, of those up to a step; None: none is chosen, or none was measured."""
-        lines = [line for line in self.lines if until is None or line["step"] <= until]
-        return None if self.run.choice is None else self.run.choice.best_step(lines)
-
-    def ran_out(self) -> bool:
-        """Whether the run has waited long enough for a better state."""
-        return self.run.choice is not None and self.run.choice.ran_out(self.lines)
-
-    def put_back_best(self) -> None:
-        """Give the run its best weights. Raises InputError: as `load_state`."""
-        best = self.best_step()
-        if best is not None:
-            put_back_weights(self.out, best, self.run.masters)
-
-    def how_to_go_on(self) -> str:
-        """For a message about a stop."""
-        if not self.saved:
-            return "nothing was saved yet"
-        return f"the same command with --resume goes on from step {self.saved}, saved in {self.out}"
-
-
 @contextmanager
 def _stops_explained(folder: RunFolder) -> Iterator[None]:
     """Whatever stops a run says what was saved, and how to go on from there."""
@@ -440,42 +227,3 @@ def _outside(error: Exception) -> str | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in told:
         return f"memory ran out ({told}): use a smaller model, smaller batches or shorter texts"
     return None
-
-
-def _means(steps: Sequence[Mapping[str, float]], losses: Sequence[str]) -> dict[str, float | None]:
-    """The mean of each loss over the steps that have it."""
-    columns = {name: [step[name] for step in steps if name in step] for name in losses}
-    return {name: sum(values) / len(values) if values else None for name, values in columns.items()}
-
-
-def _rates(run: Trainable) -> dict[str, float | None]:
-    """The learning rate of the last step by optimizer; the highest, where parts learn more slowly."""
-    return {
-        f"{name}_lr": max(group["lr"] for group in optimizer.param_groups) if run.step else None
-        for name, optimizer in run.optimizers.items()
-    }
-
-
-def _metrics(run: Trainable) -> dict[str, float]:
-    """What `measure` finds. It leaves no trace: mode and random numbers are put back afterwards."""
-    _check_weights(run)
-    training = run.masters.training
-    run.masters.eval()
-    with torch.random.fork_rng(devices=[]):
-        metrics = run.measure()
-    run.masters.train(training)
-    return metrics
-
-
-def _check_weights(run: Trainable) -> None:
-    """Raises Diverged: a weight is NaN or infinite.
-
-    A step that is too large shows only in the next loss. By then the state before it must not be overwritten.
-    """
-    weights: Iterable[Tensor] = run.masters.parameters()
-    if run.divides:
-        from minivlm.distributed.sharded import own_part
-
-        weights = map(own_part, weights)
-    if anyone(run.among, not all(bool(weight.isfinite().all()) for weight in weights)):
-        raise Diverged(f"the weights are not numbers after step {run.step}: {run.advice()}")

@@ -40,10 +40,12 @@ from minivlm.processing.inputs import IGNORE, to_device
 from minivlm.processing.qwen2_tokens import build_qwen2_tokenizer
 from minivlm.processing.video_budget import VideoBudget
 from minivlm.text.qwen2 import Qwen2Config
+from minivlm.training.folder import run_folder
 from minivlm.training.limits import check_numbers, check_warmup
-from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, in_order, run_to_end
 from minivlm.training.muon import Muon
 from minivlm.training.schedule import warm_up_then_fall
+from minivlm.training.trainable import Trainable
 from minivlm.vision.qwen2_5_vl import Qwen2_5_VLVisionConfig
 from minivlm.vision.qwen2_vl import PatchEmbeddings, Qwen2VLVisionConfig
 from minivlm.world import clip_questions, questions

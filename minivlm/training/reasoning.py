@@ -27,24 +27,17 @@ from minivlm.models.load import load_answering
 from minivlm.models.protocols import Answers
 from minivlm.training.collapse import Watch
 from minivlm.training.curves import plot_curves
+from minivlm.training.folder import LOG, run_folder
 from minivlm.training.grpo import advantages, grpo_loss, mixed_groups
 from minivlm.training.log import read_log
 from minivlm.training.log_probs import answer_log_probs
-from minivlm.training.loop import (
-    DEFAULT_LOOP,
-    LOG,
-    Diverged,
-    Loop,
-    Trainable,
-    in_order,
-    run_folder,
-    run_to_end,
-)
+from minivlm.training.loop import DEFAULT_LOOP, Loop, in_order, run_to_end
 from minivlm.training.reasoning_recipe import STREAM, Asked, ReasoningBatches, ReasoningConfig
 from minivlm.training.rewards import reward_groups
 from minivlm.training.rollouts import Rollout, sample_groups
 from minivlm.training.schedule import warm_up, warm_up_then_fall
 from minivlm.training.supervised import Shown, supervised_loss
+from minivlm.training.trainable import Diverged, Trainable
 
 CURVES = "curves.png"
 MEASURED = 200  # held-out questions

@@ -34,12 +34,14 @@ from minivlm.distributed.places import Place
 from minivlm.errors import InputError
 from minivlm.evaluation import evaluate
 from minivlm.models.paligemma import PaliGemma
+from minivlm.training.folder import run_folder
 from minivlm.training.limits import require_room
-from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, in_order, run_to_end
 from minivlm.training.muon import Muon
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.recipe import TrainingConfig, build
+from minivlm.training.trainable import Trainable
 from minivlm.world.batches import Batch, SceneBatches
 
 MEASURED_SCENES = 100

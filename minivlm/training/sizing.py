@@ -10,6 +10,7 @@ from torch import nn
 
 from minivlm.distributed.plan import Model
 from minivlm.models.load import load_answering
+from minivlm.models.quantized import require_plain
 from minivlm.speed.checkpointing import blocks_of
 from minivlm.training.finetuning import PARTS
 
@@ -19,10 +20,17 @@ def size_of(name: str | Path, freeze: Iterable[str] = ()) -> Model:
 
     freeze: of PARTS, what does not learn.
 
-    Raises InputError: as `load_answering`.
+    Raises InputError: its weights are rounded; as `load_answering`.
     """
     model: Any = load_answering(name, dtype=None)[0]
-    frozen = [getattr(model, part) for each in freeze for part in PARTS[each] if hasattr(model, part)]
+    require_plain(model, "training")
+    return numbers_of(
+        model, [getattr(model, part) for each in freeze for part in PARTS[each] if hasattr(model, part)]
+    )
+
+
+def numbers_of(model: Any, frozen: Iterable[nn.Module] = ()) -> Model:
+    """Of a model that answers, which may have been built on the meta device; `frozen` are parts of it."""
     text = model.language_model.config
     return Model(
         weights=_weights(model),

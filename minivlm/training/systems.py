@@ -31,10 +31,12 @@ from minivlm.models.miniatures.base import Miniature
 from minivlm.models.protocols import Answers
 from minivlm.processing import LlavaProcessor
 from minivlm.processing.inputs import Inputs, to_device
+from minivlm.training.folder import run_folder
 from minivlm.training.limits import check_numbers, check_warmup
-from minivlm.training.loop import DEFAULT_LOOP, Loop, Trainable, in_order, run_folder, run_to_end
+from minivlm.training.loop import DEFAULT_LOOP, Loop, in_order, run_to_end
 from minivlm.training.muon import Muon
 from minivlm.training.schedule import warm_up_then_fall
+from minivlm.training.trainable import Trainable
 from minivlm.training.ways import WAYS, System, SystemProcessor, build
 from minivlm.vision.siglip import SiglipVisionModel
 from minivlm.world.augmentations import varied

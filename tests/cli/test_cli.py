@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from garbage import only_new_garbage
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,6 +42,7 @@ from minivlm.cli.notes import unknown_words
 from minivlm.cli.pictures import run_lengths
 from minivlm.evaluation.columns import COLUMNS
 from minivlm.models import load as loading
+from minivlm.models import many_answers
 from minivlm.models.answering import AnswerStream
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor, images, text_to_masks
@@ -52,8 +54,8 @@ from minivlm.world.composed_questions import COMPOSED_TASKS
 from minivlm.world.demo import read_samples, write_samples
 
 COMMANDS = (
-    "demo", "ask", "look", "data", "train", "finetune", "merge", "train-contrastive", "train-codebook",
-    "train-reasoning", "eval", "plan", "doctor", "workshop", "progress",
+    "demo", "ask", "look", "data", "train", "finetune", "merge", "convert", "train-contrastive",
+    "train-codebook", "train-reasoning", "eval", "plan", "doctor", "workshop", "progress",
 )  # fmt: skip
 CAPTION = "a small red circle, a large blue star"
 RED = "<loc0256><loc0128><loc0512><loc0640> red circle"  # y0 x0 y1 x1 of 1023
@@ -129,18 +131,24 @@ def ask(folder: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, processor: Processor) -> Callable[..., list[Tensor]]:
-    """Make the model give these answers, one for each call. Returns the list of the prompts' ids."""
+    """Make the model give these answers, in the order of the prompts. Returns the prompts' ids."""
 
     def answer_with(*answers: str) -> list[Tensor]:
         left = iter(answers)
         prompts: list[Tensor] = []
 
-        def stream(model: PaliGemma, input_ids: Tensor, **options: Any) -> Iterator[Tensor]:
-            prompts.append(input_ids)
-            for token in [*processor.tokenizer.encode(next(left)), processor.tokenizer.eos_id]:
-                yield torch.tensor([token])
+        def stream(model: Any, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Iterator[Tensor]:
+            tokenizer = processor.tokenizer
+            prompts.extend(
+                ids[mask.bool()][None] for ids, mask in zip(input_ids, attention_mask, strict=True)
+            )
+            rows = [[*tokenizer.encode(next(left)), tokenizer.eos_id] for _ in input_ids]
+            for step in range(max(map(len, rows))):
+                model.unfinished = torch.tensor([step < len(row) for row in rows])  # as `Noting` does
+                yield torch.tensor([row[step] if step < len(row) else tokenizer.pad_id for row in rows])
 
         monkeypatch.setattr(PaliGemma, "stream", stream)
+        monkeypatch.setattr(many_answers, "batches", lambda lengths, *_: [list(range(len(lengths)))])
         return prompts
 
     return answer_with
@@ -415,7 +423,8 @@ def test_one_picture_is_held_at_a_time(
 
     monkeypatch.setattr(processing, "to_rgb", spy)
     say(*[CAPTION] * 5)
-    ask(*[picture] * 5, "--prompt", "caption en")
+    with only_new_garbage():
+        ask(*[picture] * 5, "--prompt", "caption en")
     assert len(counts) >= 5
     assert max(counts) <= 1
 
@@ -1335,7 +1344,8 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     examples = re.findall(r"^  (minivlm .*)$", out, re.MULTILINE)
-    training = {"train", "finetune", "merge", "train-contrastive", "train-codebook", "train-reasoning"}
+    training = {"train", "finetune", "merge", "convert"}
+    training |= {"train-contrastive", "train-codebook", "train-reasoning"}
     others = {"demo", "ask", "look", "data", "eval", "plan", "doctor", "workshop", "progress"}
     assert {line.split()[1] for line in examples} == training | others
     assert cli.EXAMPLES in out
@@ -1434,6 +1444,7 @@ def test_examples_of_the_help_are_understood(line: str) -> None:
         ),
         ("finetune", ["--resume", "--no-bf16", "--freeze", "suffix", "(default: runs/tuned)", "--lora RANK"]),
         ("merge", ["--model", "--adapter", "--out"]),
+        ("convert", ["--model", "--quantize {int8,int4}", "--out"]),
         ("train-contrastive", ["--resume", "--teacher", "distill", "(default: 0.002)", "runs/OBJECTIVE"]),
         ("train-codebook", ["--steps", "(default: "]),
         (

@@ -25,7 +25,8 @@ from minivlm.evaluation.tables import Metric
 from minivlm.training import best as best_module
 from minivlm.training import codebook, finetuning, scratch
 from minivlm.training.finetuning import FinetuningConfig
-from minivlm.training.loop import Loop, read_log
+from minivlm.training.log import read_log
+from minivlm.training.loop import Loop
 from minivlm.training.recipe import TrainingConfig, build
 
 SMALL = {

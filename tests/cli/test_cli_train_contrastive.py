@@ -15,7 +15,8 @@ from small_towers import RUN, SIZES, make_pairs, make_towers
 from minivlm.cli import main
 from minivlm.training import contrastive
 from minivlm.training.contrastive_recipe import ContrastiveConfig
-from minivlm.training.loop import Loop, read_log
+from minivlm.training.log import read_log
+from minivlm.training.loop import Loop
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from answering_folders import write_llama_vision
 from helpers import assert_differs, assert_equal
-from llama3_backends import llama3_backend, write_tokenizer
 from llama_vision import (
     FIRST,
     IDS,
@@ -28,7 +28,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 import minivlm
 from minivlm.attention import record_attention
@@ -192,27 +191,6 @@ def test_configs_go_there_and_back():
     assert found.cross_attention_layers == (3, 8, 13, 18, 23, 28, 33, 38)
 
 
-SEED = 9  # of a model that writes letters, and nothing that fonts do not have
-
-
-def write_folder(folder: Path) -> Path:
-    """As transformers does."""
-    words = llama3_backend().get_vocab()
-    text = {
-        "vocab_size": len(words) - 1,  # <|image|> is in the table, and has no score
-        "max_position_embeddings": 512,
-        "bos_token_id": words["<|begin_of_text|>"],
-        "eos_token_id": words["<|eot_id|>"],
-        "pad_token_id": words["<|finetune_right_pad_id|>"],
-    }
-    model = reference_llama_vision(SEED, text=text)
-    model.config.image_token_index = words["<|image|>"]
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    MllamaImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
-
-
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
@@ -220,7 +198,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("folder"))
+    return write_llama_vision(tmp_path_factory.mktemp("folder"))
 
 
 def test_it_opens_and_answers(folder: Path, tmp_path: Path):

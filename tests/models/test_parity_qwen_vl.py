@@ -308,7 +308,6 @@ def test_the_published_config() -> None:
         ({"visual": None}, "of Qwen without pictures .* only Qwen-VL and Qwen-VL-Chat are supported"),
         ({"visual": [1]}, r"visual in config.json is \[1\], expected an object"),
         ({"model_type": "qwen2"}, "model_type 'qwen2', but this class is for 'qwen'"),
-        ({"quantization_config": {"bits": 4}}, "quantized weights"),
         ({"no_bias": False}, "no_bias = False; only True"),
         ({"rotary_pct": 0.5}, "rotary_pct = 0.5; only 1.0"),
         ({"kv_channels": 64}, "kv_channels = 64; only 128"),

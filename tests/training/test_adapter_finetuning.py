@@ -26,7 +26,8 @@ from minivlm.speed.int4 import Int4Linear
 from minivlm.speed.int8 import Int8Linear
 from minivlm.training import lora
 from minivlm.training.finetuning import FinetuningConfig, finetune
-from minivlm.training.loop import Loop, read_log
+from minivlm.training.log import read_log
+from minivlm.training.loop import Loop
 from minivlm.training.lora import AdapterFinetuning, finetune_adapter
 
 SAMPLES = Path(__file__).parents[2] / "figures" / "samples"

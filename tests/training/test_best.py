@@ -20,7 +20,8 @@ from minivlm.data.samples import make_inputs, read_samples
 from minivlm.errors import InputError
 from minivlm.training.best import Choice
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
-from minivlm.training.loop import Loop, read_log
+from minivlm.training.log import read_log
+from minivlm.training.loop import Loop
 from minivlm.training.lora import finetune_adapter
 from minivlm.training.memory import estimate
 from minivlm.training.recipe import build

@@ -23,8 +23,10 @@ from minivlm.data.samples import Sample, SampleBatches, make_inputs, read_sample
 from minivlm.errors import InputError
 from minivlm.training import finetuning
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
-from minivlm.training.loop import Diverged, Loop, log_as_json, read_log, run_to_end
+from minivlm.training.log import log_as_json, read_log
+from minivlm.training.loop import Loop, run_to_end
 from minivlm.training.recipe import build
+from minivlm.training.trainable import Diverged
 
 WORDS = {"red": "ruby", "green": "a leaf in the wind", "blue": "<loc0000><loc0000><loc1023><loc1023> sea"}
 EVERY = Loop(save_every=3, log_every=2, measure_every=4, progress=False)

@@ -19,8 +19,10 @@ from minivlm.errors import InputError
 from minivlm.training import state
 from minivlm.training.contrastive import ContrastiveRun
 from minivlm.training.finetuning import Finetuning
-from minivlm.training.loop import Diverged, Loop, Trainable, log_as_json, read_log, run_to_end
+from minivlm.training.log import log_as_json, read_log
+from minivlm.training.loop import Loop, run_to_end
 from minivlm.training.scratch import Run
+from minivlm.training.trainable import Diverged, Trainable
 
 
 class Toy(Trainable):

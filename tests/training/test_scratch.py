@@ -24,11 +24,12 @@ from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 from minivlm.processing.boxes import NUM_BINS
 from minivlm.training import scratch
-from minivlm.training.loop import Diverged, Loop
+from minivlm.training.loop import Loop
 from minivlm.training.muon import Muon
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
 from minivlm.training.recipe import TrainingConfig, build
 from minivlm.training.scratch import Run, train
+from minivlm.training.trainable import Diverged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

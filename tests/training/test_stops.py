@@ -31,7 +31,7 @@ from small_run import CONFIG, EVERY, Stop, assert_same_end, files, log_of, step_
 
 import minivlm
 from minivlm.errors import InputError
-from minivlm.training import log, loop, state
+from minivlm.training import kept, log, loop, state
 from minivlm.training.loop import Loop
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import Run, train
@@ -402,7 +402,7 @@ def test_an_error_of_our_own_keeps_its_traceback(tmp_path: Path, monkeypatch: py
 def test_a_full_disk_while_saving(copied: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system refuses to write more than so many bytes to a file."""
     before = {name: (copied / name).read_bytes() for name in files(copied)}
-    save_state = loop.save_state
+    save_state = kept.save_state
 
     def without_space(*args: Any) -> None:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -413,7 +413,7 @@ def test_a_full_disk_while_saving(copied: Path, whole: Path, monkeypatch: pytest
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", without_space)
+        patch.setattr(kept, "save_state", without_space)
         with pytest.raises(
             InputError, match=r"cannot write .*state.safetensors.* unchanged. Free some space"
         ):

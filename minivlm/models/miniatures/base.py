@@ -26,7 +26,6 @@ from minivlm.checkpoints.hub import (
     require_equal,
     special_ids,
 )
-from minivlm.checkpoints.layouts import Layout
 from minivlm.configs import known, part_of, require_system
 from minivlm.models.miniatures.shipped_tower import PREFIX, TOWER, left_out, require_shipped
 from minivlm.models.views import CacheShape, HasDecoder
@@ -35,8 +34,6 @@ from minivlm.processing.llava import LlavaProcessor
 from minivlm.processing.paligemma import Processor
 from minivlm.text.gpt2 import GPT2Config, GPT2Decoder
 from minivlm.vision.siglip import SiglipVisionConfig, SiglipVisionModel
-
-LAYOUTS: dict[str, Layout] = {"as it is": [("", "")]}  # the names of our modules
 
 
 class TowerConfig(Protocol):
@@ -132,11 +129,11 @@ class Miniature(HasDecoder):
                 f"{each} of them, in the order of the rows; let the processor build both"
             )
 
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
-        """Read one more token of each unfinished row: token_ids [B] -> hidden states [B, D]."""
+    def read_on(self, input_ids: Tensor, attention_mask: Tensor, cache: KVCache) -> Tensor:
+        """More words [B, T] of rows that a cache holds -> hidden states [B, T, D]."""
         # No picture comes with an `<image>` that the model writes.
-        token_ids = token_ids.masked_fill(token_ids == self.config.image_token_id, 0)
-        return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
+        input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+        return self.read(input_ids, attention_mask, None, cache)
 
     @classmethod
     def from_pretrained(
@@ -159,7 +156,7 @@ class Miniature(HasDecoder):
             cls,
             config,
             folder,
-            LAYOUTS,
+            weights.AS_IT_IS,
             dtype=dtype,
             device=device,
             elsewhere=left_out(folder, values),
@@ -173,7 +170,7 @@ class Miniature(HasDecoder):
 
         Raises InputError: the tower is another one; otherwise as `weights.save_model`.
         """
-        values, layout = self.config.to_dict(), LAYOUTS["as it is"]
+        values, layout = self.config.to_dict(), weights.AS_IT_IS["as it is"]
         if tower:
             weights.save_model(self, values, Path(folder), layout)
             return

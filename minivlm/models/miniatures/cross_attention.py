@@ -158,6 +158,11 @@ class CrossAttentionLlama(LlamaMiniature):
             x = layer(x, bias, rotary, partial(cache.write, number) if cache is not None else None)
         return decoder.norm(x)
 
+    @property
+    def tokens_beside(self) -> int:
+        """As of every system with a decoder: all of them."""
+        return self.config.vision.num_patches
+
     def sort_maps(
         self, encoding: list[Tensor], reading: list[Tensor], pixels: Any = None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:

@@ -124,6 +124,8 @@ class GatedCrossAttentionBlock(nn.Module):
 class FlamingoCache(KVCache):
     """Also keeps the pictures: every word that is written sees the last one of its row."""
 
+    of_each_row = ("media", "pictures")
+
     media: Tensor | None = None  # [B, P * n, D_image], or None without pictures
     pictures: Tensor | None = None  # [B], how many each row has read; None: nothing is read yet
 
@@ -200,9 +202,14 @@ class Flamingo(Miniature):
             x = layer(x, bias, partial(cache.write, number) if cache is not None else None)
         return decoder.ln_f(x)
 
-    def decode(self, token_ids: Tensor, unfinished: Tensor, cache: KVCache) -> Tensor:
+    def read_on(self, input_ids: Tensor, attention_mask: Tensor, cache: KVCache) -> Tensor:
         """As in the base class; an `<image>` that the model writes is a word of its table."""
-        return self.read(token_ids[:, None], unfinished[:, None], None, cache)[:, 0]
+        return self.read(input_ids, attention_mask, None, cache)
+
+    @property
+    def tokens_beside(self) -> int:
+        """As of every system with a decoder: the latents."""
+        return self.config.num_latents
 
     def pictures(
         self, input_ids: Tensor, image: Tensor | None, cache: KVCache | None

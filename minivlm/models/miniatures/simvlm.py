@@ -118,6 +118,7 @@ class RelativeAttention(nn.Module):
 class SimVLMCache(KVCache):
     """Beside keys and values: how many tokens of each row are patches, which count apart from the text."""
 
+    of_each_row = ("image_lengths",)
     image_lengths: Tensor | None = None  # [B]
 
 
@@ -140,6 +141,10 @@ class SimVLM(Miniature):
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [M, C, height, width] -> patches in the decoder's width [M, N, D]."""
         return self.projection(self.patches(pixel_values))
+
+    def reads_apart(self, attention_mask: Tensor) -> bool:
+        """No: patches see the text that comes after them."""
+        return False
 
     def hidden_states(
         self,

@@ -188,6 +188,7 @@ class VisualGPTBlock(GPT2Block):
 class VisualGPTCache(KVCache):
     """Beside the keys and values of the text, those of the pictures."""
 
+    of_each_row = ("shown",)
     shown: list[Shown] | None = None  # for each block
 
 
@@ -231,6 +232,11 @@ class VisualGPT(Miniature):
             update_cache = None if cache is None else partial(cache.write, number)
             x = layer(x, bias, update_cache, None if shown is None else shown[number])
         return gpt2.ln_f(x)
+
+    @property
+    def tokens_beside(self) -> int:
+        """As of every system with a decoder: those of all levels."""
+        return self.config.num_encoder_layers * self.config.vision.num_patches
 
     def show(self, is_image: Tensor, image: Tensor | None) -> list[Shown] | None:
         """Give each row its picture: where the placeholders are [B, T], pictures [M, L N, D].

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from answering_folders import write_miniature
 from helpers import assert_equal, randomize
 from miniatures import SYSTEMS, Small, tiny
 from rounded import put_rounded_weights
@@ -15,12 +15,7 @@ from torch import Tensor
 
 from minivlm.cli import main
 from minivlm.errors import InputError
-from minivlm.models.load import SHIPPED, load
-from minivlm.models.miniatures.chats import LlamaMiniature
-from minivlm.models.miniatures.two_towers import TwoTowersConfig
-from minivlm.processing.llama_tokens import LlamaTokenizer
-from minivlm.processing.llava import LlavaImageProcessor
-from minivlm.training.recipe import TrainingConfig, build
+from minivlm.models.load import load
 
 WORDS, ANSWERS = [3, 6, 4], [5, 2, 4]
 MIXED = pytest.mark.parametrize(
@@ -124,34 +119,9 @@ def test_wrong_numbers_of_placeholders_are_refused(model: Small) -> None:
         model(ids[0][None], pixels)
 
 
-def in_the_world(name: str, folder: Path) -> None:
-    """A folder with an untrained model that knows the words of the drawn world."""
-    processor = build(TrainingConfig(image_size=16, patch_size=8))[1]
-    size = processor.tokenizer.vocab_size
-    parts = tiny(name).config
-    more = {}
-    if isinstance(parts, TwoTowersConfig):
-        more["high_res_vision"] = replace(parts.high_res_vision, image_size=32)
-    model = tiny(
-        name,
-        vision=replace(parts.vision, image_size=16, patch_size=8),
-        text=replace(parts.text, vocab_size=size, max_position_embeddings=256),
-        image_token_id=processor.tokenizer.image_id,
-        eos_token_id=processor.tokenizer.eos_id,
-        pad_token_id=processor.tokenizer.pad_id,
-        bos_token_id=processor.tokenizer.bos_id,
-        **more,
-    )
-    if isinstance(model, LlamaMiniature):
-        pictures = LlavaImageProcessor(image_size=model.config.image_size)
-        processor = model.processor_class(LlamaTokenizer.from_pretrained(SHIPPED), pictures, 8, "full", "", 0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_folder_comes_back(name: str, tmp_path: Path) -> None:
-    in_the_world(name, tmp_path)
+    write_miniature(name, tmp_path)
     first, processor = load(tmp_path)
     assert processor.image_seq_length == first.config.num_image_tokens
     first.save_pretrained(tmp_path / "again")
@@ -164,7 +134,7 @@ def test_a_folder_comes_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_folder_of_another_system_is_refused(name: str, tmp_path: Path) -> None:
-    in_the_world(name, tmp_path)
+    write_miniature(name, tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(InputError, match=r"config.json says model_type 'llava'"):
         type(tiny(name).config).from_dict(values | {"model_type": "llava"})
@@ -172,7 +142,7 @@ def test_a_folder_of_another_system_is_refused(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_commands_take_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    in_the_world(name, tmp_path / "model")
+    write_miniature(name, tmp_path / "model")
     model = ["--model", str(tmp_path / "model")]
     picture = "figures/samples/scene_1.png"
     assert main(["ask", picture, "--prompt", "caption en", *model, "--max-new-tokens", "4"]) == 0
@@ -191,7 +161,7 @@ def test_commands_take_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "visualbert"])
 def test_rounded_weights(name: str, bits: str, tmp_path: Path) -> None:
     """The model is the one with rounded weights, and biases as they were."""
-    in_the_world(name, tmp_path)
+    write_miniature(name, tmp_path)
     (rounded, processor), (model, _) = load(tmp_path, quantize=bits), load(tmp_path)
     put_rounded_weights(rounded, model)
     inputs = processor(["figures/samples/scene_1.png"], ["caption en"])
@@ -200,14 +170,14 @@ def test_rounded_weights(name: str, bits: str, tmp_path: Path) -> None:
 
 
 def test_an_encoder_is_not_rounded(tmp_path: Path) -> None:
-    in_the_world("visualbert", tmp_path)
+    write_miniature("visualbert", tmp_path)
     with pytest.raises(InputError, match="BertEncoder has no head to round: leave quantize out"):
         load(tmp_path, quantize="int8")
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_picture_in_fp32_is_read_in_bf16(name: str, tmp_path: Path) -> None:
-    in_the_world(name, tmp_path)
+    write_miniature(name, tmp_path)
     model, processor = load(tmp_path, dtype=torch.bfloat16)
     inputs = processor(["figures/samples/scene_1.png"], ["caption en"])
     assert inputs["pixel_values"].dtype == torch.float32

@@ -1,0 +1,56 @@
+"""Rows of a cache: one becomes several, and those that have ended leave.
+
+What a system keeps beside keys and values, by the names in `of_each_row` of its cache, goes along. It is only
+read, so it is not copied where rows are repeated.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from minivlm.cache import KVCache
+
+Cache = TypeVar("Cache", bound=KVCache)
+
+
+def repeated(cache: Cache, rows: int) -> Cache:
+    """The cache of one row for several, each of which writes into a copy of its own."""
+    return _changed(
+        cache,
+        lambda tensor: tensor.repeat(rows, *[1] * (tensor.dim() - 1)),
+        lambda tensor: tensor.expand(rows, *tensor.shape[1:]),
+    )
+
+
+def selected(cache: Cache, rows: Tensor) -> Cache:
+    """Some rows of a cache, where `rows` [B] is true."""
+    return _changed(cache, lambda tensor: tensor[rows], lambda tensor: tensor[rows])
+
+
+def _changed(cache: Cache, written: Callable[[Tensor], Tensor], read: Callable[[Tensor], Tensor]) -> Cache:
+    """A copy whose tensors [B, ...] are changed, those that are written and those that are only read."""
+    new = copy.copy(cache)
+    new.lengths = written(cache.lengths)
+    new.keys = [written(keys) for keys in cache.keys]
+    new.values = [written(values) for values in cache.values]
+    for name in getattr(cache, "of_each_row", ()):
+        setattr(new, name, _of_each(getattr(cache, name), read))
+    return new
+
+
+def _of_each(kept: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Every tensor in it, changed."""
+    if isinstance(kept, Tensor):
+        return change(kept)
+    if isinstance(kept, list | tuple):
+        return type(kept)(_of_each(one, change) for one in kept)
+    if is_dataclass(kept) and not isinstance(kept, type):
+        return replace(
+            kept, **{field.name: _of_each(getattr(kept, field.name), change) for field in fields(kept)}
+        )
+    return kept
