@@ -1181,10 +1181,11 @@ def read_first_line_and_leave(*arguments: str | Path) -> tuple[str, str]:
     return line, err
 
 
-def test_a_reader_that_leaves_early(folder: Path, picture: Path) -> None:
+def test_a_reader_that_leaves_early(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(square := tmp_path / "square.png")  # of which there is nothing to note
     many = [item for _ in range(40) for item in ("--prompt", "caption en")]
-    line, err = read_first_line_and_leave("ask", picture, *many, "--model", folder, "--max-new-tokens", "2")
-    assert line == f"{picture} | caption en\n"
+    line, err = read_first_line_and_leave("ask", square, *many, "--model", folder, "--max-new-tokens", "2")
+    assert line == f"{square} | caption en\n"
     assert err == ""
 
 
