@@ -94,8 +94,8 @@ def _dashes(app: Sphinx, doctree: nodes.document) -> None:
         text.parent.replace(text, nodes.Text(" – "))
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
-    """What Sphinx calls first: connect our own steps. Each looks at one page; pages may be made at once."""
+def setup(app: Sphinx) -> None:
+    """What Sphinx calls first: connect our own steps."""
     app.connect("autodoc-process-docstring", _docstring, priority=400)  # napoleon, at 500, reads the result
     app.connect("autodoc-process-docstring", _property, priority=600)
     app.connect("doctree-read", _dashes)
@@ -106,4 +106,3 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-resolved", reading.leave_out_of_search)
     app.connect("html-page-context", excerpts.add_script)
     app.connect("build-finished", excerpts.write)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}

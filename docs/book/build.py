@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         gather(source)
-        strict = ["--fail-on-warning", "--keep-going", "--nitpicky", "--quiet", "--jobs", "auto"]
+        strict = ["--fail-on-warning", "--keep-going", "--nitpicky", "--quiet"]
         places = ["-c", str(DOCS), "-d", str(Path(folder) / "doctrees"), str(source), str(output)]
         code = subprocess.call([sys.executable, "-m", "sphinx", *strict, *places])
     if code == 0:
