@@ -36,7 +36,7 @@ import torch
 from reasoning_tables import as_text
 from torch import nn
 
-from minivlm.evaluation.answers import answer_all, evaluate
+from minivlm.evaluation.answers import answer_questions, evaluate
 from minivlm.evaluation.composed import Change, conclusions_right, draw_question, make_composed
 from minivlm.evaluation.faithfulness import faithfulness
 from minivlm.evaluation.hallucination import pope
@@ -100,14 +100,7 @@ def old_skills(model: Any, processor: Any) -> dict[str, float]:
 
 def answers_to(model: Any, processor: Any, questions: Sequence[Question]) -> list[str]:
     """Greedy answers."""
-    return answer_all(
-        model,
-        processor,
-        [question.picture for question in questions],
-        [question.example.prefix for question in questions],
-        progress=False,
-        expected=[question.example.suffix for question in questions],
-    )
+    return answer_questions(model, processor, questions)
 
 
 def plain(table: dict[str, Metric]) -> dict[str, dict[str, float]]:

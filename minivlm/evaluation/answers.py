@@ -149,6 +149,20 @@ def _examine(
     return score(questions, answers, sureness)
 
 
+def answer_questions(
+    model: Answers, processor: AnswerProcessor, questions: Sequence[Question], progress: bool | None = False
+) -> list[str]:
+    """Greedy answers to questions about scenes, in their order."""
+    return answer_all(
+        model,
+        processor,
+        [question.picture for question in questions],
+        [question.example.prefix for question in questions],
+        progress=progress,
+        expected=[question.example.suffix for question in questions],
+    )
+
+
 def answer_all(
     model: Answers,
     processor: AnswerProcessor,

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from minivlm.evaluation.answers import answer_all
+from minivlm.evaluation.answers import answer_questions
 from minivlm.evaluation.composed import conclusions_right
 from minivlm.evaluation.continued import continue_answers
 from minivlm.evaluation.detection import box_iou
@@ -37,10 +37,7 @@ def faithfulness(
     model: Answers, processor: AnswerProcessor, questions: Sequence[Question], progress: bool | None = False
 ) -> dict[str, Metric]:
     """The rows of a table, each beside chance. The questions are such as are thought about."""
-    pictures = [question.picture for question in questions]
-    prompts = [question.example.prefix for question in questions]
-    expected = [question.example.suffix for question in questions]
-    answers = answer_all(model, processor, pictures, prompts, progress=progress, expected=expected)
+    answers = answer_questions(model, processor, questions, progress)
     table = {"right": conclusions_right(questions, answers)}
     boxes = [true_boxes(question, answer) for question, answer in zip(questions, answers, strict=True)]
     table["IoU of its boxes"] = Metric(mean_of(boxes)[0], 0.0, len(boxes))

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minivlm.evaluation.answers import answer_all
+from minivlm.evaluation.answers import answer_questions
 from minivlm.evaluation.composed import STREAM
 from minivlm.evaluation.scoring import Question
 from minivlm.evaluation.tables import Metric
@@ -87,13 +87,7 @@ def pope(
     table = {}
     for way in WAYS:
         questions = pope_questions(way, scenes, seed, pixels)
-        answers = answer_all(
-            model,
-            processor,
-            [question.picture for question in questions],
-            [question.example.prefix for question in questions],
-            progress=progress,
-        )
+        answers = answer_questions(model, processor, questions, progress)
         wanted = [question.example.suffix == "yes" for question in questions]
         table[way] = pope_numbers([answer == "yes" for answer in answers], wanted)
     return table

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minivlm.evaluation.answers import answer_all
+from minivlm.evaluation.answers import answer_questions
 from minivlm.evaluation.composed import conclusions_right
 from minivlm.evaluation.faithfulness import agreement, gray_picture
 from minivlm.evaluation.scoring import Question, mean_of
@@ -38,14 +38,7 @@ def neglect(
     """The rows of a table, each beside chance."""
 
     def conclusions(asked: Sequence[Question]) -> list[str]:
-        answers = answer_all(
-            model,
-            processor,
-            [question.picture for question in asked],
-            [question.example.prefix for question in asked],
-            progress=progress,
-            expected=[question.example.suffix for question in asked],
-        )
+        answers = answer_questions(model, processor, asked, progress)
         return [conclusion(answer) for answer in answers]
 
     answers = conclusions(questions)

@@ -15,16 +15,23 @@ from torch import Tensor
 
 from minivlm.cache import KVCache
 
+Kept = TypeVar("Kept")
 Cache = TypeVar("Cache", bound=KVCache)
 
 
-def repeated(cache: Cache, rows: int) -> Cache:
-    """The cache of one row for several, each of which writes into a copy of its own."""
-    return _changed(
-        cache,
-        lambda tensor: tensor.repeat(rows, *[1] * (tensor.dim() - 1)),
-        lambda tensor: tensor.expand(rows, *tensor.shape[1:]),
-    )
+def repeated(cache: Kept, times: int) -> Kept:
+    """Each row `times` times, one after the other, where each writes into a copy of its own.
+
+    What is no `KVCache` is read again for every token, and never written.
+    """
+
+    def copies(tensor: Tensor) -> Tensor:
+        return tensor.repeat_interleave(times, 0)
+
+    def views(tensor: Tensor) -> Tensor:  # of one row, without a copy
+        return tensor[:, None].expand(-1, times, *tensor.shape[1:]).flatten(0, 1)
+
+    return _changed(cache, copies, views) if isinstance(cache, KVCache) else _of_each(cache, views)
 
 
 def selected(cache: Cache, rows: Tensor) -> Cache:

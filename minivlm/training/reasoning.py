@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minivlm.evaluation.answers import answer_all, drawn_side
+from minivlm.evaluation.answers import answer_questions, drawn_side
 from minivlm.evaluation.composed import conclusions_right, make_composed
 from minivlm.models.load import load_answering
 from minivlm.models.protocols import Answers
@@ -226,14 +226,7 @@ class ReasoningRun(Trainable):
             pixels=drawn_side(self.processor.image_processor),
             thinks=config.think,
         )
-        answers = answer_all(
-            self.model,
-            self.processor,
-            [question.picture for question in questions],
-            [question.example.prefix for question in questions],
-            progress=False,
-            expected=[question.example.suffix for question in questions],
-        )
+        answers = answer_questions(self.model, self.processor, questions)
         return {"held-out accuracy": conclusions_right(questions, answers).value}
 
     def save(self, folder: Path) -> None:

@@ -14,8 +14,6 @@ the model's own. The random numbers of an answer depend on the seed and on its p
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minivlm.models.cache_rows import repeated
 from minivlm.models.protocols import Answers
 from minivlm.processing import AnswerProcessor, to_device
 from minivlm.processing.inputs import Picture
@@ -104,7 +103,7 @@ class Grouped:
         if "token_type_ids" in inputs:
             inputs["token_type_ids"] = inputs["token_type_ids"][:: self.group]
         hidden, cache = self.model.prefill(input_ids[:: self.group], attention_mask[:: self.group], **inputs)
-        return hidden.repeat_interleave(self.group, 0), repeat_rows(cache, len(hidden), self.group)
+        return hidden.repeat_interleave(self.group, 0), repeated(cache, self.group)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The model's, whose entropy is noted."""
@@ -112,23 +111,3 @@ class Grouped:
         log_probs = (logits.float() / self.temperature).log_softmax(dim=-1)
         self.entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
         return logits
-
-
-def repeat_rows(kept: Any, rows: int, times: int) -> Any:
-    """What a cache keeps of `rows` rows, each row `times` times; other things in it stay as they are.
-
-    Caches of some systems keep more than keys and values. Whatever it is, its first axis counts the rows.
-    """
-    if isinstance(kept, Tensor):
-        return kept.repeat_interleave(times, 0) if kept.dim() and len(kept) == rows else kept
-    if isinstance(kept, list):
-        return [repeat_rows(one, rows, times) for one in kept]
-    if isinstance(kept, tuple):
-        parts = [repeat_rows(one, rows, times) for one in kept]
-        return type(kept)(*parts) if hasattr(kept, "_fields") else tuple(parts)
-    if dataclasses.is_dataclass(kept) or hasattr(kept, "__dict__"):
-        other = copy.copy(kept)
-        for name, value in vars(kept).items():
-            object.__setattr__(other, name, repeat_rows(value, rows, times))
-        return other
-    return kept

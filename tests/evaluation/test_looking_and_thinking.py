@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import minivlm.evaluation.answers as answers_file
 from minivlm.evaluation import faithfulness as faithfulness_file
 from minivlm.evaluation import hallucination, neglect
 from minivlm.evaluation.composed import conclusions_right, make_composed
@@ -46,7 +47,7 @@ def thinking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
                 for picture, prompt, beginning in zip(pictures, prompts, beginnings, strict=True)
             ]
 
-        monkeypatch.setattr(faithfulness_file, "answer_all", all_answers)
+        monkeypatch.setattr(answers_file, "answer_all", all_answers)
         monkeypatch.setattr(faithfulness_file, "continue_answers", goes_on)
         table = faithfulness(None, None, THOUGHT)  # type: ignore[arg-type]
         return {name: round(metric.value, 3) for name, metric in table.items()}
@@ -150,7 +151,7 @@ def test_who_looks_and_who_does_not(looks: bool, monkeypatch: pytest.MonkeyPatch
             looking(model, processor, pictures, prompts) if looks else [blind[prompt] for prompt in prompts]
         )
 
-    monkeypatch.setattr(neglect, "answer_all", answers)
+    monkeypatch.setattr(answers_file, "answer_all", answers)
     table = neglect.neglect(None, None, DIRECT)  # type: ignore[arg-type]
     assert table["right"].value == 1
     assert (table["as before, gray picture"].value < 0.7) == looks
