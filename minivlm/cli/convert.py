@@ -22,42 +22,21 @@ def add_to(commands: Commands) -> None:
         "without --quantize, in the time of a plain one, with the same answers. Only minivlm reads it, and "
         "nothing but an adapter can be trained on it: keep the folder that it is made from.",
     )
-    parser.add_argument(
-        "--model",
-        type=shared.text,
-        metavar="FOLDER_OR_REPO_ID",
-        help="what to convert (default: the shipped tiny one)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the repo (default: its main branch)")
+    shared.add_source(parser, "what to convert", "of scales, and of weights that are not rounded")
     parser.add_argument("--quantize", choices=("int8", "int4"), required=True, help="what to round to")
     parser.add_argument("--out", type=shared.path, required=True, help="a new folder")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of scales, and of weights that are not rounded (default: that of the model's files)",
-    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Round and write."""
-    import torch
-
     from minivlm.files import check_new_folder
-    from minivlm.models.load import SHIPPED, load_answering
+    from minivlm.models.load import load_answering
     from minivlm.models.quantized import save_quantized
 
     out: Path = options.out
-    if options.model is None:
-        shared.refuse(
-            options, ("revision",), "is of a repo of the Hub: add --model OWNER/NAME, or leave it out"
-        )
+    name, choices = shared.source_of(options)
     check_new_folder(out)
-    model, processor = load_answering(
-        options.model or SHIPPED,
-        dtype=None if options.dtype is None else getattr(torch, options.dtype),
-        revision=options.revision,
-        quantize=options.quantize,
-    )
+    model, processor = load_answering(name, quantize=options.quantize, **choices)
     save_quantized(model, processor, out)
     shared.say(f"The model is in {out}. Measure it:\n  {command('eval', '--model', out)}")

@@ -21,45 +21,24 @@ def add_to(commands: Commands) -> None:
         description="Add a low-rank adapter to the weights of its model, and write a checkpoint that is as "
         "fast as the model alone. The folders that are read stay as they are.",
     )
-    parser.add_argument(
-        "--model",
-        type=shared.text,
-        metavar="FOLDER_OR_REPO_ID",
-        help="the adapter's base (default: the shipped tiny one)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the repo (default: its main branch)")
+    shared.add_source(parser, "the adapter's base", "of the weights that are written")
     parser.add_argument(
         "--adapter", type=shared.text, metavar="FOLDER_OR_REPO_ID", required=True, help="what to add to it"
     )
     parser.add_argument("--out", type=shared.path, required=True, help="folder for the checkpoint")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights that are written (default: that of the model's files)",
-    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Merge and write."""
-    import torch
-
     from minivlm.adapters import merge_for_good
-    from minivlm.models.load import SHIPPED, load
+    from minivlm.models.load import load
     from minivlm.training.folder import run_folder
 
     out: Path = options.out
-    if options.model is None:
-        shared.refuse(
-            options, ("revision",), "is of a repo of the Hub: add --model OWNER/NAME, or leave it out"
-        )
+    name, choices = shared.source_of(options)
     with run_folder(out, resume=False):
-        model, processor = load(
-            options.model or SHIPPED,
-            dtype=None if options.dtype is None else getattr(torch, options.dtype),
-            revision=options.revision,
-            adapter=options.adapter,
-        )
+        model, processor = load(name, adapter=options.adapter, **choices)
         merge_for_good(model)
         processor.save_pretrained(out)
         model.save_pretrained(out)  # config.json comes last: without it, a folder is no checkpoint

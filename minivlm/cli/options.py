@@ -119,6 +119,37 @@ def _choices(options: argparse.Namespace) -> LoadOptions:
     }
 
 
+# ---- a model that is written anew --------------------------------------------------------------------------
+
+
+def add_source(parser: argparse.ArgumentParser, model: str, dtype: str) -> None:
+    """--model, --revision, --dtype, and what each of them is of."""
+    parser.add_argument(
+        "--model",
+        type=text,
+        metavar="FOLDER_OR_REPO_ID",
+        help=f"{model} (default: the shipped tiny one)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the repo (default: its main branch)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help=f"{dtype} (default: that of the model's files)",
+    )
+
+
+def source_of(options: argparse.Namespace) -> tuple[str | Path, dict[str, Any]]:
+    """What the options of `add_source` say: a folder or repo id, and how it is loaded."""
+    import torch
+
+    from minivlm.models.load import SHIPPED
+
+    if options.model is None:
+        refuse(options, ("revision",), "is of a repo of the Hub: add --model OWNER/NAME, or leave it out")
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return options.model or SHIPPED, {"dtype": dtype, "revision": options.revision}
+
+
 # ---- a training run ----------------------------------------------------------------------------------------
 
 
