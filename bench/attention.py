@@ -22,7 +22,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from minivlm import layers, masks
+import minivlm.attention as package
+from minivlm import masks
 from minivlm.attention import additive, attend_fused, attend_in_blocks, attend_plain
 
 FORMS = {"plain": attend_plain, "blocks": attend_in_blocks, "fused": attend_fused}
@@ -107,8 +108,8 @@ def taken(case: Case, dtype: torch.dtype, backward: bool) -> str:
         return call
 
     patched = {f.__name__: noted(name, f) for name, f in FORMS.items()}
-    with mock.patch.multiple(layers, **patched), torch.set_grad_enabled(backward):
-        layers.attend(q, k, v, mask, case.Dh**-0.5)
+    with mock.patch.multiple(package, **patched), torch.set_grad_enabled(backward):
+        package.attend(q, k, v, mask, case.Dh**-0.5)
     return calls[0]
 
 
@@ -144,7 +145,9 @@ def processor() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {bf16} bf16 instructions"
+    amx = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {bf16} bf16 instructions{amx}"
 
 
 def main() -> None:

@@ -78,10 +78,13 @@ def _named(name: str) -> Callable[..., Any]:
 
 
 def _with_types(config: Mapping[str, Any], inputs: Inputs) -> Inputs:
-    """Qwen2-VL is told which tokens stand for pictures (1) and which for videos (2)."""
+    """Which tokens stand for pictures (1) and which for videos (2). Only Qwen2.5-VL takes seconds."""
     ids = inputs["input_ids"]
     types = (ids == config["image_token_id"]).long() + 2 * (ids == config["video_token_id"])
-    return {**inputs, "mm_token_type_ids": types}
+    told = {**inputs, "mm_token_type_ids": types}
+    if config["model_type"] == "qwen2_vl":
+        told.pop("second_per_grid_ts", None)
+    return told
 
 
 # ---- DeepSeek-VL2 ------------------------------------------------------------------------------------------

@@ -51,6 +51,15 @@ def onednn_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@cache
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of bf16 (Intel's AMX), which the fused kernel then uses.
+
+    Where PyTorch is told to do without AVX-512 (ATEN_CPU_CAPABILITY), it cannot arrange tiles for that kernel.
+    """
+    return torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
 ) -> Tensor:
@@ -73,13 +82,14 @@ def attend(
         maps.append(weights.detach())
         return weighted_sum(weights, v)
     # The form is chosen here and nowhere else, based on measurements (bench/attention.py): on a CPU, the
-    # plain form is faster with gradients, and in bf16 with many queries.
+    # plain form is faster with gradients, and without AMX in bf16 with many queries.
     on_cpu, needs_gradient = q.device.type == "cpu", torch.is_grad_enabled() and q.requires_grad
     if on_cpu and q.dtype == torch.bfloat16 and not onednn_has_bf16():
         return attend_without_bf16(q, k, v, mask, scale, softcap)
     if on_cpu and needs_gradient:
         return attend_plain(q, k, v, mask, scale, softcap)
-    if softcap is not None or (on_cpu and q.dtype == torch.bfloat16 and q.shape[2] > 1):
+    in_blocks = on_cpu and q.dtype == torch.bfloat16 and q.shape[2] > 1 and not has_amx()
+    if softcap is not None or in_blocks:
         return attend_in_blocks(q, k, v, mask, scale, softcap)
     return attend_fused(q, k, v, mask, scale)
 

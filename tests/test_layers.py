@@ -121,6 +121,7 @@ def test_blocks_agree_with_the_whole(kv_heads: int, mask: str, block: int, monke
 def test_no_matrix_of_scores_of_a_long_row(monkeypatch: pytest.MonkeyPatch):
     """In bf16 on a CPU that multiplies it, 4 heads * 2,000 * 2,000 scores are never held at once."""
     monkeypatch.setattr(attention, "onednn_has_bf16", lambda: True)
+    monkeypatch.setattr(attention, "has_amx", lambda: False)
     q, k, v = (torch.randn(1, heads, 2000, 8, dtype=torch.bfloat16) for heads in (4, 1, 1))
     sizes = []
     weights_of = attention.attention_weights
@@ -165,6 +166,26 @@ def test_attend_chooses_a_form_and_both_agree(grad: bool, monkeypatch: pytest.Mo
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(attend(q, k, v, mask_of("causal"), SCALE), expected)
     assert calls == ([] if grad else ["fused"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("amx", "softcap", "expected"), [
+    (True, None, "fused"), (True, 2.0, "blocks"), (False, None, "blocks"), (False, 2.0, "blocks"),
+])  # fmt: skip
+def test_in_bf16_the_processor_decides(
+    amx: bool, softcap: float | None, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention, "onednn_has_bf16", lambda: True)
+    monkeypatch.setattr(attention, "has_amx", lambda: amx)
+    calls = []
+    for name, form in {"fused": attend_fused, "blocks": attend_in_blocks}.items():
+        watched: Any = lambda *args, name=name, form=form: (calls.append(name), form(*args))[1]  # noqa: E731
+        monkeypatch.setattr(attention, form.__name__, watched)
+    q, k, v = (x.to(torch.bfloat16) for x in qkv(kv_heads=2))
+    out = attend(q, k, v, mask_of("causal"), SCALE, softcap)
+    assert calls == [expected]
+    exact = attend_plain(q.double(), k.double(), v.double(), mask_of("causal"), SCALE, softcap)
+    torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -7,9 +7,10 @@ with a batch of eight rows that write their answers (bench/results/inference.txt
 model is loaded, removes this cost.
 
 The price is a copy: seconds of loading, and memory for weights that otherwise are pages of the memory-mapped
-file. The weights stay the same, and results agree up to rounding. A single row (one answer being written)
-still reads the file's order where that is faster. The embedding table is not packed, since tokens are looked
-up in it, and neither is a head that is tied to it.
+file. The weights stay the same, and results agree up to rounding. Without AMX, a single row (one answer being
+written) is faster with the file's order, which then is kept as well. With AMX, tiles do for every number of
+rows, and the file's pages are given back. The embedding table is not packed, since tokens are looked up in
+it, and neither is a head that is tied to it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minivlm.attention import onednn_has_bf16
+from minivlm.attention import has_amx, onednn_has_bf16
 from minivlm.errors import InputError
 from minivlm.speed.one_row import is_one_row, linear
+from minivlm.speed.pages import give_back
 from minivlm.speed.replacing import replace_linear_layers
 
 ROWS_PER_PRODUCT = 256  # a prompt's: the tiles are chosen for this many rows, and also work for fewer
-SHORT_ROW = 8192  # inputs; up to here, a single row is faster with PyTorch's own kernel than with tiles
+SHORT_ROW = 8192  # inputs; up to here, a single row is faster without tiles on a processor without AMX
 
 
 class PackedLinear(nn.Module):
@@ -39,7 +41,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_PER_PRODUCT))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         # No copy: these are pages of the memory-mapped file if the model runs in the file's dtype.
-        self.row_major = weight if linear.in_features <= SHORT_ROW else None
+        self.row_major = weight if linear.in_features <= SHORT_ROW and not has_amx() else None
+        if self.row_major is None:
+            give_back(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

@@ -40,6 +40,8 @@ TAKE_LONG = {
     "18_deepseek_vl",
     "19_deepseek_vl2",
     "20_llama_vision",
+    "21_scaling_out",
+    "22_reasoning",
 }
 SLOW = TRAIN_FOR_MINUTES | TAKE_LONG  # nbval spends minutes on them already
 WITH_HOVER = {"09_looking_inside"}

@@ -199,7 +199,12 @@ def test_the_shipped_model_in_a_third() -> None:
     models = [load_answering(quantize="int4", dtype=dtype)[0] for dtype in (torch.bfloat16, torch.float32)]
     decoder = models[0].language_model
     stored = {one.data_ptr(): one.nbytes for one in (*decoder.buffers(), *decoder.parameters())}
-    assert sum(stored.values()) == pytest.approx(expected, rel=0.05)
+    layers = [module for module in decoder.modules() if isinstance(module, Int4Linear)]
+    filled = sum(  # up to whole blocks, which are larger on some processors: much of a model as small as this
+        (len(one.weight) - one.out_features) * (one.weight[0].nbytes + one.scales[:, 0].nbytes)
+        for one in layers
+    )
+    assert sum(stored.values()) - filled == pytest.approx(expected, rel=0.03)
     assert sum(stored.values()) < 0.55 * sum(one.nbytes for one in whole.language_model.parameters())
     first, second = (model.language_model.layers[0].mlp.up_proj for model in models)
     assert torch.equal(first.weight, second.weight)

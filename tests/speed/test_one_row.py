@@ -1,4 +1,4 @@
-"""Products of one row never reach oneDNN, all others do where it has bf16, and no switch is ever turned."""
+"""Products of one row have a kernel of their own where there is bf16, and no switch is ever turned."""
 
 from __future__ import annotations
 
@@ -21,24 +21,47 @@ BF16 = torch.bfloat16
 MATRIX = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).to(BF16)
 
 
-@pytest.fixture
-def dense(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+@pytest.fixture(params=[False, True], ids=["without AMX", "with AMX"])
+def dense(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each product whether it was a dense one, on a machine that has bf16 kernels or pretends to."""
     monkeypatch.setattr(one_row, "onednn_has_bf16", lambda: True)
+    monkeypatch.setattr(one_row, "has_amx", lambda: request.param)
     seen: list[bool] = []
-    right, pattern = F.linear, one_row.row_of_all_entries
+    right, pattern, vector = F.linear, one_row.row_of_all_entries, torch.mv
 
     def watched(*arguments: Any) -> Tensor:
         seen.append(True)
         return right(*arguments)
 
     def watched_pattern(length: int) -> tuple[Tensor, Tensor]:
+        assert not request.param
         seen.append(False)
         return pattern(length)
 
+    def watched_vector(*arguments: Tensor) -> Tensor:
+        assert request.param
+        seen.append(False)
+        return vector(*arguments)
+
     monkeypatch.setattr(F, "linear", watched)
     monkeypatch.setattr(one_row, "row_of_all_entries", watched_pattern)
+    monkeypatch.setattr(torch, "mv", watched_vector)
     return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 8), (1, 2, 8), (2, 16, 8), (33, 8), (3, 11, 8)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_few_rows_where_there_are_tiles(
+    shape: tuple[int, ...], bias: bool, dense: list[bool], request: pytest.FixtureRequest
+):
+    tiles, x = "with AMX" in request.node.name, torch.randn(*shape).to(BF16)
+    b = torch.randn(12).to(BF16) if bias else None
+    out = linear(x, MATRIX, b)
+    assert dense == ([] if tiles and x.numel() <= 8 * one_row.FEW_ROWS else [True])
+    assert out.is_contiguous()
+    exact = F.linear(x.double(), MATRIX.double(), None if b is None else b.double())
+    torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=0.05)
 
 
 @torch.no_grad()
@@ -48,8 +71,9 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         (torch.zeros(1, 8, dtype=BF16), False),
         (torch.zeros(1, 1, 8, dtype=BF16), False),
         (torch.zeros(8, dtype=BF16), False),
-        (torch.zeros(2, 8, dtype=BF16), True),
-        (torch.zeros(1, 2, 8, dtype=BF16), True),
+        (torch.zeros(33, 8, dtype=BF16), True),
+        (torch.zeros(3, 11, 8, dtype=BF16), True),
+        (torch.zeros(0, 8, dtype=BF16), True),
         (torch.zeros(1, 8), True),
         (torch.zeros(1, 8, dtype=BF16, device="meta"), True),
     ],
@@ -146,6 +170,7 @@ def test_two_threads_generate_at_once(dense: list[bool], monkeypatch: pytest.Mon
 @pytest.mark.parametrize("rows", [1, 3])
 def test_where_generation_uses_it(rows: int, dense: list[bool], monkeypatch: pytest.MonkeyPatch):
     """While one answer is written, every product is one of a single row; of a batch, none is."""
+    monkeypatch.setattr(one_row, "FEW_ROWS", 1)
     model = speed_up(tiny_paligemma().to(BF16))
     seen: dict[str, set[bool]] = {"prefill": set(), "decode": set(), "logits": set()}
 

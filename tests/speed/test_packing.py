@@ -43,17 +43,31 @@ def test_the_same_product(shape: tuple[int, ...], bias: bool):
 @torch.no_grad()
 def test_one_row_reads_short_rows_in_the_files_order(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packing, "SHORT_ROW", 200)
+    monkeypatch.setattr(packing, "has_amx", lambda: False)
     short, long = (nn.Linear(inputs, 120).to(BF16) for inputs in (200, 201))
     assert PackedLinear(short).row_major.data_ptr() == short.weight.data_ptr()  # no second copy
     assert PackedLinear(long).row_major is None
     calls = []
-    right = nn.functional.linear
-    monkeypatch.setattr(nn.functional, "linear", lambda *args: (calls.append(len(args[0])), right(*args))[1])
+    right = packing.linear
+    monkeypatch.setattr(packing, "linear", lambda *args: (calls.append(len(args[0])), right(*args))[1])
     for linear in (short, long):
         packed, x = PackedLinear(linear), torch.randn(1, linear.in_features).to(BF16)
-        torch.testing.assert_close(packed(x), right(x, linear.weight, linear.bias), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(packed(x), linear(x), rtol=0.01, atol=0.01)
         packed(x.expand(2, -1))
     assert calls == [1]  # only the short one, with one row
+
+
+@needs_kernels
+@torch.no_grad()
+def test_with_tiles_for_every_row_nothing_is_held_twice(monkeypatch: pytest.MonkeyPatch):
+    given: list[int] = []
+    monkeypatch.setattr(packing, "has_amx", lambda: True)
+    monkeypatch.setattr(packing, "give_back", lambda tensor: given.append(tensor.data_ptr()))
+    linear, x = nn.Linear(200, 120).to(BF16), torch.randn(1, 200).to(BF16)
+    packed = PackedLinear(linear)
+    assert packed.row_major is None
+    assert given == [linear.weight.data_ptr()]
+    torch.testing.assert_close(packed(x), linear(x), rtol=0.01, atol=0.01)
 
 
 @needs_kernels
