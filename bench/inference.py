@@ -1,4 +1,4 @@
-"""How fast a full-size PaliGemma answers, and in how much memory, beside transformers.
+"""How fast a full-size model answers, and in how much memory, beside transformers.
 
 Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out /tmp/paligemma-3b-pt-224
      python bench/make_checkpoint.py paligemma-3b-pt-896 --out /tmp/paligemma-3b-pt-896

@@ -8,8 +8,8 @@ Every way of `minivlm train --system` is trained with three seeds: the shipped t
 that has learned the world's sentences without a picture; the same rows in the same order. Then it answers
 about held-out scenes. MAGiC comes last and trains nothing between its parts: it writes captions with the
 language model of clipcap, guided by two towers, whose image tower is the shipped one. A run that was stopped
-goes on where it was, and one that is done is not done again, so the table may be made in pieces (--systems,
---seeds).
+goes on where it was, and one that is done, or whose numbers OUT.json has already, is not done again. So the
+table may be made in pieces (--systems, --seeds), also after its runs are gone.
 
 The second command makes a table of its own, of the ways for things that are small in their picture: the same
 scenes with things half as large, and pictures of 128 pixels. The third copies what was trained with seed 0
@@ -230,6 +230,27 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.2f}{around}"
 
 
+def numbers_of(system: str, seed: int) -> dict[str, Any]:
+    """What a result says of its training."""
+    if system == MAGIC:
+        return {"system": MAGIC, **asdict(replace(PAIR, seed=seed))}
+    return asdict(SystemConfig(system, seed=seed))
+
+
+def stored(out: Path) -> dict[tuple[int, str], Result]:
+    """What OUT.json has, by seed and way."""
+    numbers = out.with_suffix(".json")
+    results: list[Result] = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else []
+    return {(one["config"]["seed"], one["config"]["system"]): one for one in results}
+
+
+def write(results: Sequence[Result], out: Path) -> None:
+    """The table into OUT.txt, the numbers into OUT.json."""
+    table, numbers = (out.with_suffix(ending) for ending in (".txt", ".json"))
+    table.write_text(as_text(results) + "\n", encoding="utf-8")
+    numbers.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Train, measure, and write the table."""
     parser = argparse.ArgumentParser(
@@ -245,18 +266,25 @@ def main() -> None:
     if options.ship:
         ship(options.runs, options.ship)
         return
-    results = []
+    ways = WORLDS[options.world]
+    if others := set(options.systems or ()) - set(ways):
+        parser.error(
+            f"{', '.join(sorted(others))}: not of the world {options.world!r}, choose another --world"
+        )
+    results = stored(options.out) if options.out else {}
     for seed in options.seeds:
-        for system in options.systems or WORLDS[options.world]:
+        for system in options.systems or ways:
+            if (known := results.get((seed, system))) and known["config"] == numbers_of(system, seed):
+                continue
             if system == MAGIC:
-                results.append(magic(seed, options.runs))
+                results[seed, system] = magic(seed, options.runs)
             else:
-                results.append(run(SystemConfig(system, seed=seed), options.runs / f"{system}-{seed}"))
-            print(as_text(results), flush=True)
-    if options.out:
-        table, numbers = (options.out.with_suffix(ending) for ending in (".txt", ".json"))
-        table.write_text(as_text(results) + "\n", encoding="utf-8")
-        numbers.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                folder = options.runs / f"{system}-{seed}"
+                results[seed, system] = run(SystemConfig(system, seed=seed), folder)
+            ordered = sorted(results.items(), key=lambda one: (one[0][0], ways.index(one[0][1])))
+            print(as_text([result for _, result in ordered]), flush=True)
+            if options.out:
+                write([result for _, result in ordered], options.out)
 
 
 if __name__ == "__main__":

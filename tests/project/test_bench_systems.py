@@ -46,6 +46,43 @@ def test_a_run_is_done_once(bench: ModuleType, tmp_path: Path, monkeypatch: pyte
         bench.run(SMALL, tmp_path / "run", scenes=3)
 
 
+def test_what_the_table_has_is_not_done_again(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the runs are gone; a result with other numbers is made again."""
+    result, trained = bench.run(SMALL, tmp_path / "run", scenes=2), []
+
+    def run(config: SystemConfig, folder: Path) -> dict[str, object]:
+        trained.append((config.seed, config.system))
+        return {**result, "config": bench.numbers_of(config.system, config.seed)}
+
+    def table(*options: str) -> list[tuple[int, str]]:
+        trained.clear()
+        runs = ["--runs", str(tmp_path / "none"), "--out", str(tmp_path / "table")]
+        monkeypatch.setattr(sys, "argv", ["systems.py", *runs, "--systems", *options])
+        bench.main()
+        return list(trained)
+
+    monkeypatch.setattr(bench, "run", run)
+    assert table("llava", "clipcap", "--seeds", "0") == [(0, "llava"), (0, "clipcap")]
+    assert table("clipcap", "flamingo", "--seeds", "0", "1") == [
+        (0, "flamingo"),
+        (1, "clipcap"),
+        (1, "flamingo"),
+    ]
+    path = tmp_path / "table.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    names = [(one["config"]["seed"], one["config"]["system"]) for one in written]
+    assert names == [(0, "clipcap"), (0, "flamingo"), (0, "llava"), (1, "clipcap"), (1, "flamingo")]
+    assert (tmp_path / "table.txt").read_text(encoding="utf-8") == bench.as_text(written) + "\n"
+    written[0]["config"]["steps"] += 1
+    path.write_text(json.dumps(written), encoding="utf-8")
+    assert table("clipcap", "--seeds", "0") == [(0, "clipcap")]
+    with pytest.raises(SystemExit):
+        table("small-tiles")
+    assert "not of the world 'usual'" in capsys.readouterr().err
+
+
 def test_costs_are_of_the_way(bench: ModuleType) -> None:
     small, large = bench.costs(SMALL), bench.costs(SystemConfig("clipcap-mlp", warmup_steps=1))
     assert small["trainable"] < large["trainable"]  # the language model learns, too
