@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from book import docstrings, excerpts, links, reading, tables
+from book import docstrings, excerpts, links, navigation, reading, tables
 
 from minivlm import __version__
 
@@ -104,5 +104,8 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-resolved", tables.name_columns)
     app.connect("doctree-resolved", reading.fold_optional)
     app.connect("doctree-resolved", reading.leave_out_of_search)
-    app.connect("html-page-context", excerpts.add_script)
-    app.connect("build-finished", excerpts.write)
+    texts, tree = excerpts.Texts(), navigation.Navigation()
+    app.connect("html-page-context", texts.keep)
+    app.connect("build-finished", texts.write)
+    app.connect("html-page-context", tree.leave_out, priority=400)  # before the theme, which is at 500
+    app.connect("html-page-context", tree.put, priority=600)

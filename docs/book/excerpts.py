@@ -20,27 +20,29 @@ PAGES = "pages.js"
 LEFT_OUT = ".no-search, .headerlink, .package-link, script, style, svg, table.indextable"
 
 
-def add_script(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    """To the page of the search: the event `html-page-context`."""
-    if page == "search":
-        app.add_js_file("excerpts.js")
+class Texts:
+    """The text of all pages."""
 
+    def __init__(self) -> None:
+        self.pages: dict[str, str] = {}
 
-def write(app: Sphinx, exception: Exception | None) -> None:
-    """The script with the text of all pages: the event `build-finished`."""
-    if exception is not None or app.builder.format != "html":
-        return
-    folder = Path(app.outdir)
-    pages = {}
-    for name in sorted(app.env.found_docs):
-        page = BeautifulSoup((folder / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
-        main = page.select_one('[role="main"]')
-        if main is not None:
-            for element in main.select(LEFT_OUT):
+    def keep(self, app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+        """Of each page that the search finds; its own page loads the script: `html-page-context`."""
+        if page == "search":
+            app.add_js_file("excerpts.js")
+        if page in app.env.found_docs:
+            body = BeautifulSoup(context["body"], "html.parser")
+            for element in body.select(LEFT_OUT):
                 element.decompose()
-            pages[f"{name}.html"] = f'<div role="main">{" ".join(_sections(main).split())}</div>'
-    script = f"window.pagesOfTheBook = {json.dumps(pages, ensure_ascii=False)};\n"
-    (folder / "_static" / PAGES).write_text(script, encoding="utf-8")
+            self.pages[f"{page}.html"] = f'<div role="main">{" ".join(_sections(body).split())}</div>'
+
+    def write(self, app: Sphinx, exception: Exception | None) -> None:
+        """The script: the event `build-finished`."""
+        if exception is not None or app.builder.format != "html":
+            return
+        pages = json.dumps(dict(sorted(self.pages.items())), ensure_ascii=False)
+        script = f"window.pagesOfTheBook = {pages};\n"
+        (Path(app.outdir) / "_static" / PAGES).write_text(script, encoding="utf-8")
 
 
 def _sections(element: Tag) -> str:

@@ -22,7 +22,8 @@ from notebooks_and_sources import NOTEBOOKS, ROOT, read_cells
 
 pytest.importorskip("sphinx", reason='the book needs the extra [book]: pip install -e ".[book]"')
 sys.path.insert(0, str(ROOT / "docs"))
-from book import build, docstrings, live_pages
+from book import build, docstrings, live_pages, navigation
+from bs4 import BeautifulSoup
 
 OUTSIDE = re.compile(r"(https?:)?//")
 # What a page loads by itself; a link that a reader may click is none of these.
@@ -107,6 +108,46 @@ def test_every_internal_address_leads_somewhere(book: Path) -> None:
             ):
                 dead.add(f"{page.relative_to(book)}: {address} (no such place in the page)")
     assert not dead, "\n".join(sorted(dead)[:20])
+
+
+@pytest.mark.parametrize(
+    ("page", "opened", "own"),
+    [
+        ("notebooks/05_gemma.html", [], "05 Gemma: from tokens to the next word"),
+        ("api/minivlm.speed.one_row.html", ["Reference"], "minivlm.speed.one_row"),
+        ("_modules/minivlm/rope.html", [], None),
+        ("search.html", [], None),
+    ],
+)
+def test_the_tree_shows_where_a_page_is(book: Path, page: str, opened: list[str], own: str | None) -> None:
+    tree = BeautifulSoup(text_of(book / page), "html.parser").select_one(".sidebar-tree")
+    assert tree is not None
+    links = tree.select("a")
+    assert len(links) > 300
+    assert [link.text for link in tree.select(".current-page > a")] == ([own] if own else [])
+    assert [link.text for link in links if link["href"] == "#"] == ([own] if own else [])
+    above = [link.text for link in tree.select(".current:not(.current-page) > a")]
+    assert above[len(above) - len(opened) :] == opened
+    checked = [switch.parent for switch in tree.select("input[checked]") if switch.parent is not None]
+    assert all("current" in entry["class"] for entry in checked)
+    assert not re.findall("entry-|data-open", str(tree))
+
+
+def test_links_of_the_tree_start_from_the_page() -> None:
+    html = (
+        '<ul><li class="a"><a href="top.html">T</a><input/><ul>'
+        '<li class="b"><a href="in/x.html">X</a></li></ul></li>'
+        '<li class="a"><a href="https://elsewhere">E</a></li></ul>'
+    )
+    tree = navigation.Tree(html)
+    own = html.replace('class="a"><a href="top.html', 'class="current-page current a"><a href="#')
+    assert tree.on("top.html") == own.replace("<input/>", '<input checked=""/>')
+    inner = tree.on("in/x.html")
+    assert inner.count("current") == 3
+    assert '<li class="current a"><a href="../top.html">' in inner
+    assert '<li class="current-page current b"><a href="#">' in inner
+    assert 'href="https://elsewhere"' in inner
+    assert tree.on("other/page.html").count('"../') == 2
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
