@@ -55,7 +55,7 @@ def onednn_has_bf16() -> bool:
 def has_amx() -> bool:
     """Whether the processor multiplies tiles of bf16 (Intel's AMX), which the fused kernel then uses.
 
-    Where PyTorch is told to do without AVX-512 (ATEN_CPU_CAPABILITY), it cannot arrange tiles for that kernel.
+    Where PyTorch is told to do without AVX-512 (ATEN_CPU_CAPABILITY), it cannot arrange tiles for it.
     """
     return torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 

@@ -266,7 +266,7 @@ def group_loss(answer: Callable[..., Any]) -> None:
         return grpo.grpo_loss(of, mask, found, old, clip=clip, **more).loss
 
     a, ratio = grpo.advantages(rewards)[..., None], (start - old).exp()
-    bounded = ratio.clamp(0.8, 1.2)
+    bounded, spread = ratio.clamp(0.8, 1.2), rewards.std(dim=1, keepdim=True, unbiased=False)
 
     def mean_of(gain: Tensor) -> Tensor:
         return -((gain * real).sum(-1) / real.sum(-1)).mean()
@@ -290,6 +290,14 @@ def group_loss(answer: Callable[..., Any]) -> None:
         (loss(advantage=rewards), "these are rewards, not advantages: subtract the mean of the group"),
         (loss(advantage=grpo.advantages(rewards, scale=False)), "divide advantages by the group's spread"),
         (
+            loss(advantage=grpo.advantages(rewards, scale=False) / (spread + 1e-4)),
+            "the spread is that of all values (unbiased=False). Take `std` as it is, which divides by n - 1",
+        ),
+        (
+            -(torch.minimum(ratio * a, bounded * a) * real).sum() / real.sum(),
+            "one mean over all tokens: long answers count more. Each answer has its own mean first",
+        ),
+        (
             loss(advantage=(rewards - rewards.mean()) / (rewards.std() + 1e-4)),
             "mean and spread are those of the whole batch. Each group has its own",
         ),
@@ -310,4 +318,6 @@ def group_loss(answer: Callable[..., Any]) -> None:
     other = start.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(loss(other), other)
     expect(same(gradient, wanted, 2e-3), "the value is right and the gradient is not: what did you detach?")
+    wider = call(answer, start.clone(), old, real, rewards, 0.05)
+    expect(same(wider.detach(), loss(clip=0.05), 2e-3), "right for one epsilon alone: `clip` names it")
     right("GRPO's loss, value and gradient, on answers of several lengths")

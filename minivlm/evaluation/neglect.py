@@ -29,6 +29,7 @@ from minivlm.world.thinking import boxes_of, conclude, conclusion
 
 BIASED = ("star", "cyan")
 BIAS = 0.9  # share of stars that are cyan, in training
+GRAY = (128, 128, 128)  # one for all: a color without its saturation would still be brighter or darker
 SATURATIONS = (0.1, 0.5)  # of colors in training, from least to most
 
 
@@ -94,8 +95,8 @@ def _faded(thing: Thing, saturation: float) -> Thing:
 
 
 def gray_thing(scene: Scene, shape: str) -> Scene:
-    """The scene with all things of a shape in gray, which tells nothing of their color."""
-    things = tuple(_faded(thing, 0.0) if thing.shape == shape else thing for thing in scene.things)
+    """The scene with all things of a shape in one gray, which tells nothing of their color."""
+    things = tuple(replace(thing, rgb=GRAY) if thing.shape == shape else thing for thing in scene.things)
     return replace(scene, things=things)
 
 
