@@ -35,6 +35,7 @@ LATER: dict[str, str] = {}
 # Public names of these files that no notebook shows, and why. Configs are lists of numbers: no reason needed.
 NOT_SHOWN = {
     "attend_without_bf16": "for processors that multiply fp32 only",
+    "has_amx": "asks what the processor can do",
     "onednn_has_bf16": "asks what the processor can do",
     "build_decoder": "chooses between two classes",
     "check_size": "refuses pictures without area",
