@@ -74,7 +74,7 @@ WORLDS = {  # what is compared: ways that saw the same pictures
     "small": tuple(name for name, way in WAYS.items() if way.column == "small_things"),
 }
 LONGEST_CAPTION = 40  # words and punctuation of five things
-SHIPPED_SYSTEMS = ("clipcap", "visualgpt", "flamingo", "llava", MAGIC)
+SHIPPED_SYSTEMS = ("clipcap", "visualgpt", "flamingo", "llava", "cross-attention", "experts", MAGIC)
 FILES = (
     "config.json",
     "generation_config.json",

@@ -18,6 +18,7 @@ from watching import Watcher, faint_texts, mathematics, width
 
 BOOK = ROOT / "build" / "book"
 PARTS = 4  # of the pages, for as many tests that can run at once
+SAMPLE = 10  # one of so many pages of source code, which are alike, is opened also where there is little time
 PHONE = {"width": 390, "height": 844}
 LEAST_CONTRAST = 4.5  # WCAG 2, level AA
 
@@ -50,12 +51,29 @@ def test_every_notebook_has_a_page() -> None:
     assert {path.stem for path in NOTEBOOKS} <= {page.stem for page in pages()}
 
 
+def sources() -> list[Path]:
+    """The pages that show a module's code: nearly half of all."""
+    return [path for path in pages() if path.is_relative_to(BOOK / "_modules")]
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_page(part: int, page: Page) -> None:
+    """But for pages of source code, of which there is a sample here."""
+    left_out = set(sources()) - set(sources()[::SAMPLE])
+    reads_well([path for path in pages() if path not in left_out][part::PARTS], page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_page_of_source_code(part: int, page: Page) -> None:
+    reads_well(sources()[part::PARTS], page)
+
+
+def reads_well(paths: list[Path], page: Page) -> None:
     """Opened from the disk: nothing is missing or fetched, and it reads in the dark and on a phone."""
     watcher = Watcher(page, own=(BOOK.as_uri(),))
     faults = []
-    for path in pages()[part::PARTS]:
+    for path in paths:
         page.emulate_media(color_scheme="light")
         page.set_viewport_size({"width": 1280, "height": 900})
         page.goto(path.as_uri())
