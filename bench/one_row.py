@@ -1,7 +1,6 @@
 """The products of a token with a Gemma of 2 billion weights, by several kernels (minivlm/speed/one_row.py).
 
 Run: python bench/one_row.py --out bench/results/one_row.txt
-
      python bench/one_row.py --rows 8 --out bench/results/few_rows.txt
 
 All matrices that a token of PaliGemma 3B meets in the decoder: 18 layers and the head, in bf16, 5 GB. The

@@ -67,14 +67,11 @@ def alone(
 
 
 def assert_same_curve(ours: cases.Losses, wanted: cases.Losses, name: str) -> None:
-    """Losses to 1e-5; with AVX-512, whose sums have another order, to 1.2e-5 in one case of all.
-
-    Rounding shows more in the norm of a gradient. A wrong factor would show far more in both.
-    """
+    """Losses to 1e-5. Rounding shows more in the norm of a gradient; a wrong factor would show far more."""
     for step, (one, other) in enumerate(zip(ours, wanted, strict=True)):
         assert one.pop("gradient") == pytest.approx(other["gradient"], rel=1e-3), (name, step)
         expected = {kind: value for kind, value in other.items() if kind != "gradient"}
-        assert one == pytest.approx(expected, rel=2e-5, abs=1e-5), (name, step)
+        assert one == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, step)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
