@@ -23,7 +23,7 @@ from small_towers import config as towers
 from minivlm.adapters import LoraConfig
 from minivlm.distributed.places import here
 from minivlm.errors import InputError
-from minivlm.training import kept, state
+from minivlm.training import kept, muon, state
 from minivlm.training.contrastive import ContrastiveRun, train_contrastive
 from minivlm.training.finetuning import Finetuning, FinetuningConfig, finetune
 from minivlm.training.loop import Loop
@@ -74,7 +74,10 @@ def tuning(start: Path, **changes: Any) -> FinetuningConfig:
 def all_cases(
     start: Path, data: Path, pairs: Path, teacher: Path, out: Path, names: Sequence[str]
 ) -> dict[str, Losses]:
-    """The losses of twenty steps of every kind of run, by name."""
+    """The losses of twenty steps of every kind of run, by name, in fp32.
+
+    Muon as well: where the processor has instructions for bf16, it would round its steps to them.
+    """
     torch.set_num_threads(1)
     runs: dict[str, tuple[type[Trainable], Callable[[Path], object]]] = {
         "scratch": (Run, lambda to: train(to, SCRATCH, loop=LOOP)),
@@ -111,7 +114,7 @@ def all_cases(
     found = {}
     for name in names:
         kind, run = runs[name]
-        with recorded(kind) as losses:
+        with recorded(kind) as losses, patch.object(muon, "bf16_pays", lambda device: False):
             run(out / name)
         found[name] = losses
     return found
