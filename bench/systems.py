@@ -128,10 +128,17 @@ def read(folder: Path, config: dict[str, Any], scenes: int) -> Result | None:
     return found
 
 
+def numbers_of(system: str, seed: int, pair: ContrastiveConfig = PAIR) -> dict[str, Any]:
+    """What a result says of its training."""
+    if system == MAGIC:
+        return {"system": MAGIC, **asdict(replace(pair, seed=seed))}
+    return asdict(SystemConfig(system, seed=seed))
+
+
 def magic(seed: int, runs: Path, scenes: int = SCENES, pair: ContrastiveConfig = PAIR) -> Result:
     """MAGiC's captions. Its language model is that of the run clipcap-SEED, which has to be done."""
     folder, pair = runs / f"{MAGIC}-{seed}", replace(pair, seed=seed)
-    config = {"system": MAGIC, **asdict(pair)}
+    config = numbers_of(MAGIC, seed, pair)
     known = read(folder, config, scenes)
     if known is not None:
         return known
@@ -230,13 +237,6 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.2f}{around}"
 
 
-def numbers_of(system: str, seed: int) -> dict[str, Any]:
-    """What a result says of its training."""
-    if system == MAGIC:
-        return {"system": MAGIC, **asdict(replace(PAIR, seed=seed))}
-    return asdict(SystemConfig(system, seed=seed))
-
-
 def stored(out: Path) -> dict[tuple[int, str], Result]:
     """What OUT.json has, by seed and way."""
     numbers = out.with_suffix(".json")
@@ -267,24 +267,25 @@ def main() -> None:
         ship(options.runs, options.ship)
         return
     ways = WORLDS[options.world]
-    if others := set(options.systems or ()) - set(ways):
-        parser.error(
-            f"{', '.join(sorted(others))}: not of the world {options.world!r}, choose another --world"
-        )
     results = stored(options.out) if options.out else {}
+    if others := {*(options.systems or ()), *(system for _, system in results)} - {*ways}:
+        names = ", ".join(sorted(others))
+        parser.error(f"{names}: not of the world {options.world!r}, choose another --world or --out")
     for seed in options.seeds:
         for system in options.systems or ways:
-            if (known := results.get((seed, system))) and known["config"] == numbers_of(system, seed):
-                continue
-            if system == MAGIC:
-                results[seed, system] = magic(seed, options.runs)
-            else:
+            known = results.get((seed, system))
+            if known is None or known["config"] != numbers_of(system, seed):
                 folder = options.runs / f"{system}-{seed}"
-                results[seed, system] = run(SystemConfig(system, seed=seed), folder)
-            ordered = sorted(results.items(), key=lambda one: (one[0][0], ways.index(one[0][1])))
-            print(as_text([result for _, result in ordered]), flush=True)
+                results[seed, system] = (
+                    magic(seed, options.runs)
+                    if system == MAGIC
+                    else run(SystemConfig(system, seed=seed), folder)
+                )
+            ordered = sorted(results, key=lambda one: (one[0], ways.index(one[1])))
+            table = [results[one] for one in ordered]
+            print(as_text(table), flush=True)
             if options.out:
-                write([result for _, result in ordered], options.out)
+                write(table, options.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 
 from minivlm.evaluation.answers import answer_questions
 from minivlm.evaluation.composed import conclusions_right
-from minivlm.evaluation.faithfulness import agreement, gray_picture
+from minivlm.evaluation.faithfulness import GRAY, agreement, gray_picture
 from minivlm.evaluation.scoring import Question, mean_of
 from minivlm.evaluation.tables import Metric
 from minivlm.models.protocols import Answers
@@ -29,7 +29,6 @@ from minivlm.world.thinking import boxes_of, conclude, conclusion
 
 BIASED = ("star", "cyan")
 BIAS = 0.9  # share of stars that are cyan, in training
-GRAY = (128, 128, 128)  # one for all: a color without its saturation would still be brighter or darker
 SATURATIONS = (0.1, 0.5)  # of colors in training, from least to most
 
 
@@ -95,7 +94,10 @@ def _faded(thing: Thing, saturation: float) -> Thing:
 
 
 def gray_thing(scene: Scene, shape: str) -> Scene:
-    """The scene with all things of a shape in one gray, which tells nothing of their color."""
+    """The scene with all things of a shape in one gray, which tells nothing of their color.
+
+    Without its saturation alone, a color would still be brighter or darker than others.
+    """
     things = tuple(replace(thing, rgb=GRAY) if thing.shape == shape else thing for thing in scene.things)
     return replace(scene, things=things)
 

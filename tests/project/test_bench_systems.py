@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,21 @@ def bench() -> Iterator[ModuleType]:
         sys.modules.pop("systems", None)
 
 
+@pytest.fixture(scope="module")
+def runs(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs, in which that of clipcap is done."""
+    folder = tmp_path_factory.mktemp("runs")
+    bench.run(SMALL, folder / "clipcap-0", scenes=2)
+    return folder
+
+
+@pytest.fixture
+def result(runs: Path) -> dict[str, Any]:
+    """What that run has measured."""
+    found: dict[str, Any] = json.loads((runs / "clipcap-0" / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
 def test_a_run_is_done_once(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run(SMALL, tmp_path / "run", scenes=2)
     assert first["text loss before"] == first["text loss after"] > 1  # the language model is frozen
@@ -47,10 +63,14 @@ def test_a_run_is_done_once(bench: ModuleType, tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_the_table_has_is_not_done_again(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: ModuleType,
+    result: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Also where the runs are gone; a result with other numbers is made again."""
-    result, trained = bench.run(SMALL, tmp_path / "run", scenes=2), []
+    trained: list[tuple[int, str]] = []
 
     def run(config: SystemConfig, folder: Path) -> dict[str, object]:
         trained.append((config.seed, config.system))
@@ -81,6 +101,9 @@ def test_what_the_table_has_is_not_done_again(
     with pytest.raises(SystemExit):
         table("small-tiles")
     assert "not of the world 'usual'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        table("small-tiles", "--world", "small")  # into the table of the other world
+    assert "clipcap, flamingo, llava: not of the world 'small'" in capsys.readouterr().err
 
 
 def test_costs_are_of_the_way(bench: ModuleType) -> None:
@@ -104,8 +127,7 @@ def test_every_way_has_costs(bench: ModuleType, way: str) -> None:
     assert all(value > 0 for value in costs.values())
 
 
-def test_the_table(bench: ModuleType, tmp_path: Path) -> None:
-    result = bench.run(SMALL, tmp_path / "run", scenes=2)
+def test_the_table(bench: ModuleType, result: dict[str, Any]) -> None:
     other = json.loads(json.dumps(result))
     other["config"] |= {"seed": 1}
     other["color"] = result["color"] + 0.5
@@ -118,28 +140,28 @@ def test_the_table(bench: ModuleType, tmp_path: Path) -> None:
     assert set(WAYS) >= {"clipcap"}
 
 
-def test_magic_joins_the_table(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = bench.run(SMALL, tmp_path / "clipcap-0", scenes=2)
+def test_magic_joins_the_table(
+    bench: ModuleType, runs: Path, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = replace(bench.PAIR, steps=1, batch_size=2, warmup_steps=1)
-    found = bench.magic(0, tmp_path, scenes=2, pair=pair)
+    found = bench.magic(0, runs, scenes=2, pair=pair)
     assert 0 <= found["exact caption"] <= 1
     assert found["answer"] > result["answer"]  # each word is read with 45 others
     monkeypatch.setattr(bench, "train_contrastive", lambda *_, **__: pytest.fail("trained again"))
-    assert bench.magic(0, tmp_path, scenes=2, pair=pair) == found
+    assert bench.magic(0, runs, scenes=2, pair=pair) == found
     lines = bench.as_text([result, found]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[3].startswith("| magic | - | - ")
 
 
 def test_what_is_shipped_answers_in_half_the_bytes(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: ModuleType, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.run(SMALL, tmp_path / "clipcap-0", scenes=2)
     monkeypatch.setattr(bench, "SHIPPED_SYSTEMS", ("clipcap",))
-    bench.ship(tmp_path, tmp_path / "out")
+    bench.ship(runs, tmp_path / "out")
     assert not (tmp_path / "out" / "clipcap" / "state.safetensors").exists()
     ours, processor = load(tmp_path / "out" / "clipcap")
-    trained, _ = load(tmp_path / "clipcap-0")
+    trained, _ = load(runs / "clipcap-0")
     picture = make_scene(np.random.default_rng(0), "train").draw(64)
     inputs = processor([picture], ["caption en"])
     assert torch.equal(ours.generate(**inputs), trained.generate(**inputs))
