@@ -104,6 +104,19 @@ def sum_minus(named: Any, wanted: Any) -> float:
     return sum(best) / len(wanted) - 0.3 * false - 0.3 * max(0, len(named) - len(wanted))
 
 
+def spread_of_all(rewards: Tensor) -> Tensor:
+    """Advantages by the spread of all values, not that of a sample."""
+    spread = rewards.std(dim=1, keepdim=True, unbiased=False)
+    return (rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-4)
+
+
+def one_mean(new: Tensor, old: Tensor, real: Tensor, rewards: Tensor, clip: float) -> Tensor:
+    """Every token counts alike, so an answer counts by its length."""
+    advantage, ratio = grpo.advantages(rewards)[..., None], (new - old).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -(gain * real).sum() / real.sum()
+
+
 WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     "groups_that_teach": [
         ("never right: 1.0 is the share of groups that are alike", predicted(never_right=1.0)),
@@ -174,6 +187,9 @@ WRONG: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("rewards, not advantages", loss(lambda rewards: rewards)),
         ("by the group's spread", loss(lambda rewards: grpo.advantages(rewards, scale=False))),
         ("Each group has its own", loss(lambda r: (r - r.mean()) / (r.std() + 1e-4))),
+        ("unbiased=False", loss(spread_of_all)),
+        ("one mean over all tokens", one_mean),
+        ("right for one epsilon alone", lambda *of: loss()(*of[:4], 0.2)),
         ("exp is missing", loss(of=lambda new, old: new - old)),
         (
             "spread of 0",
