@@ -101,6 +101,15 @@ def test_figures_are_followed_by_a_fact(path: Path) -> None:
 
 
 @each_notebook
+def test_numbers_of_one_run_have_a_fact_beside_them(path: Path) -> None:
+    """What stands after a ≈ is not compared (sanitize.cfg), so something else in that output has to be."""
+    for cell in code_cells(path):
+        text = "".join("".join(output.get("text", "")) for output in cell.outputs)
+        if "≈" in text:
+            assert re.search("True|False", text), f"cell {cell.number} of {path.name} has no fact that holds"
+
+
+@each_notebook
 def test_first_picture_comes_early(path: Path) -> None:
     cells = read_cells(path)
     has_picture = [
