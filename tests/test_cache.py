@@ -52,6 +52,19 @@ def test_padding_is_not_stored(mask: list[list[int]], values: list[list[int]]):
     assert keys[cache.key_is_real].tolist() == [1, 2, 3, 4, 5]
 
 
+def test_rows_that_go_on_alike_are_copied_in_one_piece():
+    """Beginning together is not enough: here, of two rows with two new tokens each, one is further on."""
+    cache = make(2)
+    feed(cache, [[1, 1], [1, 1]], [[1, 2], [6, 7]])
+    assert cache._same == slice(0, 2)
+    assert feed(cache, [[1], [1]], [[3], [8]]).tolist() == [[1, 2, 3], [6, 7, 8]]
+    feed(cache, [[1], [0]], [[4], [9]])
+    assert cache._same is None
+    keys = feed(cache, [[1, 1], [1, 1]], [[5, 5], [8, 9]])
+    assert cache._same is None
+    assert keys[cache.key_is_real].tolist() == [1, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9]
+
+
 def test_growth_keeps_what_was_written():
     cache = make(1, step=4)
     assert cache.capacity == 0
