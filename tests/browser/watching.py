@@ -97,7 +97,7 @@ def width(page: Page) -> int:
 
     The theme puts pages into a box that scrolls by itself, so that the page is never wider than the window:
     the box is measured as well. What scrolls inside of it, such as a line of code or a table, does not count.
-    A page that draws itself anew for a window of another size does so with the next frame: that is waited for.
+    A page that draws itself anew for a window of another size does so with the next frame, so wait for that.
     """
     widest: int = page.evaluate("""async () => {
       for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);
