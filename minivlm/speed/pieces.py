@@ -21,9 +21,14 @@ from torch import Tensor, nn
 from minivlm.attention import has_amx
 from minivlm.layers import MLP, GatedMLP, SwiGLU
 
-TOKENS_PER_PIECE = 256  # approximately
-WITH_AMX = 2048  # of bf16
+TOKENS_PER_PIECE = 256
+WITH_AMX = 2048  # in bf16
 GELUS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # by the name of an activation
+
+
+def tokens_per_piece(dtype: torch.dtype) -> int:
+    """Approximately, on this processor."""
+    return WITH_AMX if dtype == torch.bfloat16 and has_amx() else TOKENS_PER_PIECE
 
 
 def in_pieces(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -34,8 +39,7 @@ def in_pieces(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x: [..., D]; the result has the same shape.
     """
     tokens = x.flatten(0, -2)  # [B * T, D]
-    amx = x.dtype == torch.bfloat16 and has_amx()
-    pieces = round(len(tokens) / (WITH_AMX if amx else TOKENS_PER_PIECE))
+    pieces = round(len(tokens) / tokens_per_piece(x.dtype))
     if pieces < 2 or x.device.type != "cpu" or torch.is_grad_enabled():
         return layer(x)
     return torch.cat([layer(piece) for piece in tokens.tensor_split(pieces)]).view_as(x)
