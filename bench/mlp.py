@@ -1,6 +1,6 @@
 """How long MLPs take on many rows: whole, in pieces, and in place (minivlm/speed/pieces.py).
 
-Run: python bench/mlp.py --out bench/results/mlp.txt
+Run: python bench/mlp.py --out bench/results/mlp_amx.txt
 
 The MLPs of some systems, as many layers of each as 0.5 GB of bf16 weights hold, on as many tokens as a
 picture and a prompt have there. The ways take turns, and a ratio is the time of a way by that of the plain
