@@ -65,6 +65,14 @@ def test_rows_that_go_on_alike_are_copied_in_one_piece():
     assert keys[cache.key_is_real].tolist() == [1, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9]
 
 
+def test_rows_that_are_padded_alike_are_not_copied_in_one_piece():
+    cache = make(2)
+    for mask, written in (([0, 1, 1], [1, 2]), ([1, 1, 0], [1, 2, 3, 4])):
+        keys = feed(cache, [mask] * 2, [[9, 1, 2] if mask[0] == 0 else [3, 4, 9]] * 2)
+        assert cache._same is None
+        assert keys.tolist() == [written] * 2
+
+
 def test_growth_keeps_what_was_written():
     cache = make(1, step=4)
     assert cache.capacity == 0
