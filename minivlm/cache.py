@@ -69,7 +69,7 @@ class KVCache:
         self._slots = position_ids[self._rows, self._columns]
         self.lengths = self.lengths + counts[:, -1]
         self._used = int(self.lengths.max())
-        same = bool(mask.all() and (self.lengths == self._used).all())
+        same = bool(mask.all() & (self.lengths == self._used).all())
         self._same = slice(self._used - mask.shape[1], self._used) if same else None
         if self._used > self.capacity:
             slots = max(self._used, 2 * self.capacity)

@@ -66,6 +66,15 @@ def same(folder: Path, whole: Path) -> list[str]:
     return wrong
 
 
+def count_end(out: Path, whole: Path, counts: Counter[str]) -> None:
+    """Compare a run that has ended with the undisturbed one, say what differs, and remove it."""
+    wrong = same(out, whole)
+    counts["runs that DIFFER" if wrong else "runs equal to the bit"] += 1
+    if wrong:
+        print(f"differs: {', '.join(wrong)}")
+    shutil.rmtree(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,11 +107,7 @@ def main() -> None:
                 print(out.with_suffix(".txt").read_text()[-2000:])
                 shutil.rmtree(out, ignore_errors=True)
             else:
-                wrong = same(out, whole)
-                counts["runs that DIFFER" if wrong else "runs equal to the bit"] += 1
-                if wrong:
-                    print(f"differs: {', '.join(wrong)}")
-                shutil.rmtree(out)
+                count_end(out, whole, counts)
     print(f"a run takes {length:.1f} s; seed {options.seed}: {dict(counts)}")
 
 

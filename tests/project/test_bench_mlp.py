@@ -1,4 +1,4 @@
-"""bench/mlp.py calls every way, and all of them compute the same. Seconds are not tested."""
+"""bench/mlp.py calls every way. Seconds are not tested."""
 
 from __future__ import annotations
 

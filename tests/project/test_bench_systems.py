@@ -182,7 +182,9 @@ def test_the_table_that_ships_is_the_one_that_was_made(bench: ModuleType, name: 
     results = json.loads(shipped.read_text(encoding="utf-8"))
     assert made.with_suffix(".txt").read_text(encoding="utf-8") == bench.as_text(results) + "\n"
     stored = {one["config"]["system"] for one in results}
-    assert stored | AWAITED == set(bench.WORLDS[TABLES[name]]) | AWAITED
+    ways = set(bench.WORLDS[TABLES[name]])
+    assert stored <= ways
+    assert ways - stored <= AWAITED
 
 
 def test_every_way_is_in_one_table(bench: ModuleType) -> None:
