@@ -18,9 +18,11 @@ all files, and all stop together.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import active_children
@@ -87,6 +89,20 @@ def in_order(data: Dataset[Any], steps: Iterable[int], workers: int) -> Iterator
 
     Raises RuntimeError: as the loader, if a worker was killed, or has delivered nothing for PATIENCE seconds.
     """
+    items = _in_order(data, steps, workers)
+    held = weakref.ref(items)
+
+    def close() -> None:
+        if (left := held()) is not None:
+            left.close()
+
+    # A program may end while somebody still holds the items. Then it would wait for workers that nobody has
+    # told to end, and that ignore the signal by which it would be done.
+    atexit.register(close)
+    return items
+
+
+def _in_order(data: Dataset[Any], steps: Iterable[int], workers: int) -> Generator[Any, None, None]:
     loader = DataLoader(
         data,
         batch_size=None,

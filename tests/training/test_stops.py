@@ -348,6 +348,17 @@ def test_a_worker_that_is_killed_or_stopped(
     assert_same_end(tmp_path, whole)
 
 
+def test_a_program_ends_that_has_not_taken_everything() -> None:
+    """Its workers ignore the signal that ends the workers of others."""
+    program = (
+        "from minivlm.training.loop import in_order\n"
+        "items = in_order([1, 2, 3, 4], range(4), workers=1)\n"
+        "print(next(items))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
 @pytest.mark.filterwarnings("error")  # what is raised where nobody can catch it is a warning
 def test_a_worker_whose_end_is_noticed_by_an_exchange_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's handler of signals says so here, and not in whatever is done afterwards."""
