@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -25,10 +25,44 @@ Result = dict[str, Any]
 Pairs = set[tuple[int, int]]
 
 
-def read_systems() -> list[Result]:
-    """What bench/systems.py measured: a dictionary for each way and seed."""
-    found: list[Result] = json.loads((SHIPPED.parent / "systems.json").read_text(encoding="utf-8"))
+def read_systems(table: str = "systems") -> list[Result]:
+    """What bench/systems.py measured: a dictionary for each way and seed.
+
+    Args:
+        table: "systems", or "systems_small" for small things in larger pictures.
+    """
+    found: list[Result] = json.loads((SHIPPED.parent / f"{table}.json").read_text(encoding="utf-8"))
     return found
+
+
+def over_seeds(ways: Mapping[str, str], shown: Mapping[str, str], table: str = "systems") -> str:
+    """Stored results as a text: a column for each way, a line for each number, the mean over seeds in a cell.
+
+    Where seeds differ, the least and the largest stand behind the mean.
+
+    Args:
+        ways: a way's name to the title of its column.
+        shown: the title of a line to the name of its number, a share or a count.
+        table: as in `read_systems`.
+    """
+    results = read_systems(table)
+    lines = [["", *ways.values()]]
+    for title, name in shown.items():
+        values = [[one[name] for one in results if one["config"]["system"] == way] for way in ways]
+        lines.append([title, *(_mean_of_seeds(of_way) for of_way in values)])
+    widths = [max(len(cell) for cell in column) + 3 for column in zip(*lines, strict=True)]
+    padded = (
+        "".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+    return "\n".join(padded)
+
+
+def _mean_of_seeds(values: Sequence[float]) -> str:
+    if all(isinstance(value, int) for value in values):
+        return f"{values[0]:,}"  # a count, the same for all seeds
+    least, most = (f"{extreme:.2f}" for extreme in (min(values), max(values)))
+    return f"{mean(values):.2f}" + (f" ({least} to {most})" if least != most else "")
 
 
 class Duel(NamedTuple):

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from minivlm import checks
 from minivlm.checks import NotYet
-from minivlm.checks.ways import DUELS, LEAKS, GatedBlock, may_look, patient, run_block, solutions
+from minivlm.checks.ways import (
+    DUELS,
+    LEAKS,
+    GatedBlock,
+    may_look,
+    over_seeds,
+    patient,
+    read_systems,
+    run_block,
+    solutions,
+)
 
 BEST = solutions.predictions()
 
@@ -66,6 +76,36 @@ def test_predictions_are_held_against_the_table(capsys: pytest.CaptureFixture[st
     turned = [{**one, "all questions": -one["all questions"]} for one in TABLE]
     with pytest.raises(NotYet, match="'who learns'"):
         checks.ways.predictions(solutions.predictions, turned)
+
+
+def test_a_table_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [
+        {"config": {"system": "a"}, "right": 0.5, "weights": 1200},
+        {"config": {"system": "b"}, "right": 0.25, "weights": 7},
+        {"config": {"system": "a"}, "right": 0.2, "weights": 1200},
+        {"config": {"system": "c"}, "right": 1.0, "weights": 1},
+    ]
+    monkeypatch.setattr("minivlm.checks.ways.read_systems", lambda table: results if table == "some" else [])
+    table = over_seeds({"b": "one", "a": "two"}, {"questions": "right", "size": "weights"}, "some")
+    assert [line.split("  ")[0] for line in table.splitlines()] == ["", "questions", "size"]
+    assert [line.split() for line in table.splitlines()] == [
+        ["one", "two"],
+        ["questions", "0.25", "0.35", "(0.20", "to", "0.50)"],
+        ["size", "7", "1,200"],
+    ]
+    places = [
+        line.find(word) for line, word in zip(table.splitlines(), ("two", "0.35", "1,200"), strict=True)
+    ]
+    assert len(set(places)) == 1
+
+
+def test_both_tables_are_there() -> None:
+    tables = [
+        {one["config"]["system"] for one in read_systems(name)} for name in ("systems", "systems_small")
+    ]
+    assert "clipcap" in tables[0]
+    assert "small-one-view" in tables[1]
+    assert not tables[0] & tables[1]
 
 
 def test_predictions_are_right_about_the_table_that_ships() -> None:
