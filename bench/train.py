@@ -147,7 +147,7 @@ def reference_rows(batch: Batch, image_id: int, patches: int, rows: slice = slic
 
 def run_in(config: TrainingConfig, stage: str) -> Run:
     """A run that is in one stage from its first step, and stays there."""
-    steps = {f"{name}_steps": ENDLESS if name == stage else 0 for name in ("tower", "packed", "prefix")}
+    steps = {f"{name}_steps": ENDLESS if name == stage else 0 for name in config.stages}
     return Run(TrainingConfig(**{**asdict(config), "warmup_steps": ENDLESS, **steps}))
 
 

@@ -26,9 +26,8 @@ def main() -> None:
     recipe = TrainingConfig()
     warm_up = 10
     each = warm_up + options.steps
-    stages = ("tower_steps", "packed_steps", "review_steps", "prefix_steps")
-    planned = {stage.removesuffix("_steps"): getattr(recipe, stage) for stage in stages}
-    config = replace(recipe, **dict.fromkeys(stages, each), warmup_steps=each)
+    planned = {stage: steps for stage, steps in recipe.stages.items() if steps}
+    config = replace(recipe, **{f"{stage}_steps": each for stage in planned}, warmup_steps=each)
     times: dict[str, list[float]] = {name: [] for name in planned}
 
     run = Run(config)

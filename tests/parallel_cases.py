@@ -35,7 +35,16 @@ from minivlm.training.trainable import Trainable
 STEPS = 20
 LOOP = Loop(save_every=10, log_every=10, measure_every=0, workers=0, progress=False)
 # 5 pictures in 2 to 4 processes: some have one more than others
-SCRATCH = replace(CONFIG, tower_steps=6, packed_steps=7, prefix_steps=7, tower_pictures=4, pictures=5)
+SCRATCH = replace(
+    CONFIG,
+    tower_steps=5,
+    packed_steps=4,
+    prefix_steps=4,
+    alike_steps=4,
+    last_steps=3,
+    tower_pictures=4,
+    pictures=5,
+)
 
 SOME_TOWERS, OFTEN = towers(steps=12), replace(LOOP, save_every=5, log_every=3)
 

@@ -116,7 +116,8 @@ def make_command(rng: random.Random) -> list[str]:
     elif kind == "train":
         words += ["--out", rng.choice(FOLDERS), "--image-size", "32", "--tower-steps", "1",
                   "--packed-steps", "1",
-                  "--review-steps", "0", "--prefix-steps", "1", "--pictures", "2", "--measure-every", "0",
+                  "--review-steps", "0", "--prefix-steps", "1", "--alike-steps", "1", "--last-steps", "1",
+                  "--pictures", "2", "--measure-every", "0",
                   "--tower-pictures", "2",
                   "--tower-width", rng.choice(["24", "0", "7", "10000000000"]), "--tower-heads",
                   "2"]  # fmt: skip

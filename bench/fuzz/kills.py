@@ -32,7 +32,8 @@ RUN = (
     "--text-width", "32",
     "--text-layers", "1", "--text-heads", "2", "--tower-steps", "6", "--packed-steps", "6",
     "--review-steps", "0",
-    "--prefix-steps", "6", "--tower-pictures", "2", "--pictures", "2", "--questions", "2",
+    "--prefix-steps", "6", "--alike-steps", "3", "--last-steps", "3",
+    "--tower-pictures", "2", "--pictures", "2", "--questions", "2",
     "--prefix-questions", "2",
     "--warmup-steps", "2", "--measure-every", "0", "--save-every", "2", "--workers", "0", "--threads", "1",
 )  # fmt: skip

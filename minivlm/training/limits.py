@@ -18,8 +18,8 @@ from minivlm.errors import InputError
 MOST_AT_ONCE = max(8, 4 * (os.cpu_count() or 1))  # threads, or processes: more only wait for each other
 
 FROM_0 = (
-    "seed", "tower_steps", "packed_steps", "review_steps", "prefix_steps", "text_steps",
-    "supervised_steps", "rewarded_steps", "rehearsal",
+    "seed", "tower_steps", "packed_steps", "review_steps", "prefix_steps", "alike_steps", "last_steps",
+    "alike_pairs", "last_pairs", "text_steps", "supervised_steps", "rewarded_steps", "rehearsal",
 )  # fmt: skip
 LEAST = {
     "row_tokens": 16,  # a short question with its answer
@@ -29,6 +29,7 @@ LEAST = {
     "muon_lr": 1e-9,
     "adamw_lr": 1e-9,
     "review_lr_factor": 1e-3,
+    "alike_lr_factor": 1e-3,
 }
 MOST = {
     "image_size": 4096,
@@ -47,6 +48,9 @@ MOST = {
     "prefix_questions": 1000,
     "relations": 1000,
     "review_relations": 1000,
+    "alike_share": 1.0,
+    "alike_pairs": 1000,
+    "last_pairs": 1000,
     "row_tokens": 512,
     "prefix_row_tokens": 512,
     "loc_sigma": 1024.0,

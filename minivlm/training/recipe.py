@@ -24,6 +24,7 @@ from minivlm.vision.siglip import SiglipVisionConfig
 from minivlm.world.questions import vocabulary
 
 CONTEXT = 512  # tokens
+STAGES = ("tower", "packed", "review", "prefix", "alike", "last")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class TrainingConfig:
     packed_steps: int = 5000
     review_steps: int = 2200
     prefix_steps: int = 900
+    alike_steps: int = 0
+    last_steps: int = 0
     tower_pictures: int = 128  # per step
     pictures: int = 48
     questions: int = 9  # per picture at most, packed
@@ -53,12 +56,17 @@ class TrainingConfig:
     adamw_lr: float = 0.003
     tower_lr_factor: float = 0.3  # of the tower's rates after its own stage
     review_lr_factor: float = 0.5  # of all rates, where they start again
+    alike_lr_factor: float = 0.6  # the same, where they start a third time
     relations: int = 2  # questions about relations in a round of all
     review_relations: int = 5
+    alike_share: float = 0.4  # of scenes in one color
+    alike_pairs: int = 5  # questions about pairs in a round of all
+    last_pairs: int = 3
     weight_decay: float = 0.02
     warmup_steps: int = 100
     clip: float = 1.0  # norm of the gradient
     dense_weight: float = 0.5  # of the tower's own loss after its stage
+    point_weight: float = 2.0  # of pointing's loss
     loc_sigma: float = 6.0  # bins; soft targets for coordinates
     bf16: bool | None = None  # None: where the device has instructions for it
 
@@ -94,28 +102,37 @@ class TrainingConfig:
         return tower + 8 * self.text_layers * self.text_width**2
 
     @property
+    def stages(self) -> dict[str, int]:
+        """How many steps each has, in their order."""
+        return {name: getattr(self, f"{name}_steps") for name in STAGES}
+
+    @property
     def total_steps(self) -> int:
         """Steps of all stages."""
-        return self.tower_steps + self.packed_steps + self.review_steps + self.prefix_steps
+        return sum(self.stages.values())
+
+    def first_step(self, stage: str) -> int:
+        """How many steps are before a stage."""
+        return sum(self.stages[name] for name in STAGES[: STAGES.index(stage)])
 
     def stage(self, step: int) -> str:
         """The stage that a step belongs to."""
-        for name in ("tower", "packed", "review"):
-            step -= getattr(self, f"{name}_steps")
+        for name, steps in self.stages.items():
+            step -= steps
             if step < 0:
                 return name
-        return "prefix"
+        return STAGES[-1]
 
     def rate_factor(self, step: int) -> float:
-        """The share of the peak learning rates: up and down for the tower, for all, and for the review."""
-        stage, warmup = self.stage(step), self.warmup_steps
-        if stage == "tower":
-            return warm_up_then_fall(step, self.tower_steps, warmup)
-        step -= self.tower_steps
-        if stage == "packed" or not self.review_steps:
-            return warm_up_then_fall(step, self.packed_steps + self.prefix_steps, warmup)
-        step -= self.packed_steps
-        return self.review_lr_factor * warm_up_then_fall(step, self.review_steps + self.prefix_steps, warmup)
+        """The share of the peak learning rates, which go up and down in each part of the training."""
+        stage = self.stage(step)
+        parts = [("tower", "tower"), ("packed", "prefix"), ("review", "prefix"), ("alike", "last")]
+        if not self.review_steps:
+            del parts[2]
+        first, last = next(part for part in reversed(parts) if stage in part)
+        peak = {"review": self.review_lr_factor, "alike": self.alike_lr_factor}.get(first, 1.0)
+        length = sum(self.stages[name] for name in {first, last})
+        return peak * warm_up_then_fall(step - self.first_step(first), length, self.warmup_steps)
 
 
 def build(config: TrainingConfig) -> tuple[PaliGemma, Processor]:

@@ -1,6 +1,6 @@
 """Training a tiny PaliGemma from nothing, on drawn scenes, in minutes on a laptop.
 
-Four stages:
+Six stages:
 
 1. tower: one linear head per image token learns what lies on its patch. Without this stage the tower
    collapses: its tokens become alike, answers are guesses, and the loss is very slow to show it.
@@ -9,6 +9,10 @@ Four stages:
 3. review: the same with more questions about relations, which are the slowest to learn. The learning rates
    start again, from half of their peak.
 4. prefix: one question per row under PaliGemma's true mask, where image and prompt see each other.
+5. alike: packed again, with things of one color, which the model so far finds by color alone. Words learn to
+   say where things lie (`PointHead`). The tower does not learn any more, the optimizers begin anew, and the
+   learning rates start once more.
+6. last: the same under the true mask. Both are left out unless steps are asked for.
 
 Muon (https://kellerjordan.github.io/posts/muon/) trains the matrices inside blocks, AdamW everything else.
 Forward and backward pass run in bf16 where the device multiplies it in hardware. The weights that the
@@ -39,12 +43,15 @@ from minivlm.training.limits import require_room
 from minivlm.training.loop import DEFAULT_LOOP, Loop, in_order, run_to_end
 from minivlm.training.muon import Muon
 from minivlm.training.objectives import PatchHead, SoftTargets, answer_loss
+from minivlm.training.pointing import PointHead, states_after
 from minivlm.training.precision import bf16_pays, collect_gradients, follow_masters
 from minivlm.training.recipe import TrainingConfig, build
 from minivlm.training.trainable import Trainable
 from minivlm.world.batches import Batch, SceneBatches
+from minivlm.world.look_alikes import LookAlikes, PointedBatch
 
 MEASURED_SCENES = 100
+ALIKE = ("alike", "last")  # stages
 
 
 def parameter_groups(masters: nn.Module) -> dict[str, list[dict[str, Any]]]:
@@ -67,7 +74,7 @@ def parameter_groups(masters: nn.Module) -> dict[str, list[dict[str, Any]]]:
 class Run(Trainable):
     """A training run at some step: the weights, the optimizers, and how to go one step further."""
 
-    losses = ("patch", "answer")
+    losses = ("patch", "answer", "point")
     masters: nn.ModuleDict
     working: nn.ModuleDict
 
@@ -79,7 +86,13 @@ class Run(Trainable):
         pictures = max(config.pictures, config.tower_pictures)
         require_room(config.parameters, pictures, config.image_size, device)
         self.model, self.processor = build(config)
-        self.masters = nn.ModuleDict({"model": self.model, "head": PatchHead(config.tower_width)})
+        self.masters = nn.ModuleDict(
+            {
+                "model": self.model,
+                "head": PatchHead(config.tower_width),
+                "points": PointHead(config.text_width, config.text_layers),
+            }
+        )
         self.masters.to(self.device)
         bf16 = config.bf16 if config.bf16 is not None else bf16_pays(self.device)
         self.working = copy.deepcopy(self.masters).to(torch.bfloat16 if bf16 else torch.float32)
@@ -107,33 +120,38 @@ class Run(Trainable):
     def batches(self) -> Iterator[Batch]:
         """The batches from the present step to the last, drawn ahead by worker processes."""
         config = self.config
+        packed: dict[str, Any] = {
+            "pictures": config.pictures,
+            "questions": config.questions,
+            "row_tokens": config.row_tokens,
+        }
+        single: dict[str, Any] = {
+            "pictures": config.pictures,
+            "questions": config.prefix_questions,
+            "row_tokens": config.prefix_row_tokens,
+            "packed": False,
+        }
         draw = partial(SceneBatches, self.processor, config.patch_size, seed=config.seed)
-        draw_packed = partial(
-            draw, pictures=config.pictures, questions=config.questions, row_tokens=config.row_tokens
+        draw_alike = partial(
+            LookAlikes, self.processor, config.patch_size, seed=config.seed, alike=config.alike_share
         )
+
+        def place(stage: str) -> dict[str, Any]:
+            return {"steps": config.stages[stage], "first_step": config.first_step(stage)}
+
         stages = [
-            draw(steps=config.tower_steps, pictures=config.tower_pictures, questions=0),
-            draw_packed(
-                steps=config.packed_steps,
-                first_step=config.tower_steps,
+            draw(pictures=config.tower_pictures, questions=0, **place("tower")),
+            draw(
+                **packed,
+                **place("packed"),
                 easy_from=round(0.03 * config.packed_steps),
                 easy_to=round(0.25 * config.packed_steps),
                 relations=config.relations,
             ),
-            draw_packed(
-                steps=config.review_steps,
-                first_step=config.tower_steps + config.packed_steps,
-                relations=config.review_relations,
-            ),
-            draw(
-                steps=config.prefix_steps,
-                first_step=config.tower_steps + config.packed_steps + config.review_steps,
-                pictures=config.pictures,
-                questions=config.prefix_questions,
-                packed=False,
-                row_tokens=config.prefix_row_tokens,
-                relations=config.relations,
-            ),
+            draw(**packed, **place("review"), relations=config.review_relations),
+            draw(**single, **place("prefix"), relations=config.relations),
+            draw_alike(**packed, **place("alike"), pairs=config.alike_pairs),
+            draw_alike(**single, **place("last"), pairs=config.last_pairs),
         ]
         return in_order(ConcatDataset(stages), range(self.step, config.total_steps), self.workers)
 
@@ -142,13 +160,16 @@ class Run(Trainable):
         batch = batch.to(self.device)
         pictures = share_of(self.among, range(len(batch.pixel_values)))
         losses = self.compute(batch if self.among is None else batch.part(pictures), batch)
-        if "answer" in losses:
-            loss = losses["answer"] + self.config.dense_weight * losses["patch"]
-        else:
-            loss = losses["patch"]
+        alone = len(losses) == 1  # in the tower's own stage
+        weights = {"answer": 1.0, "patch": self.config.dense_weight, "point": self.config.point_weight}
+        parts = [one if alone else weights[name] * one for name, one in losses.items()]
+        loss = torch.stack(parts).sum()
         values = dict(zip(losses, total(self.among, [one.item() for one in losses.values()]), strict=True))
         for name, value in values.items():
             self.check_finite(f"the {name} loss", value)
+        if self.step == self.config.first_step("alike"):
+            for optimizer in self.optimizers.values():
+                optimizer.state.clear()
         backward(self.among, loss)
         self._update()
         self.step += 1
@@ -157,17 +178,28 @@ class Run(Trainable):
     def _losses(self, mine: Batch, batch: Batch) -> dict[str, Tensor]:
         """What these pictures and their rows add to the losses of the batch."""
         stage = self.config.stage(self.step)
-        model, head = self.working["model"], self.working["head"]
+        model, head, points = (self.working[name] for name in ("model", "head", "points"))
         assert isinstance(model, PaliGemma)
         assert isinstance(head, PatchHead)
+        assert isinstance(points, PointHead)
         pixels = mine.pixel_values.to(model.multi_modal_projector.weight.dtype)
-        tokens = model.vision_tower(pixels)
-        share = len(mine.pixel_values) / len(batch.pixel_values)  # of a mean over pictures; alone, all of it
-        things = (batch.patch_color > 0).sum() * share
-        losses = {"patch": share * head.loss(tokens, mine, things)}
+        with torch.set_grad_enabled(stage not in ALIKE):
+            tokens = model.vision_tower(pixels)
+        losses = {}
+        if stage not in ALIKE:
+            share = len(mine.pixel_values) / len(batch.pixel_values)  # of a mean over pictures; alone, all
+            things = (batch.patch_color > 0).sum() * share
+            losses["patch"] = share * head.loss(tokens, mine, things)
         if stage != "tower":
             share = (mine.weights.sum() / batch.weights.sum()).item()  # of a mean over words
-            losses["answer"] = share * answer_loss(model, tokens, mine, stage == "prefix", self.soft)
+            with states_after(model.language_model.layers, points.layers) as states:
+                answer = answer_loss(model, tokens, mine, stage in ("prefix", "last"), self.soft)
+            losses["answer"] = share * answer
+        if isinstance(batch, PointedBatch):
+            assert isinstance(mine, PointedBatch)
+            count = (~batch.points[..., 0].isnan()).sum()
+            of_words = [state[:, tokens.shape[1] :] for state in states]
+            losses["point"] = points.loss(of_words, mine.points, count)
         return losses
 
     def spread(self, among: Place) -> None:

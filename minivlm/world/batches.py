@@ -10,8 +10,10 @@ worker processes deliver the same batches however many there are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
+from typing import Self
 
 import numpy as np
 import torch
@@ -44,11 +46,11 @@ class Batch:
     labels: Tensor  # [R, T], -100 where there is no loss
     weights: Tensor  # [R, T], of each label
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-    def part(self, pictures: range) -> Batch:
+    def part(self, pictures: range) -> Self:
         """Some of the pictures, neighbors, with their rows."""
         rows = (self.pictures >= pictures.start) & (self.pictures < pictures.stop)
         of_picture = {"pixel_values", "patch_color", "patch_shape", "patch_size", "patch_box"}
@@ -58,7 +60,7 @@ class Batch:
             ]
             for field in fields(self)
         }
-        return replace(Batch(**chosen), pictures=chosen["pictures"] - pictures.start)
+        return replace(self, **chosen | {"pictures": chosen["pictures"] - pictures.start})
 
 
 def question_mask(batch: Batch, num_image_tokens: int, image_sees_prompt: bool) -> tuple[Tensor, Tensor]:
@@ -151,7 +153,7 @@ class SceneBatches(Dataset[Batch]):
         rng = np.random.default_rng([self.seed, self.first_step + step])
         easy = rng.random(self.pictures) < self.easy_share(step)
         plain = rng.random(self.pictures) < PLAIN_SHARE
-        scenes = [make_scene(rng, "train", easy=bool(is_easy)) for is_easy in easy]
+        scenes = [self.scene(rng, bool(is_easy)) for is_easy in easy]
         scenes = [
             scene if is_plain else varied(scene, rng) for scene, is_plain in zip(scenes, plain, strict=True)
         ]
@@ -163,9 +165,21 @@ class SceneBatches(Dataset[Batch]):
         ]
         return self._batch(scenes, pictures, chosen)
 
+    def scene(self, rng: np.random.Generator, easy: bool) -> Scene:
+        """A scene, before it is varied."""
+        return make_scene(rng, "train", easy=easy)
+
+    def examples(self, scene: Scene, rng: np.random.Generator) -> Iterator[Example]:
+        """Endless questions about a scene."""
+        return examples(scene, rng, self.relations)
+
+    def rows(self, chosen: list[list[Example]]) -> list[list[Example]]:
+        """The questions of each row, for the questions of each picture."""
+        return chosen if self.packed else [[example] for of_scene in chosen for example in of_scene]
+
     def _choose(self, scene: Scene, rng: np.random.Generator) -> list[Example]:
         """Questions about a scene that fit into its row, or its rows."""
-        endless = examples(scene, rng, self.relations)
+        endless = self.examples(scene, rng)
         if self.row_tokens is None:
             return list(islice(endless, self.questions))
         # A fixed number is drawn, so that the random numbers after this scene do not depend on what fits.
@@ -189,13 +203,12 @@ class SceneBatches(Dataset[Batch]):
             f"patch_{name}": torch.from_numpy(np.stack([of_scene[name] for of_scene in labels]))
             for name in ("color", "shape", "size", "box")
         }
-        rows, picture_of_row = chosen, list(range(len(chosen)))
+        picture_of_row = list(range(len(chosen)))
         if not self.packed:
-            rows = [[example] for of_scene in chosen for example in of_scene]
             picture_of_row = [number for number, of_scene in enumerate(chosen) for _ in of_scene]
         return Batch(
             pixel_values=self.processor.image_processor(pictures),
             pictures=torch.tensor(picture_of_row),
             **patches,
-            **pack_rows(self.processor.tokenizer, rows),
+            **pack_rows(self.processor.tokenizer, self.rows(chosen)),
         )

@@ -22,6 +22,7 @@ from minivlm.world.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES, W
 TASKS = ("color", "shape", "size", "count", "existence", "relation", "caption", "detect", "segment")
 QUESTION_TASKS = TASKS[:6]  # answered by a word
 Shown = TypeVar("Shown")  # what questions are about: a scene, or a clip of many
+Question = Callable[[Shown, np.random.Generator], "Example | None"]  # a prompt of one kind, if there is one
 RELATIONS = ("left of", "right of", "above", "below")
 
 _RELATION_GAP = 5.0  # units; questions ask only about relations that are easy to see
@@ -72,21 +73,24 @@ def ask(scene: Scene, task: str, rng: np.random.Generator) -> Example | None:
     return _ASK[task](scene, rng)
 
 
-def examples(scene: Scene, rng: np.random.Generator, relations: int = 2) -> Iterator[Example]:
+def examples(
+    scene: Scene, rng: np.random.Generator, relations: int = 2, more: Sequence[Question[Scene]] = ()
+) -> Iterator[Example]:
     """Endless prompts with answers for training, in rounds of all tasks in random order.
 
     Relations come twice per round, since they are the slowest to learn. If several things have the same name,
     an extra `detect` asks for them: a model that has found one of them has to go on. A task that the scene
-    allows no question for is skipped.
+    allows no question for is skipped. In each round, the questions `more` are asked, too.
     """
     round_of_tasks = [_ASK[task] for task in (*TASKS, *["relation"] * (relations - 1))]
+    round_of_tasks += more
     if len({thing.name for thing in scene.things}) < len(scene.things):
         round_of_tasks.append(_ask_detect_several)
     return in_rounds(round_of_tasks, scene, rng)
 
 
 def in_rounds(
-    questions: Sequence[Callable[[Shown, np.random.Generator], Example | None]],
+    questions: Sequence[Question[Shown]],
     shown: Shown,
     rng: np.random.Generator,
 ) -> Iterator[Example]:
@@ -150,16 +154,14 @@ def _ask_existence(scene: Scene, rng: np.random.Generator) -> Example | None:
 
 
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> Example | None:
-    unique = _only_ones(scene.things, [thing.name for thing in scene.things])
+    unique = distinct_things(scene)
     if len(unique) < 2:
         return None
     first, second = (unique[i] for i in rng.choice(len(unique), size=2, replace=False))
-    dx, dy = first.x - second.x, first.y - second.y
-    distances = dict(zip(RELATIONS, (-dx, dx, -dy, dy), strict=True))
-    plain = [relation for relation in RELATIONS if abs(distances[relation]) > _RELATION_GAP]
-    if not plain:
+    distances = relations_between(first, second)
+    if not distances:
         return None
-    relation = plain[rng.integers(len(plain))]
+    relation = list(distances)[rng.integers(len(distances))]
     answer = "yes" if distances[relation] > 0 else "no"
     return Example("relation", f"is the {first.name} {relation} the {second.name}?", answer)
 
@@ -188,7 +190,7 @@ def _ask_segment(scene: Scene, rng: np.random.Generator) -> Example | None:
     return Example("segment", f"segment {name}", segmentation_text(things, scene.width, scene.height), things)
 
 
-_ASK: dict[str, Callable[[Scene, np.random.Generator], Example | None]] = {
+_ASK: dict[str, Question[Scene]] = {
     "color": _ask_color,
     "shape": _ask_shape,
     "size": _ask_size,
@@ -199,6 +201,18 @@ _ASK: dict[str, Callable[[Scene, np.random.Generator], Example | None]] = {
     "detect": _ask_detect,
     "segment": _ask_segment,
 }
+
+
+def distinct_things(scene: Scene) -> list[Thing]:
+    """The things whose name no other thing shares."""
+    return _only_ones(scene.things, [thing.name for thing in scene.things])
+
+
+def relations_between(first: Thing, second: Thing) -> dict[str, float]:
+    """The relations that are easy to see, with how far they hold, in units; below 0, they do not hold."""
+    dx, dy = first.x - second.x, first.y - second.y
+    distances = dict(zip(RELATIONS, (-dx, dx, -dy, dy), strict=True))
+    return {relation: far for relation, far in distances.items() if abs(far) > _RELATION_GAP}
 
 
 def _one_of(scene: Scene, rng: np.random.Generator, describe: Callable[[Thing], str]) -> Thing | None:

@@ -294,6 +294,11 @@ def _place(
                 break
         else:
             return None
-        red, green, blue = (min(max(v + int(rng.integers(-12, 13)), 0), 255) for v in COLORS[color])
-        things.append(Thing(shape, color, size, x, y, radius, (red, green, blue)))
+        things.append(Thing(shape, color, size, x, y, radius, shade(color, rng)))
     return things
+
+
+def shade(color: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    """A color a little lighter, darker or tinted than its name says."""
+    red, green, blue = (min(max(v + int(rng.integers(-12, 13)), 0), 255) for v in COLORS[color])
+    return red, green, blue

@@ -32,7 +32,8 @@ from minivlm.training.recipe import TrainingConfig, build
 SMALL = {
     "image_size": 32, "tower_width": 24, "tower_layers": 1, "tower_heads": 2, "text_width": 32,
     "text_layers": 1, "text_heads": 2, "tower_steps": 2, "packed_steps": 2, "review_steps": 1,
-    "prefix_steps": 1, "tower_pictures": 2, "pictures": 2, "questions": 2, "prefix_questions": 2,
+    "prefix_steps": 1, "alike_steps": 1, "last_steps": 1, "tower_pictures": 2, "pictures": 2, "questions": 2,
+    "prefix_questions": 2,
 }  # fmt: skip
 CPU = torch.device("cpu")
 Calls = list[tuple[Any, ...]]
@@ -67,7 +68,7 @@ def test_train_resume_and_evaluate(
     printed, err = capsys.readouterr()
     assert f"minivlm eval --model {out}" in printed
     assert err == ""
-    assert [line["count"] for line in read_log(out / "log.csv")] == [0.5, 0.5]
+    assert [line["count"] for line in read_log(out / "log.csv")] == [0.5, 0.5, 0.5]
     assert main(["eval", "--model", str(out), "--scenes", "1", "--columns", "held_out"]) == 0
     capsys.readouterr()
     assert main(train) == 2
@@ -92,6 +93,8 @@ def test_every_number_of_the_recipe_has_an_option(monkeypatch: pytest.MonkeyPatc
         "row_tokens": 90, "prefix_questions": 7, "prefix_row_tokens": 33, "muon_lr": 0.5, "adamw_lr": 0.25,
         "tower_lr_factor": 0.75, "review_lr_factor": 0.375, "relations": 4, "review_relations": 3,
         "weight_decay": 0.125, "warmup_steps": 11, "clip": 2.0, "dense_weight": 3.0, "loc_sigma": 4.0,
+        "alike_steps": 5, "last_steps": 4, "alike_share": 0.5, "alike_pairs": 6, "last_pairs": 2,
+        "alike_lr_factor": 0.75, "point_weight": 1.5,
     }  # fmt: skip
     config = TrainingConfig(**values, bf16=True)
     assert all(value != getattr(TrainingConfig(), name) for name, value in vars(config).items())

@@ -11,11 +11,15 @@ from minivlm.training.schedule import cosine_fall, warm_up, warm_up_then_fall
 
 
 def formula_of_the_recipe(config: TrainingConfig, step: int) -> float:
-    """Written out: for the tower, for all, for the review."""
+    """Written out: for the tower, for all, for the review, for look-alikes."""
     stage = config.stage(step)
     peak, done = 1.0, step
     if stage == "tower":
         total = config.tower_steps
+    elif stage in ("alike", "last"):
+        peak = config.alike_lr_factor
+        done -= config.tower_steps + config.packed_steps + config.review_steps + config.prefix_steps
+        total = config.alike_steps + config.last_steps
     elif stage == "packed" or not config.review_steps:
         done -= config.tower_steps
         total = config.packed_steps + config.prefix_steps
@@ -23,13 +27,19 @@ def formula_of_the_recipe(config: TrainingConfig, step: int) -> float:
         peak = config.review_lr_factor
         done -= config.tower_steps + config.packed_steps
         total = config.review_steps + config.prefix_steps
-    return peak * min(1.0, (done + 1) / config.warmup_steps) * (1.0 - done / total)
+    return peak * (min(1.0, (done + 1) / config.warmup_steps) * (1.0 - done / total))
 
 
 @pytest.mark.parametrize(
     "config",
-    [TrainingConfig(), TrainingConfig(review_steps=0, warmup_steps=7), TrainingConfig(tower_steps=0)],
-    ids=["shipped", "no review", "no tower"],
+    [
+        TrainingConfig(),
+        TrainingConfig(review_steps=0, warmup_steps=7),
+        TrainingConfig(tower_steps=0),
+        TrainingConfig(alike_steps=1400, last_steps=400),
+        TrainingConfig(tower_steps=0, packed_steps=0, review_steps=0, prefix_steps=0, alike_steps=300),
+    ],
+    ids=["shipped", "no review", "no tower", "look-alikes", "look-alikes alone"],
 )
 def test_the_recipe(config: TrainingConfig) -> None:
     steps = range(config.total_steps)

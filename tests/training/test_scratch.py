@@ -190,7 +190,8 @@ def test_each_stage_trains_its_part(run: Run) -> None:
             assert torch.equal(a, b)
         return {name for name, p in run.masters.named_parameters() if not torch.equal(p, before[name])}
 
-    everything = {name for name, _ in run.masters.named_parameters()}
+    names = [name for name, _ in run.masters.named_parameters()]
+    everything = {name for name in names if not name.startswith("points.")}
     tower = {name for name in everything if name.startswith(("model.vision_tower", "head."))}
     assert changed() == tower
     while run.step < CONFIG.tower_steps:
@@ -243,6 +244,48 @@ def test_the_review_asks_more_about_relations_with_rates_that_start_once_more() 
     wanted = [config.review_lr_factor * (1 - done / 8) for done in range(8)]
     slow = config.tower_lr_factor if run.optimizers["adamw"].param_groups[0]["tower"] else 1.0
     assert rates[first:last] == pytest.approx([slow * rate for rate in wanted])
+
+
+ALIKE = replace(CONFIG, alike_steps=3, last_steps=2, alike_share=1.0)
+
+
+def test_among_look_alikes_the_tower_stays_and_words_learn_to_point() -> None:
+    run = Run(ALIKE)
+    before: dict[str, Tensor] = {}
+    columns, sees = [], []
+    for batch in run.batches():
+        if run.step == ALIKE.first_step("alike"):
+            before = {name: tensor.clone() for name, tensor in run.masters.state_dict().items()}
+        columns.append(tuple(run.advance(batch)))
+        sees.append(int(batch.blocks.max()) if batch.blocks.numel() else 0)
+    assert columns[: CONFIG.tower_steps] == [("patch",)] * CONFIG.tower_steps
+    assert set(columns[CONFIG.tower_steps : -5]) == {("patch", "answer")}
+    assert columns[-5:] == [("answer", "point")] * 5
+    assert min(sees[-5:-2]) > 1
+    assert sees[-2:] == [1, 1]
+    changed = {
+        name for name, tensor in run.masters.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert not any("vision_tower." in name or name.startswith("head.") for name in changed)
+    assert {
+        name for name in before if name.startswith(("points.", "model.language_model.layers."))
+    } <= changed
+
+
+def test_look_alikes_need_nothing_of_the_stages_before_but_weights() -> None:
+    """So whoever has the weights can begin there: the optimizers start anew."""
+    whole = Run(ALIKE)
+    batches = list(whole.batches())
+    for batch in batches[: CONFIG.total_steps]:
+        whole.advance(batch)
+    begun = Run(ALIKE)
+    begun.masters.load_state_dict(whole.masters.state_dict())
+    begun.working.load_state_dict(whole.working.state_dict())
+    begun.step = whole.step
+    for batch in batches[CONFIG.total_steps :]:
+        assert whole.advance(batch) == begun.advance(batch)
+    for name, tensor in whole.masters.state_dict().items():
+        assert torch.equal(tensor, begun.masters.state_dict()[name]), name
 
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,7 +566,7 @@ def test_metrics_are_measured_and_change_nothing(
     counts = {line["step"]: line["count"] for line in lines if line["count"] is not None}
     assert counts == {6: 0.1, 9: 0.2, 12: 0.3}  # 3 is in the tower's own stage
     assert [line["exact caption"] for line in lines if line["step"] % 3 == 0] == [None, 1, 1, 1]
-    assert list(lines[0])[:6] == ["step", "stage", "patch", "answer", "muon_lr", "adamw_lr"]
+    assert list(lines[0])[:7] == ["step", "stage", "patch", "answer", "point", "muon_lr", "adamw_lr"]
     torch.set_rng_state(state)
 
 
