@@ -74,7 +74,7 @@ def parameter_groups(masters: nn.Module) -> dict[str, list[dict[str, Any]]]:
 class Run(Trainable):
     """A training run at some step: the weights, the optimizers, and how to go one step further."""
 
-    losses = ("patch", "answer", "point")
+    losses: tuple[str, ...] = ("patch", "answer")
     masters: nn.ModuleDict
     working: nn.ModuleDict
 
@@ -83,6 +83,8 @@ class Run(Trainable):
         self.device = torch.device(device)
         self.workers = workers
         self.step = 0
+        if config.alike_steps or config.last_steps:
+            self.losses = (*self.losses, "point")
         pictures = max(config.pictures, config.tower_pictures)
         require_room(config.parameters, pictures, config.image_size, device)
         self.model, self.processor = build(config)

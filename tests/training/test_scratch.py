@@ -249,6 +249,12 @@ def test_the_review_asks_more_about_relations_with_rates_that_start_once_more() 
 ALIKE = replace(CONFIG, alike_steps=3, last_steps=2, alike_share=1.0)
 
 
+def test_the_log_has_a_column_for_pointing_where_it_is_learned(tmp_path: Path) -> None:
+    train(tmp_path / "alike", replace(ALIKE, tower_steps=0, packed_steps=0, prefix_steps=0), loop=EVERY)
+    assert all(line["point"] is not None for line in log_of(tmp_path / "alike"))
+    assert Run(CONFIG).losses == ("patch", "answer")
+
+
 def test_among_look_alikes_the_tower_stays_and_words_learn_to_point() -> None:
     run = Run(ALIKE)
     before: dict[str, Tensor] = {}
@@ -566,7 +572,7 @@ def test_metrics_are_measured_and_change_nothing(
     counts = {line["step"]: line["count"] for line in lines if line["count"] is not None}
     assert counts == {6: 0.1, 9: 0.2, 12: 0.3}  # 3 is in the tower's own stage
     assert [line["exact caption"] for line in lines if line["step"] % 3 == 0] == [None, 1, 1, 1]
-    assert list(lines[0])[:7] == ["step", "stage", "patch", "answer", "point", "muon_lr", "adamw_lr"]
+    assert list(lines[0])[:6] == ["step", "stage", "patch", "answer", "muon_lr", "adamw_lr"]
     torch.set_rng_state(state)
 
 
