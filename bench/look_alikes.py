@@ -31,6 +31,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from recipe import spread
 
 from minivlm.errors import InputError
 from minivlm.evaluation.answers import Question, answer_questions, evaluate
@@ -128,11 +129,7 @@ def as_text(found: dict[str, Sequence[Result]]) -> str:
     names = list(next(iter(found.values()))[0])
     lines = [f"| way | {' | '.join(names)} | seeds |", "|---" * (len(names) + 2) + "|"]
     for way, seeds in found.items():
-        cells = []
-        for name in names:
-            values = [seed[name] for seed in seeds]
-            around = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.2f}{around}")
+        cells = [spread([seed[name] for seed in seeds]) for name in names]
         lines.append(f"| {way} | {' | '.join(cells)} | {len(seeds) if way != BEFORE else '-'} |")
     return "\n".join(lines)
 

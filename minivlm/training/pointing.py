@@ -4,9 +4,8 @@
 compare them. The answer is one word, and says nothing about which of the three failed. A decoder that finds
 things by their color is right about most scenes, and thousands of steps later it still finds them so. Here
 the states at the words "red" are asked for the places themselves, by a linear layer in the middle of the
-decoder, as the tower is asked for what lies on its patches (`PatchHead`). In minutes both words of a name are
-used. The layer is discarded after training. Losses inside of a network are an old idea: deeply supervised
-nets, https://arxiv.org/abs/1409.5185.
+decoder, as the tower is asked for what lies on its patches (`PatchHead`). The layer is discarded after
+training. Losses inside of a network are an old idea: deeply supervised nets, https://arxiv.org/abs/1409.5185.
 """
 
 from __future__ import annotations

@@ -162,10 +162,12 @@ class Run(Trainable):
         batch = batch.to(self.device)
         pictures = share_of(self.among, range(len(batch.pixel_values)))
         losses = self.compute(batch if self.among is None else batch.part(pictures), batch)
-        alone = len(losses) == 1  # in the tower's own stage
-        weights = {"answer": 1.0, "patch": self.config.dense_weight, "point": self.config.point_weight}
-        parts = [one if alone else weights[name] * one for name, one in losses.items()]
-        loss = torch.stack(parts).sum()
+        weights = {
+            "patch": self.config.dense_weight if "answer" in losses else 1.0,
+            "answer": 1.0,
+            "point": self.config.point_weight,
+        }
+        loss = torch.stack([weights[name] * one for name, one in losses.items()]).sum()
         values = dict(zip(losses, total(self.among, [one.item() for one in losses.values()]), strict=True))
         for name, value in values.items():
             self.check_finite(f"the {name} loss", value)
@@ -194,7 +196,8 @@ class Run(Trainable):
             losses["patch"] = share * head.loss(tokens, mine, things)
         if stage != "tower":
             share = (mine.weights.sum() / batch.weights.sum()).item()  # of a mean over words
-            with states_after(model.language_model.layers, points.layers) as states:
+            read = points.layers if isinstance(batch, PointedBatch) else ()
+            with states_after(model.language_model.layers, read) as states:
                 answer = answer_loss(model, tokens, mine, stage in ("prefix", "last"), self.soft)
             losses["answer"] = share * answer
         if isinstance(batch, PointedBatch):

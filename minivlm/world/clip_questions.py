@@ -10,7 +10,7 @@ Every second that is asked about is whole, so that each frame rate has its pictu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from minivlm.processing.boxes import Box, boxes_to_text
 from minivlm.world.clips import DIRECTIONS, STANDING, Actor, Clip, Event
-from minivlm.world.questions import Example, detection_text, in_rounds, with_article
+from minivlm.world.questions import Ask, Example, detection_text, in_rounds, with_article
 from minivlm.world.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES
 
 Option = TypeVar("Option")
@@ -173,7 +173,7 @@ def _ask_track(clip: Clip, rng: np.random.Generator) -> Example | None:
     return Example("track", f"track {actor.name}", track_text(clip, actor))
 
 
-_ASK: dict[str, Callable[[Clip, np.random.Generator], Example | None]] = {
+_ASK: dict[str, Ask[Clip]] = {
     "direction": _ask_direction,
     "first": _ask_first,
     "order": _ask_order,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minivlm.world.questions import Example
+from minivlm.world.questions import Example, distinct_things
 from minivlm.world.scenes import SIZES, Scene, Thing
 
 COMPOSED_TASKS = ("larger", "nearer", "left_count", "vertical")
@@ -31,7 +31,7 @@ def ask_composed(scene: Scene, task: str, rng: np.random.Generator) -> Example |
 
     `Example.things` are those that the question names, in its order, then those that are counted.
     """
-    named = [thing for thing in scene.things if len(scene.find(thing.name)) == 1]
+    named = distinct_things(scene)
     return _ASK[task](scene, named, rng)
 
 

@@ -96,12 +96,12 @@ class LookAlikes(SceneBatches):
     def _batch(self, scenes: list[Scene], pictures: list[Image.Image], chosen: list[list[Example]]) -> Batch:
         batch = super()._batch(scenes, pictures, chosen)
         points = torch.full((*batch.input_ids.shape, 2), torch.nan)
+        words = color_words(self.processor.tokenizer)
         for row, asked in enumerate(self.rows(chosen)):
             start = 0
             for example in asked:
                 prompt, answer = encode_example(self.processor.tokenizer, example)
                 if example.task == "relation" and example.things:
-                    words = color_words(self.processor.tokenizer)
                     places = [start + place for place, word in enumerate(prompt) if word in words]
                     for place, thing in zip(places, example.things, strict=True):
                         points[row, place] = 2 * torch.tensor([thing.x, thing.y]) / WORLD - 1

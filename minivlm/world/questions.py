@@ -22,7 +22,7 @@ from minivlm.world.scenes import ALL_PAIRS, COLORS, SEEN_PAIRS, SHAPES, SIZES, W
 TASKS = ("color", "shape", "size", "count", "existence", "relation", "caption", "detect", "segment")
 QUESTION_TASKS = TASKS[:6]  # answered by a word
 Shown = TypeVar("Shown")  # what questions are about: a scene, or a clip of many
-Question = Callable[[Shown, np.random.Generator], "Example | None"]  # a prompt of one kind, if there is one
+Ask = Callable[[Shown, np.random.Generator], "Example | None"]  # a prompt of one kind, if there is one
 RELATIONS = ("left of", "right of", "above", "below")
 
 _RELATION_GAP = 5.0  # units; questions ask only about relations that are easy to see
@@ -74,7 +74,7 @@ def ask(scene: Scene, task: str, rng: np.random.Generator) -> Example | None:
 
 
 def examples(
-    scene: Scene, rng: np.random.Generator, relations: int = 2, more: Sequence[Question[Scene]] = ()
+    scene: Scene, rng: np.random.Generator, relations: int = 2, more: Sequence[Ask[Scene]] = ()
 ) -> Iterator[Example]:
     """Endless prompts with answers for training, in rounds of all tasks in random order.
 
@@ -90,7 +90,7 @@ def examples(
 
 
 def in_rounds(
-    questions: Sequence[Question[Shown]],
+    questions: Sequence[Ask[Shown]],
     shown: Shown,
     rng: np.random.Generator,
 ) -> Iterator[Example]:
@@ -190,7 +190,7 @@ def _ask_segment(scene: Scene, rng: np.random.Generator) -> Example | None:
     return Example("segment", f"segment {name}", segmentation_text(things, scene.width, scene.height), things)
 
 
-_ASK: dict[str, Question[Scene]] = {
+_ASK: dict[str, Ask[Scene]] = {
     "color": _ask_color,
     "shape": _ask_shape,
     "size": _ask_size,
