@@ -1,6 +1,6 @@
 """What makes a model tell apart two things of one color?
 
-Run: minivlm train --out runs/before
+Run: minivlm train --out runs/before --alike-steps 0 --last-steps 0
      OMP_NUM_THREADS=1 python bench/look_alikes.py --start runs/before --runs runs/look_alikes \\
          --out bench/results/look_alikes.txt
      python bench/look_alikes.py --start runs/before --finish runs/tiny
@@ -16,8 +16,8 @@ Measured on scenes of the test split: relations of pairs of one color (in scenes
 the relations and captions of `minivlm eval`. Three seeds, of pictures and questions. A run is kept in --runs,
 is resumed if it was stopped, and is not made again.
 
-The last command goes on with the model of the first as the recipe says, and leaves what ships. (The first
-command does it, too, if it is asked for all steps: --alike-steps 1400 --last-steps 400.)
+The last command goes on with the model of the first as the recipe says, and leaves what ships. So does
+`minivlm train` with all of its steps.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from typing import Any
 
 import numpy as np
 from recipe import spread
+from systems import RESULT, read
 
 from minivlm.errors import InputError
 from minivlm.evaluation.answers import Question, answer_questions, evaluate
 from minivlm.models.load import load_answering
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
+from minivlm.training.digest import digest_of_weights
 from minivlm.training.folder import holds_state
 from minivlm.training.loop import Loop, run_to_end
 from minivlm.training.recipe import TrainingConfig
@@ -46,8 +48,8 @@ from minivlm.training.state import save_state
 from minivlm.world.look_alikes import ask_pair, in_one_color
 from minivlm.world.scenes import make_scene
 
-SHORT = TrainingConfig(alike_steps=500, pictures=24, warmup_steps=50)
-WHOLE = TrainingConfig(alike_steps=1400, last_steps=400)
+SHORT = TrainingConfig(alike_steps=500, last_steps=0, pictures=24, warmup_steps=50)
+WHOLE = TrainingConfig()
 WAYS: dict[str, dict[str, Any]] = {
     "pairs": {"alike_share": 0.0, "point_weight": 0.0},
     "one color": {"point_weight": 0.0},
@@ -56,7 +58,6 @@ WAYS: dict[str, dict[str, Any]] = {
 BEFORE = "before"
 SCENES = 300
 MEASURED = ("relation", "exact caption")
-RESULT = "result.json"
 Result = dict[str, float]
 
 
@@ -114,13 +115,15 @@ def go_on(start: Path, out: Path, config: TrainingConfig, loop: Loop) -> Run:
 
 def one_way(start: Path, out: Path, way: str, seed: int, scenes: int = SCENES) -> Result:
     """A way with a seed, measured, or what was measured before."""
-    if (out / RESULT).is_file():
-        found: Result = json.loads((out / RESULT).read_text(encoding="utf-8"))
-        return found
     config = TrainingConfig(**{**asdict(SHORT), "seed": seed, **WAYS[way]})
-    run = go_on(start, out, config, Loop(resume=True, save_every=100, measure_every=0))
-    found = measure(run.model.eval(), run.processor, scenes)
-    (out / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    numbers = {**asdict(config), "start": digest_of_weights(load_answering(start)[0])}
+    known = read(out, numbers, scenes)
+    if known is None:
+        run = go_on(start, out, config, Loop(resume=True, save_every=100, measure_every=0))
+        measured = measure(run.model.eval(), run.processor, scenes)
+        known = {"config": numbers, "scenes": scenes, "measured": measured}
+        (out / RESULT).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    found: Result = known["measured"]
     return found
 
 

@@ -43,6 +43,8 @@ SHORT = TrainingConfig(
     pictures=24,
     review_steps=0,
     prefix_steps=40,
+    alike_steps=0,
+    last_steps=0,
     warmup_steps=30,
 )
 SHOWN = {

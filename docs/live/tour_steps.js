@@ -45,7 +45,7 @@ const TOUR = [
     say: "Prompts become tokens too: a start token, words or parts of words, and at the end a newline, shown as ↵. The newline's vector is where the first word of the answer is written.",
     part: "breaks",
     todo: "switch on “no newline after the prompt”, and try other prompts.",
-    set: { sample: 2, prompt: "caption en" },
+    set: { sample: 5, prompt: "caption en" },
     question: "The newline is one token of 68 and holds no meaning. What does the model say without it?",
     choices: ["The same.", "The same, a little less sure.", "Something else altogether."],
     right: 2,

@@ -33,12 +33,12 @@ CUTS = {
     ),
     "SHAPE - picture, layer 1": (
         "few",
-        "it points at a thing in every picture, but the answer does not need what it saw there",
+        "it points at the right thing in every picture, but the answer does not need what it saw there",
     ),
     "color - picture, all layers": (
         "few",
-        "the word says what is asked for, and the color itself need not pass through it: it hardly ever "
-        "points at the thing",
+        "the word says what is asked for, and the color itself need not pass through it: it seldom points "
+        "at the thing",
     ),
     "patches - words, all layers": (
         "few",

@@ -49,6 +49,7 @@ MOST = {
     "relations": 1000,
     "review_relations": 1000,
     "alike_share": 1.0,
+    "last_share": 1.0,
     "alike_pairs": 1000,
     "last_pairs": 1000,
     "row_tokens": 512,

@@ -142,6 +142,7 @@ class ReasoningRun(Trainable):
         # A group whose answers are worth the same has no advantage; only KL would still move it.
         kept = torch.ones_like(mixed) if config.kl else mixed
         first = (self.step - config.supervised_steps) * config.updates
+        self._set_rates("rewarded", first)  # also where nothing is learned: the log shows them
         for update in range(config.updates if bool(kept.any()) or batch.rehearsed else 0):
             parts = self._policy(batch, rollout, rewards, kept, update)
             loss = parts.pop("loss")
@@ -204,6 +205,11 @@ class ReasoningRun(Trainable):
             weight.grad = None
         loss.backward()
         self.check_finite("the gradient", nn.utils.clip_grad_norm_(self.weights, self.config.clip).item())
+        self._set_rates(stage, number)
+        self.optimizers[stage].step()
+
+    def _set_rates(self, stage: str, number: int) -> None:
+        """The learning rates of a stage's step, its `number`-th."""
         config = self.config
         if stage == "supervised":
             share = warm_up_then_fall(number, config.supervised_steps, config.warmup_steps)
@@ -212,7 +218,6 @@ class ReasoningRun(Trainable):
             rate = config.lr * warm_up(number, config.warmup_steps)
         for name, optimizer in self.optimizers.items():
             optimizer.param_groups[0]["lr"] = rate if name == stage else 0.0
-        self.optimizers[stage].step()
 
     def advice(self) -> str:
         return f"try a lower learning rate in a new folder, such as --lr {self.config.lr / 2:g}"

@@ -44,8 +44,8 @@ class TrainingConfig:
     packed_steps: int = 5000
     review_steps: int = 2200
     prefix_steps: int = 900
-    alike_steps: int = 0
-    last_steps: int = 0
+    alike_steps: int = 2200
+    last_steps: int = 600
     tower_pictures: int = 128  # per step
     pictures: int = 48
     questions: int = 9  # per picture at most, packed
@@ -59,9 +59,10 @@ class TrainingConfig:
     alike_lr_factor: float = 0.6  # the same, where they start a third time
     relations: int = 2  # questions about relations in a round of all
     review_relations: int = 5
-    alike_share: float = 0.4  # of scenes in one color
-    alike_pairs: int = 5  # questions about pairs in a round of all
-    last_pairs: int = 3
+    alike_share: float = 0.4  # of scenes in one color, when their stage begins
+    alike_pairs: int = 5  # questions about pairs in a round of all, the same
+    last_share: float = 0.1  # what they have come down to when the last stage begins
+    last_pairs: int = 1
     weight_decay: float = 0.02
     warmup_steps: int = 100
     clip: float = 1.0  # norm of the gradient

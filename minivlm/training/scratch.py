@@ -12,7 +12,7 @@ Six stages:
 5. alike: packed again, with things of one color, which the model so far finds by color alone. Words learn to
    say where things lie (`PointHead`). The tower does not learn any more, the optimizers begin anew, and the
    learning rates start once more.
-6. last: the same under the true mask. Both are left out unless steps are asked for.
+6. last: the same under the true mask.
 
 Muon (https://kellerjordan.github.io/posts/muon/) trains the matrices inside blocks, AdamW everything else.
 Forward and backward pass run in bf16 where the device multiplies it in hardware. The weights that the
@@ -134,9 +134,8 @@ class Run(Trainable):
             "packed": False,
         }
         draw = partial(SceneBatches, self.processor, config.patch_size, seed=config.seed)
-        draw_alike = partial(
-            LookAlikes, self.processor, config.patch_size, seed=config.seed, alike=config.alike_share
-        )
+        draw_alike = partial(LookAlikes, self.processor, config.patch_size, seed=config.seed)
+        shares, pairs = (config.alike_share, config.last_share), (config.alike_pairs, config.last_pairs)
 
         def place(stage: str) -> dict[str, Any]:
             return {"steps": config.stages[stage], "first_step": config.first_step(stage)}
@@ -152,8 +151,8 @@ class Run(Trainable):
             ),
             draw(**packed, **place("review"), relations=config.review_relations),
             draw(**single, **place("prefix"), relations=config.relations),
-            draw_alike(**packed, **place("alike"), pairs=config.alike_pairs),
-            draw_alike(**single, **place("last"), pairs=config.last_pairs),
+            draw_alike(**packed, **place("alike"), alike=shares, pairs=pairs),
+            draw_alike(**single, **place("last"), alike=(shares[1],) * 2, pairs=(pairs[1],) * 2),
         ]
         return in_order(ConcatDataset(stages), range(self.step, config.total_steps), self.workers)
 

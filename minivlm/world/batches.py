@@ -153,11 +153,11 @@ class SceneBatches(Dataset[Batch]):
         rng = np.random.default_rng([self.seed, self.first_step + step])
         easy = rng.random(self.pictures) < self.easy_share(step)
         plain = rng.random(self.pictures) < PLAIN_SHARE
-        scenes = [self.scene(rng, bool(is_easy)) for is_easy in easy]
+        scenes = [self.scene(rng, step, bool(is_easy)) for is_easy in easy]
         scenes = [
             scene if is_plain else varied(scene, rng) for scene, is_plain in zip(scenes, plain, strict=True)
         ]
-        chosen = [self._choose(scene, rng) for scene in scenes]
+        chosen = [self._choose(scene, rng, step) for scene in scenes]
         size = self.processor.image_processor.image_size
         pictures = [
             scene.draw(size) if is_plain else as_photographed(scene, size, rng)
@@ -165,21 +165,21 @@ class SceneBatches(Dataset[Batch]):
         ]
         return self._batch(scenes, pictures, chosen)
 
-    def scene(self, rng: np.random.Generator, easy: bool) -> Scene:
-        """A scene, before it is varied."""
+    def scene(self, rng: np.random.Generator, step: int, easy: bool) -> Scene:
+        """A scene of a step, before it is varied."""
         return make_scene(rng, "train", easy=easy)
 
-    def examples(self, scene: Scene, rng: np.random.Generator) -> Iterator[Example]:
-        """Endless questions about a scene."""
+    def examples(self, scene: Scene, rng: np.random.Generator, step: int) -> Iterator[Example]:
+        """Endless questions about a scene of a step."""
         return examples(scene, rng, self.relations)
 
     def rows(self, chosen: list[list[Example]]) -> list[list[Example]]:
         """The questions of each row, for the questions of each picture."""
         return chosen if self.packed else [[example] for of_scene in chosen for example in of_scene]
 
-    def _choose(self, scene: Scene, rng: np.random.Generator) -> list[Example]:
+    def _choose(self, scene: Scene, rng: np.random.Generator, step: int) -> list[Example]:
         """Questions about a scene that fit into its row, or its rows."""
-        endless = self.examples(scene, rng)
+        endless = self.examples(scene, rng, step)
         if self.row_tokens is None:
             return list(islice(endless, self.questions))
         # A fixed number is drawn, so that the random numbers after this scene do not depend on what fits.

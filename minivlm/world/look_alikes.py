@@ -77,21 +77,27 @@ class PointedBatch(Batch):
 class LookAlikes(SceneBatches):
     """Batches in which many scenes have one color, and many questions are about pairs.
 
+    Both go from a first number, at step 0, to a last one along a straight line.
+
     Args:
         alike: share of scenes in one color.
         pairs: questions of `ask_pair` in a round of all.
     """
 
-    def __init__(self, *given: Any, alike: float, pairs: int, **more: Any) -> None:
+    def __init__(self, *given: Any, alike: tuple[float, float], pairs: tuple[int, int], **more: Any) -> None:
         super().__init__(*given, **more)
         self.alike, self.pairs = alike, pairs
 
-    def scene(self, rng: np.random.Generator, easy: bool) -> Scene:
-        scene = super().scene(rng, easy)
-        return in_one_color(scene, rng) if rng.random() < self.alike else scene
+    def scene(self, rng: np.random.Generator, step: int, easy: bool) -> Scene:
+        scene = super().scene(rng, step, easy)
+        return in_one_color(scene, rng) if rng.random() < self._at(step, *self.alike) else scene
 
-    def examples(self, scene: Scene, rng: np.random.Generator) -> Iterator[Example]:
-        return examples(scene, rng, self.relations, [ask_pair] * self.pairs)
+    def examples(self, scene: Scene, rng: np.random.Generator, step: int) -> Iterator[Example]:
+        pairs = round(self._at(step, *self.pairs))
+        return examples(scene, rng, self.relations, [ask_pair] * pairs)
+
+    def _at(self, step: int, first: float, last: float) -> float:
+        return first + (last - first) * step / self.steps
 
     def _batch(self, scenes: list[Scene], pictures: list[Image.Image], chosen: list[list[Example]]) -> Batch:
         batch = super()._batch(scenes, pictures, chosen)

@@ -510,7 +510,7 @@ def test_a_coordinate_counts_as_any_coordinate() -> None:
 
 def test_notes_of_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
     scene = "figures/samples/scene_1.png"
-    assert main(["ask", scene, "--prompt", "caption en", "--prompt", "what color is the dog?"]) == 0
+    assert main(["ask", scene, "--prompt", "caption en", "--prompt", "what shape is the dog?"]) == 0
     out, err = capsys.readouterr()
     notes = err.splitlines()
     assert len(out.splitlines()) == 4
@@ -608,7 +608,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     shown, code = converse(*lines, arguments=["figures/samples/scene_1.png", "--draw", tmp_path / "a.png"])
     assert code == 0
     assert "Ask about the picture. Ctrl-D ends." in shown
-    assert "<loc0482><loc0748><loc0677><loc0952> cyan star\n  cyan star: [" in shown
+    assert "<loc0481><loc0748><loc0677><loc0951> cyan star\n  cyan star: [" in shown
     assert "minivlm: error: " in shown
     assert "shorten the prompt" in shown
     assert "what color is the triangle?\nblue\n" in shown

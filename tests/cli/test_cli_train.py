@@ -93,8 +93,8 @@ def test_every_number_of_the_recipe_has_an_option(monkeypatch: pytest.MonkeyPatc
         "row_tokens": 90, "prefix_questions": 7, "prefix_row_tokens": 33, "muon_lr": 0.5, "adamw_lr": 0.25,
         "tower_lr_factor": 0.75, "review_lr_factor": 0.375, "relations": 4, "review_relations": 3,
         "weight_decay": 0.125, "warmup_steps": 11, "clip": 2.0, "dense_weight": 3.0, "loc_sigma": 4.0,
-        "alike_steps": 5, "last_steps": 4, "alike_share": 0.5, "alike_pairs": 6, "last_pairs": 2,
-        "alike_lr_factor": 0.75, "point_weight": 1.5,
+        "alike_steps": 5, "last_steps": 4, "alike_share": 0.5, "alike_pairs": 6, "last_share": 0.25,
+        "last_pairs": 2, "alike_lr_factor": 0.75, "point_weight": 1.5,
     }  # fmt: skip
     config = TrainingConfig(**values, bf16=True)
     assert all(value != getattr(TrainingConfig(), name) for name, value in vars(config).items())

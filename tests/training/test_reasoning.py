@@ -56,6 +56,18 @@ def test_a_run_moves_all_but_the_tower() -> None:
     assert not any(name.startswith("vision_tower") for name in moved)
 
 
+def test_rates_are_those_of_the_step_also_where_no_group_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        reasoning, "mixed_groups", lambda rewards: torch.zeros(len(rewards), dtype=torch.bool)
+    )
+    run = ReasoningRun(replace(SMALL, supervised_steps=0, rewarded_steps=3, warmup_steps=4))
+    rates = []
+    for batch in run.batches():
+        run.advance(batch)
+        rates.append([run.optimizers[name].param_groups[0]["lr"] for name in ("supervised", "rewarded")])
+    assert rates == [[0, share * SMALL.lr] for share in (0.25, 0.5, 0.75)]
+
+
 def test_better_answers_become_more_probable() -> None:
     """Twenty steps on rewards alone, after few true answers, are enough to see it."""
     config = replace(

@@ -36,10 +36,10 @@ def formula_of_the_recipe(config: TrainingConfig, step: int) -> float:
         TrainingConfig(),
         TrainingConfig(review_steps=0, warmup_steps=7),
         TrainingConfig(tower_steps=0),
-        TrainingConfig(alike_steps=1400, last_steps=400),
-        TrainingConfig(tower_steps=0, packed_steps=0, review_steps=0, prefix_steps=0, alike_steps=300),
+        TrainingConfig(alike_steps=0, last_steps=0),
+        TrainingConfig(tower_steps=0, packed_steps=0, review_steps=0, prefix_steps=0, last_steps=0),
     ],
-    ids=["shipped", "no review", "no tower", "look-alikes", "look-alikes alone"],
+    ids=["shipped", "no review", "no tower", "no look-alikes", "look-alikes alone"],
 )
 def test_the_recipe(config: TrainingConfig) -> None:
     steps = range(config.total_steps)

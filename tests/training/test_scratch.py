@@ -278,6 +278,17 @@ def test_among_look_alikes_the_tower_stays_and_words_learn_to_point() -> None:
     } <= changed
 
 
+def test_look_alikes_become_fewer_over_their_stage_and_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(ALIKE, alike_share=0.75, last_share=0.25, alike_pairs=6, last_pairs=2)
+    drawn: list[Any] = []
+    monkeypatch.setattr(scratch, "in_order", lambda data, *_: drawn.extend(data.datasets))
+    Run(config).batches()
+    assert [(one.steps, one.first_step, one.packed, one.alike, one.pairs) for one in drawn[-2:]] == [
+        (3, CONFIG.total_steps, True, (0.75, 0.25), (6, 2)),
+        (2, CONFIG.total_steps + 3, False, (0.25, 0.25), (2, 2)),
+    ]
+
+
 def test_look_alikes_need_nothing_of_the_stages_before_but_weights() -> None:
     """So whoever has the weights can begin there: the optimizers start anew."""
     whole = Run(ALIKE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_each_color_is_one_word(processor: Processor) -> None:
 def test_points_lie_where_things_are_shown(processor: Processor, packed: bool) -> None:
     """At the words for colors of questions about pairs, and nowhere else; the place is the thing's patch."""
     drawn = LookAlikes(
-        processor, 8, seed=0, steps=3, pictures=8, questions=8, packed=packed, alike=0.5, pairs=4
+        processor, 8, seed=0, steps=3, pictures=8, questions=8, packed=packed, alike=(0.5, 0.5), pairs=(4, 4)
     )
     words, checked = color_words(processor.tokenizer), 0
     for step in range(3):
@@ -110,21 +111,42 @@ SHAPE_NAMES = ["circle", "square", "triangle", "star"]
 
 
 def test_parts_and_copies_keep_their_points(processor: Processor) -> None:
-    batch = LookAlikes(processor, 8, seed=1, steps=1, pictures=6, questions=6, alike=1.0, pairs=6)[0]
+    drawn = LookAlikes(processor, 8, seed=1, steps=1, pictures=6, questions=6, alike=(1.0, 1.0), pairs=(6, 6))
+    batch = drawn[0]
     assert isinstance(batch, PointedBatch)
     parts = [batch.to("cpu").part(range(0, 2)), batch.part(range(2, 6))]
     assert torch.equal(torch.cat([part.points for part in parts]).nan_to_num(9), batch.points.nan_to_num(9))
     assert [part.pictures.tolist() for part in parts] == [[0, 1], [0, 1, 2, 3]]
 
 
-def test_most_scenes_have_one_color_as_asked(processor: Processor) -> None:
-    def shares(alike: float) -> float:
-        drawn = LookAlikes(processor, 8, seed=0, steps=1, pictures=64, questions=1, alike=alike, pairs=1)
+def test_scenes_of_one_color_become_fewer_step_by_step(processor: Processor) -> None:
+    drawn = LookAlikes(
+        processor, 8, seed=0, steps=10, pictures=64, questions=1, alike=(1.0, 0.0), pairs=(1, 1)
+    )
+
+    def commonest(step: int) -> float:
         rng = np.random.default_rng(5)
-        counts = [Counter(thing.color for thing in drawn.scene(rng, False).things) for _ in range(200)]
+        counts = [Counter(thing.color for thing in drawn.scene(rng, step, False).things) for _ in range(200)]
         return sum(max(count.values()) for count in counts) / sum(sum(count.values()) for count in counts)
 
-    assert shares(1.0) > 0.68 > shares(0.5) > shares(0.0) + 0.1
+    assert commonest(0) > 0.68 > commonest(5) > commonest(10) + 0.1
+
+
+def test_questions_about_pairs_become_fewer_step_by_step(processor: Processor) -> None:
+    """Of a scene's endless questions, those that no round without pairs would have asked."""
+    drawn = LookAlikes(
+        processor, 8, seed=0, steps=10, pictures=1, questions=1, alike=(1.0, 1.0), pairs=(9, 0)
+    )
+    scene = next(scene for scene in scenes(50) if len(scene.things) == 5)
+
+    def relations(step: int) -> float:
+        asked = islice(drawn.examples(scene, np.random.default_rng(3), step), 400)
+        return sum(example.task == "relation" for example in asked) / 400
+
+    usual = SceneBatches(processor, 8, seed=0, steps=10, pictures=1, questions=1)
+    asked = islice(usual.examples(scene, np.random.default_rng(3), 0), 400)
+    assert relations(10) == sum(example.task == "relation" for example in asked) / 400
+    assert relations(0) > relations(3) + 0.05 > relations(6) + 0.1 > relations(10) + 0.15
 
 
 def test_usual_batches_have_no_points(processor: Processor) -> None:
