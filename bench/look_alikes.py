@@ -48,7 +48,7 @@ from minivlm.training.state import save_state
 from minivlm.world.look_alikes import ask_pair, in_one_color
 from minivlm.world.scenes import make_scene
 
-SHORT = TrainingConfig(alike_steps=500, last_steps=0, pictures=24, warmup_steps=50)
+SHORT = TrainingConfig(alike_steps=1000, last_steps=0, pictures=24)
 WHOLE = TrainingConfig()
 WAYS: dict[str, dict[str, Any]] = {
     "pairs": {"alike_share": 0.0, "point_weight": 0.0},
