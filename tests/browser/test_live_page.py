@@ -288,6 +288,8 @@ def test_a_map_of_next_to_nothing_is_pale(live: Page) -> None:
     opacity = """() => Math.max(...[...document.querySelectorAll("#attention_map .patch")]
       .map((patch) => Number(patch.getAttribute("fill-opacity"))))"""
     assert live.evaluate(opacity) == pytest.approx(0.85)
+    live.locator("#prompt").fill("is the pink circle left of the orange square?")
+    settled(live)
     live.locator("#stage").select_option("language_model.layers.3")  # all of it is on words
     assert live.evaluate(opacity) < 0.05
 
@@ -326,7 +328,7 @@ def test_hiding_each_patch(live: Page) -> None:
     settled(live)
     expect(live.locator("#open_head")).to_contain_text("Open head 1")
     live.locator("#occlude").click()
-    expect(live.locator("#occlusion_said")).to_contain_text("Hiding the patch in row 1, column 4")
+    expect(live.locator("#occlusion_said")).to_contain_text("Hiding the patch in row 2, column 4")
     drag(live, 1, 20, 20)  # another picture: what was measured is gone
     expect(live.locator("#occlusion_said")).to_contain_text("Not measured yet")
 
@@ -346,6 +348,8 @@ def test_temperature_and_top_p(live: Page) -> None:
 
 
 def test_breaking_and_mending(live: Page) -> None:
+    live.locator("#prompt").fill("detect pink circle")
+    settled(live)
     whole = answer_of(live)
     for name in (
         "no_newline",
