@@ -350,7 +350,8 @@ def main() -> None:
                 asked = {**job, "folder": str(folder), "size": options.picture or size}
                 # Llama's 21 GB fit into memory once, as a file that is mapped: one answer, and no copies.
                 asked |= {"repeats": 1} if name == "llama" else {}
-                sides = [OURS, PEER] if name == "llama" else [OURS, *packed, "minivlm int8", PEER]
+                whole = [OURS, *packed, "minivlm int8", "minivlm int4"]
+                sides = [OURS, PEER] if name == "llama" else [*whole, PEER]
                 say("", *answers(folder.name, sides, options.rounds, asked)[0])
         if "video" in parts and options.qwen:
             asked = {**few, "folder": str(options.qwen), "size": FRAME, "frames": 64, "tokens": 4}

@@ -8,8 +8,9 @@ Three parts, each with three seeds, all from the shipped model:
 - rewards: "is A larger than B?". First 20 steps on true answers, then 60 on rewards (GRPO, Dr. GRPO, with
   KL, with rehearsal), or as many again on true answers; and rewards without any true answer before.
   And on "which is nearer to A?", of which the shipped model never answers one rightly.
-- thinking: "is A above B?", directly, or with boxes as evidence; then rewards for the conclusion, for
-  evidence as well, and for boxes whether or not they are true. Does the conclusion follow from the evidence?
+- thinking: "is A larger than B?" for five times as many steps, directly, or with boxes as evidence; then
+  rewards for the conclusion, for evidence as well, and for boxes whether or not they are true. Does the
+  conclusion follow from the evidence?
 - looking: the color of the star, learned where stars are nearly always cyan and colors hard to see. How often
   is that guessed where it is not so, and what does contrastive decoding repair?
 
@@ -59,32 +60,36 @@ OLD_SCENES = 40  # of the questions that the model knew before
 QUIET = Loop(save_every=50, log_every=5, measure_every=0, workers=0, progress=False)
 CURVES = ("reward", "accuracy", "entropy", "mixed", "length", "endless")
 
-# By name: the run that it goes on from, None for the shipped model, and what it changes in the recipe.
+# By part and name: the run that it goes on from, None for the shipped model, and what it changes in the recipe.
 LARGER = {"task": "larger"}
-VERTICAL = {"task": "vertical", "supervised_steps": 300, "rewarded_steps": 0, "rehearsal": 8}
-THINKING = {"task": "vertical", "think": True}
+LABELS = LARGER | {"supervised_steps": 300, "rewarded_steps": 0, "rehearsal": 8}
+THINKING = {"think": True}
 ON_REWARDS: dict[str, Any] = {"supervised_steps": 0, "rewarded_steps": 60}
-THINKS: dict[str, Any] = THINKING | {"supervised_steps": 0, "rewarded_steps": 40, "prompts": 16}
-RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "true answers, 20 steps": (None, LARGER | {"supervised_steps": 20, "rewarded_steps": 0}),
-    "then GRPO": ("true answers, 20 steps", LARGER | ON_REWARDS),
-    "then true answers": (
-        "true answers, 20 steps",
-        LARGER | {"supervised_steps": 60, "rewarded_steps": 0},
-    ),
-    "then GRPO with rehearsal": ("true answers, 20 steps", LARGER | ON_REWARDS | {"rehearsal": 8}),
-    "then Dr. GRPO": ("true answers, 20 steps", LARGER | ON_REWARDS | {"loss": "dr_grpo"}),
-    "then GRPO with KL": ("true answers, 20 steps", LARGER | ON_REWARDS | {"kl": 0.05}),
-    "GRPO alone": (None, LARGER | ON_REWARDS),
-    "GRPO alone, lr 1e-3": (None, LARGER | ON_REWARDS | {"lr": 1e-3}),
-    "GRPO alone, nearer": (None, ON_REWARDS | {"task": "nearer"}),
-    "direct": (None, VERTICAL),
-    "thinking": (None, VERTICAL | THINKING),
-    "thinking, then right": ("thinking", THINKS),
-    "thinking, then right and evidence": ("thinking", THINKS | {"true_boxes": 0.5, "follows": 0.5}),
-    "thinking, then right and any boxes": ("thinking", THINKS | {"boxes": 1.0}),
+THINKS: dict[str, Any] = LARGER | THINKING | {"supervised_steps": 0, "rewarded_steps": 40, "prompts": 16}
+PARTS: dict[str, dict[str, tuple[str | None, dict[str, Any]]]] = {
+    "larger": {
+        "true answers, 20 steps": (None, LARGER | {"supervised_steps": 20, "rewarded_steps": 0}),
+        "then GRPO": ("true answers, 20 steps", LARGER | ON_REWARDS),
+        "then true answers": (
+            "true answers, 20 steps",
+            LARGER | {"supervised_steps": 60, "rewarded_steps": 0},
+        ),
+        "then GRPO with rehearsal": ("true answers, 20 steps", LARGER | ON_REWARDS | {"rehearsal": 8}),
+        "then Dr. GRPO": ("true answers, 20 steps", LARGER | ON_REWARDS | {"loss": "dr_grpo"}),
+        "then GRPO with KL": ("true answers, 20 steps", LARGER | ON_REWARDS | {"kl": 0.05}),
+        "GRPO alone": (None, LARGER | ON_REWARDS),
+        "GRPO alone, lr 1e-3": (None, LARGER | ON_REWARDS | {"lr": 1e-3}),
+    },
+    "nearer": {"GRPO alone, nearer": (None, ON_REWARDS | {"task": "nearer"})},
+    "thinking": {
+        "direct": (None, LABELS),
+        "thinking": (None, LABELS | THINKING),
+        "thinking, then right": ("thinking", THINKS),
+        "thinking, then right and evidence": ("thinking", THINKS | {"true_boxes": 0.5, "follows": 0.5}),
+        "thinking, then right and any boxes": ("thinking", THINKS | {"boxes": 1.0}),
+    },
 }
-TASK_OF = {name: str(changes["task"]) for name, (_, changes) in RUNS.items()}
+RUNS = {name: run for runs in PARTS.values() for name, run in runs.items()}
 STEPS_OF_BIAS, ROWS_OF_BIAS = 150, 32
 FADED = (0.3, 0.15, 0.1)  # saturations at which the color of stars is asked for
 STARS = 400  # questions at each
@@ -237,11 +242,10 @@ def against(model: Any, processor: Any, questions: Sequence[Question], alpha: fl
 def shipped(name: str, seed: int, folder: Path) -> dict[str, Any]:
     """The shipped model: right without training, neglect, POPE. The seed is that of the questions."""
     model, processor = load_answering()
-    tasks = ("larger", "nearer", "vertical")
     found: dict[str, Any] = {
         "right": {
             task: plain({"right": conclusions_right(asked, answers_to(model, processor, asked))})["right"]
-            for task in tasks
+            for task in ("larger", "nearer")
             for asked in [make_composed(task, ASKED)]
         },
         "old": old_skills(model, processor),
@@ -299,7 +303,7 @@ def main() -> None:
                     name, seed, {key: found[key] for key in ("right", "seconds") if key in found}, flush=True
                 )
     results = stored(options.runs, options.seeds)
-    text = as_text(results, TASK_OF)
+    text = as_text(results, PARTS)
     print(text)
     numbers = json.dumps(results, indent=1)
     for path, content in ((options.out, text), (options.numbers, numbers)):

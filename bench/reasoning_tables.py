@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
 Results = Mapping[str, Mapping[str, dict[str, Any]]]  # unit -> seed -> what was found
 OLD = ("questions", "captions", "boxes")  # skills from before
-TITLES = {
-    "larger": "Rewards: is A larger than B?",
-    "nearer": "Nothing to reward: which is nearer to A, B or C? (one of the two at random: .500)",
-    "vertical": "Thinking: is A above B?",
+PARTS = {  # title, and the question of its runs
+    "larger": ("Rewards: is A larger than B?", "larger"),
+    "nearer": ("Nothing to reward: which is nearer to A, B or C? (one of the two at random: .500)", "nearer"),
+    "thinking": ("Thinking: is A larger than B? With boxes as evidence", "larger"),
 }
 
 
-def as_text(results: Results, task_of: Mapping[str, str]) -> str:
-    """All that is there so far. task_of: the runs and what they learn."""
+def as_text(results: Results, runs_of: Mapping[str, Iterable[str]]) -> str:
+    """All that is there so far. runs_of: the names of each part's runs."""
     lines: list[str] = []
-    for task, title in TITLES.items():
-        lines += [f"## {title}", "", *_runs(results, task, [n for n in task_of if task_of[n] == task])]
+    for part, (title, task) in PARTS.items():
+        lines += [f"## {title}", "", *_runs(results, task, runs_of[part])]
     lines += _faithfulness(results) + _shipped(results) + _bias(results)
     seeds = max((len(runs) for runs in results.values()), default=0)
     fewest = min((len(runs) for runs in results.values()), default=0)
@@ -38,7 +38,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *body, ""]
 
 
-def _runs(results: Results, task: str, names: Sequence[str]) -> list[str]:
+def _runs(results: Results, task: str, names: Iterable[str]) -> list[str]:
     """How right each run is, what it cost, and what it forgot."""
     rows, lines = [], []
     for one in list(results.get("shipped", {}).values())[:1]:

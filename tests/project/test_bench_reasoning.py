@@ -97,4 +97,4 @@ def test_every_run_begins_where_another_ended(bench: ModuleType) -> None:
 def test_the_course_shows_what_is_stored(bench: ModuleType) -> None:
     results = json.loads(NUMBERS.read_text(encoding="utf-8"))
     assert list(results) == list(bench.UNITS)
-    assert STORED.read_text(encoding="utf-8") == bench.as_text(results, bench.TASK_OF) + "\n"
+    assert STORED.read_text(encoding="utf-8") == bench.as_text(results, bench.PARTS) + "\n"
