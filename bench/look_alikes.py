@@ -23,7 +23,6 @@ The last command goes on with the model of the first as the recipe says, and lea
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +30,8 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from kept import keep, read
 from recipe import spread
-from systems import RESULT, read
 
 from minivlm.errors import InputError
 from minivlm.evaluation.answers import Question, answer_questions, evaluate
@@ -40,7 +39,7 @@ from minivlm.models.load import load_answering
 from minivlm.models.paligemma import PaliGemma
 from minivlm.processing import Processor
 from minivlm.training.digest import digest_of_weights
-from minivlm.training.folder import holds_state
+from minivlm.training.folder import holds_state, run_folder
 from minivlm.training.loop import Loop, run_to_end
 from minivlm.training.recipe import TrainingConfig
 from minivlm.training.scratch import Run
@@ -109,7 +108,8 @@ def go_on(start: Path, out: Path, config: TrainingConfig, loop: Loop) -> Run:
     if not holds_state(out):
         begin(start, out, config)
     run = Run(config, loop.device, loop.workers)
-    run_to_end(run, out, loop)
+    with run_folder(out, resume=True):
+        run_to_end(run, out, loop)
     return run
 
 
@@ -122,7 +122,7 @@ def one_way(start: Path, out: Path, way: str, seed: int, scenes: int = SCENES) -
         run = go_on(start, out, config, Loop(resume=True, save_every=100, measure_every=0))
         measured = measure(run.model.eval(), run.processor, scenes)
         known = {"config": numbers, "scenes": scenes, "measured": measured}
-        (out / RESULT).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        keep(out, known)
     found: Result = known["measured"]
     return found
 

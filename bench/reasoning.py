@@ -60,7 +60,7 @@ OLD_SCENES = 40  # of the questions that the model knew before
 QUIET = Loop(save_every=50, log_every=5, measure_every=0, workers=0, progress=False)
 CURVES = ("reward", "accuracy", "entropy", "mixed", "length", "endless")
 
-# By part and name: the run that it goes on from, None for the shipped model, and what it changes in the recipe.
+# By part and name: the run that it goes on from (None: the shipped model), and what it changes in the recipe.
 LARGER = {"task": "larger"}
 LABELS = LARGER | {"supervised_steps": 300, "rewarded_steps": 0, "rehearsal": 8}
 THINKING = {"think": True}

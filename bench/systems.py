@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kept import keep, read
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,14 +68,16 @@ ROWS = (
 )
 SHORT = {"all questions": "all", "exact caption": "caption", "box mean IoU": "IoU"}
 ANSWER = 8  # words
-RESULT = "result.json"
 MAGIC = "magic"
 WORLDS = {  # what is compared: ways that saw the same pictures
     "usual": (*(name for name, way in WAYS.items() if way.column == "held_out"), MAGIC),
     "small": tuple(name for name, way in WAYS.items() if way.column == "small_things"),
 }
 LONGEST_CAPTION = 40  # words and punctuation of five things
-SHIPPED_SYSTEMS = ("clipcap", "visualgpt", "flamingo", "llava", "cross-attention", "experts", MAGIC)
+SHIPPED_SYSTEMS = (
+    *("clipcap", "visualgpt", "flamingo", "llava", "cross-attention", "experts", MAGIC),
+    *("small-tiles", "small-two-towers"),
+)
 FILES = (
     "config.json",
     "generation_config.json",
@@ -114,17 +117,7 @@ def run(config: SystemConfig, folder: Path, scenes: int = SCENES) -> Result:
         "text loss after": losses[-1] if losses else None,
         **costs(config),
     }
-    (folder / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return found
-
-
-def read(folder: Path, config: dict[str, Any], scenes: int) -> Result | None:
-    """What a run has measured, if it is done. Raises SystemExit: it had other numbers."""
-    if not (folder / RESULT).is_file():
-        return None
-    found: Result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    if found["config"] != config or found["scenes"] != scenes:
-        raise SystemExit(f"{folder} holds a run with other numbers: choose another folder with --runs")
+    keep(folder, found)
     return found
 
 
@@ -167,7 +160,7 @@ def magic(seed: int, runs: Path, scenes: int = SCENES, pair: ContrastiveConfig =
         "image tokens": 0,
         "answer": answer.get_total_flops(),
     }
-    (folder / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    keep(folder, found)
     return found
 
 

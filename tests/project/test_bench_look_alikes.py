@@ -15,6 +15,8 @@ from small_run import CONFIG
 
 from minivlm.errors import InputError
 from minivlm.models.load import MINIATURES, load
+from minivlm.training.folder import run_folder
+from minivlm.training.loop import Loop
 from minivlm.training.recipe import TrainingConfig, build
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -31,6 +33,7 @@ def bench() -> Iterator[ModuleType]:
     finally:
         sys.path.remove(str(BENCH))
         sys.modules.pop("look_alikes", None)
+        sys.modules.pop("kept", None)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,13 @@ def test_a_way_goes_on_from_the_weights_and_is_not_made_twice(
     for other in (MINIATURES / "clipcap", start):  # other weights, another seed
         with pytest.raises(SystemExit, match="a run with other numbers"):
             bench.one_way(other, out, "pointing", 4)
+
+
+def test_two_runs_do_not_share_a_folder(bench: ModuleType, start: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    bench.begin(start, out, SMALL)
+    with run_folder(out, resume=True), pytest.raises(InputError, match="another run works in"):
+        bench.go_on(start, out, SMALL, Loop(resume=True))
 
 
 def test_what_ships_is_made_by_the_whole_recipe(

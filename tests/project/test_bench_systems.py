@@ -35,6 +35,7 @@ def bench() -> Iterator[ModuleType]:
     finally:
         sys.path.remove(str(BENCH))
         sys.modules.pop("systems", None)
+        sys.modules.pop("kept", None)
 
 
 @pytest.fixture(scope="module")
