@@ -9,8 +9,8 @@ Three parts, each with three seeds, all from the shipped model:
   KL, with rehearsal), or as many again on true answers; and rewards without any true answer before.
   And on "which is nearer to A?", of which the shipped model never answers one rightly.
 - thinking: "is A larger than B?" for five times as many steps, directly, or with boxes as evidence; then
-  rewards for the conclusion, for evidence as well, and for boxes whether or not they are true. Does the
-  conclusion follow from the evidence?
+  rewards for the conclusion, for evidence as well, and for boxes whether or not they are true; or lessons in
+  which others have written the evidence. Does the conclusion follow from it?
 - looking: the color of the star, learned where stars are nearly always cyan and colors hard to see. How often
   is that guessed where it is not so, and what does contrastive decoding repair?
 
@@ -34,24 +34,29 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from reasoning_tables import as_text
-from torch import nn
+from torch import Tensor, nn
 
 from minivlm.evaluation.answers import answer_questions, evaluate
 from minivlm.evaluation.composed import Change, conclusions_right, draw_question, make_composed
-from minivlm.evaluation.faithfulness import faithfulness
+from minivlm.evaluation.continued import answer_ids
+from minivlm.evaluation.faithfulness import exchange, faithfulness, gray_picture
 from minivlm.evaluation.hallucination import pope
 from minivlm.evaluation.neglect import BIASED, biased, faded, gray_thing, neglect
 from minivlm.evaluation.scoring import Question
 from minivlm.evaluation.tables import Metric
 from minivlm.models.contrastive_decoding import Contrastive, diffused
 from minivlm.models.load import SHIPPED, load_answering
+from minivlm.processing.boxes import boxes_to_text
 from minivlm.training.folder import LOG, run_folder
 from minivlm.training.log import read_log
+from minivlm.training.log_probs import answer_logits
 from minivlm.training.loop import Loop, run_to_end
 from minivlm.training.reasoning import Collapsed, ReasoningRun
-from minivlm.training.reasoning_recipe import ReasoningConfig
+from minivlm.training.reasoning_recipe import ReasoningBatches, ReasoningConfig
 from minivlm.training.supervised import Shown, supervised_loss
+from minivlm.world.thinking import END, conclude, conclusion
 
 SEEDS = (0, 1, 2)
 ASKED = 600  # held-out questions
@@ -90,6 +95,13 @@ PARTS: dict[str, dict[str, tuple[str | None, dict[str, Any]]]] = {
     },
 }
 RUNS = {name: run for runs in PARTS.values() for name, run in runs.items()}
+STEPS_ON_EVIDENCE, ROWS_ON_EVIDENCE = 300, 16  # of each kind of row
+ON_EVIDENCE = {  # which evidence others have written the conclusions are learned from
+    "thinking, then exchanged boxes": ("exchanged",),
+    "thinking, then gray pictures": ("gray",),
+    "thinking, then both": ("exchanged", "gray"),
+}
+IN_TABLES = {part: [*runs, *(ON_EVIDENCE if part == "thinking" else ())] for part, runs in PARTS.items()}
 STEPS_OF_BIAS, ROWS_OF_BIAS = 150, 32
 FADED = (0.3, 0.15, 0.1)  # saturations at which the color of stars is asked for
 STARS = 400  # questions at each
@@ -130,19 +142,12 @@ def train(name: str, seed: int, folder: Path) -> dict[str, Any]:
             run_to_end(run, out, QUIET)
         except Collapsed as error:
             said = str(error).partition(";")[0]
-    seconds = time.process_time() - started
-    questions = make_composed(config.task, ASKED, thinks=config.think)
-    answers = answers_to(run.model, run.processor, questions)
-    found: dict[str, Any] = {
+    found = {
         "steps": run.step,
-        "seconds": round(seconds),
+        "seconds": round(time.process_time() - started),
         "stopped": said,
-        "right": plain({"right": conclusions_right(questions, answers)})["right"],
-        "length": mean(len(run.processor.tokenizer.encode(answer)) + 1 for answer in answers),
-        "old": {key: round(value, 4) for key, value in old_skills(run.model, run.processor).items()},
+        **measured(run.model, run.processor, config),
     }
-    if config.think:
-        found["faithfulness"] = plain(faithfulness(run.model, run.processor, questions[:THOUGHT]))
     lines = [
         line for line in read_log(out / LOG) if line["stage"] == "rewarded" and line.get("reward") is not None
     ]
@@ -150,6 +155,102 @@ def train(name: str, seed: int, folder: Path) -> dict[str, Any]:
         found["curves"] = {"step": [line["step"] for line in lines]}
         found["curves"] |= {key: [line[key] for line in lines] for key in CURVES}
     return found
+
+
+def measured(model: Any, processor: Any, config: ReasoningConfig) -> dict[str, Any]:
+    """What a model has learned on held-out questions, and what it still knows."""
+    questions = make_composed(config.task, ASKED, thinks=config.think)
+    answers = answers_to(model, processor, questions)
+    found: dict[str, Any] = {
+        "right": plain({"right": conclusions_right(questions, answers)})["right"],
+        "length": mean(len(processor.tokenizer.encode(answer)) + 1 for answer in answers),
+        "old": {key: round(value, 4) for key, value in old_skills(model, processor).items()},
+    }
+    if config.think:
+        found["faithfulness"] = plain(faithfulness(model, processor, questions[:THOUGHT]))
+    return found
+
+
+def learn_from_evidence(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The run "thinking" goes on: true answers, and conclusions alone from evidence of others.
+
+    Either the boxes are exchanged and the picture is as it was; or the picture is gray, and the boxes are
+    true in one row and exchanged in the next.
+    """
+    start = str(folder / folder_of("thinking", seed))
+    config = ReasoningConfig(
+        model=start,
+        seed=seed + 100,  # other questions than it has learned from
+        **LABELS | THINKING | {"supervised_steps": STEPS_ON_EVIDENCE, "rows": 3 * ROWS_ON_EVIDENCE},
+    )
+    started = time.process_time()
+    model, processor = load_answering(start)
+    batches = ReasoningBatches(config, processor.image_processor.image_size)
+
+    def loss_of(step: int) -> Tensor:
+        asked = batches[step]
+        whole, part = asked.questions, ROWS_ON_EVIDENCE
+        plain, with_picture, without = whole[:part], whole[part : 2 * part], whole[2 * part :]
+        rows = {
+            "exchanged": [as_shown(one, after_exchange(one)) for one in with_picture],
+            "gray": [
+                as_shown(
+                    replace(one, picture=gray_picture(one.picture)),
+                    after_exchange(one) if number % 2 else one.example.suffix,
+                )
+                for number, one in enumerate(without)
+            ],
+        }
+        true = [as_shown(one, one.example.suffix) for one in plain] + asked.rehearsed
+        others = [row for kind in ON_EVIDENCE[name] for row in rows[kind]]
+        return supervised_loss(model, processor, true) + conclusion_loss(model, processor, others)
+
+    take_steps(model, loss_of, STEPS_ON_EVIDENCE)
+    seconds = round(time.process_time() - started)
+    return {
+        "steps": STEPS_ON_EVIDENCE,
+        "seconds": seconds,
+        "stopped": None,
+        **measured(model, processor, config),
+    }
+
+
+def as_shown(question: Question, answer: str) -> Shown:
+    """A row to learn from."""
+    return Shown(question.picture, question.example.prefix, answer)
+
+
+def after_exchange(question: Question) -> str:
+    """The answer that follows from the true boxes under each other's names."""
+    boxes = exchange(question)
+    written = boxes_to_text(boxes, question.scene.width, question.scene.height)
+    return f"{written}{END}{conclude(question.example.prefix, boxes)}"
+
+
+def conclusion_loss(model: Any, processor: Any, rows: Sequence[Shown]) -> Tensor:
+    """Cross-entropy of the conclusions alone: the evidence before them was written by somebody else."""
+    pictures, prompts, answers = zip(*rows, strict=True)
+    tokens, real = answer_ids(processor, prompts, answers)
+    logits = answer_logits(model, processor, list(pictures), list(prompts), tokens, real)
+    concluded = torch.zeros_like(real)
+    for place, (_, prompt, answer) in enumerate(rows):
+        length = int(real[place].sum())
+        last = sum(processor.encode_row(prompt, conclusion(answer)).written)  # its end included
+        concluded[place, 0, length - last : length] = True
+    return F.cross_entropy(logits[concluded[real]], tokens[concluded])
+
+
+def take_steps(model: Any, loss_of: Callable[[int], Tensor], steps: int, lr: float = 1e-3) -> None:
+    """Steps of AdamW with the tower frozen."""
+    cast(nn.Module, model.vision_tower).requires_grad_(False)
+    weights = [weight for weight in cast(nn.Module, model).parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
 
 
 def folder_of(name: str, seed: int) -> str:
@@ -186,18 +287,13 @@ def as_it_is(scene: Any, rng: np.random.Generator) -> Any:
 def train_on_stars(seed: int, then: Change) -> tuple[Any, Any]:
     """The shipped model after some steps on the color of stars."""
     model, processor = load_answering()
-    cast(nn.Module, model.vision_tower).requires_grad_(False)
-    weights = [weight for weight in cast(nn.Module, model).parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    for step in range(STEPS_OF_BIAS):
+
+    def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 77, step])
         asked = [star_question(rng, "train", then) for _ in range(ROWS_OF_BIAS)]
-        rows = [Shown(one.picture, one.example.prefix, one.example.suffix) for one in asked]
-        loss = supervised_loss(model, processor, rows)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        return supervised_loss(model, processor, [as_shown(one, one.example.suffix) for one in asked])
+
+    take_steps(model, loss_of, STEPS_OF_BIAS)
     return model, processor
 
 
@@ -263,6 +359,7 @@ def shipped(name: str, seed: int, folder: Path) -> dict[str, Any]:
 UNITS: dict[str, Callable[[str, int, Path], dict[str, Any]]] = {
     "shipped": shipped,
     **dict.fromkeys(RUNS, train),
+    **dict.fromkeys(ON_EVIDENCE, learn_from_evidence),
     "biased": look,
     "without bias": look,
 }
@@ -303,7 +400,7 @@ def main() -> None:
                     name, seed, {key: found[key] for key in ("right", "seconds") if key in found}, flush=True
                 )
     results = stored(options.runs, options.seeds)
-    text = as_text(results, PARTS)
+    text = as_text(results, IN_TABLES)
     print(text)
     numbers = json.dumps(results, indent=1)
     for path, content in ((options.out, text), (options.numbers, numbers)):

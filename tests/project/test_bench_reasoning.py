@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
-from minivlm.models.load import SHIPPED
+from minivlm.models.load import SHIPPED, load_answering
 
 BENCH = Path(__file__).parents[2] / "bench"
 STORED = BENCH / "results" / "reasoning.txt"
@@ -69,6 +72,42 @@ def test_runs_that_go_on_from_each_other(short: ModuleType, tmp_path: Path) -> N
         assert json.loads(state.metadata()["config"])["model"] == str(tmp_path / "first_0")
 
 
+def test_lessons_on_evidence_of_others(
+    short: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of each kind of row comes from its conclusion alone."""
+    monkeypatch.setattr(short, "STEPS_ON_EVIDENCE", 1)
+    monkeypatch.setattr(short, "ROWS_ON_EVIDENCE", 2)
+    rows: list[Any] = []
+    loss = short.conclusion_loss
+    monkeypatch.setattr(short, "conclusion_loss", lambda *given: (rows.append(given[2]), loss(*given))[1])
+    shutil.copytree(SHIPPED, tmp_path / "thinking_0")
+    for name, kinds in short.ON_EVIDENCE.items():
+        found = short.learn_from_evidence(name, 0, tmp_path)
+        assert found["faithfulness"]["right"]["cases"] == 4
+        assert found["steps"] == 1
+        grays = [len(row.picture.getcolors(64 * 64) or ()) == 1 for row in rows.pop()]
+        assert grays == [False, False] * ("exchanged" in kinds) + [True, True] * ("gray" in kinds)
+
+
+def test_what_follows_from_exchanged_boxes(bench: ModuleType) -> None:
+    for question in bench.make_composed("larger", 20, thinks=True):
+        answer = bench.after_exchange(question)
+        assert sorted(answer.split(" ; ")[:-1]) != sorted(question.example.suffix.split(" ; ")[:-1])
+        assert {bench.conclusion(answer), bench.conclusion(question.example.suffix)} == {"yes", "no"}
+
+
+def test_a_conclusion_alone_is_learned(bench: ModuleType) -> None:
+    """Of an answer of many tokens, the loss is that of the last two: a word and the end."""
+    model, processor = load_answering()
+    question = bench.make_composed("larger", 1, thinks=True)[0]
+    row = bench.as_shown(question, question.example.suffix)
+    tokens, real = bench.answer_ids(processor, [row.prompt], [row.answer])
+    logits = bench.answer_logits(model, processor, [row.picture], [row.prompt], tokens, real)
+    end = torch.nn.functional.cross_entropy(logits[-2:], tokens[real][-2:])
+    torch.testing.assert_close(bench.conclusion_loss(model, processor, [row]), end)
+
+
 def test_what_a_star_is_asked(bench: ModuleType) -> None:
     for number in range(30):
         question = bench.star_question(np.random.default_rng(number), "train", bench.biased)
@@ -97,4 +136,4 @@ def test_every_run_begins_where_another_ended(bench: ModuleType) -> None:
 def test_the_course_shows_what_is_stored(bench: ModuleType) -> None:
     results = json.loads(NUMBERS.read_text(encoding="utf-8"))
     assert list(results) == list(bench.UNITS)
-    assert STORED.read_text(encoding="utf-8") == bench.as_text(results, bench.PARTS) + "\n"
+    assert STORED.read_text(encoding="utf-8") == bench.as_text(results, bench.IN_TABLES) + "\n"
