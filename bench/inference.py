@@ -8,7 +8,9 @@ Run: python bench/make_checkpoint.py paligemma-3b-pt-224 --out /tmp/paligemma-3b
      python bench/make_checkpoint.py qwen2-vl-2b --out /tmp/qwen2-vl-2b
      python bench/inference.py --only qwen video --qwen /tmp/qwen2-vl-2b \
          --out bench/results/inference_qwen2_vl.txt
-     python bench/inference.py --only deepseek --deepseek FOLDER_OF_DEEPSEEK_VL_OR_VL2
+     python bench/make_checkpoint.py deepseek-vl2-tiny --out /tmp/deepseek-vl2-tiny
+     python bench/inference.py --only deepseek --deepseek /tmp/deepseek-vl2-tiny --rounds 2 --repeats 2 \
+         --out bench/results/inference_deepseek_vl2.txt
      python bench/inference.py --only llama --llama FOLDER_OF_LLAMA_3.2_VISION
 
 Both sides open the same folder in one dtype, with the same number of threads, and read the same picture and
