@@ -55,8 +55,8 @@ from minivlm.training.log_probs import answer_logits
 from minivlm.training.loop import Loop, run_to_end
 from minivlm.training.reasoning import Collapsed, ReasoningRun
 from minivlm.training.reasoning_recipe import ReasoningBatches, ReasoningConfig
-from minivlm.training.supervised import Shown, supervised_loss
-from minivlm.world.thinking import END, conclude, conclusion
+from minivlm.training.supervised import Shown, concluding_tokens, supervised_loss
+from minivlm.world.thinking import END, conclude
 
 SEEDS = (0, 1, 2)
 ASKED = 600  # held-out questions
@@ -232,12 +232,8 @@ def conclusion_loss(model: Any, processor: Any, rows: Sequence[Shown]) -> Tensor
     pictures, prompts, answers = zip(*rows, strict=True)
     tokens, real = answer_ids(processor, prompts, answers)
     logits = answer_logits(model, processor, list(pictures), list(prompts), tokens, real)
-    concluded = torch.zeros_like(real)
-    for place, (_, prompt, answer) in enumerate(rows):
-        length = int(real[place].sum())
-        last = sum(processor.encode_row(prompt, conclusion(answer)).written)  # its end included
-        concluded[place, 0, length - last : length] = True
-    return F.cross_entropy(logits[concluded[real]], tokens[concluded])
+    concluding = concluding_tokens(processor, rows, real)
+    return F.cross_entropy(logits[concluding[real]], tokens[concluding])
 
 
 def take_steps(model: Any, loss_of: Callable[[int], Tensor], steps: int, lr: float = 1e-3) -> None:

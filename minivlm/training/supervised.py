@@ -57,9 +57,15 @@ def answer_weights(processor: AnswerProcessor, rows: Sequence[Shown], tokens: Te
     """Of each token of `answer_ids`, [P, 1, L], 0 for padding."""
     is_loc = torch.isin(tokens, torch.tensor(processor.tokenizer.loc_ids, dtype=torch.long))
     before = torch.cat([torch.zeros_like(is_loc[..., :1]), is_loc[..., :-1]], dim=-1)
-    weights = torch.where(is_loc & ~before, HEAVY, 1.0)
+    heavy = (is_loc & ~before) | concluding_tokens(processor, rows, real)
+    return torch.where(heavy, HEAVY, 1.0) * real
+
+
+def concluding_tokens(processor: AnswerProcessor, rows: Sequence[Shown], real: Tensor) -> Tensor:
+    """Which tokens of `answer_ids` are the conclusion or its end: boolean [P, 1, L]."""
+    concluding = torch.zeros_like(real)
     for place, (_, prompt, answer) in enumerate(rows):
-        last = sum(processor.encode_row(prompt, conclusion(answer)).written)  # its end included
+        last = sum(processor.encode_row(prompt, conclusion(answer)).written)
         length = int(real[place].sum())
-        weights[place, 0, length - last : length] = HEAVY
-    return weights * real
+        concluding[place, 0, length - last : length] = True
+    return concluding

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from minivlm.models.load import SHIPPED, load_answering
+from minivlm.world.thinking import conclusion
 
 BENCH = Path(__file__).parents[2] / "bench"
 STORED = BENCH / "results" / "reasoning.txt"
@@ -75,7 +76,7 @@ def test_runs_that_go_on_from_each_other(short: ModuleType, tmp_path: Path) -> N
 def test_lessons_on_evidence_of_others(
     short: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient of each kind of row comes from its conclusion alone."""
+    """Each run learns from the kinds of rows that its name says."""
     monkeypatch.setattr(short, "STEPS_ON_EVIDENCE", 1)
     monkeypatch.setattr(short, "ROWS_ON_EVIDENCE", 2)
     rows: list[Any] = []
@@ -94,7 +95,7 @@ def test_what_follows_from_exchanged_boxes(bench: ModuleType) -> None:
     for question in bench.make_composed("larger", 20, thinks=True):
         answer = bench.after_exchange(question)
         assert sorted(answer.split(" ; ")[:-1]) != sorted(question.example.suffix.split(" ; ")[:-1])
-        assert {bench.conclusion(answer), bench.conclusion(question.example.suffix)} == {"yes", "no"}
+        assert {conclusion(answer), conclusion(question.example.suffix)} == {"yes", "no"}
 
 
 def test_a_conclusion_alone_is_learned(bench: ModuleType) -> None:
